@@ -1,0 +1,26 @@
+"""seqkernels: fast exact RNN, GRU and LSTM for PyTorch, as drop-in modules.
+
+>>> import torch, seqkernels as sk
+>>> rnn = sk.GRU(128, 256, num_layers=2)
+>>> output, h_n = rnn(torch.randn(50, 32, 128), lengths=torch.randint(1, 51, (32,)))
+"""
+
+from seqkernels import functional
+from seqkernels.convert import patch_torch, swap_in, swap_out
+from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "explain",
+    "functional",
+    "patch_torch",
+    "swap_in",
+    "swap_out",
+]

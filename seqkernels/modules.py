@@ -1,0 +1,230 @@
+"""RNN, GRU, LSTM and their cells as drop-in modules: torch.nn's arguments, parameters, results and errors.
+
+They derive from nn.RNNBase and not from nn.GRU itself, because torch.compile refuses every instance of nn.RNN, nn.GRU
+and nn.LSTM. Parameters are read by name in every call: there is no flat weight buffer and no cached copy to go stale,
+so parametrizations, weight tying, functional_call, deepcopy, pickle and plain assignment all just work.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import functional, select
+from seqkernels.functional import State
+
+
+class _Recurrent(nn.RNNBase):
+    """What RNN, GRU and LSTM share.
+
+    Attributes:
+        backend: forces a backend for this module (see `seqkernels.select.BACKENDS`); None lets `select` choose.
+    """
+
+    backend: str | None = None
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
+        return functional.recurrent(
+            self.mode.lower(),
+            input,
+            hx,
+            self._flat_weights,
+            bias=self.bias,
+            num_layers=self.num_layers,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            lengths=lengths,
+            backend=self.backend,
+        )
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: parameters are used where they lie."""
+
+    # nn.RNNBase keeps a second list of its parameters up to date in the methods below. Here they are looked up
+    # whenever they are asked for, and the methods are nn.Module's own again.
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def __setattr__(self, name: str, value) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        return nn.Module._apply(self, fn, recurse)
+
+    def _replicate_for_data_parallel(self):
+        return nn.Module._replicate_for_data_parallel(self)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict) -> None:
+        nn.Module.__setstate__(self, state)
+
+
+class RNN(_Recurrent):
+    """Elman RNN with tanh or relu, a drop-in for `torch.nn.RNN`: h' = tanh(W_ih x + b_ih + W_hh h + b_hh).
+
+    Takes torch.nn.RNN's arguments (input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout,
+    bidirectional, device, dtype), has the same parameters, and raises the same errors. Input, state and result are
+    described at `seqkernels.functional.gru`. Source of the formula: the torch.nn.RNN documentation.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__("RNN_" + nonlinearity.upper(), *args, **kwargs)
+
+
+class GRU(_Recurrent):
+    """Gated recurrent unit, a drop-in for `torch.nn.GRU`, with its reset gate applied after the matrix product.
+
+    Takes torch.nn.GRU's arguments (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
+    device, dtype), has the same parameters, and raises the same errors. Input, state and result are described at
+    `seqkernels.functional.gru`. Source of the formula: the torch.nn.GRU documentation.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+
+class LSTM(_Recurrent):
+    """Long short-term memory, a drop-in for `torch.nn.LSTM`, with its optional projection of h to proj_size.
+
+    Takes torch.nn.LSTM's arguments (those of GRU, and proj_size), has the same parameters, and raises the same errors.
+    State and result hold (h, c). Source of the formula: the torch.nn.LSTM documentation.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class _Cell(nn.RNNCellBase):
+    """What the cells share: one step of input ``[B, I]`` or ``[I]`` from states ``[B, H]`` or ``[H]``."""
+
+    backend: str | None = None
+
+    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+        """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
+        name = self._get_name()
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for k, state in enumerate(states or ()):
+            if state.dim() not in (1, 2):
+                what = f"hx[{k}]" if cell == "lstm" else "hidden"
+                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+        unbatched = input.dim() == 1
+        if unbatched:
+            input = input.unsqueeze(0)
+            states = tuple(state.unsqueeze(0) for state in states) if states else None
+        if states is None:
+            zeros = input.new_zeros(input.shape[0], self.hidden_size)
+            states = (zeros, zeros) if cell == "lstm" else (zeros,)
+        weights = [self.weight_ih, self.weight_hh]
+        if self.bias_ih is not None:
+            weights += [self.bias_ih, self.bias_hh]
+        h, c = functional.recurrent_cell(cell, input, *states, weights=weights, backend=self.backend)
+        return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
+
+
+class RNNCell(_Cell):
+    """One step of an Elman RNN, a drop-in for `torch.nn.RNNCell` (source of the formula: its documentation).
+
+    forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._step("rnn_" + self.nonlinearity, input, None if hx is None else (hx,))[0]
+
+
+class GRUCell(_Cell):
+    """One step of a GRU, a drop-in for `torch.nn.GRUCell` (source of the formula: its documentation).
+
+    forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return self._step("gru", input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(_Cell):
+    """One step of an LSTM, a drop-in for `torch.nn.LSTMCell` (source of the formula: its documentation).
+
+    forward(input ``[B, I]`` or ``[I]``, hx = (h, c) of ``[B, H]`` or ``[H]`` each, zeros if None) -> (h', c').
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return self._step("lstm", input, hx)
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None = None) -> select.Plan:
+    """Which backend would run `module` on `input`, and why not the others; nothing is run.
+
+    Args:
+        module: one of our modules or cells, or one of torch.nn's, for which the answer is that of its drop-in.
+        input, hx: what the module would be called with.
+
+    Raises:
+        TypeError: a module that is no RNN, GRU, LSTM or cell.
+    """
+    if isinstance(module, nn.RNNBase):
+        cell = module.mode.lower()
+    elif isinstance(module, (nn.RNNCell, RNNCell)):
+        cell = "rnn_" + module.nonlinearity
+    elif isinstance(module, (nn.GRUCell, GRUCell)):
+        cell = "gru"
+    elif isinstance(module, (nn.LSTMCell, LSTMCell)):
+        cell = "lstm"
+    else:
+        raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
+    data = input.data if isinstance(input, PackedSequence) else input
+    problem = select.Problem(cell, data.device.type, data.dtype)
+    return select.plan(problem, backend=getattr(module, "backend", None))

@@ -1,0 +1,252 @@
+"""The door: every way users hold sequences becomes rows in PackedSequence order, and goes back again.
+
+Rows are grouped by step, longest sequences first, `batch_sizes[t]` of them in step t. A padded time-major batch is the
+case of a constant batch size and costs no copy. Sequences given by `lengths` or `cu_seqlens` are sorted here.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+
+class Rows(NamedTuple):
+    """Sequences as rows, and the way back to the user's layout."""
+
+    data: Tensor  # [N, I]
+    batch_sizes: Tensor | None  # [T]; None: all sequences run in every step
+    sequences: int  # B
+    sorted_indices: Tensor | None  # [B] sequence at each place of the sorted batch; None: not sorted
+    unsorted_indices: Tensor | None  # [B] its inverse
+    leave: Callable[[Tensor], Tensor | PackedSequence]  # y [N, *] -> the user's layout
+
+
+def from_padded(input: Tensor, batch_first: bool) -> Rows:
+    """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``."""
+    steps, sequences = _steps_and_sequences(input, batch_first)
+    time_major = input.transpose(0, 1) if batch_first else input
+
+    def leave(y: Tensor) -> Tensor:
+        y = y.view(steps, sequences, y.shape[1])
+        return y.transpose(0, 1) if batch_first else y
+
+    return Rows(time_major.reshape(steps * sequences, input.shape[2]), None, sequences, None, None, leave)
+
+
+def from_unbatched(input: Tensor) -> Rows:
+    """input ``[T, I]``, one sequence."""
+    return Rows(input, None, 1, None, None, lambda y: y)
+
+
+def from_packed(input: PackedSequence, sequences: int | None) -> Rows:
+    """A PackedSequence. `sequences` is the batch size of the given initial state, None without one.
+
+    Raises:
+        ValueError: batch_sizes, sorted_indices and data that do not fit together.
+    """
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _check_packed(input)
+    first = int(batch_sizes[0])
+    if compiling:
+        # Prefer a size the compiler knows to one it must read from batch_sizes.
+        if sorted_indices is not None:
+            sequences = sorted_indices.shape[0]
+        if sequences is not None:
+            torch._check(first == sequences, lambda: "batch_sizes[0] is not the batch size")
+            first = sequences
+
+    def leave(y: Tensor) -> PackedSequence:
+        return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+
+    return Rows(data, batch_sizes, first, sorted_indices, unsorted_indices, leave)
+
+
+def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bool) -> Rows:
+    """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``; sequence b is its first lengths[b] steps.
+
+    What lies behind a sequence's end is not read, and comes out as zeros. Lengths may be on any device, in any order,
+    and zero. Where they are on the CPU, the work is in proportion to their sum; elsewhere nothing waits for the device.
+
+    Raises:
+        TypeError: lengths that are not integers.
+        ValueError: lengths of the wrong shape, negative, or longer than T.
+    """
+    steps, sequences = _steps_and_sequences(input, batch_first)
+    lengths = _as_lengths(lengths, sequences, input.device)
+    batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, steps)
+    sorted_indices = lengths.argsort(descending=True, stable=True)
+    step = torch.arange(steps, device=lengths.device).unsqueeze(1)
+    strides = (1, steps) if batch_first else (sequences, 1)
+    position = step * strides[0] + sorted_indices * strides[1]  # [T, B] where (step, sorted sequence) lies in `input`
+    total = steps * sequences
+    running = step < lengths[sorted_indices]
+    used = total if torch.compiler.is_compiling() or lengths.device.type != "cpu" else int(batch_sizes.sum())
+    index, inverse = _row_index(running, position, used, total)
+    index, inverse = index.to(input.device), inverse.to(input.device)
+    data = torch.ops.seqkernels.gather_rows(input.reshape(total, input.shape[2]), index, inverse)
+
+    def leave(y: Tensor) -> Tensor:
+        return torch.ops.seqkernels.gather_rows(y, inverse, index).view(*input.shape[:2], y.shape[1])
+
+    return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
+
+
+def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Rows:
+    """input ``[N, I]``, sequences one after another; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+
+    `max_seqlen` bounds the longest sequence; it is read from cu_seqlens if None.
+
+    Raises:
+        TypeError: cu_seqlens that are not integers.
+        ValueError: cu_seqlens that do not start at 0, fall, or do not end at N; a longer sequence than max_seqlen.
+    """
+    if input.dim() != 2:
+        raise ValueError(f"with cu_seqlens the input is [rows, features], got {input.dim()} dimensions")
+    cu_seqlens = _integers(cu_seqlens, "cu_seqlens")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
+    total, sequences = input.shape[0], cu_seqlens.shape[0] - 1
+    lengths = torch.ops.seqkernels.check_cu_seqlens(cu_seqlens, total)
+    if max_seqlen is None:
+        max_seqlen = int(lengths.max()) if sequences else 0
+    batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, max_seqlen)
+    sorted_indices = lengths.argsort(descending=True, stable=True)
+    step = torch.arange(max_seqlen, device=lengths.device).unsqueeze(1)
+    index, inverse = _row_index(
+        step < lengths[sorted_indices], cu_seqlens[:-1][sorted_indices] + step, total, total
+    )
+    index, inverse = index.to(input.device), inverse.to(input.device)
+    data = torch.ops.seqkernels.gather_rows(input, index, inverse)
+
+    def leave(y: Tensor) -> Tensor:
+        return torch.ops.seqkernels.gather_rows(y, inverse, index)
+
+    return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
+
+
+def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
+    return (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+
+
+def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, leave) -> Rows:
+    sorted_indices = sorted_indices.to(data.device)
+    return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), leave)
+
+
+def _row_index(running: Tensor, position: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:
+    """Where each of the `rows` packed rows lies among the user's `total` rows, and the inverse; -1 where nowhere.
+
+    running, position: ``[T, B]`` with the sequences sorted. Written without data-dependent shapes, so that it compiles.
+    """
+    running, position = running.flatten(), position.flatten()
+    # The packed rows are the running places in order; all other places go to one row more, which is dropped.
+    place = torch.where(running, running.cumsum(0) - 1, rows)
+    index = place.new_full((rows + 1,), -1).scatter(0, place, position)[:rows]
+    target = torch.where(index < 0, total, index)
+    inverse = place.new_full((total + 1,), -1)
+    inverse = inverse.scatter(0, target, torch.arange(rows, device=place.device))[:total]
+    return index, inverse
+
+
+def _as_lengths(lengths: Tensor | Sequence[int], sequences: int, device: torch.device) -> Tensor:
+    lengths = _integers(lengths, "lengths")
+    if lengths.dim() != 1 or lengths.shape[0] != sequences:
+        raise ValueError(f"lengths is [{sequences}], one for each sequence, got the shape {list(lengths.shape)}")
+    # Lengths on the CPU serve every device; others must be where the input is.
+    return lengths if lengths.device.type == "cpu" else lengths.to(device)
+
+
+def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
+    values = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
+        if values.numel() or isinstance(values, Tensor):
+            raise TypeError(f"{name} must be integers, got {values.dtype}")
+    return values.long()
+
+
+def _check_packed(packed: PackedSequence) -> None:
+    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    if batch_sizes.dim() != 1 or len(batch_sizes) == 0:
+        raise ValueError(f"batch_sizes is [steps] with at least one step, got the shape {list(batch_sizes.shape)}")
+    if batch_sizes.device.type != "cpu" or batch_sizes.dtype != torch.int64:
+        raise ValueError(f"batch_sizes must be int64 on the CPU, got {batch_sizes.dtype} on {batch_sizes.device}")
+    if int(batch_sizes[-1]) < 0 or bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
+        raise ValueError("batch_sizes must not rise nor be negative: the sequences are sorted by falling length")
+    if int(batch_sizes.sum()) != len(data):
+        raise ValueError(f"batch_sizes add up to {int(batch_sizes.sum())} rows, but data has {len(data)}")
+    for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+        if indices is not None and indices.shape != (int(batch_sizes[0]),):
+            raise ValueError(
+                f"{name} is [{int(batch_sizes[0])}], one for each sequence, got the shape {list(indices.shape)}"
+            )
+
+
+def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
+    """Operator: how many sequences run in each step ``[T]``. An operator so that values are checked when compiled, too.
+
+    Values on a GPU are checked there, without waiting for it."""
+    fits = (lengths >= 0).logical_and(lengths <= steps).all()
+    if lengths.device.type == "cpu":
+        if not fits:
+            raise ValueError(f"lengths must lie between 0 and the {steps} steps of the input, got {lengths.tolist()}")
+    else:
+        torch._assert_async(fits, "lengths must lie between 0 and the steps of the input")
+    return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).sum(1)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Operator: the lengths ``[B]`` between cu_seqlens, which are checked."""
+    lengths = cu_seqlens.diff()
+    fits = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == rows).logical_and((lengths >= 0).all())
+    message = f"cu_seqlens must start at 0, never fall, and end at the number of rows of the input, {rows}"
+    if lengths.device.type == "cpu":
+        if not fits:
+            raise ValueError(f"{message}; got {cu_seqlens.tolist()}")
+    else:
+        torch._assert_async(fits, message)
+    return lengths
+
+
+def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Operator: rows[index], a zero row where index is -1. `inverse` serves the gradient, which is the same operator:
+    no row is taken twice, so nothing need be added up."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(index.shape[0], rows.shape[1])
+    taken = rows.index_select(0, index.clamp(min=0))
+    return taken.masked_fill_((index < 0).unsqueeze(1), 0)
+
+
+_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library.define("batch_sizes(Tensor lengths, SymInt steps) -> Tensor")
+_library.define("check_cu_seqlens(Tensor cu_seqlens, SymInt rows) -> Tensor")
+_library.define("gather_rows(Tensor rows, Tensor index, Tensor inverse) -> Tensor")
+_library.impl("batch_sizes", _batch_sizes, "CompositeExplicitAutograd")
+_library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd")
+_library.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("seqkernels::batch_sizes", lib=_library)
+def _(lengths, steps):
+    return lengths.new_empty(steps)
+
+
+@torch.library.register_fake("seqkernels::check_cu_seqlens", lib=_library)
+def _(cu_seqlens, rows):
+    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1)
+
+
+@torch.library.register_fake("seqkernels::gather_rows", lib=_library)
+def _(rows, index, inverse):
+    return rows.new_empty(index.shape[0], rows.shape[1])
+
+
+torch.library.register_autograd(
+    "seqkernels::gather_rows",
+    lambda ctx, grad: (torch.ops.seqkernels.gather_rows(grad, *ctx.saved_tensors), None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2], inputs[1]),
+    lib=_library,
+)
