@@ -94,18 +94,19 @@ def recurrent(
     unbatched = _check_dimensions(cell, input, hx, lengths, cu_seqlens)
     _check_input(data, weights[0][0], 2 if isinstance(input, PackedSequence) or cu_seqlens is not None else 3)
     hx = _unsqueeze(hx) if unbatched else hx
+    transformed = ops.transformed()
     if isinstance(input, PackedSequence):
         rows = varlen.from_packed(input, None if hx is None else _first(hx).shape[1])
     elif cu_seqlens is not None:
-        rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen)
+        rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
     elif lengths is not None:
-        rows = varlen.from_lengths(input, lengths, batch_first)
+        rows = varlen.from_lengths(input, lengths, batch_first, transformed)
     elif unbatched:
         rows = varlen.from_unbatched(input)
     else:
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, rows, weights, num_layers * directions)
-    plan = select.plan(select.Problem(cell, data.device.type, data.dtype), backend=backend)
+    plan = select.plan(select.Problem(cell, data.device.type, data.dtype, transformed), backend=backend)
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s rows %d sequences %d: %s", cell, rows.data.shape[0], rows.sequences, plan)
 
@@ -149,7 +150,7 @@ def recurrent_cell(
             )
         _check_same(state, input)
     _check_same(w_ih, input, "parameter")
-    plan = select.plan(select.Problem(cell, input.device.type, input.dtype), backend=backend)
+    plan = select.plan(select.Problem(cell, input.device.type, input.dtype, ops.transformed()), backend=backend)
     c_0 = None if c_0 is None else c_0.unsqueeze(0)
     _, h, c = _layer(cell, input, [weights], h_0.unsqueeze(0), c_0, None, plan.backend)
     return h.squeeze(0), c.squeeze(0)
@@ -179,7 +180,7 @@ def _layer(
     save = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (gates_x, w_hh, b_hn, w_hr, h_0, c_0)
     )
-    y, h_n, c_n, _ = ops.FORWARD[backend](cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, save)
+    y, h_n, c_n, _ = ops.recurrence_forward(backend, cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, save)
     return y, h_n, c_n
 
 

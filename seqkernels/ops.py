@@ -220,4 +220,18 @@ _backends = ["torch_eager"] + (["cpu"] if HERE.native else [])  # csrc/library.c
 for _backend in _backends:
     _register(_backend)
 
-FORWARD = {backend: getattr(torch.ops.seqkernels.recurrence_forward, backend) for backend in _backends}
+_FORWARD = {backend: getattr(torch.ops.seqkernels.recurrence_forward, backend) for backend in _backends}
+
+
+def recurrence_forward(backend: str, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call the operator of `backend`; under a transform, which an operator cannot pass, its plain torch operations."""
+    if transformed():
+        return torch_eager.forward(*args)
+    return _FORWARD[backend](*args)
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

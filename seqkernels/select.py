@@ -19,6 +19,7 @@ class Problem(NamedTuple):
     cell: str  # rnn_tanh, rnn_relu, gru, lstm
     device_type: str
     dtype: torch.dtype
+    transformed: bool = False  # a torch.func transform or forward-mode AD is at work
 
 
 class Plan(NamedTuple):
@@ -44,6 +45,8 @@ def reason_against(backend: str, problem: Problem, machine: Machine) -> str | No
             return f"the tensors are on {problem.device_type}"
         if problem.dtype not in CPU_DTYPES:
             return f"no CPU kernel for {problem.dtype}"
+        if problem.transformed:
+            return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
         return None if machine.native else machine.native_missing
     return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
 

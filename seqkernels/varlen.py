@@ -65,11 +65,12 @@ def from_packed(input: PackedSequence, sequences: int | None) -> Rows:
     return Rows(data, batch_sizes, first, sorted_indices, unsorted_indices, leave)
 
 
-def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bool) -> Rows:
+def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bool, transformed: bool = False) -> Rows:
     """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``; sequence b is its first lengths[b] steps.
 
     What lies behind a sequence's end is not read, and comes out as zeros. Lengths may be on any device, in any order,
     and zero. Where they are on the CPU, the work is in proportion to their sum; elsewhere nothing waits for the device.
+    `transformed`: a torch.func transform is at work, so plain operations are called where there is an operator.
 
     Raises:
         TypeError: lengths that are not integers.
@@ -87,15 +88,16 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     used = total if torch.compiler.is_compiling() or lengths.device.type != "cpu" else int(batch_sizes.sum())
     index, inverse = _row_index(running, position, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    data = torch.ops.seqkernels.gather_rows(input.reshape(total, input.shape[2]), index, inverse)
+    gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
+    data = gather(input.reshape(total, input.shape[2]), index, inverse)
 
     def leave(y: Tensor) -> Tensor:
-        return torch.ops.seqkernels.gather_rows(y, inverse, index).view(*input.shape[:2], y.shape[1])
+        return gather(y, inverse, index).view(*input.shape[:2], y.shape[1])
 
     return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
 
 
-def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Rows:
+def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, transformed: bool = False) -> Rows:
     """input ``[N, I]``, sequences one after another; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 
     `max_seqlen` bounds the longest sequence; it is read from cu_seqlens if None.
@@ -120,10 +122,11 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -
         step < lengths[sorted_indices], cu_seqlens[:-1][sorted_indices] + step, total, total
     )
     index, inverse = index.to(input.device), inverse.to(input.device)
-    data = torch.ops.seqkernels.gather_rows(input, index, inverse)
+    gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
+    data = gather(input, index, inverse)
 
     def leave(y: Tensor) -> Tensor:
-        return torch.ops.seqkernels.gather_rows(y, inverse, index)
+        return gather(y, inverse, index)
 
     return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
 
@@ -216,8 +219,7 @@ def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     no row is taken twice, so nothing need be added up."""
     if rows.shape[0] == 0:
         return rows.new_zeros(index.shape[0], rows.shape[1])
-    taken = rows.index_select(0, index.clamp(min=0))
-    return taken.masked_fill_((index < 0).unsqueeze(1), 0)
+    return rows.index_select(0, index.clamp(min=0)).masked_fill((index < 0).unsqueeze(1), 0)
 
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
