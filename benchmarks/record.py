@@ -1,0 +1,80 @@
+"""Result rows: one JSON line a run, with all that is needed to judge and to repeat it."""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a row was measured with."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": platform.platform(),
+        "cpu": cpu_name(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seqkernels": seqkernels_version(),
+        **revision(),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def seqkernels_version() -> str | None:
+    """None where it takes no part in the run."""
+    return getattr(sys.modules.get("seqkernels"), "__version__", None)
+
+
+def revision() -> dict[str, Any]:
+    """The git commit of these files and whether they differ from it; None without git or a commit."""
+    commit = git("rev-parse", "--verify", "--quiet", "HEAD")
+    if commit is None or git("rev-parse", "--show-toplevel") != str(ROOT):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def options_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
