@@ -1,0 +1,61 @@
+# make demo, make test: everything from a fresh clone, in an environment of its own.
+# TORCH=torch==2.13.0 names the torch to use; without it, that of $(PYTHON) is taken, or else the newest is installed.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+BIN := $(VENV)/bin
+# One stamp per choice of torch, so that another TORCH sets up the environment anew.
+TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
+READY := $(VENV)/seqkernels-built
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+help:
+	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
+	@echo "make test      run all tests"
+	@echo "make lint      check style and import directions"
+	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
+	@echo "make wheel     build dist/seqkernels-*.whl"
+	@echo "make clean     remove what these made"
+
+$(TORCH_READY):
+	rm -rf $(VENV)
+	@if [ -z "$(TORCH)" ] && $(PYTHON) -c "import torch" 2>/dev/null; then \
+	  echo "taking the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q $(or $(TORCH),torch); \
+	fi
+	touch $@
+
+$(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+wheel: $(READY)
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+lint: $(READY)
+	$(BIN)/pip install -q -e ".[lint]" --no-build-isolation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	$(BIN)/lint-imports
+
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(READY)
+	CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_ops.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so results
+
+.PHONY: help demo test wheel lint sanitize clean
