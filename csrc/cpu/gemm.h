@@ -73,27 +73,33 @@ inline void pack_panel(const Packed& shape, int64_t j, const S* source, int64_t 
   }
 }
 
-// out[r][v] = sum over k of a[r * lda + k] * panel[k][v], for R rows and N vectors; k in order, so that a row's result
-// does not depend on the rows beside it.
+// Steps of k that are added up before their sum joins the total: rounding errors grow with the length of a chain.
+constexpr int64_t kChain = 64;
+
+// out[r][v] = sum over k of a[r * lda + k] * panel[k][v], for R rows and N vectors; always in the same order, so that
+// a row's result does not depend on the rows beside it.
 template <int R, int N, class C>
 inline void multiply(int64_t k, const C* a, int64_t lda, const C* panel, Vec<C>* out) {
   constexpr int V = kLanes<C>;
-  Vec<C> sum[R][N] = {};
-  for (int64_t i = 0; i < k; i++) {
-    Vec<C> w[N];
+  for (int64_t k0 = 0; k0 < k; k0 += kChain) {
+    const int64_t k1 = k0 + kChain < k ? k0 + kChain : k;
+    Vec<C> sum[R][N] = {};
+    for (int64_t i = k0; i < k1; i++) {
+      Vec<C> w[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) w[v] = load(panel + (i * N + v) * V);
+      for (int v = 0; v < N; v++) w[v] = load(panel + (i * N + v) * V);
 #pragma GCC unroll 24
-    for (int r = 0; r < R; r++) {
-      const C x = a[r * lda + i];
+      for (int r = 0; r < R; r++) {
+        const C x = a[r * lda + i];
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) sum[r][v] += w[v] * x;
+        for (int v = 0; v < N; v++) sum[r][v] += w[v] * x;
+      }
     }
-  }
 #pragma GCC unroll 24
-  for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) out[r * N + v] = sum[r][v];
+      for (int v = 0; v < N; v++) out[r * N + v] = k0 ? out[r * N + v] + sum[r][v] : sum[r][v];
+  }
 }
 
 template <int N>
@@ -104,8 +110,6 @@ inline void multiply_rows(int rows, int64_t k, const C* a, int64_t lda, const C*
   if (rows == R) return multiply<R, N>(k, a, lda, panel, out);
   if constexpr (R > 1) multiply_rows<N, C, R - 1>(rows, k, a, lda, panel, out);
 }
-
-constexpr int kMaxOut = 32;  // vectors that a call of `each` may see
 
 // Multiplies a [rows, K] with a panel, a block of rows at a time; each(r, out) sees the vectors of row r.
 template <int N, class C, class Each>

@@ -230,26 +230,41 @@ inline void exp_parts(Vec<C> x, Vec<C>& scale, Vec<C>& p) {
 template <class V>
 using LaneOf = typename std::remove_reference<decltype(V{}[0])>::type;
 
-// Within 3 ulp.
+// 1 + exp(x): scale is a power of two, so nothing is lost before the one rounding of the sum.
 template <class V>
-inline V sigmoid(V x) {
+inline V one_plus_exp(V x) {
   V scale, p;
-  exp_parts<LaneOf<V>>(-x, scale, p);
-  return 1 / (1 + (scale + scale * p));
+  exp_parts<LaneOf<V>>(x, scale, p);
+  return scale * p + (scale + 1);
 }
 
-// Within 3 ulp, also near zero: -em / (2 + em) with em = exp(-2|x|) - 1.
+// Within 2 ulp.
+template <class V>
+inline V sigmoid(V x) {
+  return 1 / one_plus_exp(-x);
+}
+
+// (tanh(x) - x) / x^3 for |x| < 0.625 with z = x^2, to below an ulp of tanh; coefficients: Cephes tanhf.c and tanh.c.
+inline Vec<float> tanh_tail(Vec<float> z) {
+  return (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z -
+         3.33332819422e-1f;
+}
+inline Vec<double> tanh_tail(Vec<double> z) {
+  const Vec<double> p =
+      (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
+  const Vec<double> q =
+      ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
+  return p / q;
+}
+
+// Within 2 ulp, also near zero.
 template <class V>
 inline V tanh(V x) {
-  using K = ExpConstants<LaneOf<V>>;
-  const typename K::bits sign = bits_of<typename K::bits>(-V{});  // -0.0
-  const typename K::bits negative = bits_of<typename K::bits>(x) & sign;
-  const V magnitude = bits_of<V>(bits_of<typename K::bits>(x) & ~sign);
-  V scale, p;
-  exp_parts<LaneOf<V>>(magnitude * -2, scale, p);
-  const V em = scale * p + (scale - 1);
-  const V result = em / (-2 - em);
-  return bits_of<V>((bits_of<typename K::bits>(result) & ~sign) | negative);
+  const V magnitude = x < 0 ? -x : x;
+  const V large = 1 - 2 / one_plus_exp(magnitude * 2);
+  const V z = x * x;
+  const V small = x + x * z * tanh_tail(z);
+  return magnitude < static_cast<LaneOf<V>>(0.625) ? small : x < 0 ? -large : large;
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,124 @@
+"""Properties that hold whatever the numbers are."""
+
+import pytest
+import torch
+from cases import CELLS, Case
+from torch.nn.utils.rnn import pack_sequence
+
+import seqkernels as sk
+
+LENGTHS = (4, 7, 0, 1, 7, 3)
+
+
+def module_of(cell: str, backend: str, **options):
+    module = Case(cell, torch.float64, hidden_size=19, num_layers=2, **options).module(sk)
+    module.backend = backend
+    return module
+
+
+def only_h(state):
+    return state[0] if isinstance(state, tuple) else state
+
+
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_ragged_equals_each_sequence_alone(cell, backend):
+    module, x = module_of(cell, backend, bidirectional=True), torch.randn(7, 6, 4, dtype=torch.float64)
+    output, state = module(x, lengths=torch.tensor(LENGTHS))
+    for b, length in enumerate(LENGTHS):
+        assert not output[length:, b].any()
+        if length == 0:
+            assert not only_h(state)[:, b].any()
+            continue
+        alone, state_alone = module(x[:length, b])
+        close(output[:length, b], alone)
+        close(only_h(state)[:, b], only_h(state_alone))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_lies_behind_a_sequence_is_never_read(cell, backend):
+    module, x = module_of(cell, backend, bidirectional=True), torch.randn(7, 6, 4, dtype=torch.float64)
+    lengths = torch.tensor(LENGTHS)
+    expected = module(x, lengths=lengths)[0]
+    x[torch.arange(7).unsqueeze(1) >= lengths] = float("nan")
+    x.requires_grad_()
+    output = module(x, lengths=lengths)[0]
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_cut_and_carry_equals_one_run(cell, backend):
+    module, x = module_of(cell, backend), torch.randn(9, 3, 4, dtype=torch.float64)
+    whole, state = module(x)
+    first, carried = module(x[:4])
+    second, end = module(x[4:], carried)
+    close(torch.cat([first, second]), whole)
+    close(end, state)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_permuted_batch_gives_permuted_result(cell, backend):
+    module, x = module_of(cell, backend, bidirectional=True), torch.randn(7, 6, 4, dtype=torch.float64)
+    order, lengths = torch.randperm(6), torch.tensor(LENGTHS)
+    output, state = module(x, lengths=lengths)
+    permuted, permuted_state = module(x[:, order], lengths=lengths[order])
+    close(permuted, output[:, order])
+    close(only_h(permuted_state), only_h(state)[:, order])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reverse_direction_is_flip_forward_flip(cell, backend):
+    both = Case(cell, torch.float64, hidden_size=19, bidirectional=True).module(sk)
+    one = Case(cell, torch.float64, hidden_size=19).module(sk)
+    both.backend = one.backend = backend
+    one.load_state_dict({k.removesuffix("_reverse"): v for k, v in both.state_dict().items() if k.endswith("_reverse")})
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    output, state = both(x)
+    flipped, flipped_state = one(x.flip(0))
+    close(output[..., 19:], flipped.flip(0))
+    close(only_h(state)[1:], only_h(flipped_state))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_packed_lengths_and_cu_seqlens_are_one(cell, backend):
+    module = module_of(cell, backend, bidirectional=True)
+    sequences = [torch.randn(n, 4, dtype=torch.float64) for n in (5, 2, 6, 2)]
+    padded = torch.nn.utils.rnn.pad_sequence(sequences)
+    lengths = torch.tensor([5, 2, 6, 2])
+    output, state = module(padded, lengths=lengths)
+    packed, packed_state = module(pack_sequence(sequences, enforce_sorted=False))
+    close(torch.nn.utils.rnn.pad_packed_sequence(packed)[0], output)
+    close(packed_state, state)
+    function = getattr(sk.functional, "rnn" if cell.startswith("rnn") else cell)
+    more = {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    options = {"num_layers": 2, "bidirectional": True, "cu_seqlens": ends, "backend": backend, **more}
+    rows, rows_state = function(torch.cat(sequences), None, module._flat_weights, **options)
+    close(rows, torch.cat([output[:n, b] for b, n in enumerate(lengths)]))
+    close(rows_state, state)
+    close(function(torch.cat(sequences), None, module._flat_weights, max_seqlen=9, **options)[0], rows)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_run_gives_the_same_bits(cell, threads, backend):
+    torch.set_num_threads(threads)
+    module = Case(cell, hidden_size=70, num_layers=2, bidirectional=True).module(sk)
+    module.backend = backend
+    x = torch.randn(5, 33, 4)
+    lengths = torch.randint(0, 6, (33,))
+
+    def run():
+        module.zero_grad()
+        output, state = module(x, lengths=lengths)
+        (output.sum() + only_h(state).sum()).backward()
+        return [output, only_h(state), *(p.grad for p in module.parameters())]
+
+    first = run()
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
