@@ -27,9 +27,7 @@ if BUILD not in ("cpu", "none"):
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
-    INSTRUCTION_SETS["avx512"] = (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-    )
+    INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 
 # -Wno-maybe-uninitialized: GCC 12 warns about its own AVX-512 header.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option"

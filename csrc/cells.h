@@ -1,6 +1,6 @@
 // The gate algebra of every cell, forward and backward: the only C++ copy of these formulas.
-// T is a SIMD vector on the CPU, a float in device code; `sigmoid` and `tanh` of T are declared by whoever includes this.
-// Source: the torch.nn documentation of RNN, GRU and LSTM.
+// T is a SIMD vector on the CPU, a float in device code; `sigmoid` and `tanh` of T are declared by whoever includes
+// this. Source: the torch.nn documentation of RNN, GRU and LSTM.
 #pragma once
 
 #ifdef __CUDACC__

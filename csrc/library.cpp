@@ -166,7 +166,8 @@ constexpr double kSmallWork = 1e5;
 
 std::vector<Task> share(const Problem& p, int64_t used_rows, int threads) {
   std::vector<Task> tasks;
-  const double work = static_cast<double>(used_rows) * p.directions * seqkernels::gates_of(p.cell) * p.hidden * p.projected;
+  const double work =
+      static_cast<double>(used_rows) * p.directions * seqkernels::gates_of(p.cell) * p.hidden * p.projected;
   const int64_t per_direction = work < kSmallWork ? 1 : threads / std::gcd(threads, p.directions);
   const int64_t needed = (p.sequences + kMostSequences - 1) / kMostSequences;
   const int64_t most = std::max<int64_t>(1, p.sequences / kLeastSequences);
@@ -187,15 +188,16 @@ std::vector<Task> share(const Problem& p, int64_t used_rows, int threads) {
 
 // Pack the weights of every direction, then run the tasks, both in parallel.
 template <class P, class Pack, class Run>
-void run(const P& p, int64_t used_rows, int64_t packed_bytes, int64_t (*scratch_bytes)(const Problem&, int64_t), Pack pack,
-         Run run_task) {
+void run(const P& p, int64_t used_rows, int64_t packed_bytes, int64_t (*scratch_bytes)(const Problem&, int64_t),
+         Pack pack, Run run_task) {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const std::vector<Task> tasks = share(p, used_rows, threads);
   packed_bytes = round_up(packed_bytes);
   const Buffer packed = allocate(p.directions * packed_bytes);
   const auto packed_of = [&](int64_t d) { return static_cast<char*>(packed.get()) + d * packed_bytes; };
   std::vector<int64_t> scratch_offset{0};
-  for (const Task& task : tasks) scratch_offset.push_back(scratch_offset.back() + round_up(scratch_bytes(p, task.count)));
+  for (const Task& task : tasks)
+    scratch_offset.push_back(scratch_offset.back() + round_up(scratch_bytes(p, task.count)));
   const Buffer scratch = allocate(scratch_offset.back());
   const auto run_tasks = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
@@ -216,8 +218,8 @@ void zero_rows(Tensor& tensor, int64_t from) {
 
 void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, Tensor gates_x, Tensor w_hh, Optional b_hn,
-                                                              Optional w_hr, Tensor h_0, Optional c_0,
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, Tensor gates_x, Tensor w_hh,
+                                                              Optional b_hn, Optional w_hr, Tensor h_0, Optional c_0,
                                                               Optional batch_sizes, bool save) {
   Forward p{};
   Arguments arguments(p, cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes);
@@ -266,8 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(std::string cell,
   p.grad_c_0 = pointer(grad_c_0);
   const seqkernels::Kernels& kernels = seqkernels::kernels();
   if (grad_h_0.numel())
-    run(p, arguments.used_rows(), kernels.backward_packed_bytes(p), kernels.backward_scratch_bytes, kernels.backward_pack,
-        kernels.backward);
+    run(p, arguments.used_rows(), kernels.backward_packed_bytes(p), kernels.backward_scratch_bytes,
+        kernels.backward_pack, kernels.backward);
   return {grad_gates_x, grad_hidden, grad_h_0, grad_c_0};
 }
 
@@ -299,7 +301,8 @@ static PyObject* force_isa(PyObject*, PyObject* name) {
   const std::string wanted = PyBytes_AsString(bytes);
   Py_DECREF(bytes);
   if (!seqkernels::force_kernels(wanted.c_str()))
-    return PyErr_Format(PyExc_ValueError, "'%s' does not run here; built: %s", wanted.c_str(), seqkernels::built_kernels());
+    return PyErr_Format(PyExc_ValueError, "'%s' does not run here; built: %s", wanted.c_str(),
+                        seqkernels::built_kernels());
   Py_RETURN_NONE;
 }
 
@@ -319,6 +322,7 @@ static PyMethodDef methods[] = {
 };
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "CPU kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", "CPU kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from seqkernels import modules
@@ -24,7 +23,9 @@ class Swap(NamedTuple):
 
     def __str__(self) -> str:
         where = self.name or "(the model itself)"
-        return f"{where}: {self.before} -> {self.after}" if self.after else f"{where}: {self.before} left, {self.reason}"
+        return (
+            f"{where}: {self.before} -> {self.after}" if self.after else f"{where}: {self.before} left, {self.reason}"
+        )
 
 
 class Report(list[Swap]):

@@ -133,7 +133,7 @@ def recurrent_cell(
     weights: Sequence[Tensor],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step: input ``[B, I]``, states ``[B, H]``, weights w_ih, w_hh, (b_ih, b_hh) -> (h, c); c is empty but in LSTM.
+    """One step: input ``[B, I]``, states ``[B, H]``, weights w_ih, w_hh, (b_ih, b_hh) -> (h, c); c: LSTM only.
 
     Raises:
         RuntimeError: torch.nn's own for sizes, dtypes and devices that do not fit.

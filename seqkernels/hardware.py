@@ -1,5 +1,6 @@
 """What this machine and this install have: the facts that `select` decides by and `python -m seqkernels` prints."""
 
+import importlib
 import os
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ class Machine(NamedTuple):
 def _load_native() -> str:
     """Load the compiled library, which registers its operators; the reason if that cannot be done."""
     try:
-        import seqkernels._C  # noqa: F401
+        importlib.import_module("seqkernels._C")
     except ModuleNotFoundError:
         return "this install has no compiled part (it was built with SEQKERNELS_BUILD=none)"
     except ImportError as error:
@@ -35,13 +36,10 @@ HERE = _here()
 
 def describe() -> list[tuple[str, str]]:
     """(what, finding) for each thing that decides what can run here, with the remedy where something is missing."""
-    from seqkernels import __version__
-
-    rows = [("seqkernels", __version__), ("torch", torch.__version__)]
+    rows = [("torch", torch.__version__)]
     if HERE.native:
-        from seqkernels import _C
-
-        rows.append(("CPU kernels", f"{_C.isa()} in use; {_C.build_info()}"))
+        native = importlib.import_module("seqkernels._C")
+        rows.append(("CPU kernels", f"{native.isa()} in use; {native.build_info()}"))
     else:
         rows.append(("CPU kernels", f"none: {HERE.native_missing}. Remedy: a C++ compiler, then pip install again"))
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))

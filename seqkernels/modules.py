@@ -7,7 +7,6 @@ so parametrizations, weight tying, functional_call, deepcopy, pickle and plain a
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -158,8 +157,6 @@ class RNNCell(_Cell):
 
     forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
     """
-
-    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]
 
     def __init__(
         self,

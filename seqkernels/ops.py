@@ -54,9 +54,7 @@ def _fake_forward(cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, save):
     )
 
 
-def _fake_backward(
-    cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved
-):
+def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved):
     rows, directions, columns = gates_x.shape
     extra = columns // 3 if cell == "gru" else h_0.shape[2] if w_hr is not None else 0
     return (
@@ -140,10 +138,7 @@ def _weight_gradients(cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y
     grad_w_hh, grad_w_hr = [], []
     for d in range(directions):
         y_d, grad = y[:, d * projected : (d + 1) * projected], grad_gates_x[:, d]
-        if cell == "gru":
-            grads = (grad[:, : 2 * hidden], grad_hidden[:, d])
-        else:
-            grads = (grad,)
+        grads = (grad[:, : 2 * hidden], grad_hidden[:, d]) if cell == "gru" else (grad,)
         grad_w_hh.append(torch.cat(_times_previous(grads, y_d, h_0[d], batch_sizes, reverse=d == 1)))
         if w_hr is not None:
             o, c = saved[:, d, 3 * hidden : 4 * hidden], saved[:, d, 4 * hidden :]

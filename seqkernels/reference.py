@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 
-def step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_ih, w_hh, b_ih, b_hh, w_hr) -> tuple[Tensor, Tensor | None]:
+def step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_ih, w_hh, b_ih, b_hh, w_hr
+) -> tuple[Tensor, Tensor | None]:
     """One step of one sequence: x ``[I]``, h ``[P]``, c ``[H]`` or None -> the next (h, c)."""
     gates_x, gates_h = w_ih @ x + b_ih, w_hh @ h + b_hh
     if cell == "rnn_tanh":

@@ -118,9 +118,7 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, max_seqlen)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     step = torch.arange(max_seqlen, device=lengths.device).unsqueeze(1)
-    index, inverse = _row_index(
-        step < lengths[sorted_indices], cu_seqlens[:-1][sorted_indices] + step, total, total
-    )
+    index, inverse = _row_index(step < lengths[sorted_indices], cu_seqlens[:-1][sorted_indices] + step, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
     gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
     data = gather(input, index, inverse)
@@ -164,10 +162,10 @@ def _as_lengths(lengths: Tensor | Sequence[int], sequences: int, device: torch.d
 
 
 def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
-    values = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    if not isinstance(values, Tensor):
+        values = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.long)
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
-        if values.numel() or isinstance(values, Tensor):
-            raise TypeError(f"{name} must be integers, got {values.dtype}")
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
     return values.long()
 
 

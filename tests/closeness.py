@@ -33,7 +33,8 @@ def assert_as_close_as_torch(ours: list[Results], torchs: list[Results], spec: l
     for name in spec[0]:
         assert all(results[name].dtype == dtype for results in ours), f"{name} is not {dtype}"
         value, own, right = (
-            torch.cat([results[name].detach().double().flatten() for results in draws]) for draws in (ours, torchs, spec)
+            torch.cat([results[name].detach().double().flatten() for results in draws])
+            for draws in (ours, torchs, spec)
         )
         (error, largest), (own_error, own_largest) = errors(value, right), errors(own, right)
         assert error <= 2 * own_error + floor, f"{name}: error {error:.2e}, torch.nn's own {own_error:.2e}"

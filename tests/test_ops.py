@@ -1,4 +1,4 @@
-"""The operator pair on every backend and instruction set. Runs under the sanitizers as well, so it needs nothing else."""
+"""The operator pair on every backend and instruction set. Runs under the sanitizers as well."""
 
 from dataclasses import dataclass
 
@@ -111,7 +111,9 @@ def calls(dtype: torch.dtype = torch.float64, **more) -> list:
                 projected.projected = max(1, projected.hidden // 2)
                 named.append(pytest.param(projected, id=f"{cell}-{name}-projected"))
             if cell == "gru":
-                named.append(pytest.param(Call(cell, bias=False, dtype=dtype, **shape, **more), id=f"gru-{name}-no bias"))
+                named.append(
+                    pytest.param(Call(cell, bias=False, dtype=dtype, **shape, **more), id=f"gru-{name}-no bias")
+                )
     return named
 
 

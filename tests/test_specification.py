@@ -48,4 +48,8 @@ def test_real_size_is_as_close_as_torch(cell, dtype, layout):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("hidden_size", [1, 17, 129, 160, 257])
 def test_odd_hidden_size_is_as_close_as_torch(cell, hidden_size):
-    assert_right(Case(cell, torch.float32, "packed_unsorted", (3, 7, 5, 7), 3, hidden_size), None, draws=8 if hidden_size < 8 else 1)
+    assert_right(
+        Case(cell, torch.float32, "packed_unsorted", (3, 7, 5, 7), 3, hidden_size),
+        None,
+        draws=8 if hidden_size < 8 else 1,
+    )

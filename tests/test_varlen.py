@@ -137,7 +137,7 @@ def state(rnn: nn.Module, *shape: int):
 @pytest.mark.parametrize("bad", BAD_INPUT)
 @pytest.mark.parametrize("name", MODULES)
 def test_bad_input_raises_what_torch_nn_raises(name, bad):
-    with pytest.raises(Exception) as expected:  # noqa: PT011
+    with pytest.raises(Exception) as expected:
         BAD_INPUT[bad](getattr(nn, name)(4, 5))
     with pytest.raises(type(expected.value)) as ours:
         BAD_INPUT[bad](getattr(sk, name)(4, 5))

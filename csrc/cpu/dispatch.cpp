@@ -33,9 +33,7 @@ const Candidate kCandidates[] = {
               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
      }},
     {&avx2::kernels,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
     {&baseline::kernels, [] { return true; }},
 };

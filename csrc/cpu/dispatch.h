@@ -4,8 +4,8 @@
 
 namespace seqkernels {
 
-const Kernels& kernels();        // those in use
-const char* built_kernels();     // names of all in this binary, best first
+const Kernels& kernels();              // those in use
+const char* built_kernels();           // names of all in this binary, best first
 bool force_kernels(const char* name);  // for tests; false if this machine or binary has none of that name
 
 }  // namespace seqkernels

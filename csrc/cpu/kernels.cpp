@@ -176,7 +176,8 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
           for (int g = 0; g < G; g++) x[g] = row.gate(g, unit, lanes);
           if constexpr (kCell == Cell::gru) {
             GruGates<V> gates;
-            const V next = gru_forward(x[0], x[1], x[2], out[0], out[1], out[2] + bias, load(h + r * ldh + unit), gates);
+            const V next =
+                gru_forward(x[0], x[1], x[2], out[0], out[1], out[2] + bias, load(h + r * ldh + unit), gates);
             store(h_next + r * ldh + unit, next);
             store(row.y + unit, next, lanes);
             row.save(0, unit, lanes, gates.r);
@@ -186,8 +187,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
           } else {
             LstmGates<V> gates;
             V state = load(c + r * ldc + unit);
-            const V next =
-                lstm_forward(x[0] + out[0], x[1] + out[1], x[2] + out[2], x[3] + out[3], state, gates);
+            const V next = lstm_forward(x[0] + out[0], x[1] + out[1], x[2] + out[2], x[3] + out[3], state, gates);
             store(c + r * ldc + unit, state);
             if (p.has_projection) {
               store(unprojected + r * ldc + unit, next);
@@ -216,8 +216,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
     h_next = before;
     // Sequences that end here leave their final state; in a reverse sweep all end with the last step.
     if (!task.direction)
-      for (int64_t r = at.running(t + 1); r < running; r++)
-        store_state(h + r * ldh, at.at_sequence(h_n, r, P), P);
+      for (int64_t r = at.running(t + 1); r < running; r++) store_state(h + r * ldh, at.at_sequence(h_n, r, P), P);
   }
 
   const int64_t ran = at.running(0);
@@ -285,8 +284,8 @@ void backward(const Backward& p, const Task& task, const void* packed, void* scr
   const C* packed_hh = static_cast<const C*>(packed);
   const C* packed_hr = packed_hh + packed_size<C>(shapes.recurrent);
 
-  C* grad_h = static_cast<C*>(scratch);         // what later steps say of each sequence's h
-  C* grad_gates = grad_h + task.count * ldh;    // of W_hh h, the left factor of the product
+  C* grad_h = static_cast<C*>(scratch);       // what later steps say of each sequence's h
+  C* grad_gates = grad_h + task.count * ldh;  // of W_hh h, the left factor of the product
   C* grad_c = grad_gates + task.count * ldg;
   C* grad_unprojected = grad_c + (p.c_0 ? task.count * ldc : 0);
   for (int64_t r = 0; r < task.count; r++) {
@@ -308,11 +307,9 @@ void backward(const Backward& p, const Task& task, const void* packed, void* scr
         for (int64_t u = 0; u < P; u += kLane) store(to + u, load(to + u) + load(from + u, P - u));
       }
     if (p.has_projection) {
-      for (int64_t r = 0; r < running; r++)
-        store_state(grad_h + r * ldh, at.at_row(grad_hidden, at.row(t, r), P), P);
-      product(shapes.projection, running, grad_h, ldh, packed_hr, [&](int64_t r, int64_t unit, int64_t, V x) {
-        store(grad_unprojected + r * ldc + unit, x);
-      });
+      for (int64_t r = 0; r < running; r++) store_state(grad_h + r * ldh, at.at_row(grad_hidden, at.row(t, r), P), P);
+      product(shapes.projection, running, grad_h, ldh, packed_hr,
+              [&](int64_t r, int64_t unit, int64_t, V x) { store(grad_unprojected + r * ldc + unit, x); });
     }
 
     for (int64_t r = 0; r < running; r++) {
@@ -386,8 +383,8 @@ auto with_scalar(Scalar scalar, const Call& call) {
   }
 }
 
-#define SEQKERNELS_FOR_CELL(cell, function, ...)                                \
-  switch (cell) {                                                               \
+#define SEQKERNELS_FOR_CELL(cell, function, ...)                                    \
+  switch (cell) {                                                                   \
     case Cell::rnn_tanh: return function<Cell::rnn_tanh, decltype(s)>(__VA_ARGS__); \
     case Cell::rnn_relu: return function<Cell::rnn_relu, decltype(s)>(__VA_ARGS__); \
     case Cell::gru: return function<Cell::gru, decltype(s)>(__VA_ARGS__);           \
@@ -428,8 +425,15 @@ void pack_backward(const Problem& p, int d, void* packed) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    SEQKERNELS_STRING(SEQKERNELS_ISA), forward_packed, forward_scratch, backward_packed, backward_scratch, pack_forward,
-    run_forward,   pack_backward,  run_backward,
+    SEQKERNELS_STRING(SEQKERNELS_ISA),
+    forward_packed,
+    forward_scratch,
+    backward_packed,
+    backward_scratch,
+    pack_forward,
+    run_forward,
+    pack_backward,
+    run_backward,
 };
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,29 @@
+"""What `import seqkernels` costs and says of itself. Import directions are checked by `make lint`."""
+
+import inspect
+import subprocess
+import sys
+
+import seqkernels as sk
+
+
+def python(*arguments: str) -> str:
+    return subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_import_brings_in_neither_triton_nor_the_compiler():
+    code = "import sys, seqkernels; print([m for m in ('triton', 'torch._dynamo', 'sympy') if m in sys.modules])"
+    assert python("-c", code).strip() == "[]"
+
+
+def test_python_m_seqkernels_says_what_this_install_has():
+    said = python("-m", "seqkernels")
+    for what in ("seqkernels", sk.__version__, "torch", "CPU kernels", "CUDA", "Triton", "SEQKERNELS_BACKEND"):
+        assert what in said
+
+
+def test_everything_public_has_a_docstring():
+    for name in sk.__all__:
+        assert inspect.getdoc(getattr(sk, name)), name
+    for name, function in inspect.getmembers(sk.functional, inspect.isfunction):
+        assert name.startswith("_") or inspect.getdoc(function), name

@@ -1,0 +1,221 @@
+"""Drop-in: what people do with torch.nn's modules works with ours."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import seqkernels as sk
+
+MODULES = ("RNN", "GRU", "LSTM")
+CELLS = ("RNNCell", "GRUCell", "LSTMCell")
+OPTIONS = [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False, "batch_first": True}, {"dropout": 0.2}]
+
+
+def output_of(module, x):
+    result = module(x)
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", MODULES)
+def test_same_seed_same_parameters_same_repr_and_state_dicts_both_ways(name, options):
+    torch.manual_seed(0)
+    torchs = getattr(nn, name)(4, 5, **options)
+    torch.manual_seed(0)
+    ours = getattr(sk, name)(4, 5, **options)
+    assert repr(ours) == repr(torchs)
+    expected = torchs.state_dict()
+    assert list(ours.state_dict()) == list(expected)
+    assert all(torch.equal(ours.state_dict()[key], expected[key]) for key in expected)
+    other = getattr(nn, name)(4, 5, **options)
+    other.load_state_dict(ours.state_dict())
+    ours.load_state_dict(other.state_dict())
+    assert [p.shape for group in ours.all_weights for p in group] == [p.shape for g in torchs.all_weights for p in g]
+
+
+def test_lstm_with_projection_repr_and_weights_are_torchs():
+    assert repr(sk.LSTM(4, 5, proj_size=2)) == repr(nn.LSTM(4, 5, proj_size=2))
+    nn.LSTM(4, 5, proj_size=2).load_state_dict(sk.LSTM(4, 5, proj_size=2).state_dict())
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_have_torchs_parameters_and_repr(name):
+    torch.manual_seed(0)
+    torchs = getattr(nn, name)(4, 5, bias=False)
+    torch.manual_seed(0)
+    ours = getattr(sk, name)(4, 5, bias=False)
+    assert repr(ours) == repr(torchs)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours(x), torchs(x))
+
+
+@pytest.mark.parametrize("name", MODULES + CELLS)
+def test_copies_and_pickles_give_the_same(name):
+    module, x = getattr(sk, name)(4, 5), torch.randn(3, 4)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(module),
+        copy.copy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(file, weights_only=False),
+    ):
+        assert torch.equal(output_of(twin, x), output_of(module, x))
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.weight_hh_l0.zero_() if name in MODULES else twin.weight_hh.zero_()
+    assert (module.weight_hh_l0 if name in MODULES else module.weight_hh).any()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_weights_are_read_anew_in_every_call(name):
+    module, x = getattr(sk, name)(4, 5), torch.randn(6, 3, 4)
+    fresh = getattr(nn, name)(4, 5)
+
+    def assert_current():
+        fresh.load_state_dict({k: v.detach() for k, v in module.state_dict().items()})
+        torch.testing.assert_close(module(x)[0], fresh(x)[0])
+
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)  # an edit in place
+    assert_current()
+    module.weight_hh_l0.data = torch.randn_like(module.weight_hh_l0)
+    assert_current()
+    module.bias_hh_l0 = nn.Parameter(torch.randn_like(module.bias_hh_l0))
+    assert_current()
+    optimizer = torch.optim.Adam(module.parameters(), 0.1)
+    module(x)[0].sum().backward()
+    optimizer.step()
+    assert_current()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_weight_norm_old_and_new(name):
+    for norm in (nn.utils.weight_norm, parametrizations.weight_norm):
+        torchs, ours, x = getattr(nn, name)(4, 5), getattr(sk, name)(4, 5), torch.randn(6, 3, 4)
+        ours.load_state_dict(torchs.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            norm(torchs, "weight_hh_l0")
+            norm(ours, "weight_hh_l0")
+        torch.testing.assert_close(ours(x)[0], torchs(x)[0])
+        ours(x)[0].sum().backward()
+        assert all(p.grad is not None for p in ours.parameters())
+    torch.testing.assert_close(copy.deepcopy(ours)(x)[0], ours(x)[0])
+
+
+def test_a_weight_may_be_a_computed_tensor():
+    """Weight dropout: the parameter is replaced by a tensor with a history."""
+    rnn, x = sk.GRU(4, 5), torch.randn(6, 3, 4)
+    raw = nn.Parameter(rnn.weight_hh_l0.detach().clone())
+    del rnn.weight_hh_l0
+    rnn.weight_hh_l0 = raw * 0.5
+    rnn(x)[0].sum().backward()
+    assert raw.grad.any()
+
+
+def test_tied_weights_collect_both_gradients():
+    a, b, x = sk.GRU(4, 4), sk.GRU(4, 4), torch.randn(6, 3, 4)
+    b.weight_hh_l0 = a.weight_hh_l0
+    b(a(x)[0])[0].sum().backward()
+    torchs_a, torchs_b = nn.GRU(4, 4), nn.GRU(4, 4)
+    torchs_a.load_state_dict(a.state_dict())
+    torchs_b.load_state_dict(b.state_dict())
+    torchs_b.weight_hh_l0 = torchs_a.weight_hh_l0
+    torchs_b(torchs_a(x)[0])[0].sum().backward()
+    torch.testing.assert_close(a.weight_hh_l0.grad, torchs_a.weight_hh_l0.grad)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functional_call_and_transforms_work(name):
+    module, x = getattr(sk, name)(4, 5), torch.randn(6, 3, 4)
+    weights = {key: torch.randn_like(p) for key, p in module.named_parameters()}
+
+    def loss(weights, x):
+        return torch.func.functional_call(module, weights, (x,))[0].square().sum()
+
+    fresh = getattr(nn, name)(4, 5)
+    fresh.load_state_dict(weights)
+    torch.testing.assert_close(loss(weights, x), fresh(x)[0].square().sum())
+    found = torch.func.grad(loss)(weights, x)
+    expected = torch.autograd.grad(fresh(x)[0].square().sum(), list(fresh.parameters()))
+    torch.testing.assert_close(list(found.values()), list(expected), rtol=1e-4, atol=1e-5)
+    batches = torch.randn(3, 6, 2, 4)
+    torch.testing.assert_close(torch.vmap(lambda x: module(x)[0])(batches)[1], module(batches[1])[0])
+    primal, tangent = torch.func.jvp(lambda x: module(x)[0], (x,), (torch.ones_like(x),))
+    assert primal.shape == tangent.shape
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dropout_draws_torchs_numbers(name):
+    options = {"num_layers": 3, "dropout": 0.4, "bidirectional": True}
+    torchs, ours, x = getattr(nn, name)(4, 5, **options), getattr(sk, name)(4, 5, **options), torch.randn(6, 3, 4)
+    ours.load_state_dict(torchs.state_dict())
+    torch.manual_seed(7)
+    expected = torchs(x)[0]
+    torch.manual_seed(7)
+    torch.testing.assert_close(ours(x)[0], expected)
+    assert torch.equal(ours.eval()(x)[0], ours(x)[0])
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_replicas_for_data_parallel_use_their_own_weights(name):
+    module, x = getattr(sk, name)(4, 5), torch.randn(6, 3, 4)
+    replica = module._replicate_for_data_parallel()
+    for key, parameter in module.named_parameters():
+        setattr(replica, key, parameter.detach() * 2)
+    fresh = getattr(nn, name)(4, 5)
+    fresh.load_state_dict({key: 2 * value for key, value in module.state_dict().items()})
+    torch.testing.assert_close(replica(x)[0], fresh(x)[0])
+
+
+def test_flatten_parameters_does_nothing_silently():
+    rnn = sk.GRU(4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rnn.flatten_parameters()
+        rnn.double()(torch.randn(6, 3, 4).double())
+        rnn.float()(torch.randn(6, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODULES + CELLS)
+def test_autocast_gives_its_dtype_everywhere(name, dtype):
+    module, x = getattr(sk, name)(4, 5), torch.randn(3, 4)
+    with torch.autocast("cpu", dtype=dtype):
+        for leaf in torch.utils._pytree.tree_leaves(module(x)):
+            assert leaf.dtype == dtype
+        output_of(module, x).sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_wrong_constructor_arguments_raise_torchs_errors():
+    for name in MODULES:
+        for args, kwargs in (
+            ((4, 0), {}),
+            ((0, 5), {}),
+            ((4, 5), {"bias": 1}),
+            ((4, 5), {"dropout": 2}),
+            ((4, 5, 0), {}),
+            ((4.0, 5), {}),
+            ((4, 5), {"proj_size": 5}),
+            ((4, 5), {"nonlinearity": "gelu"}),
+        ):
+            with pytest.raises(Exception) as expected:
+                getattr(nn, name)(*args, **kwargs)
+            with pytest.raises(type(expected.value)) as ours:
+                getattr(sk, name)(*args, **kwargs)
+            assert str(ours.value).replace("_Recurrent", "RNNBase") == str(expected.value)
+
+
+def test_meta_modules_need_no_memory():
+    rnn = sk.LSTM(4, 1 << 20, device="meta")
+    assert rnn(torch.randn(6, 3, 4, device="meta"))[0].shape == (6, 3, 1 << 20)

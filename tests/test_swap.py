@@ -1,0 +1,132 @@
+"""Swapping torch.nn's modules for ours and back, patching torch.nn, and explaining."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import seqkernels as sk
+
+NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
+
+
+class Tagger(nn.Module):
+    """A model of somebody else's: nested, with one module in two places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+        self.encoder = nn.ModuleDict({"lstm": nn.LSTM(4, 5, 2, dropout=0.5, bidirectional=True, batch_first=True)})
+        self.shared = nn.GRU(10, 10, batch_first=True)
+        self.again = self.shared
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        y = self.encoder["lstm"](self.embedding(tokens))[0]
+        return self.head(self.again(self.shared(y)[0])[0])
+
+
+def test_a_model_swapped_in_keeps_everything_and_gives_the_same():
+    model, tokens = Tagger().eval(), torch.randint(10, (3, 7))
+    model.encoder["lstm"].train()
+    parameters, state = list(model.parameters()), list(model.state_dict())
+    calls = []
+    model.shared.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    expected = model(tokens)
+    report = sk.swap_in(model)
+    assert [(s.name, s.before, s.after) for s in report] == [
+        ("encoder.lstm", "torch.LSTM", "seqkernels.LSTM"),
+        ("shared", "torch.GRU", "seqkernels.GRU"),
+    ]
+    assert "2 swapped, 0 left" in str(report) and "encoder.lstm: torch.LSTM -> seqkernels.LSTM" in str(report)
+    assert type(model.shared) is sk.GRU and model.again is model.shared
+    assert model.encoder["lstm"].training and model.encoder["lstm"].dropout == 0.5 and not model.shared.training
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == state
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(tokens), expected)
+    assert len(calls) == 4
+    assert not sk.swap_in(model)
+    assert len(sk.swap_out(model)) == 2
+    assert type(model.shared) is nn.GRU
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(tokens), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_itself_can_be_the_module(name):
+    module, x = getattr(nn, name)(4, 5), torch.randn(3, 4)
+    expected = module(x)
+    assert sk.swap_in(module)[0].name == "" and type(module) is getattr(sk, name)
+    torch.testing.assert_close(module(x), expected)
+    sk.swap_out(module)
+    assert type(module) is getattr(nn, name)
+    torch.testing.assert_close(module(x), expected)
+
+
+def test_an_optimizer_made_before_goes_on():
+    model = nn.GRU(4, 5)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    sk.swap_in(model)
+    x = torch.randn(6, 3, 4)
+    before = model(x)[0]
+    before.sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(x)[0], before)
+    sk.swap_out(model)
+    torch.testing.assert_close(model(x)[0], copy.deepcopy(model)(x)[0])
+
+
+def test_a_parametrized_module_is_swapped_with_its_parametrization():
+    model, x = nn.Sequential(nn.GRU(4, 5)), torch.randn(6, 3, 4)
+    parametrizations.weight_norm(model[0], "weight_hh_l0")
+    expected = model(x)[0]
+    assert sk.swap_in(model)[0].after == "seqkernels.ParametrizedGRU"
+    assert isinstance(model[0], sk.GRU)
+    torch.testing.assert_close(model(x)[0], expected)
+    torch.testing.assert_close(copy.deepcopy(model)(x)[0], expected)
+    sk.swap_out(model)
+    assert isinstance(model[0], nn.GRU)
+    torch.testing.assert_close(model(x)[0], expected)
+
+
+def test_a_subclass_is_left_and_reported():
+    class Mine(nn.GRU):
+        def forward(self, input, hx=None):
+            return super().forward(2 * input, hx)
+
+    model = nn.Sequential(Mine(4, 5))
+    report = sk.swap_in(model)
+    assert type(model[0]) is Mine and not report.swapped
+    assert "Mine left, a subclass may compute something else" in str(report)
+
+
+def test_patch_torch_gives_ours_to_code_that_says_torch_nn():
+    with sk.patch_torch():
+        for name in NAMES:
+            assert getattr(nn, name) is getattr(sk, name) is getattr(nn.modules.rnn, name)
+        with sk.patch_torch():
+            model = Tagger()
+        assert nn.GRU is sk.GRU
+    assert all(getattr(nn, name).__module__ == "torch.nn.modules.rnn" for name in NAMES)
+    assert type(model.shared) is sk.GRU and model(torch.randint(10, (3, 7))).shape == (3, 7, 3)
+    with pytest.raises(KeyError), sk.patch_torch():
+        raise KeyError
+    assert nn.GRU is not sk.GRU
+
+
+def test_explain_says_what_runs_and_why():
+    x = torch.randn(6, 3, 4)
+    for module in (sk.GRU(4, 5), nn.LSTM(4, 5), sk.RNNCell(4, 5), nn.GRUCell(4, 5), nn.RNN(4, 5)):
+        plan = sk.explain(module, x)
+        assert plan.backend in ("cpu", "torch_eager") and plan.reason in str(plan)
+    meta = str(sk.explain(sk.GRU(4, 5), x.to("meta")))
+    assert "not cpu: the tensors are on meta" in meta
+    forced = sk.GRU(4, 5)
+    forced.backend = "torch_eager"
+    assert str(sk.explain(forced, x)) == "torch_eager: forced"
+    with pytest.raises(TypeError, match="got Linear"):
+        sk.explain(nn.Linear(4, 5), x)
