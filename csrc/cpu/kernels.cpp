@@ -32,6 +32,17 @@ inline void copy_row(C* to, const C* from, int64_t n) {
   for (int64_t i = 0; i < n; i++) to[i] = from[i];
 }
 
+// Fetch early what the next step loads, or stores to: the core that wrote it last, or reads it next, is often another,
+// and the rows of a step are no stream that the hardware would follow. An address beyond the array does no harm.
+template <class T>
+inline void prefetch_load(const T* p) {
+  __builtin_prefetch(p, 0);
+}
+template <class T>
+inline void prefetch_store(const T* p) {
+  __builtin_prefetch(p, 1);
+}
+
 // Where one direction's rows and states lie.
 template <class S>
 struct Layout {
@@ -51,6 +62,8 @@ struct Layout {
     return x + (task.direction * p.sequences + sequence(r)) * n;
   }
   int64_t running(int64_t t) const { return t < 0 || t >= p.steps ? 0 : running_of(task, p.batch_sizes[t]); }
+  // From a row of step t to that of the same sequence in step u; 0 if there is no such step.
+  int64_t rows_to(int64_t t, int64_t u) const { return u < 0 || u >= p.steps ? 0 : p.offsets[u] - p.offsets[t]; }
 };
 
 template <class S>
@@ -104,17 +117,29 @@ void forward_pack(const Problem& p, int d, void* packed) {
     pack_panel(shapes.projection, j, static_cast<const S*>(p.w_hr) + d * P * H, 0, H, 1, packed_projection);
 }
 
-// One sequence's row of one step: loads its share of gates_x, and stores y and saved.
-template <class S>
+// One sequence's row of one step: loads its share of gates_x, stores y and saved, and fetches the next step's row.
+template <class S, int G, int K>
 struct StepRow {
   const S* gates_x;  // [G*H]
-  S* y;              // [P] or, where y is projected later, null
+  S* y;              // [P]
   S* saved;          // [K*H] or null
-  int64_t hidden;
+  int64_t hidden, projected;
+  int64_t ahead;  // from this row to the next step's, in rows of one direction
 
-  Vec<Compute<S>> gate(int g, int64_t unit, int64_t lanes) const { return load(gates_x + g * hidden + unit, lanes); }
+  Vec<Compute<S>> gate(int g, int64_t unit, int64_t lanes) const {
+    const S* from = gates_x + g * hidden + unit;
+    prefetch_load(from + ahead * G * hidden);
+    return load(from, lanes);
+  }
   void save(int block, int64_t unit, int64_t lanes, Vec<Compute<S>> x) const {
-    if (saved) store(saved + block * hidden + unit, x, lanes);
+    if (!saved) return;
+    S* to = saved + block * hidden + unit;
+    prefetch_store(to + ahead * K * hidden);
+    store(to, x, lanes);
+  }
+  void put(int64_t unit, int64_t lanes, Vec<Compute<S>> h) const {
+    prefetch_store(y + unit + ahead * projected);
+    store(y + unit, h, lanes);
   }
 };
 
@@ -150,19 +175,24 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
   for (int64_t i = 0; i < p.steps; i++) {
     const int64_t t = task.direction ? p.steps - 1 - i : i;
     const int64_t running = at.running(t);
+    const int64_t ahead = at.rows_to(t, task.direction ? t - 1 : t + 1) * p.directions;
     const auto row_of = [&](int64_t r) {
       const int64_t row = at.row(t, r);
-      return StepRow<S>{at.at_row(gates_x, row, G * H), p.has_projection ? nullptr : at.at_row(y, row, P),
-                        saved ? at.at_row(saved, row, K * H) : nullptr, H};
+      return StepRow<S, G, K>{at.at_row(gates_x, row, G * H),
+                              at.at_row(y, row, P),
+                              saved ? at.at_row(saved, row, K * H) : nullptr,
+                              H,
+                              P,
+                              ahead};
     };
 
     if constexpr (G == 1) {
       product(shapes.recurrent, running, h, ldh, packed_hh, [&](int64_t r, int64_t unit, int64_t lanes, V x) {
-        const StepRow<S> row = row_of(r);
+        const auto row = row_of(r);
         x += row.gate(0, unit, lanes);
         x = kCell == Cell::rnn_tanh ? tanh(x) : relu(x);
         store(h_next + r * ldh + unit, x);
-        store(row.y + unit, x, lanes);
+        row.put(unit, lanes, x);
       });
     } else {
       for (int64_t unit = 0; unit < H; unit += kLanes<C>) {
@@ -170,7 +200,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
         const C* panel = packed_hh + panel_offset<C>(shapes.recurrent, unit / kLanes<C>);
         [[maybe_unused]] const V bias = b_hn ? load(b_hn + unit, lanes) : V{};
         for_rows<G>(running, P, h, ldh, panel, [&](int64_t r, const V* out) {
-          const StepRow<S> row = row_of(r);
+          const auto row = row_of(r);
           V x[G];
 #pragma GCC unroll 4
           for (int g = 0; g < G; g++) x[g] = row.gate(g, unit, lanes);
@@ -179,7 +209,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
             const V next =
                 gru_forward(x[0], x[1], x[2], out[0], out[1], out[2] + bias, load(h + r * ldh + unit), gates);
             store(h_next + r * ldh + unit, next);
-            store(row.y + unit, next, lanes);
+            row.put(unit, lanes, next);
             row.save(0, unit, lanes, gates.r);
             row.save(1, unit, lanes, gates.z);
             row.save(2, unit, lanes, gates.n);
@@ -193,7 +223,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
               store(unprojected + r * ldc + unit, next);
             } else {
               store(h_next + r * ldh + unit, next);
-              store(row.y + unit, next, lanes);
+              row.put(unit, lanes, next);
             }
             row.save(0, unit, lanes, gates.i);
             row.save(1, unit, lanes, gates.f);
@@ -207,7 +237,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
         product(shapes.projection, running, unprojected, ldc, packed_hr,
                 [&](int64_t r, int64_t unit, int64_t lanes, V x) {
                   store(h_next + r * ldh + unit, x);
-                  store(at.at_row(y, at.row(t, r), P) + unit, x, lanes);
+                  row_of(r).put(unit, lanes, x);
                 });
     }
 
@@ -299,12 +329,16 @@ void backward(const Backward& p, const Task& task, const void* packed, void* scr
     const int64_t t = task.direction ? i : p.steps - 1 - i;
     const int64_t before = task.direction ? t + 1 : t - 1;  // the step this one started from
     const int64_t running = at.running(t), had_before = at.running(before);
+    const int64_t ahead = at.rows_to(t, before) * p.directions;
 
     if (grad_y)
       for (int64_t r = 0; r < running; r++) {
         const S* from = at.at_row(grad_y, at.row(t, r), P);
         C* to = grad_h + r * ldh;
-        for (int64_t u = 0; u < P; u += kLane) store(to + u, load(to + u) + load(from + u, P - u));
+        for (int64_t u = 0; u < P; u += kLane) {
+          prefetch_load(from + u + ahead * P);
+          store(to + u, load(to + u) + load(from + u, P - u));
+        }
       }
     if (p.has_projection) {
       for (int64_t r = 0; r < running; r++) store_state(grad_h + r * ldh, at.at_row(grad_hidden, at.row(t, r), P), P);
@@ -322,9 +356,14 @@ void backward(const Backward& p, const Task& task, const void* packed, void* scr
           row_before < 0 ? at.at_sequence(static_cast<const S*>(p.h_0), r, P) : at.at_row(y, row_before, P);
       for (int64_t u = 0; u < H; u += kLane) {
         const int64_t lanes = least(H - u, kLane);
-        const auto saved_block = [&](int block) { return load(kept + block * H + u, lanes); };
+        const auto saved_block = [&](int block) {
+          const S* from = kept + block * H + u;
+          prefetch_load(from + ahead * K * H);
+          return load(from, lanes);
+        };
         // A gate's gradient goes to the user's rows, and to the scratch that is multiplied by the weights.
         const auto put = [&](int g, V x, V h) {
+          prefetch_store(grad_x + g * H + u + ahead * G * H);
           store(grad_x + g * H + u, x, lanes);
           store(gates_h + g * H + u, h, lanes);
         };
