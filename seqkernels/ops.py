@@ -84,9 +84,11 @@ def _backward_of(backend: str):
         if torch.is_grad_enabled() and w_hr is not None:
             # The gradient of w_hr reads `saved`, so a second derivative needs it as a function of the inputs.
             saved = torch_eager.forward(ctx.cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, True)[3]
-        operator = getattr(torch.ops.seqkernels.recurrence_backward, backend)
-        grad_gates_x, grad_hidden, grad_h_0, grad_c_0 = operator(
-            ctx.cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved
+        operator = _BACKWARD[backend]
+        args = ctx.cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved
+        differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        grad_gates_x, grad_hidden, grad_h_0, grad_c_0 = (
+            operator(*args) if differentiated else _below_autograd(operator, *args)
         )
         grad_w_hh, grad_b_hn, grad_w_hr = _weight_gradients(
             ctx.cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y, saved
@@ -144,7 +146,11 @@ def _weight_gradients(cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y
             o, c = saved[:, d, 3 * hidden : 4 * hidden], saved[:, d, 4 * hidden :]
             grad_w_hr.append(grad_hidden[:, d].T @ (o * torch.tanh(c)))
     grad_b_hn = grad_hidden.sum(0) if cell == "gru" else None
-    return torch.stack(grad_w_hh), grad_b_hn, None if w_hr is None else torch.stack(grad_w_hr)
+    return _stack(grad_w_hh), grad_b_hn, None if w_hr is None else _stack(grad_w_hr)
+
+
+def _stack(directions: list[Tensor]) -> Tensor:
+    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
 
 
 def _times_previous(grads, y: Tensor, h_0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> list[Tensor]:
@@ -216,13 +222,41 @@ for _backend in _backends:
     _register(_backend)
 
 _FORWARD = {backend: getattr(torch.ops.seqkernels.recurrence_forward, backend) for backend in _backends}
+_BACKWARD = {backend: getattr(torch.ops.seqkernels.recurrence_backward, backend) for backend in _backends}
+
+
+class _Recurrence(torch.autograd.Function):
+    """The registered autograd formula without torch.library's way to it, which costs a tenth of a millisecond a call."""
+
+    @staticmethod
+    def forward(ctx, backend, *args):
+        output = _below_autograd(_FORWARD[backend], *args)
+        _setup_forward(ctx, args, output)
+        ctx.backend = backend
+        return output
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *_backward_of(ctx.backend)(ctx, *grads)
+
+
+def _below_autograd(operator, *args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
 
 
 def recurrence_forward(backend: str, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Call the operator of `backend`; under a transform, which an operator cannot pass, its plain torch operations."""
+    """Run the operator of `backend`, by the shortest way there is.
+
+    Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
+    operations.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+        return _FORWARD[backend](*args)
     if transformed():
         return torch_eager.forward(*args)
-    return _FORWARD[backend](*args)
+    save = args[-1]
+    return _Recurrence.apply(backend, *args) if save else _below_autograd(_FORWARD[backend], *args)
 
 
 def transformed() -> bool:
