@@ -67,7 +67,7 @@ Scalar scalar_of(ScalarType type) {
 // The arguments that both operators share: checked, contiguous, and kept alive as long as their pointers are used.
 class Arguments {
  public:
-  Arguments(Problem& p, const std::string& cell, const Tensor& gates_x, const Tensor& w_hh, const Optional& b_hn,
+  Arguments(Problem& p, const std::string& cell, const Tensor& gates_x, const Tensor& w_hh, const Optional& b_hh,
             const Optional& w_hr, const Tensor& h_0, const Optional& c_0, const Optional& batch_sizes)
       : type_(gates_x.scalar_type()) {
     p.cell = cell_of(cell);
@@ -85,12 +85,12 @@ class Arguments {
     p.has_projection = w_hr.has_value();
     const int64_t D = p.directions, H = p.hidden, P = p.projected, B = p.sequences;
     check((p.cell == Cell::lstm) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
-    check(!b_hn || p.cell == Cell::gru, "b_hn goes with a GRU only");
+    check(!b_hh || p.cell == Cell::gru, "b_hh goes with a GRU only");
     check(!w_hr || p.cell == Cell::lstm, "w_hr goes with an LSTM only");
     check(w_hr || P == H, "h_0 has ", P, " features, but the hidden size is ", H);
     check_one(gates_x, "gates_x", {p.rows, D, G * H});
     p.w_hh = keep(w_hh, "w_hh", {D, G * H, P});
-    p.b_hn = b_hn ? keep(*b_hn, "b_hn", {D, H}) : nullptr;
+    p.b_hh = b_hh ? keep(*b_hh, "b_hh", {D, G * H}) : nullptr;
     p.w_hr = w_hr ? keep(*w_hr, "w_hr", {D, P, H}) : nullptr;
     p.h_0 = keep(h_0, "h_0", {D, B, P});
     p.c_0 = c_0 ? keep(*c_0, "c_0", {D, B, H}) : nullptr;
@@ -219,10 +219,10 @@ void zero_rows(Tensor& tensor, int64_t from) {
 void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, Tensor gates_x, Tensor w_hh,
-                                                              Optional b_hn, Optional w_hr, Tensor h_0, Optional c_0,
+                                                              Optional b_hh, Optional w_hr, Tensor h_0, Optional c_0,
                                                               Optional batch_sizes, bool save) {
   Forward p{};
-  Arguments arguments(p, cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes);
+  Arguments arguments(p, cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes);
   p.gates_x = arguments.keep(gates_x, "gates_x", {gates_x.size(0), gates_x.size(1), gates_x.size(2)});
   const int64_t D = p.directions, K = save ? seqkernels::saved_blocks_of(p.cell) : 0;
   Tensor y = torch::stable::new_empty(gates_x, Shape{p.rows, D * p.projected});
@@ -244,10 +244,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(std::string cell, Optional grad_y, Optional grad_h_n,
                                                                Optional grad_c_n, Tensor gates_x, Tensor w_hh,
-                                                               Optional b_hn, Optional w_hr, Tensor h_0, Optional c_0,
+                                                               Optional b_hh, Optional w_hr, Tensor h_0, Optional c_0,
                                                                Optional batch_sizes, Tensor y, Tensor saved) {
   Backward p{};
-  Arguments arguments(p, cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes);
+  Arguments arguments(p, cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes);
   const int64_t D = p.directions, N = p.rows, B = p.sequences, H = p.hidden, P = p.projected;
   const int64_t K = seqkernels::saved_blocks_of(p.cell), G = seqkernels::gates_of(p.cell);
   p.grad_y = grad_y ? arguments.keep(*grad_y, "grad_y", {N, D * P}) : nullptr;
@@ -278,11 +278,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_backward(std::string cell,
 // The schemas are those of seqkernels/ops.py, where every argument is explained.
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
-      "recurrence_forward.cpu(str cell, Tensor gates_x, Tensor w_hh, Tensor? b_hn, Tensor? w_hr, Tensor h_0, "
+      "recurrence_forward.cpu(str cell, Tensor gates_x, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h_0, "
       "Tensor? c_0, Tensor? batch_sizes, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "recurrence_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor gates_x, "
-      "Tensor w_hh, Tensor? b_hn, Tensor? w_hr, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved) "
+      "Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved) "
       "-> (Tensor grad_gates_x, Tensor grad_hidden, Tensor grad_h_0, Tensor grad_c_0)");
 }
 

@@ -21,7 +21,7 @@ struct Problem {
   const int64_t* batch_sizes;  // [T] running sequences, never rising
   const int64_t* offsets;      // [T] first row of each step
   const void* w_hh;            // [D, G*H, P]
-  const void* b_hn;            // [D, H] or null
+  const void* b_hh;            // [D, G*H] or null, GRU only
   const void* w_hr;            // [D, P, H] or null
   const void* h_0;             // [D, B, P]
   const void* c_0;             // [D, B, H] or null

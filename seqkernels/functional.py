@@ -167,20 +167,16 @@ def _layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, all directions: the input projection of all rows in one GEMM, then the recurrence. -> (y, h_n, c_n)"""
     w_ih, w_hh, b_ih, b_hh, w_hr = (_join(kind) for kind in zip(*map(_named, weights), strict=True))
-    b_hn = None
-    if b_ih is not None and cell == "gru":
-        # The reset gate scales W_hn h + b_hn, so that bias cannot be added beforehand.
-        (b_hr, b_hz, b_hn), (b_ir, b_iz, b_in) = b_hh.chunk(3, 1), b_ih.chunk(3, 1)
-        b_ih = torch.cat([b_ir + b_hr, b_iz + b_hz, b_in], 1)
-    elif b_ih is not None:
-        b_ih = b_ih + b_hh
+    if b_ih is not None and cell != "gru":
+        # The GRU's reset gate scales W_hn h + b_hn, so its b_hh cannot be added beforehand.
+        b_ih, b_hh = b_ih + b_hh, None
     directions, gates, _ = w_hh.shape
     gates_x = F.linear(rows, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten())
     gates_x = gates_x.view(rows.shape[0], directions, gates)
     save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (gates_x, w_hh, b_hn, w_hr, h_0, c_0)
+        t is not None and t.requires_grad for t in (gates_x, w_hh, b_hh, w_hr, h_0, c_0)
     )
-    y, h_n, c_n, _ = ops.recurrence_forward(backend, cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, save)
+    y, h_n, c_n, _ = ops.recurrence_forward(backend, cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, save)
     return y, h_n, c_n
 
 

@@ -7,8 +7,8 @@ Letters, here and everywhere: T steps, B sequences, N rows, I input size, H hidd
 nothing is projected), G gates (RNN 1, GRU 3, LSTM 4), D directions, L layers, K blocks of saved state.
 
 forward
-    gates_x ``[N, D, G*H]``  W_ih x + b_ih, with b_hh folded in except for the GRU's n gate
-    w_hh ``[D, G*H, P]``, b_hn ``[D, H]`` (GRU: recurrent bias of the n gate), w_hr ``[D, P, H]`` (LSTM projection)
+    gates_x ``[N, D, G*H]``  W_ih x + b_ih, with b_hh added but for the GRU
+    w_hh ``[D, G*H, P]``, b_hh ``[D, G*H]`` (GRU, whose reset gate scales a part of it), w_hr ``[D, P, H]`` (LSTM projection)
     h_0 ``[D, B, P]``, c_0 ``[D, B, H]`` (LSTM)
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step are not read, and come out as zeros. Sequences that never run keep their state.
@@ -31,11 +31,11 @@ from seqkernels.hardware import HERE
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
 
 FORWARD_SCHEMA = (
-    "(str cell, Tensor gates_x, Tensor w_hh, Tensor? b_hn, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
+    "(str cell, Tensor gates_x, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
     "Tensor? batch_sizes, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
-    "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor gates_x, Tensor w_hh, Tensor? b_hn, "
+    "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor gates_x, Tensor w_hh, Tensor? b_hh, "
     "Tensor? w_hr, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved) "
     "-> (Tensor grad_gates_x, Tensor grad_hidden, Tensor grad_h_0, Tensor grad_c_0)"
 )
@@ -43,7 +43,7 @@ BACKWARD_SCHEMA = (
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 
 
-def _fake_forward(cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, save):
+def _fake_forward(cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, save):
     rows, directions, columns = gates_x.shape
     blocks = torch_eager.SAVED_BLOCKS[cell] if save else 0
     return (
@@ -54,7 +54,7 @@ def _fake_forward(cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, save):
     )
 
 
-def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved):
+def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, y, saved):
     rows, directions, columns = gates_x.shape
     extra = columns // 3 if cell == "gru" else h_0.shape[2] if w_hr is not None else 0
     return (
@@ -80,22 +80,22 @@ def _backward_of(backend: str):
     def formula(ctx, grad_y, grad_h_n, grad_c_n, _):
         if not ctx.save:
             raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
-        gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved = ctx.saved_tensors
+        gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, y, saved = ctx.saved_tensors
         if torch.is_grad_enabled() and w_hr is not None:
             # The gradient of w_hr reads `saved`, so a second derivative needs it as a function of the inputs.
-            saved = torch_eager.forward(ctx.cell, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, True)[3]
+            saved = torch_eager.forward(ctx.cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, True)[3]
         operator = _BACKWARD[backend]
-        args = ctx.cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hn, w_hr, h_0, c_0, batch_sizes, y, saved
+        args = ctx.cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, y, saved
         differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
         grad_gates_x, grad_hidden, grad_h_0, grad_c_0 = (
             operator(*args) if differentiated else _below_autograd(operator, *args)
         )
-        grad_w_hh, grad_b_hn, grad_w_hr = _weight_gradients(
+        grad_w_hh, grad_b_hh, grad_w_hr = _weight_gradients(
             ctx.cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y, saved
         )
-        grad_b_hn = None if b_hn is None else grad_b_hn
+        grad_b_hh = None if b_hh is None else grad_b_hh
         grad_c_0 = None if c_0 is None else grad_c_0
-        return None, grad_gates_x, grad_w_hh, grad_b_hn, grad_w_hr, grad_h_0, grad_c_0, None, None
+        return None, grad_gates_x, grad_w_hh, grad_b_hh, grad_w_hr, grad_h_0, grad_c_0, None, None
 
     return formula
 
@@ -134,7 +134,7 @@ def _double_backward(ctx, *grads):
 
 
 def _weight_gradients(cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y, saved):
-    """(of w_hh, b_hn, w_hr): each a GEMM or a sum over all rows."""
+    """(of w_hh, b_hh, w_hr): each a GEMM or a sum over all rows."""
     directions, _, projected = h_0.shape
     hidden = grad_gates_x.shape[2] // GATES[cell]
     grad_w_hh, grad_w_hr = [], []
@@ -145,8 +145,10 @@ def _weight_gradients(cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y
         if w_hr is not None:
             o, c = saved[:, d, 3 * hidden : 4 * hidden], saved[:, d, 4 * hidden :]
             grad_w_hr.append(grad_hidden[:, d].T @ (o * torch.tanh(c)))
-    grad_b_hn = grad_hidden.sum(0) if cell == "gru" else None
-    return _stack(grad_w_hh), grad_b_hn, None if w_hr is None else _stack(grad_w_hr)
+    grad_b_hh = None
+    if cell == "gru":
+        grad_b_hh = torch.cat([grad_gates_x[:, :, : 2 * hidden].sum(0), grad_hidden.sum(0)], 1)
+    return _stack(grad_w_hh), grad_b_hh, None if w_hr is None else _stack(grad_w_hr)
 
 
 def _stack(directions: list[Tensor]) -> Tensor:

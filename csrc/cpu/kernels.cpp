@@ -153,7 +153,7 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
   constexpr int G = kCell == Cell::gru ? 3 : kCell == Cell::lstm ? 4 : 1;
   constexpr int K = kCell == Cell::gru ? 4 : kCell == Cell::lstm ? 5 : 0;
   const S* gates_x = static_cast<const S*>(p.gates_x);
-  const S* b_hn = p.b_hn ? static_cast<const S*>(p.b_hn) + task.direction * H : nullptr;
+  const S* b_hh = p.b_hh ? static_cast<const S*>(p.b_hh) + task.direction * G * H : nullptr;
   S* y = static_cast<S*>(p.y);
   S* saved = static_cast<S*>(p.saved);
   S* h_n = static_cast<S*>(p.h_n);
@@ -198,7 +198,9 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
       for (int64_t unit = 0; unit < H; unit += kLanes<C>) {
         const int64_t lanes = least(H - unit, kLanes<C>);
         const C* panel = packed_hh + panel_offset<C>(shapes.recurrent, unit / kLanes<C>);
-        [[maybe_unused]] const V bias = b_hn ? load(b_hn + unit, lanes) : V{};
+        V bias[G] = {};
+        if (b_hh)
+          for (int g = 0; g < G; g++) bias[g] = load(b_hh + g * H + unit, lanes);
         for_rows<G>(running, P, h, ldh, panel, [&](int64_t r, const V* out) {
           const auto row = row_of(r);
           V x[G];
@@ -206,8 +208,8 @@ void forward(const Forward& p, const Task& task, const void* packed, void* scrat
           for (int g = 0; g < G; g++) x[g] = row.gate(g, unit, lanes);
           if constexpr (kCell == Cell::gru) {
             GruGates<V> gates;
-            const V next =
-                gru_forward(x[0], x[1], x[2], out[0], out[1], out[2] + bias, load(h + r * ldh + unit), gates);
+            const V next = gru_forward(x[0], x[1], x[2], out[0] + bias[0], out[1] + bias[1], out[2] + bias[2],
+                                       load(h + r * ldh + unit), gates);
             store(h_next + r * ldh + unit, next);
             row.put(unit, lanes, next);
             row.save(0, unit, lanes, gates.r);

@@ -15,7 +15,7 @@ def forward(
     cell: str,
     gates_x: Tensor,  # [N, D, G*H]
     w_hh: Tensor,  # [D, G*H, P]
-    b_hn: Tensor | None,  # [D, H]
+    b_hh: Tensor | None,  # [D, G*H], GRU only
     w_hr: Tensor | None,  # [D, P, H]
     h_0: Tensor,  # [D, B, P]
     c_0: Tensor | None,  # [D, B, H]
@@ -23,7 +23,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, (rows, directions) = gates_x.dtype, gates_x.shape[:2]
-    gates_x, w_hh, b_hn, w_hr, h_0, c_0 = _wide(gates_x, w_hh, b_hn, w_hr, h_0, c_0)
+    gates_x, w_hh, b_hh, w_hr, h_0, c_0 = _wide(gates_x, w_hh, b_hh, w_hr, h_0, c_0)
     steps = _steps(batch_sizes, rows, h_0.shape[1])
     ys, h_n, c_n, saveds = [], [], [], []
     for d in range(directions):
@@ -33,8 +33,7 @@ def forward(
             h_t, c_t, kept = _step(
                 cell,
                 gates_x[start : start + size, d],
-                h[:size] @ w_hh[d].T,
-                None if b_hn is None else b_hn[d],
+                h[:size] @ w_hh[d].T if b_hh is None else torch.addmm(b_hh[d], h[:size], w_hh[d].T),
                 None if w_hr is None else w_hr[d],
                 h[:size],
                 c[:size],
@@ -58,7 +57,7 @@ def backward(
     grad_c_n: Tensor | None,  # [D, B, H]
     gates_x: Tensor,
     w_hh: Tensor,
-    b_hn: Tensor | None,
+    b_hh: Tensor | None,
     w_hr: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
@@ -115,12 +114,11 @@ def backward(
     )
 
 
-def _step(cell, gates_x, gates_h, b_hn, w_hr, h, c):
+def _step(cell, gates_x, gates_h, w_hr, h, c):
     """One step of all running sequences -> (h, c, what `saved` keeps of it)."""
     if cell == "gru":
         (x_r, x_z, x_n), (h_r, h_z, h_n) = gates_x.chunk(3, 1), gates_h.chunk(3, 1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-        h_n = h_n if b_hn is None else h_n + b_hn
         n = torch.tanh(x_n + r * h_n)
         return n + z * (h - n), c, torch.cat([r, z, n, h_n], 1)
     if cell == "lstm":
