@@ -56,6 +56,6 @@ sanitize: $(READY)
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_ops.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so results
+	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
 .PHONY: help demo test wheel lint sanitize clean
