@@ -8,7 +8,8 @@ nothing is projected), G gates (RNN 1, GRU 3, LSTM 4), D directions, L layers, K
 
 forward
     gates_x ``[N, D, G*H]``  W_ih x + b_ih, with b_hh added but for the GRU
-    w_hh ``[D, G*H, P]``, b_hh ``[D, G*H]`` (GRU, whose reset gate scales a part of it), w_hr ``[D, P, H]`` (LSTM projection)
+    w_hh ``[D, G*H, P]``, b_hh ``[D, G*H]`` (GRU, whose reset gate scales a part of it)
+    w_hr ``[D, P, H]`` (LSTM projection)
     h_0 ``[D, B, P]``, c_0 ``[D, B, H]`` (LSTM)
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step are not read, and come out as zeros. Sequences that never run keep their state.
@@ -228,7 +229,7 @@ _BACKWARD = {backend: getattr(torch.ops.seqkernels.recurrence_backward, backend)
 
 
 class _Recurrence(torch.autograd.Function):
-    """The registered autograd formula without torch.library's way to it, which costs a tenth of a millisecond a call."""
+    """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
     def forward(ctx, backend, *args):
