@@ -68,6 +68,7 @@ class BuildNative(build_ext):
         includes = f"-isystem {torch}/include -isystem {sysconfig.get_paths()['include']}"
         defines = "-DTORCH_TARGET_VERSION=0x020a000000000000 -DPy_LIMITED_API=0x030a0000"
         objects = [("library.cpp", "library.o", f"{includes} {defines}"), ("cpu/dispatch.cpp", "dispatch.o", "")]
+        objects.append(("cpu/schedule.cpp", "schedule.o", ""))
         for name, flags in INSTRUCTION_SETS.items():
             objects.append(("cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
         lines = [
@@ -91,7 +92,7 @@ class BuildNative(build_ext):
 
 NATIVE = Extension(
     "seqkernels._C",
-    sources=["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/kernels.cpp"],
+    sources=["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
     depends=[str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.h"))],
     py_limited_api=True,
 )

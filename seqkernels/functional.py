@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import ops, select, varlen
+from seqkernels.backends import GATES
 
 _log = logging.getLogger("seqkernels")
 
@@ -115,8 +116,14 @@ def recurrent(
         if layer and dropout and training:
             y = F.dropout(y, dropout, training)
         here = slice(layer * directions, (layer + 1) * directions)
-        y, h, c = _layer(
-            cell, y, weights[here], h_0[here], None if c_0 is None else c_0[here], rows.batch_sizes, plan.backend
+        y, h, c, _ = ops.recurrence_forward(
+            plan.backend,
+            cell,
+            y,
+            [weight for direction in weights[here] for weight in direction],
+            h_0[here],
+            None if c_0 is None else c_0[here],
+            rows.batch_sizes,
         )
         h_n.append(h)
         c_n.append(c)
@@ -152,46 +159,8 @@ def recurrent_cell(
     _check_same(w_ih, input, "parameter")
     plan = select.plan(select.Problem(cell, input.device.type, input.dtype, ops.transformed()), backend=backend)
     c_0 = None if c_0 is None else c_0.unsqueeze(0)
-    _, h, c = _layer(cell, input, [weights], h_0.unsqueeze(0), c_0, None, plan.backend)
+    _, h, c, _ = ops.recurrence_forward(plan.backend, cell, input, list(weights), h_0.unsqueeze(0), c_0, None)
     return h.squeeze(0), c.squeeze(0)
-
-
-def _layer(
-    cell: str,
-    rows: Tensor,
-    weights: list[Sequence[Tensor]],
-    h_0: Tensor,
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, all directions: the input projection of all rows in one GEMM, then the recurrence. -> (y, h_n, c_n)"""
-    w_ih, w_hh, b_ih, b_hh, w_hr = (_join(kind) for kind in zip(*map(_named, weights), strict=True))
-    if b_ih is not None and cell != "gru":
-        # The GRU's reset gate scales W_hn h + b_hn, so its b_hh cannot be added beforehand.
-        b_ih, b_hh = b_ih + b_hh, None
-    directions, gates, _ = w_hh.shape
-    gates_x = F.linear(rows, w_ih.flatten(0, 1), None if b_ih is None else b_ih.flatten())
-    gates_x = gates_x.view(rows.shape[0], directions, gates)
-    save = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (gates_x, w_hh, b_hh, w_hr, h_0, c_0)
-    )
-    y, h_n, c_n, _ = ops.recurrence_forward(backend, cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, save)
-    return y, h_n, c_n
-
-
-def _named(weights: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """(w_ih, w_hh, b_ih, b_hh, w_hr) of one direction, None where there is none."""
-    w_ih, w_hh, *rest = weights
-    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-    return w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None
-
-
-def _join(directions: Sequence[Tensor | None]) -> Tensor | None:
-    """The same weight of all directions with a leading dimension D; no copy for a single direction."""
-    if directions[0] is None:
-        return None
-    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(list(directions))
 
 
 def _by_direction(weights: Sequence[Tensor], count: int, bias: bool, cell: str) -> list[Sequence[Tensor]]:
@@ -208,7 +177,7 @@ def _by_direction(weights: Sequence[Tensor], count: int, bias: bool, cell: str) 
 def _initial_state(cell: str, hx: State | None, rows: varlen.Rows, weights, count: int) -> tuple[Tensor, Tensor | None]:
     """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
     w_hh = weights[0][1]
-    hidden = w_hh.shape[0] // ops.GATES[cell]
+    hidden = w_hh.shape[0] // GATES[cell]
     h_size, c_size = (count, rows.sequences, w_hh.shape[1]), (count, rows.sequences, hidden)
     if hx is None:
         h_0 = rows.data.new_zeros(h_size)

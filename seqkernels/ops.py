@@ -7,9 +7,9 @@ Letters, here and everywhere: T steps, B sequences, N rows, I input size, H hidd
 nothing is projected), G gates (RNN 1, GRU 3, LSTM 4), D directions, L layers, K blocks of saved state.
 
 forward
-    gates_x ``[N, D, G*H]``  W_ih x + b_ih, with b_hh added but for the GRU
-    w_hh ``[D, G*H, P]``, b_hh ``[D, G*H]`` (GRU, whose reset gate scales a part of it)
-    w_hr ``[D, P, H]`` (LSTM projection)
+    x ``[N, I]``
+    weights: for each direction w_ih ``[G*H, I]``, w_hh ``[G*H, P]``, with bias b_ih, b_hh ``[G*H]``, with projection
+    (LSTM) w_hr ``[P, H]``; torch.nn's order
     h_0 ``[D, B, P]``, c_0 ``[D, B, H]`` (LSTM)
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step are not read, and come out as zeros. Sequences that never run keep their state.
@@ -19,179 +19,144 @@ forward
 W_hn h + b_hn; LSTM i, f, g, o and c; RNN nothing (y is enough). With ``save=False`` it is ``[N, D, 0]``.
 
 backward
-    -> gradients of gates_x, h_0, c_0, and grad_hidden: for the GRU of W_hn h + b_hn ``[N, D, H]``, for a projected
-    LSTM of the projected output ``[N, D, P]``, else ``[N, D, 0]``. Weight gradients are GEMMs over all rows, below.
+    -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
+
+The input projection and the weight gradients belong to the operator, not to torch code around it, because where they
+run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
 """
 
 import torch
 from torch import Tensor
 
-from seqkernels.backends import torch_eager
+from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
 from seqkernels.hardware import HERE
 
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-
 FORWARD_SCHEMA = (
-    "(str cell, Tensor gates_x, Tensor w_hh, Tensor? b_hh, Tensor? w_hr, Tensor h_0, Tensor? c_0, "
-    "Tensor? batch_sizes, bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
+    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save) "
+    "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
-    "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor gates_x, Tensor w_hh, Tensor? b_hh, "
-    "Tensor? w_hr, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved) "
-    "-> (Tensor grad_gates_x, Tensor grad_hidden, Tensor grad_h_0, Tensor grad_c_0)"
+    "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, "
+    "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights) "
+    "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 
 
-def _fake_forward(cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, save):
-    rows, directions, columns = gates_x.shape
-    blocks = torch_eager.SAVED_BLOCKS[cell] if save else 0
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save):
+    rows, (directions, sequences, projected) = x.shape[0], h_0.shape
+    blocks = SAVED_BLOCKS[cell] if save else 0
     return (
-        gates_x.new_empty(rows, directions * h_0.shape[2]),
+        x.new_empty(rows, directions * projected),
         torch.empty_like(h_0, memory_format=torch.contiguous_format),
-        h_0.new_empty(directions, h_0.shape[1], 0 if c_0 is None else c_0.shape[2]),
-        gates_x.new_empty(rows, directions, blocks * (columns // GATES[cell])),
+        h_0.new_empty(directions, sequences, 0 if c_0 is None else c_0.shape[2]),
+        x.new_empty(rows, directions, blocks * (weights[1].shape[0] // GATES[cell])),
     )
 
 
-def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, y, saved):
-    rows, directions, columns = gates_x.shape
-    extra = columns // 3 if cell == "gru" else h_0.shape[2] if w_hr is not None else 0
+def _fake_backward(
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights
+):
+    def like(tensor, wanted=True):
+        return tensor.new_empty(tensor.shape if wanted else 0)
+
     return (
-        torch.empty_like(gates_x, memory_format=torch.contiguous_format),
-        gates_x.new_empty(rows, directions, extra),
-        torch.empty_like(h_0, memory_format=torch.contiguous_format),
-        h_0.new_empty(directions, h_0.shape[1], 0 if c_0 is None else c_0.shape[2]),
+        like(x, wants_x),
+        [like(weight, wants_weights) for weight in weights],
+        like(h_0),
+        h_0.new_empty(*h_0.shape[:2], 0 if c_0 is None else c_0.shape[2]),
     )
 
 
-def _setup_forward(ctx, inputs, output):
-    cell, *tensors, save = inputs
+def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, output):
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((saved,) if cell == "lstm" else (c_n, saved)))
     ctx.cell, ctx.save = cell, save
-    ctx.save_for_backward(*tensors, y, saved)
+    ctx.save_for_backward(x, h_0, c_0, batch_sizes, y, saved, *weights)
 
 
-def _backward_of(backend: str):
-    """The autograd formula of recurrence_forward: the backward operator of the same backend, then weight gradients."""
+def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
+    """The autograd formula of recurrence_forward: the backward operator of the same backend."""
+    if not ctx.save:
+        raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
+    x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
+    operator = _BACKWARD[backend]
+    args = ctx.cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights
+    differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    grads = operator(*args) if differentiated else _below_autograd(operator, *args)
+    grad_x, grad_weights, grad_h_0, grad_c_0 = grads
+    return (
+        grad_x if wants_x else None,
+        grad_weights if wants_weights else [None] * len(weights),
+        grad_h_0,
+        None if c_0 is None else grad_c_0,
+    )
 
+
+def _setup_forward(ctx, inputs, output):
+    _save_for_backward(ctx, *inputs, output)
+
+
+def _registered_backward_of(backend: str):
     def formula(ctx, grad_y, grad_h_n, grad_c_n, _):
-        if not ctx.save:
-            raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
-        gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, y, saved = ctx.saved_tensors
-        if torch.is_grad_enabled() and w_hr is not None:
-            # The gradient of w_hr reads `saved`, so a second derivative needs it as a function of the inputs.
-            saved = torch_eager.forward(ctx.cell, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, True)[3]
-        operator = _BACKWARD[backend]
-        args = ctx.cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, b_hh, w_hr, h_0, c_0, batch_sizes, y, saved
-        differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        grad_gates_x, grad_hidden, grad_h_0, grad_c_0 = (
-            operator(*args) if differentiated else _below_autograd(operator, *args)
+        wants_x, wants_weights = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2])
+        grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
+            ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
-        grad_w_hh, grad_b_hh, grad_w_hr = _weight_gradients(
-            ctx.cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y, saved
-        )
-        grad_b_hh = None if b_hh is None else grad_b_hh
-        grad_c_0 = None if c_0 is None else grad_c_0
-        return None, grad_gates_x, grad_w_hh, grad_b_hh, grad_w_hr, grad_h_0, grad_c_0, None, None
+        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None
 
     return formula
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, *tensors = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights = inputs
     ctx.set_materialize_grads(False)
-    ctx.cell = cell
-    ctx.save_for_backward(*tensors)
+    ctx.cell, ctx.wants = cell, (wants_x, wants_weights)
+    ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
 
 
-def _double_backward(ctx, *grads):
+def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_grad_c_0):
     """The autograd formula of recurrence_backward, for every backend: differentiate both passes of torch_eager.
 
     y and saved are functions of the other inputs, so all of the derivative is given to those.
     """
-    *inputs, batch_sizes, _, _ = ctx.saved_tensors
-    needed = ctx.needs_input_grad[1:10]
+    *first, batch_sizes = ctx.saved_tensors[:7]
+    weights = ctx.saved_tensors[7:]
+    needs = ctx.needs_input_grad
+    needed = (*needs[1:5], needs[6], needs[7], *needs[5])
     deeper = torch.is_grad_enabled()
     with torch.enable_grad():
         # Aliases cut this graph from the caller's, unless a still higher derivative is wanted.
         inputs = [
             t if t is None or not need else t.view_as(t) if deeper else t.detach().requires_grad_()
-            for t, need in zip(inputs, needed, strict=True)
+            for t, need in zip((*first, *weights), needed, strict=True)
         ]
-        y, _, _, saved = torch_eager.forward(ctx.cell, *inputs[3:], batch_sizes, True)
-        outputs = torch_eager.backward(ctx.cell, *inputs, batch_sizes, y, saved)
+        grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = inputs
+        layer = x, weights, h_0, c_0, batch_sizes
+        y, _, _, saved = torch_eager.forward(ctx.cell, *layer, True)
+        grad_x, grad_weights, grad_h_0, grad_c_0 = torch_eager.backward(
+            ctx.cell, grad_y, grad_h_n, grad_c_n, *layer, y, saved, *ctx.wants
+        )
+    outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
+    grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    if not pairs:
-        return (None,) * 13
-    outputs, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True)
-    found = iter(found)
-    return (None, *(next(found) if need else None for need in needed), None, None, None)
-
-
-def _weight_gradients(cell, grad_gates_x, grad_hidden, w_hr, h_0, batch_sizes, y, saved):
-    """(of w_hh, b_hh, w_hr): each a GEMM or a sum over all rows."""
-    directions, _, projected = h_0.shape
-    hidden = grad_gates_x.shape[2] // GATES[cell]
-    grad_w_hh, grad_w_hr = [], []
-    for d in range(directions):
-        y_d, grad = y[:, d * projected : (d + 1) * projected], grad_gates_x[:, d]
-        grads = (grad[:, : 2 * hidden], grad_hidden[:, d]) if cell == "gru" else (grad,)
-        grad_w_hh.append(torch.cat(_times_previous(grads, y_d, h_0[d], batch_sizes, reverse=d == 1)))
-        if w_hr is not None:
-            o, c = saved[:, d, 3 * hidden : 4 * hidden], saved[:, d, 4 * hidden :]
-            grad_w_hr.append(grad_hidden[:, d].T @ (o * torch.tanh(c)))
-    grad_b_hh = None
-    if cell == "gru":
-        grad_b_hh = torch.cat([grad_gates_x[:, :, : 2 * hidden].sum(0), grad_hidden.sum(0)], 1)
-    return _stack(grad_w_hh), grad_b_hh, None if w_hr is None else _stack(grad_w_hr)
-
-
-def _stack(directions: list[Tensor]) -> Tensor:
-    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
-
-
-def _times_previous(grads, y: Tensor, h_0: Tensor, batch_sizes: Tensor | None, reverse: bool) -> list[Tensor]:
-    """grad^T h_prev of each grad ``[N, *]``, where h_prev ``[N, P]`` holds the state each row started from."""
-    rows, sequences = y.shape[0], h_0.shape[0]
-    if rows == 0:
-        return [h_0.new_zeros(grad.shape[1], h_0.shape[1]) for grad in grads]
-    if batch_sizes is None:
-        # h_prev is y moved by one step, so no row need be copied.
-        split = rows - sequences if reverse else sequences
-        first, later = (slice(split, rows), slice(0, split)) if reverse else (slice(0, split), slice(split, rows))
-        y_prev = y[sequences:] if reverse else y[: rows - sequences]
-        return [torch.addmm(grad[first].T @ h_0, grad[later].T, y_prev) for grad in grads]
-    h_prev = torch.cat([y, h_0]).index_select(0, _rows_before(batch_sizes, rows, reverse).to(y.device))
-    return [grad.T @ h_prev for grad in grads]
-
-
-def _rows_before(batch_sizes: Tensor, rows: int, reverse: bool) -> Tensor:
-    """For each row, the row of [y; h_0] that holds the state it started from. ``[N]``"""
-    ends = batch_sizes.cumsum(0)
-    row = torch.arange(rows, device=batch_sizes.device)
-    step = torch.searchsorted(ends, row, right=True)
-    used = step < batch_sizes.shape[0]
-    step = step.clamp(max=batch_sizes.shape[0] - 1)
-    start = (ends - batch_sizes)[step]
-    if reverse:
-        following = torch.cat([batch_sizes[1:], batch_sizes.new_zeros(1)])[step]
-        before = torch.where(row - start < following, row + batch_sizes[step], rows + row - start)
-    else:
-        before = torch.where(step > 0, row - batch_sizes.roll(1)[step], rows + row)
-    # Rows that no step uses have zero gradients; they may read any row that exists.
-    return torch.where(used, before, row)
+    found = iter(())
+    if pairs:
+        outputs, grads = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
+    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found, None) if need else None for need in needed)
+    return None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
 
 
 def _cast_for_autocast(operator, device_type: str):
     """The autocast rule: every floating tensor in autocast's dtype (float64 is left alone), as for torch's matmul."""
 
     def cast(value, dtype):
+        if isinstance(value, (list, tuple)):
+            return [cast(one, dtype) for one in value]
         eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
         return value.to(dtype) if eligible and value.device.type == device_type else value
 
@@ -208,7 +173,8 @@ def _register(backend: str) -> None:
     forward, backward = f"seqkernels::recurrence_forward.{backend}", f"seqkernels::recurrence_backward.{backend}"
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
-    torch.library.register_autograd(forward, _backward_of(backend), setup_context=_setup_forward, lib=_library)
+    formula = _registered_backward_of(backend)
+    torch.library.register_autograd(forward, formula, setup_context=_setup_forward, lib=_library)
     torch.library.register_autograd(backward, _double_backward, setup_context=_setup_backward, lib=_library)
     for name in ("recurrence_forward", "recurrence_backward"):
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
@@ -232,15 +198,20 @@ class _Recurrence(torch.autograd.Function):
     """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
-    def forward(ctx, backend, *args):
+    def forward(ctx, backend, cell, x, h_0, c_0, batch_sizes, *weights):
+        args = cell, x, weights, h_0, c_0, batch_sizes, True
         output = _below_autograd(_FORWARD[backend], *args)
-        _setup_forward(ctx, args, output)
+        _save_for_backward(ctx, *args, output)
         ctx.backend = backend
         return output
 
     @staticmethod
-    def backward(ctx, *grads):
-        return None, *_backward_of(ctx.backend)(ctx, *grads)
+    def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
+        needs = ctx.needs_input_grad
+        grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[2], any(needs[6:])
+        )
+        return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
 def _below_autograd(operator, *args):
@@ -248,18 +219,28 @@ def _below_autograd(operator, *args):
         return operator(*args)
 
 
-def recurrence_forward(backend: str, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def recurrence_forward(
+    backend: str,
+    cell: str,
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the operator of `backend`, by the shortest way there is.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
     operations.
     """
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h_0, c_0, *weights))
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return _FORWARD[backend](*args)
+        return _FORWARD[backend](cell, x, weights, h_0, c_0, batch_sizes, save)
     if transformed():
-        return torch_eager.forward(*args)
-    save = args[-1]
-    return _Recurrence.apply(backend, *args) if save else _below_autograd(_FORWARD[backend], *args)
+        return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save)
+    if save:
+        return _Recurrence.apply(backend, cell, x, h_0, c_0, batch_sizes, *weights)
+    return _below_autograd(_FORWARD[backend], cell, x, weights, h_0, c_0, batch_sizes, save)
 
 
 def transformed() -> bool:

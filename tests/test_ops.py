@@ -23,6 +23,7 @@ class Call:
     sequences: int = 3
     steps: int = 4
     hidden: int = 5
+    input: int = 3
     projected: int | None = None
     batch_sizes: tuple[int, ...] | None = None
     spare_rows: int = 0  # rows behind the last step
@@ -34,18 +35,26 @@ class Call:
         generator = torch.Generator().manual_seed(self.seed)
 
         def random(*shape: int) -> Tensor:
-            x = torch.randn(*shape, generator=generator, dtype=torch.float64).to(self.dtype)
-            return x.requires_grad_(requires_grad)
+            x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return x.to(self.dtype).requires_grad_(requires_grad)
+
+        def weight(*shape: int) -> Tensor:
+            # So small that rounding errors do not grow from step to step.
+            x = torch.randn(*shape, generator=generator, dtype=torch.float64) / (2 * shape[-1] ** 0.5)
+            return x.to(self.dtype).requires_grad_(requires_grad)
 
         D, B, H, P = self.directions, self.sequences, self.hidden, self.projected or self.hidden
         rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
         gates = ops.GATES[self.cell] * H
+        weights = []
+        for _ in range(D):
+            weights += [weight(gates, self.input), weight(gates, P)]
+            weights += [random(gates), random(gates)] if self.bias else []
+            weights += [weight(P, H)] if self.projected else []
         return (
             self.cell,
-            random(rows, D, gates),
-            random(D, gates, P),
-            random(D, gates) if self.cell == "gru" and self.bias else None,
-            random(D, P, H) if self.projected else None,
+            random(rows, self.input),
+            weights,
             random(D, B, P),
             random(D, B, H) if self.cell == "lstm" else None,
             None if self.batch_sizes is None else torch.tensor(self.batch_sizes),
@@ -63,22 +72,31 @@ def backward(backend: str):
 
 def both_passes(call: Call, run_forward, run_backward) -> list[Tensor]:
     """All outputs of forward and backward, for random gradients of the outputs."""
-    cell, *tensors, save = call.arguments()
-    y, h_n, c_n, saved = run_forward(cell, *tensors, save)
+    cell, *layer, save = call.arguments()
+    y, h_n, c_n, saved = run_forward(cell, *layer, save)
     generator = torch.Generator().manual_seed(call.seed + 1)
     grads = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (y, h_n, c_n)]
     grads[2] = grads[2] if cell == "lstm" else None
-    return [y, h_n, c_n, saved, *run_backward(cell, *grads, *tensors, y, saved)]
+    grad_x, grad_weights, *grad_states = run_backward(cell, *grads, *layer, y, saved, True, True)
+    return [y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states]
+
+
+def wide(args) -> list:
+    """Floating tensors, also those in lists, as float64."""
+    return [
+        wide(a)
+        if isinstance(a, (list, tuple))
+        else a.double()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    ]
 
 
 def in_float64(call: Call) -> list[Tensor]:
     """Both passes by torch_eager in float64, which test_specification judges."""
-
-    def wide(*args):
-        return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-
     return both_passes(
-        call, lambda *args: torch_eager.forward(*wide(*args)), lambda *args: torch_eager.backward(*wide(*args))
+        call, lambda *args: torch_eager.forward(*wide(args)), lambda *args: torch_eager.backward(*wide(args))
     )
 
 
@@ -98,6 +116,12 @@ SHAPES = {
     "whole vectors": {"hidden": 32, "sequences": 16, "directions": 2},
     "many rows": {"hidden": 33, "sequences": 131, "steps": 3, "batch_sizes": (131, 130, 67)},
     "wide": {"hidden": 129, "sequences": 5, "steps": 2},
+    # Deeper than a slice of a panel, and more rows than a chunk of gates or of gradients.
+    "deep": {"hidden": 200, "input": 401, "sequences": 4, "steps": 3},
+    "long": {"hidden": 9, "sequences": 7, "steps": 150},
+    # Few sequences: threads share the units of a step.
+    "one long sequence": {"hidden": 130, "sequences": 1, "steps": 9},
+    "two long sequences both ways": {"hidden": 150, "sequences": 2, "batch_sizes": (2, 2, 2, 1, 1, 1), "directions": 2},
 }
 
 
@@ -143,12 +167,11 @@ def assert_rounding_alone(call: Call, backend: str) -> None:
     test: a relu whose input rounds across zero has another gradient, which is no error of the backward."""
     ours = both_passes(call, forward(backend), backward(backend))
     y, saved = ours[0].double(), ours[3].double()
-    wide = Call(**{**vars(call), "dtype": torch.float64})
-    narrow = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in call.arguments()]
+    layer = wide(call.arguments())[1:-1]
     expected = both_passes(
-        wide,
-        lambda *_: torch_eager.forward(*narrow),
-        lambda cell, gy, gh, gc, *_: torch_eager.backward(cell, gy, gh, gc, *narrow[1:-1], y, saved),
+        Call(**{**vars(call), "dtype": torch.float64}),
+        lambda *_: torch_eager.forward(call.cell, *layer, True),
+        lambda cell, gy, gh, gc, *_: torch_eager.backward(cell, gy, gh, gc, *layer, y, saved, True, True),
     )
     for value, right in zip(ours, expected, strict=True):
         error = (value.double() - right).norm() / right.norm().clamp(min=1e-30)
@@ -171,7 +194,9 @@ def test_every_instruction_set_errs_by_rounding_alone_in_narrow_dtypes(cell, dty
     assert_rounding_alone(Call(cell, 2, 7, 3, 21, dtype=dtype), "cpu")
 
 
-@pytest.mark.parametrize("call", [c for c in calls() if "many" not in c.id and "wide" not in c.id])
+@pytest.mark.parametrize(
+    "call", [c for c in calls() if not any(size in c.id for size in ("many", "wide", "deep", "long"))]
+)
 @pytest.mark.parametrize("first", BACKENDS)
 @pytest.mark.parametrize("second", BACKENDS)
 def test_forward_of_one_backend_pairs_with_backward_of_another(call, first, second):
@@ -194,10 +219,11 @@ def test_forward_passes_opcheck(cell, backend, requires_grad, shape):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_passes_opcheck(cell, backend):
-    cell, *tensors, save = Call(cell, **SHAPES["ragged both ways"]).arguments()
-    y, h_n, c_n, saved = forward(backend)(cell, *tensors, save)
+    cell, *layer, save = Call(cell, **SHAPES["ragged both ways"]).arguments()
+    y, h_n, c_n, saved = forward(backend)(cell, *layer, save)
     grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
-    torch.library.opcheck(backward(backend), (cell, *grads, *tensors, y, saved))
+    for wants in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(backward(backend), (cell, *grads, *layer, y, saved, *wants))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,13 +238,18 @@ def test_a_backward_without_saved_state_is_refused(backend):
 def test_results_do_not_depend_on_the_number_of_threads(cell, threads):
     if not HERE.native:
         pytest.skip(HERE.native_missing)
-    call = Call(cell, 2, 70, 5, 40, batch_sizes=(70, 64, 33, 9, 2), dtype=torch.float32)
-    torch.set_num_threads(1)
-    expected = both_passes(call, forward("cpu"), backward("cpu"))
-    torch.set_num_threads(threads)
-    for _ in range(3):
-        for ours, one in zip(both_passes(call, forward("cpu"), backward("cpu")), expected, strict=True):
-            assert torch.equal(ours, one)
+    calls = [
+        Call(cell, 2, 70, 5, 40, batch_sizes=(70, 64, 33, 9, 2), dtype=torch.float32),
+        Call(cell, 1, 2, 40, 150, batch_sizes=(2,) * 30 + (1,) * 10, dtype=torch.float32),
+        Call(cell, 2, 1, 1, 300, input=200, dtype=torch.float32),
+    ]
+    for call in calls:
+        torch.set_num_threads(1)
+        expected = both_passes(call, forward("cpu"), backward("cpu"))
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            for ours, one in zip(both_passes(call, forward("cpu"), backward("cpu")), expected, strict=True):
+                assert torch.equal(ours, one)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -238,29 +269,38 @@ def test_every_output_is_written(cell, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_and_inf_stay_in_their_sequence(cell, backend, value):
     call = Call(cell, dtype=torch.float32, hidden=19)
-    cell, gates_x, *rest = call.arguments()
-    expected = forward(backend)(cell, gates_x, *rest)[0].view(4, 3, -1)
-    gates_x[1] = value  # step 0 of sequence 1
-    y = forward(backend)(cell, gates_x, *rest)[0].view(4, 3, -1)
+    cell, x, *rest = call.arguments()
+    expected = forward(backend)(cell, x, *rest)[0].view(4, 3, -1)
+    x[1] = value  # step 0 of sequence 1
+    y = forward(backend)(cell, x, *rest)[0].view(4, 3, -1)
     assert torch.equal(y[:, [0, 2]], expected[:, [0, 2]])
     if value != value:
         assert y[:, 1].isnan().all()
 
 
+def but(k: int, change):
+    """Change weight k."""
+    return lambda weights: [change(w) if i == k else w for i, w in enumerate(weights)]
+
+
 BAD = {
     "unknown cell": (0, lambda cell: "gruu", "unknown cell 'gruu'"),
-    "gates_x of two dimensions": (1, lambda x: x[:, 0], "gates_x is .rows, directions"),
-    "w_hh of another size": (2, lambda x: x[:, :, :-1], r"w_hh is \[1, 15, 5\], got \[1, 15, 4\]"),
-    "b_hh of another size": (3, lambda x: x[:, 1:], "b_hh is"),
-    "a projection for a GRU": (4, lambda x: torch.zeros(1, 2, 5), "w_hr goes with an LSTM"),
-    "h_0 of another size": (5, lambda x: x[:, :, :-1], "h_0 has 4 features"),
-    "h_0 of another dtype": (5, lambda x: x.float(), "h_0 has another dtype"),
-    "c_0 for a GRU": (6, lambda x: torch.zeros(1, 3, 5), "c_0 goes with an LSTM"),
-    "rising batch_sizes": (7, lambda x: torch.tensor([2, 3]), "batch_sizes must not rise"),
-    "negative batch_sizes": (7, lambda x: torch.tensor([3, -1]), "batch_sizes must not rise, be negative"),
-    "more rows than there are": (7, lambda x: torch.tensor([3] * 5), "add up to 15 rows, but gates_x has 12"),
-    "more sequences than there are": (7, lambda x: torch.tensor([4, 4]), "exceed the 3 sequences"),
-    "batch_sizes that are no int64": (7, lambda x: torch.tensor([3.0]), "int64"),
+    "x of three dimensions": (1, lambda x: x[None], "x is .rows, input size., got 3 dimensions"),
+    "x of another size": (1, lambda x: x[:, 1:], r"w_ih is \[15, 2\], got \[15, 3\]"),
+    "w_ih of one dimension": (2, but(0, lambda w: w[0]), "w_ih is .gates . hidden size, input size."),
+    "w_ih of no whole gates": (2, but(0, lambda w: w[1:]), "14 rows, no multiple of 3 gates"),
+    "w_hh of another size": (2, but(1, lambda w: w[:, :-1]), r"w_hh is \[15, 5\], got \[15, 4\]"),
+    "b_hh of another size": (2, but(3, lambda b: b[1:]), "b_hh is"),
+    "a projection for a GRU": (2, lambda weights: [*weights, torch.zeros(2, 5)], "w_hr goes with an LSTM"),
+    "too few weights": (2, lambda weights: weights[:1], "got 1 weights for 1 directions"),
+    "h_0 of another size": (3, lambda x: x[:, :, :-1], "h_0 has 4 features"),
+    "h_0 of another dtype": (3, lambda x: x.float(), "h_0 has another dtype"),
+    "c_0 for a GRU": (4, lambda x: torch.zeros(1, 3, 5), "c_0 goes with an LSTM"),
+    "rising batch_sizes": (5, lambda x: torch.tensor([2, 3]), "batch_sizes must not rise"),
+    "negative batch_sizes": (5, lambda x: torch.tensor([3, -1]), "batch_sizes must not rise, be negative"),
+    "more rows than there are": (5, lambda x: torch.tensor([3] * 5), "add up to 15 rows, but x has 12"),
+    "more sequences than there are": (5, lambda x: torch.tensor([4, 4]), "exceed the 3 sequences"),
+    "batch_sizes that are no int64": (5, lambda x: torch.tensor([3.0]), "int64"),
 }
 
 

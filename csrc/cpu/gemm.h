@@ -1,96 +1,125 @@
-// Matrix products for the recurrence: weights packed once into panels, and a register-blocked microkernel over them.
+// Matrix products: weights packed into panels, a register-blocked microkernel over them, and loops around it.
 #pragma once
+#include <utility>
+
+#include "share.h"
 #include "vec.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel holds up to
-// kWidth vectors of units of every group, so that all gates of a unit come out of one pass; per k its vectors lie
-// together. Lanes behind the last unit are zero.
-struct Packed {
+template <class C>
+inline int64_t vectors_of(int64_t n) {
+  return (n + kLanes<C> - 1) / kLanes<C>;
+}
+
+// The distance between rows of n numbers, in whole vectors. Rows a multiple of 1 KiB apart fall into the same few sets
+// of the first-level cache; one vector more spreads them.
+template <class C>
+inline int64_t leading(int64_t n) {
+  const int64_t padded = vectors_of<C>(n) * kLanes<C>;
+  return padded * sizeof(C) % 1024 ? padded : padded + kLanes<C>;
+}
+
+// A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel holds
+// `width` vectors of units of every group, so that all gates of a unit come out of one pass; per k its vectors lie
+// together. The last panel may be narrower; lanes behind the last unit are zero.
+template <class C>
+struct Panels {
   int64_t k, units;
   int groups;
-  int width;  // vectors of units in a full panel
+  int width;
+
+  // 4 vectors a row fill the accumulators with the fewest broadcasts; a single group takes them of its units.
+  Panels(int64_t k, int64_t units, int groups) : k(k), units(units), groups(groups), width(groups == 1 ? 4 : 1) {}
+
+  int64_t vectors() const { return vectors_of<C>(units); }
+  int64_t count() const { return (vectors() + width - 1) / width; }
+  int64_t size() const { return vectors() * kLanes<C> * groups * k; }
+  int64_t offset(int64_t panel) const { return panel * width * kLanes<C> * groups * k; }
+  int width_of(int64_t panel) const { return static_cast<int>(least(width, vectors() - panel * width)); }
 };
 
-template <class C>
-inline Packed packed_shape(int64_t k, int64_t units, int groups) {
-  // 4 vectors a row fill the accumulators with the fewest broadcasts; a single group shares them among its units.
-  return {k, units, groups, groups == 1 ? 4 : 1};
+// ---- packing
+
+// rows[i][k] <-> rows[k][i]: in log2(V) rounds, each swapping blocks of half the size.
+template <int kBlock, class C, int... kLane>
+inline void swap_blocks(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, kLane...>) {
+  const Vec<C> low = shuffle<C, (kLane & kBlock ? kLane - kBlock + kLanes<C> : kLane)...>(a, b);
+  b = shuffle<C, (kLane & kBlock ? kLane + kLanes<C> : kLane + kBlock)...>(a, b);
+  a = low;
 }
 
-template <class C>
-inline int64_t panel_units(const Packed& shape) {
-  return shape.width * kLanes<C>;
-}
-
-template <class C>
-inline int64_t panels(const Packed& shape) {
-  return (shape.units + panel_units<C>(shape) - 1) / panel_units<C>(shape);
-}
-
-// Vectors of units in panel j: the last panel may be narrower.
-template <class C>
-inline int panel_width(const Packed& shape, int64_t j) {
-  const int64_t left = (shape.units - j * panel_units<C>(shape) + kLanes<C> - 1) / kLanes<C>;
-  return static_cast<int>(left < shape.width ? left : shape.width);
-}
-
-template <class C>
-inline int64_t panel_offset(const Packed& shape, int64_t j) {
-  return j * panel_units<C>(shape) * shape.groups * shape.k;
-}
-
-template <class C>
-inline int64_t packed_size(const Packed& shape) {
-  return panels<C>(shape) * panel_units<C>(shape) * shape.groups * shape.k;
-}
-
-// Element (k, group, unit) of the source lies at source[group * group_stride + unit * unit_stride + k * k_stride].
-template <class S>
-inline void pack_panel(const Packed& shape, int64_t j, const S* source, int64_t group_stride, int64_t unit_stride,
-                       int64_t k_stride, Compute<S>* packed) {
-  using C = Compute<S>;
+template <class C, int kBlock = 1>
+inline void transpose(Vec<C>* rows) {
   constexpr int V = kLanes<C>;
-  constexpr int64_t kBlock = 64;  // steps of k whose lines stay in L1 while all lanes pass over them
-  const int width = panel_width<C>(shape, j), vectors = width * shape.groups;
-  C* panel = packed + panel_offset<C>(shape, j);
-  for (int64_t k0 = 0; k0 < shape.k; k0 += kBlock) {
-    const int64_t k1 = k0 + kBlock < shape.k ? k0 + kBlock : shape.k;
-    for (int v = 0; v < vectors; v++) {
-      const int group = v / width;
-      for (int lane = 0; lane < V; lane++) {
-        const int64_t unit = j * panel_units<C>(shape) + (v % width) * V + lane;
-        C* to = panel + v * V + lane;
-        if (unit >= shape.units) {
-          for (int64_t k = k0; k < k1; k++) to[k * vectors * V] = 0;
-          continue;
-        }
-        const S* from = source + group * group_stride + unit * unit_stride;
-        for (int64_t k = k0; k < k1; k++) to[k * vectors * V] = scalar(from[k * k_stride]);
-      }
-    }
+  if constexpr (kBlock < V) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++)
+      if (!(i & kBlock)) swap_blocks<kBlock, C>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, V>{});
+    transpose<C, kBlock * 2>(rows);
   }
 }
 
-// Steps of k that are added up before their sum joins the total: rounding errors grow with the length of a chain.
-constexpr int64_t kChain = 64;
-
-// out[r][v] = sum over k of a[r * lda + k] * panel[k][v], for R rows and N vectors; always in the same order, so that
-// a row's result does not depend on the rows beside it.
-template <int R, int N, class C>
-inline void multiply(int64_t k, const C* a, int64_t lda, const C* panel, Vec<C>* out) {
+// Panel j of a source whose element (group, unit, k) lies at (group * units + unit) * K + k: torch's [gates * H, K].
+template <class S>
+__attribute__((noinline)) void pack_transposed(const Panels<Compute<S>>& shape, int64_t j, const S* source,
+                                               Compute<S>* packed) {
+  using C = Compute<S>;
   constexpr int V = kLanes<C>;
-  for (int64_t k0 = 0; k0 < k; k0 += kChain) {
-    const int64_t k1 = k0 + kChain < k ? k0 + kChain : k;
+  const int width = shape.width_of(j), vectors = width * shape.groups;
+  C* panel = packed + shape.offset(j);
+  for (int64_t k = 0; k < shape.k; k += V)
+    for (int v = 0; v < vectors; v++) {
+      const int64_t unit = (j * shape.width + v % width) * V;
+      const S* from = source + (v / width * shape.units + unit) * shape.k + k;
+      Vec<C> rows[V];
+#pragma GCC unroll 16
+      for (int i = 0; i < V; i++) rows[i] = unit + i < shape.units ? load(from + i * shape.k, shape.k - k) : Vec<C>{};
+      transpose<C>(rows);
+      for (int64_t i = 0; i < least(V, shape.k - k); i++) store(panel + ((k + i) * vectors + v) * V, rows[i]);
+    }
+}
+
+// Panel j of a source of one group whose element (k, unit) lies at k * units + unit. Rows [first, first + count) of the
+// source become the panel's from row `to` on.
+template <class S>
+__attribute__((noinline)) void pack_rows(const Panels<Compute<S>>& shape, int64_t j, const S* source, int64_t first,
+                                         int64_t count, int64_t to, Compute<S>* packed) {
+  using C = Compute<S>;
+  constexpr int V = kLanes<C>;
+  const int width = shape.width_of(j);
+  C* panel = packed + shape.offset(j) + to * width * V;
+  for (int64_t k = 0; k < count; k++)
+    for (int v = 0; v < width; v++) {
+      const int64_t unit = (j * shape.width + v) * V;
+      store(panel + (k * width + v) * V, load(source + (first + k) * shape.units + unit, shape.units - unit));
+    }
+}
+
+// ---- products
+
+// Steps of k that are added up before their sum joins the total: rounding errors grow with the length of a chain.
+constexpr int64_t kChain = 128;
+
+// out[r][v] (+)= sum over k of a[r][k * step] * panel[k][v], for R rows and N vectors, the panel's rows `stride` apart;
+// always in the same order, so that a row's result does not depend on the rows beside it.
+template <int R, int N, class C>
+__attribute__((noinline)) void multiply(int64_t k, const C* const* a, int64_t step, const C* panel, int64_t stride,
+                                        bool add, Vec<C>* out) {
+  constexpr int V = kLanes<C>;
+  const C* row[R];
+#pragma GCC unroll 24
+  for (int r = 0; r < R; r++) row[r] = a[r];
+  const int64_t chains = (k + kChain - 1) / kChain;
+  for (int64_t chain = 0, at = 0; chain < chains; chain++) {
     Vec<C> sum[R][N] = {};
-    for (int64_t i = k0; i < k1; i++) {
+    for (const int64_t end = k * (chain + 1) / chains * step; at < end; at += step, panel += stride) {
       Vec<C> w[N];
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) w[v] = load(panel + (i * N + v) * V);
+      for (int v = 0; v < N; v++) w[v] = load(panel + v * V);
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) {
-        const C x = a[r * lda + i];
+        const C x = row[r][at];
 #pragma GCC unroll 8
         for (int v = 0; v < N; v++) sum[r][v] += w[v] * x;
       }
@@ -98,7 +127,7 @@ inline void multiply(int64_t k, const C* a, int64_t lda, const C* panel, Vec<C>*
 #pragma GCC unroll 24
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) out[r * N + v] = k0 ? out[r * N + v] + sum[r][v] : sum[r][v];
+      for (int v = 0; v < N; v++) out[r * N + v] = add || chain ? out[r * N + v] + sum[r][v] : sum[r][v];
   }
 }
 
@@ -106,48 +135,114 @@ template <int N>
 constexpr int kRows = kAccumulators / N < 8 ? kAccumulators / N : 8;
 
 template <int N, class C, int R = kRows<N>>
-inline void multiply_rows(int rows, int64_t k, const C* a, int64_t lda, const C* panel, Vec<C>* out) {
-  if (rows == R) return multiply<R, N>(k, a, lda, panel, out);
-  if constexpr (R > 1) multiply_rows<N, C, R - 1>(rows, k, a, lda, panel, out);
+void multiply_rows(int rows, int64_t k, const C* const* a, int64_t step, const C* panel, int64_t stride, bool add,
+                   Vec<C>* out) {
+  if (rows == R) return multiply<R, N>(k, a, step, panel, stride, add, out);
+  if constexpr (R > 1) multiply_rows<N, C, R - 1>(rows, k, a, step, panel, stride, add, out);
 }
 
-// Multiplies a [rows, K] with a panel, a block of rows at a time; each(r, out) sees the vectors of row r.
-template <int N, class C, class Each>
-inline void for_rows(int64_t rows, int64_t k, const C* a, int64_t lda, const C* panel, const Each& each) {
-  Vec<C> out[kRows<N> * N];
-  // Blocks of nearly equal height: a last block of one row would leave the multipliers idle.
-  const int64_t blocks = (rows + kRows<N> - 1) / kRows<N>;
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t r0 = rows * b / blocks, r1 = rows * (b + 1) / blocks;
-    multiply_rows<N>(static_cast<int>(r1 - r0), k, a + r0 * lda, lda, panel, out);
-    for (int64_t r = r0; r < r1; r++) each(r, out + (r - r0) * N);
+// Steps of k whose slice of a panel stays in the caches nearby while rows pass over it, and rows that do so.
+constexpr int64_t kDepth = 384;
+constexpr int64_t kRowsBlock = 48;
+
+// Factors of a product that lie in `segments` pieces of k numbers, `gap` apart (the directions of a layer).
+struct Depth {
+  int64_t k;
+  int segments = 1;
+  int64_t gap = 0;
+};
+
+// A block of at most kRowsBlock rows, which a[] points to (and is moved along), with N vectors of a panel.
+template <int N, class C>
+__attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const C** a, const C* panel, int64_t stride,
+                                              Vec<C>* out) {
+  // Tiles of nearly equal height: a last tile of one row would leave the multipliers idle.
+  const int64_t tiles = (rows + kRows<N> - 1) / kRows<N>;
+  for (int segment = 0; segment < depth.segments; segment++) {
+    for (int64_t k0 = 0; k0 < depth.k; k0 += kDepth) {
+      const int64_t k = least(depth.k - k0, kDepth);
+      for (int64_t i = 0; i < tiles; i++) {
+        const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+        multiply_rows<N>(static_cast<int>(r1 - r0), k, a + r0, 1, panel, stride, segment || k0, out + r0 * N);
+      }
+      panel += k * stride;
+      for (int64_t r = 0; r < rows; r++) a[r] += k;
+    }
+    for (int64_t r = 0; r < rows; r++) a[r] += depth.gap - depth.k;
   }
 }
 
-// The product of a [rows, K] with a packed matrix of one group; each(r, unit, lanes, x) sees every vector of it.
-template <class C, class Each>
-inline void product(const Packed& shape, int64_t rows, const C* a, int64_t lda, const C* packed, const Each& each) {
+// Multiplies rows (row(r) points to them) with N vectors of a panel; each(r, out) sees the vectors of row r.
+template <int N, class C, class Row, class Each>
+inline void for_rows(int64_t rows, Depth depth, const Row& row, const C* panel, int64_t stride, const Each& each) {
+  Vec<C> out[kRowsBlock * N];
+  const C* a[kRowsBlock];
+  const int64_t tall = depth.k > kDepth ? kRowsBlock / kRows<N> * kRows<N> : kRows<N>;
+  const int64_t blocks = (rows + tall - 1) / tall;
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t r0 = rows * b / blocks, count = rows * (b + 1) / blocks - r0;
+    for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r);
+    multiply_block<N>(count, depth, a, panel, stride, out);
+    for (int64_t r = 0; r < count; r++) each(r0 + r, out + r * N);
+  }
+}
+
+// The product of rows with vectors [first, last) of a packed matrix of one group; each(r, unit, lanes, x) sees every
+// vector of it.
+template <class C, class Row, class Each>
+inline void product(const Panels<C>& shape, const C* packed, int64_t first, int64_t last, int64_t rows, Depth depth,
+                    const Row& row, const Each& each) {
   constexpr int V = kLanes<C>;
-  for (int64_t j = 0; j < panels<C>(shape); j++) {
-    const C* panel = packed + panel_offset<C>(shape, j);
-    const int64_t unit0 = j * panel_units<C>(shape);
+  for (int64_t u = first, end; u < last; u = end) {
+    const int64_t j = u / shape.width, stride = shape.width_of(j) * V;
+    const C* panel = packed + shape.offset(j) + u % shape.width * V;
+    end = least(last, (j + 1) * shape.width);
     const auto rows_of = [&](auto width) {
       constexpr int N = decltype(width)::value;
-      for_rows<N>(rows, shape.k, a, lda, panel, [&](int64_t r, const Vec<C>* out) {
+      for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<C>* out) {
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) {
-          const int64_t unit = unit0 + v * V;
-          each(r, unit, shape.units - unit < V ? shape.units - unit : V, out[v]);
+          const int64_t unit = (u + v) * V;
+          each(r, unit, least(shape.units - unit, V), out[v]);
         }
       });
     };
-    switch (panel_width<C>(shape, j)) {
+    switch (end - u) {
       case 1: rows_of(std::integral_constant<int, 1>{}); break;
       case 2: rows_of(std::integral_constant<int, 2>{}); break;
       case 3: rows_of(std::integral_constant<int, 3>{}); break;
       default: rows_of(std::integral_constant<int, 4>{});
     }
   }
+}
+
+// Dot products of a [k] with V rows of w [*, k], those from `lanes` on repeating the last: for a matrix that is used
+// too seldom to be worth packing.
+template <class S>
+__attribute__((noinline)) Vec<Compute<S>> dots(const S* w, int64_t lanes, int64_t k, const Compute<S>* a) {
+  using C = Compute<S>;
+  constexpr int V = kLanes<C>;
+  Vec<C> sums[V] = {};
+  const S* row[V];
+#pragma GCC unroll 16
+  for (int i = 0; i < V; i++) row[i] = w + least(i, lanes - 1) * k;
+  int64_t at = 0;
+  for (; at + V <= k; at += V) {
+    const Vec<C> x = load(a + at);
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) sums[i] += load(row[i] + at) * x;
+  }
+  if (at < k) {
+    const Vec<C> x = load(a + at, k - at);
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++) sums[i] += load(row[i] + at, k - at) * x;
+  }
+  transpose<C>(sums);
+#pragma GCC unroll 4
+  for (int width = V / 2; width; width /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+  return sums[0];
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -4,18 +4,37 @@
 
 namespace seqkernels {
 
+// Some sequences of one direction, through all steps: needs nothing of another task.
+// Sequence r of the task is number first + r * stride of the batch.
+struct Task {
+  int direction;
+  int64_t first, stride, count;
+};
+
+// Where the members of a team meet; zero at the start.
+struct Barrier {
+  alignas(64) int arrived;
+  alignas(64) int phase;
+};
+
+// How the members (as many as threads are wanted) share the work. In a sweep each team runs an equal share of the
+// tasks, its members sharing the hidden units of a task among them; members that are in no team wait.
+struct Schedule {
+  int members, teams, team_size;
+  int64_t tasks, most_sequences;  // most_sequences: of any task
+  const Task* task;               // [tasks]
+  Barrier* barriers;              // [1 + teams]: of all members, then of each team
+};
+
 struct Kernels {
   const char* name;
-  // Bytes of packed weights of one direction, and of scratch of one task with `count` sequences.
-  int64_t (*forward_packed_bytes)(const Problem&);
-  int64_t (*forward_scratch_bytes)(const Problem&, int64_t count);
-  int64_t (*backward_packed_bytes)(const Problem&);
-  int64_t (*backward_scratch_bytes)(const Problem&, int64_t count);
-  // Pack the weights of one direction, then run tasks of it in any order and on any thread.
-  void (*forward_pack)(const Problem&, int direction, void* packed);
-  void (*forward)(const Forward&, const Task&, const void* packed, void* scratch);
-  void (*backward_pack)(const Problem&, int direction, void* packed);
-  void (*backward)(const Backward&, const Task&, const void* packed, void* scratch);
+  // Bytes of memory that all members of a call work in; it need not be initialised.
+  int64_t (*forward_bytes)(const Forward&, const Schedule&);
+  int64_t (*backward_bytes)(const Backward&, const Schedule&);
+  // The part of members [begin, end). Members that share a team, or the whole, wait for each other: every member must
+  // be run, and those that are not in one call, at the same time.
+  void (*forward)(const Forward&, const Schedule&, int begin, int end, void* memory);
+  void (*backward)(const Backward&, const Schedule&, int begin, int end, void* memory);
 };
 
 }  // namespace seqkernels

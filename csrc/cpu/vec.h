@@ -184,6 +184,17 @@ inline float scalar(S x) {
   return load(&x, 1)[0];
 }
 
+// Lanes of a and b side by side, by their numbers.
+template <class C, int... kLane>
+inline Vec<C> shuffle(Vec<C> a, Vec<C> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  typedef typename std::conditional<sizeof(C) == 4, u32, u64>::type Lanes;
+  return __builtin_shuffle(a, b, Lanes{kLane...});
+#endif
+}
+
 // ---- exp, sigmoid and tanh
 
 template <class C>
@@ -191,78 +202,94 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   typedef u32 bits;
-  static constexpr float lowest = -87.0f, highest = 88.0f;
+  static constexpr float lowest = -87.0f, highest = 87.0f;
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low mantissa bits
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
-  static constexpr int terms = 7, exponent_bias = 127, mantissa_bits = 23;
+  static constexpr int exponent_bias = 127, mantissa_bits = 23;
+  // (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2, least error of exp: 3e-9.
+  static constexpr float tail[] = {0x1.fffffcp-2f, 0x1.555490p-3f, 0x1.5558f4p-5f, 0x1.123a6ap-7f, 0x1.6a2358p-10f};
 };
 template <>
 struct ExpConstants<double> {
   typedef u64 bits;
-  static constexpr double lowest = -708.0, highest = 709.0;
+  static constexpr double lowest = -708.0, highest = 708.0;
   static constexpr double round = 0x1.8p52;
   static constexpr double ln2_high = 0x1.62e42fee00000p-1, ln2_low = 0x1.a39ef35793c76p-33;
-  static constexpr int terms = 13, exponent_bias = 1023, mantissa_bits = 52;
+  static constexpr int exponent_bias = 1023, mantissa_bits = 52;
+  // The Taylor series, to a term below half an ulp.
+  static constexpr double tail[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                    1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                    1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
 
-// exp(x) = scale * (1 + p): Cody-Waite reduction to |r| <= ln(2)/2, then p = exp(r) - 1 by its Taylor series, whose
-// first term left out is below half an ulp. x is clamped to where scale is a normal number; NaN stays NaN.
+// x within the bounds; NaN stays NaN.
+template <class C>
+inline Vec<C> clamp(Vec<C> x, C lowest, C highest) {
+  x = x < lowest ? Vec<C>{} + lowest : x;
+  return x > highest ? Vec<C>{} + highest : x;
+}
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> clamp(Vec<float> x, float lowest, float highest) {  // max and min return their second operand for NaN
+  return _mm512_min_ps(_mm512_set1_ps(highest), _mm512_max_ps(_mm512_set1_ps(lowest), x));
+}
+#elif defined(__AVX2__)
+template <>
+inline Vec<float> clamp(Vec<float> x, float lowest, float highest) {
+  return _mm256_min_ps(_mm256_set1_ps(highest), _mm256_max_ps(_mm256_set1_ps(lowest), x));
+}
+#endif
+
+// exp(x) = scale * (1 + p): Cody-Waite reduction to |r| <= ln(2)/2, then p = exp(r) - 1 = r + r^2 tail(r). x is clamped
+// to where scale is a normal number; NaN stays NaN.
 template <class C>
 inline void exp_parts(Vec<C> x, Vec<C>& scale, Vec<C>& p) {
   using K = ExpConstants<C>;
-  x = x < K::lowest ? Vec<C>{} + K::lowest : x;
-  x = x > K::highest ? Vec<C>{} + K::highest : x;
+  constexpr int kTerms = sizeof(K::tail) / sizeof(C);
+  x = clamp<C>(x, K::lowest, K::highest);
   const Vec<C> shifted = x * static_cast<C>(1.4426950408889634) + K::round;
   const Vec<C> n = shifted - K::round;
   const Vec<C> r = (x - n * K::ln2_high) - n * K::ln2_low;
-  double inverse_factorial = 1;
-  for (int k = 2; k <= K::terms; k++) inverse_factorial /= k;
-  Vec<C> q = Vec<C>{} + static_cast<C>(inverse_factorial);
+  Vec<C> tail = Vec<C>{} + K::tail[kTerms - 1];
 #pragma GCC unroll 16
-  for (int k = K::terms; k > 2; k--) {
-    inverse_factorial *= k;
-    q = q * r + static_cast<C>(inverse_factorial);
-  }
-  p = r + r * r * q;
+  for (int k = kTerms - 2; k >= 0; k--) tail = tail * r + K::tail[k];
+  p = r + r * r * tail;
   scale = bits_of<Vec<C>>((bits_of<typename K::bits>(shifted) + K::exponent_bias) << K::mantissa_bits);
 }
+
+// 1 / x for normal x.
+template <class V>
+inline V reciprocal(V x) {
+  return 1 / x;
+}
+#if defined(__AVX512F__)
+template <>
+inline Vec<float> reciprocal(Vec<float> x) {  // 14 bits and one Newton step: an ulp, and no wait for the divider
+  const Vec<float> y = _mm512_rcp14_ps(x);
+  return y + y * (1 - x * y);
+}
+#endif
 
 template <class V>
 using LaneOf = typename std::remove_reference<decltype(V{}[0])>::type;
 
-// 1 + exp(x): scale is a power of two, so nothing is lost before the one rounding of the sum.
-template <class V>
-inline V one_plus_exp(V x) {
-  V scale, p;
-  exp_parts<LaneOf<V>>(x, scale, p);
-  return scale * p + (scale + 1);
-}
-
-// Within 2 ulp.
+// Within 2 ulp. 1 + exp(-x) loses nothing before its one rounding, as scale is a power of two.
 template <class V>
 inline V sigmoid(V x) {
-  return 1 / one_plus_exp(-x);
+  V scale, p;
+  exp_parts<LaneOf<V>>(-x, scale, p);
+  return reciprocal<V>(scale * p + (scale + 1));
 }
 
-// (tanh(x) - x) / x^3 for |x| < 0.625 with z = x^2, to below an ulp of tanh; coefficients: Cephes tanhf.c and tanh.c.
-inline Vec<float> tanh_tail(Vec<float> z) {
-  return (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z -
-         3.33332819422e-1f;
-}
-inline Vec<double> tanh_tail(Vec<double> z) {
-  const Vec<double> p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
-  const Vec<double> q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
-  return p / q;
-}
-
-// Within 2 ulp, also near zero.
+// Within 4 ulp, near zero as well: e / (e + 2) of e = exp(2x) - 1, whose scale is 1 there.
 template <class V>
 inline V tanh(V x) {
-  const V magnitude = x < 0 ? -x : x;
-  const V large = 1 - 2 / one_plus_exp(magnitude * 2);
-  const V z = x * x;
-  const V small = x + x * z * tanh_tail(z);
-  return magnitude < static_cast<LaneOf<V>>(0.625) ? small : x < 0 ? -large : large;
+  using C = LaneOf<V>;
+  V scale, p;
+  constexpr C kOne = sizeof(C) == 4 ? 20 : 40;  // from here on tanh(x / 2) is 1
+  exp_parts<C>(clamp<C>(x * 2, -kOne, kOne), scale, p);
+  const V e = scale * p + (scale - 1);
+  return e * reciprocal<V>(e + 2);
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,340 @@
+// The forward sweep over time. A task runs its steps in chunks: the input projection of the chunk's rows, whose result
+// stays in the caches, then step after step. State is carried in the type of computation.
+#pragma once
+#include "layout.h"
+// cells.h needs sigmoid and tanh, which vec.h has declared.
+#include "../cells.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// Gates of a chunk, in bytes at most, and rows at least: enough to use each panel of W_ih often.
+constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkRows = 48;
+// Rows of a layer from which on packing its weights pays.
+constexpr int64_t kFewRows = 8;
+
+template <class S>
+struct ForwardMemory {
+  using C = Compute<S>;
+  struct PerDirection {
+    C *w_ih, *w_hh, *w_hr;
+    C* bias;    // [G*H]: what is added to the projection
+    C* bias_n;  // [H]: the GRU's b_hn, which its reset gate scales
+  };
+  struct PerTask {
+    C *h, *h_next;   // [count, ldp]
+    C* c;            // [count, ldh]
+    C* unprojected;  // [count, ldh]: h before its projection
+    C* gates;        // [chunk, ldg]: the gates' share of the input
+    int64_t* rows;   // [members of the team, chunk]: which rows of the layer they are
+  };
+
+  const Panels<C> ih, hh, hr;
+  const bool packed;
+  const int64_t ldh, ldp, ldi, ldg, chunk;
+  PerDirection direction[2] = {};
+  C* x_wide;  // [N, ldi], if x is narrower than it is computed in
+  Arena tasks;
+  int64_t task_bytes;
+
+  ForwardMemory(const Forward& p, const Schedule& schedule, void* base)
+      : ih(p.input, gates_of(p.cell) * p.hidden, 1),
+        hh(p.projected, p.hidden, gates_of(p.cell)),
+        hr(p.hidden, p.has_projection ? p.projected : 0, 1),
+        packed(p.rows > kFewRows),
+        ldh(leading<C>(p.hidden)),
+        ldp(leading<C>(p.projected)),
+        ldi(leading<C>(p.input)),
+        ldg(leading<C>(ih.units)),
+        chunk(chunk_rows(p, schedule)) {
+    Arena arena{static_cast<char*>(base)};
+    for (int d = 0; d < p.directions; d++) {
+      if (packed) {
+        direction[d].w_ih = arena.take<C>(ih.size());
+        direction[d].w_hh = arena.take<C>(hh.size());
+        direction[d].w_hr = arena.take<C>(hr.size());
+      }
+      direction[d].bias = arena.take<C>(ldg);
+      direction[d].bias_n = arena.take<C>(ldh);
+    }
+    x_wide = std::is_same<S, C>::value ? nullptr : arena.take<C>(p.rows * ldi);
+    tasks = arena;
+    Arena one{nullptr};
+    take_task(p, schedule, one);
+    task_bytes = one.used;
+  }
+
+  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+
+  PerTask task(const Forward& p, const Schedule& schedule, int64_t i) const {
+    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    return take_task(p, schedule, arena);
+  }
+
+ private:
+  PerTask take_task(const Forward& p, const Schedule& schedule, Arena& arena) const {
+    const int64_t count = schedule.most_sequences;
+    PerTask task;
+    task.h = arena.take<C>(count * ldp);
+    task.h_next = arena.take<C>(count * ldp);
+    task.c = arena.take<C>(p.c_0 ? count * ldh : 0);
+    task.unprojected = arena.take<C>(p.has_projection ? count * ldh : 0);
+    task.gates = arena.take<C>(chunk * ldg);
+    task.rows = arena.take<int64_t>(schedule.team_size * chunk);
+    return task;
+  }
+
+  int64_t chunk_rows(const Forward& p, const Schedule& schedule) const {
+    const int64_t fitting = kChunkBytes / (ldg * static_cast<int64_t>(sizeof(C)));
+    const int64_t all = p.steps * schedule.most_sequences;
+    return least(most(most(fitting, kChunkRows), schedule.most_sequences), all);
+  }
+};
+
+template <Cell kCell, class S>
+class ForwardSweep {
+  using C = Compute<S>;
+  using V = Vec<C>;
+  static constexpr int kLane = kLanes<C>;
+  static constexpr int G = gates_of(kCell), K = saved_blocks_of(kCell);
+
+ public:
+  ForwardSweep(const Forward& p, const ForwardMemory<S>& memory, const typename ForwardMemory<S>::PerTask& mine,
+               const Task& task, const Share& share)
+      : p(p),
+        at{p, task},
+        memory(memory),
+        mine(mine),
+        share(share),
+        weights(memory.direction[task.direction]),
+        source(p.weights[task.direction]),
+        units(Units::of<C>(share, p.hidden)),
+        outputs(Units::of<C>(share, p.projected)),
+        rows(mine.rows + share.begin * memory.chunk) {}
+
+  void run() {
+    load_states();
+    for (int64_t i = 0; i < p.steps;) {
+      int64_t count = 0, end = i;
+      do {
+        const int64_t t = step(end++), running = at.running(t);
+        for (int64_t r = 0; r < running; r++) rows[count++] = at.row(t, r);
+      } while (end < p.steps && count + at.running(step(end)) <= memory.chunk);
+      project(count);
+      for (int64_t first = 0; i < end; first += at.running(step(i++))) run_step(step(i), first);
+    }
+  }
+
+ private:
+  int64_t step(int64_t i) const { return at.task.direction ? p.steps - 1 - i : i; }
+
+  void load_states() const {
+    const int64_t H = p.hidden, P = p.projected, ran = at.running(0);
+    const S* h_0 = static_cast<const S*>(p.h_0);
+    const S* c_0 = static_cast<const S*>(p.c_0);
+    for (int64_t r = 0; r < at.task.count; r++) {
+      // Both buffers: a sequence that a reverse sweep has not reached keeps its state in either.
+      C* h = mine.h + r * memory.ldp;
+      load_state(at.at_sequence(h_0, r, P), h, outputs);
+      load_state(at.at_sequence(h_0, r, P), mine.h_next + r * memory.ldp, outputs);
+      if (kCell == Cell::lstm) load_state(at.at_sequence(c_0, r, H), mine.c + r * memory.ldh, units);
+      if (r < ran) continue;
+      store_state(h, at.at_sequence(static_cast<S*>(p.h_n), r, P), outputs);  // never runs
+      if (kCell == Cell::lstm)
+        store_state(mine.c + r * memory.ldh, at.at_sequence(static_cast<S*>(p.c_n), r, H), units);
+    }
+  }
+
+  const C* input(int64_t i) const {
+    if constexpr (std::is_same<S, C>::value) return static_cast<const C*>(p.x) + rows[i] * p.input;
+    return memory.x_wide + rows[i] * memory.ldi;
+  }
+
+  // gates = W_ih x + biases of the chunk's `count` rows: this share's columns.
+  void project(int64_t count) const {
+    const int64_t columns = memory.ih.units, first = share.first(memory.ih.vectors());
+    const int64_t last = share.last(memory.ih.vectors());
+    const auto row = [&](int64_t i) { return input(i); };
+    const auto put = [&](int64_t i, int64_t column, int64_t, V x) {
+      store(mine.gates + i * memory.ldg + column, x + load(weights.bias + column));
+    };
+    if (memory.packed) {
+      product(memory.ih, weights.w_ih, first, last, count, {p.input}, row, put);
+    } else {
+      for (int64_t column = first * kLane; column < least(last * kLane, columns); column += kLane)
+        for (int64_t i = 0; i < count; i++) {
+          const S* w_ih = static_cast<const S*>(source.w_ih) + column * p.input;
+          put(i, column, 0, dots(w_ih, columns - column, p.input, row(i)));
+        }
+    }
+    share.wait();
+  }
+
+  void dots_of_gates(const S* w, int64_t unit, int64_t k, const C* a, V* out) const {
+    for (int g = 0; g < G; g++) out[g] = dots(w + (g * p.hidden + unit) * k, p.hidden - unit, k, a);
+  }
+
+  // One step; the gates of its first row are row `first` of the chunk.
+  void run_step(int64_t t, int64_t first) {
+    const int64_t running = at.running(t);
+    const int64_t later = at.task.direction ? t - 1 : t + 1;
+    ahead = at.rows_to(t, later) * p.directions;
+    row0 = at.row(t, 0);
+    gates = mine.gates + first * memory.ldg;
+    // Sequences from here on end with this step; those of a reverse sweep all end with its last.
+    lasting = at.task.direction ? (later < 0 ? 0 : running) : at.running(later);
+    const auto row = [&](int64_t r) { return mine.h + r * memory.ldp; };
+    if (!memory.packed) {
+      for (int64_t unit = units.first; unit < units.last; unit += kLane)
+        for (int64_t r = 0; r < running; r++) {
+          V out[G];
+          dots_of_gates(static_cast<const S*>(source.w_hh), unit, p.projected, row(r), out);
+          finish(r, unit, out);
+        }
+    } else if constexpr (G == 1) {
+      product(memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, {p.projected}, row,
+              [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); });
+    } else {
+      for (int64_t unit = units.first; unit < units.last; unit += kLane)
+        for_rows<G>(running, {p.projected}, row, weights.w_hh + memory.hh.offset(unit / kLane), G * kLane,
+                    [&](int64_t r, const V* out) { finish(r, unit, out); });
+    }
+    if (p.has_projection) {
+      share.wait();
+      project_outputs(running);
+    }
+    C* const before = mine.h;
+    mine.h = mine.h_next;
+    mine.h_next = before;
+    if (later >= 0 && later < p.steps) share.wait();
+  }
+
+  void project_outputs(int64_t running) const {
+    const auto row = [&](int64_t r) { return mine.unprojected + r * memory.ldh; };
+    const auto put = [&](int64_t r, int64_t unit, int64_t, V x) { put_h(r, unit, x); };
+    if (memory.packed) {
+      product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running, {p.hidden}, row,
+              put);
+      return;
+    }
+    for (int64_t unit = outputs.first; unit < outputs.last; unit += kLane)
+      for (int64_t r = 0; r < running; r++) {
+        const S* w_hr = static_cast<const S*>(source.w_hr) + unit * p.hidden;
+        put(r, unit, 0, dots(w_hr, p.projected - unit, p.hidden, row(r)));
+      }
+  }
+
+  // The gates of one vector of units of sequence r, given their share of W_hh h.
+  void finish(int64_t r, int64_t unit, const V* recurrent) const {
+    V x[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; g++) x[g] = load(gates + r * memory.ldg + g * p.hidden + unit);
+    if constexpr (kCell == Cell::gru) {
+      GruGates<V> now;
+      const V h_n = recurrent[2] + load(weights.bias_n + unit);
+      put_h(r, unit,
+            gru_forward(x[0], x[1], x[2], recurrent[0], recurrent[1], h_n, load(mine.h + r * memory.ldp + unit), now));
+      const V blocks[] = {now.r, now.z, now.n, now.hn};
+      save(r, unit, blocks);
+    } else if constexpr (kCell == Cell::lstm) {
+      LstmGates<V> now;
+      C* c = mine.c + r * memory.ldh + unit;
+      V state = load(c);
+      const V h =
+          lstm_forward(x[0] + recurrent[0], x[1] + recurrent[1], x[2] + recurrent[2], x[3] + recurrent[3], state, now);
+      store(c, state);
+      if (r >= lasting)
+        store(at.at_sequence(static_cast<S*>(p.c_n), r, p.hidden) + unit, state, least(p.hidden - unit, kLane));
+      if (p.has_projection)
+        store(mine.unprojected + r * memory.ldh + unit, h);
+      else
+        put_h(r, unit, h);
+      const V blocks[] = {now.i, now.f, now.g, now.o, state};
+      save(r, unit, blocks);
+    } else {
+      const V sum = x[0] + recurrent[0];
+      put_h(r, unit, kCell == Cell::rnn_tanh ? tanh(sum) : relu(sum));
+    }
+  }
+
+  void put_h(int64_t r, int64_t unit, V h) const {
+    const int64_t P = p.projected, lanes = least(P - unit, kLane);
+    S* y = at.at_row(static_cast<S*>(p.y), row0 + r * at.task.stride, P) + unit;
+    prefetch_store(y + ahead * P);
+    store(y, h, lanes);
+    store(mine.h_next + r * memory.ldp + unit, h);
+    if (r >= lasting) store(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
+  }
+
+  template <int kBlocks>
+  void save(int64_t r, int64_t unit, const V (&blocks)[kBlocks]) const {
+    static_assert(kBlocks == K, "what backward expects");
+    if (!p.saved) return;
+    const int64_t H = p.hidden, lanes = least(H - unit, kLane);
+    S* to = at.at_row(static_cast<S*>(p.saved), row0 + r * at.task.stride, K * H) + unit;
+#pragma GCC unroll 8
+    for (int block = 0; block < K; block++) {
+      prefetch_store(to + block * H + ahead * K * H);
+      store(to + block * H, blocks[block], lanes);
+    }
+  }
+
+  const Forward& p;
+  const Layout at;
+  const ForwardMemory<S>& memory;
+  typename ForwardMemory<S>::PerTask mine;
+  const Share share;
+  const typename ForwardMemory<S>::PerDirection& weights;
+  const WeightsOf<const void*>& source;
+  const Units units, outputs;  // this share's, of H and of P
+  int64_t* const rows;         // of the chunk
+  // Of the step that runs.
+  const C* gates;
+  int64_t row0, ahead, lasting;
+};
+
+// Biases of direction d: what the projection adds, and the GRU's b_hn apart.
+template <class S>
+void sum_biases(const Forward& p, int d, const ForwardMemory<S>& memory) {
+  using C = Compute<S>;
+  const S* b_ih = static_cast<const S*>(p.weights[d].b_ih);
+  const S* b_hh = static_cast<const S*>(p.weights[d].b_hh);
+  const int64_t columns = gates_of(p.cell) * p.hidden, apart = p.cell == Cell::gru ? 2 * p.hidden : columns;
+  C* sum = memory.direction[d].bias;
+  load_state(b_ih, sum, {0, columns});
+  load_state(b_hh ? b_hh + apart : b_hh, memory.direction[d].bias_n, {0, columns - apart});
+  for (int64_t i = 0; b_hh && i < apart; i++) sum[i] += scalar(b_hh[i]);
+}
+
+template <class S>
+void prepare_forward(const Forward& p, const ForwardMemory<S>& memory, const Share& share) {
+  using C = Compute<S>;
+  const auto pack = [&](const Panels<C>& shape, const void* source, C* packed) {
+    for (int64_t j = share.first(shape.count()); j < share.last(shape.count()); j++)
+      pack_transposed(shape, j, static_cast<const S*>(source), packed);
+  };
+  for (int d = 0; d < p.directions; d++) {
+    if (memory.packed) {
+      pack(memory.ih, p.weights[d].w_ih, memory.direction[d].w_ih);
+      pack(memory.hh, p.weights[d].w_hh, memory.direction[d].w_hh);
+      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, memory.direction[d].w_hr);
+    }
+    if (share.begin == 0) sum_biases(p, d, memory);
+  }
+  if (memory.x_wide)
+    for (int64_t row = share.first(p.rows); row < share.last(p.rows); row++)
+      load_state(static_cast<const S*>(p.x) + row * p.input, memory.x_wide + row * memory.ldi, {0, p.input});
+}
+
+template <Cell kCell, class S>
+void forward(const Forward& p, const Schedule& schedule, int begin, int end, void* base) {
+  const ForwardMemory<S> memory(p, schedule, base);
+  const Share all = share_of_all(schedule, begin, end);
+  prepare_forward(p, memory, all);
+  all.wait();
+  run_tasks(schedule, begin, end, [&](int64_t i, const Share& share) {
+    ForwardSweep<kCell, S>(p, memory, memory.task(p, schedule, i), schedule.task[i], share).run();
+  });
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

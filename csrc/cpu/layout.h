@@ -1,0 +1,70 @@
+// Where the rows and states of a task lie in a layer's tensors, and how they are read and written.
+#pragma once
+#include "gemm.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// How many of a task's sequences run when `running` of the batch do.
+inline int64_t running_of(const Task& task, int64_t running) {
+  const int64_t count = running > task.first ? (running - task.first + task.stride - 1) / task.stride : 0;
+  return least(count, task.count);
+}
+
+// Fetch early what the next step loads, or stores to: the core that wrote it last, or reads it next, is often another,
+// and the rows of a step are no stream that the hardware would follow. An address beyond the array does no harm.
+template <class T>
+inline void prefetch_load(const T* p) {
+  __builtin_prefetch(p, 0);
+}
+template <class T>
+inline void prefetch_store(const T* p) {
+  __builtin_prefetch(p, 1);
+}
+
+// One task's rows and states in the tensors of a layer.
+struct Layout {
+  const Problem& p;
+  const Task& task;
+
+  int64_t sequence(int64_t r) const { return task.first + r * task.stride; }
+  int64_t row(int64_t t, int64_t r) const { return p.offsets[t] + sequence(r); }
+  // x is [N, D, n]
+  template <class T>
+  T* at_row(T* x, int64_t row, int64_t n) const {
+    return x + (row * p.directions + task.direction) * n;
+  }
+  // x is [D, B, n]
+  template <class T>
+  T* at_sequence(T* x, int64_t r, int64_t n) const {
+    return x + (task.direction * p.sequences + sequence(r)) * n;
+  }
+  int64_t running(int64_t t) const { return t < 0 || t >= p.steps ? 0 : running_of(task, p.batch_sizes[t]); }
+  // From a row of step t to that of the same sequence in step u; 0 if there is no such step.
+  int64_t rows_to(int64_t t, int64_t u) const { return u < 0 || u >= p.steps ? 0 : p.offsets[u] - p.offsets[t]; }
+};
+
+// Units [first, last) of a state, whole vectors but for the end of the state.
+struct Units {
+  int64_t first, last;
+
+  template <class C>
+  static Units of(const Share& share, int64_t n) {
+    const int64_t vectors = vectors_of<C>(n);
+    return {share.first(vectors) * kLanes<C>, least(share.last(vectors) * kLanes<C>, n)};
+  }
+};
+
+template <class S>
+inline void load_state(const S* from, Compute<S>* to, Units units) {
+  constexpr int V = kLanes<Compute<S>>;
+  for (int64_t i = units.first; i < units.last; i += V)
+    store(to + i, from ? load(from + i, units.last - i) : Vec<Compute<S>>{});
+}
+
+template <class S>
+inline void store_state(const Compute<S>* from, S* to, Units units) {
+  constexpr int V = kLanes<Compute<S>>;
+  for (int64_t i = units.first; i < units.last; i += V) store(to + i, load(from + i), units.last - i);
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

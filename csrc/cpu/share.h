@@ -1,0 +1,74 @@
+// A member's share of the work, and its meeting with the others.
+#pragma once
+#include "kernels.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#include <sched.h>
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Members [begin, end) of `members`, run by one thread.
+struct Share {
+  int begin, end, members;
+  Barrier* barrier;
+
+  // Of n pieces of work, those of this share.
+  int64_t first(int64_t n) const { return n * begin / members; }
+  int64_t last(int64_t n) const { return n * end / members; }
+
+  // Wait until all members are here. Arrivals are counted in members, not threads, so that it does not matter how many
+  // threads there really are.
+  void wait() const {
+    if (end - begin == members) return;
+    const int phase = __atomic_load_n(&barrier->phase, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&barrier->arrived, end - begin, __ATOMIC_ACQ_REL) == members) {
+      __atomic_store_n(&barrier->arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&barrier->phase, phase + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
+      constexpr int kPatience = 4000;  // some 50 us; then the other may be waiting for this very core
+      if (spins > kPatience) sched_yield();
+#if defined(__x86_64__)
+      else
+        _mm_pause();
+#endif
+    }
+  }
+};
+
+inline Share share_of_all(const Schedule& schedule, int begin, int end) {
+  return {begin, end, schedule.members, schedule.barriers};
+}
+
+// run(task, team's share) for every task in which one of members [begin, end) has a part.
+template <class Run>
+inline void run_tasks(const Schedule& schedule, int begin, int end, const Run& run) {
+  const int size = schedule.team_size;
+  for (int team = begin / size; team < schedule.teams && team * size < end; team++) {
+    const int first = team * size;
+    const Share share{begin > first ? begin - first : 0, static_cast<int>(least(end - first, size)), size,
+                      schedule.barriers + 1 + team};
+    const int64_t last = schedule.tasks * (team + 1) / schedule.teams;
+    for (int64_t i = schedule.tasks * team / schedule.teams; i < last; i++) run(i, share);
+  }
+}
+
+// Hands out parts of one block of memory; without a block it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* part = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+};
+
+}  // namespace seqkernels::SEQKERNELS_ISA
