@@ -35,11 +35,15 @@ using Tensors = std::vector<Tensor>;
 using Shape = std::vector<int64_t>;
 
 template <class... Args>
-void check(bool holds, const Args&... sentence) {
-  if (holds) return;
+[[noreturn]] void refuse(const Args&... sentence) {
   std::ostringstream text;
   (text << ... << sentence);
   throw std::runtime_error(text.str());
+}
+
+template <class... Args>
+void check(bool holds, const Args&... sentence) {
+  if (!holds) refuse(sentence...);
 }
 
 std::string text_of(const int64_t* sizes, size_t count) {
@@ -107,11 +111,11 @@ class Arguments {
   }
 
   const void* keep(const Tensor& tensor, const char* name, const Shape& shape) {
+    const auto sizes = tensor.sizes();
+    if (sizes.size() != shape.size() || !std::equal(shape.begin(), shape.end(), sizes.begin()))
+      refuse(name, " is ", text_of(shape.data(), shape.size()), ", got ", text_of(sizes.data(), sizes.size()));
     check(tensor.is_cpu(), name, " is not on the CPU, where this operator runs");
     check(tensor.scalar_type() == type_, name, " has another dtype than x");
-    const auto sizes = tensor.sizes();
-    check(sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name, " is ",
-          text_of(shape.data(), shape.size()), ", got ", text_of(sizes.data(), sizes.size()));
     if (tensor.is_contiguous()) return tensor.const_data_ptr();
     try {
       kept_.push_back(torch::stable::contiguous(tensor));
@@ -154,6 +158,21 @@ class Arguments {
   std::vector<int64_t> batch_sizes_, offsets_;
 };
 
+// For tests: all memory starts as NaN.
+bool poison = false;
+
+Tensor allocate(ScalarType type, const Shape& shape) {
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  if (poison && tensor.numel()) memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
 struct Free {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
@@ -185,10 +204,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, 
   Forward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
   const int64_t D = p.directions, K = save ? seqkernels::saved_blocks_of(p.cell) : 0;
-  Tensor y = torch::stable::new_empty(x, Shape{x.size(0), D * p.projected});
-  Tensor h_n = torch::stable::new_empty(x, Shape{D, p.sequences, p.projected});
-  Tensor c_n = torch::stable::new_empty(x, Shape{D, p.sequences, c_0 ? p.hidden : 0});
-  Tensor saved = torch::stable::new_empty(x, Shape{x.size(0), D, K * p.hidden});
+  Tensor y = allocate(x.scalar_type(), Shape{x.size(0), D * p.projected});
+  Tensor h_n = allocate(x.scalar_type(), Shape{D, p.sequences, p.projected});
+  Tensor c_n = allocate(x.scalar_type(), Shape{D, p.sequences, c_0 ? p.hidden : 0});
+  Tensor saved = allocate(x.scalar_type(), Shape{x.size(0), D, K * p.hidden});
   zero_rows(y, p.rows);
   zero_rows(saved, p.rows);
   p.y = pointer(y);
@@ -213,13 +232,13 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
   p.grad_c_n = grad_c_n && c_0 ? arguments.keep(*grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
   p.y = arguments.keep(y, "y", {N, D * P});
   p.saved = arguments.keep(saved, "saved", {N, D, seqkernels::saved_blocks_of(p.cell) * H});
-  Tensor grad_x = torch::stable::new_empty(x, wants_x ? Shape{N, p.input} : Shape{0});
-  Tensor grad_h_0 = torch::stable::new_empty(x, Shape{D, B, P});
-  Tensor grad_c_0 = torch::stable::new_empty(x, Shape{D, B, c_0 ? H : 0});
+  Tensor grad_x = allocate(x.scalar_type(), wants_x ? Shape{N, p.input} : Shape{0});
+  Tensor grad_h_0 = allocate(x.scalar_type(), Shape{D, B, P});
+  Tensor grad_c_0 = allocate(x.scalar_type(), Shape{D, B, c_0 ? H : 0});
   Tensors grad_weights;
   for (const Tensor& weight : weights) {
     const auto sizes = weight.sizes();
-    grad_weights.push_back(torch::stable::new_empty(x, wants_weights ? Shape(sizes.begin(), sizes.end()) : Shape{0}));
+    grad_weights.push_back(allocate(x.scalar_type(), wants_weights ? Shape(sizes.begin(), sizes.end()) : Shape{0}));
     if (!p.rows) zero_rows(grad_weights.back(), 0);  // and nothing more is asked of the kernel
   }
   if (wants_x) zero_rows(grad_x, p.rows);
@@ -271,6 +290,11 @@ static PyObject* force_isa(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
+static PyObject* fill_memory(PyObject*, PyObject* with_nan) {
+  poison = PyObject_IsTrue(with_nan);
+  Py_RETURN_NONE;
+}
+
 static PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
   return PyUnicode_FromFormat("built for %s by Clang %s", seqkernels::built_kernels(), __clang_version__);
@@ -282,6 +306,7 @@ static PyObject* build_info(PyObject*, PyObject*) {
 static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"force_isa", force_isa, METH_O, "Use another instruction set (for tests). ValueError if it does not run here."},
+    {"fill_memory", fill_memory, METH_O, "Fill outputs and working memory with NaN beforehand (for tests)."},
     {"build_info", build_info, METH_NOARGS, "What was built, and by which compiler."},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -4,6 +4,7 @@ Results, argument checks and their messages are those of torch.nn's modules
 (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html and its siblings).
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 
@@ -90,13 +91,14 @@ def recurrent(
 ) -> tuple[Tensor | PackedSequence, State]:
     """What `rnn`, `gru` and `lstm` have in common; `cell` is one of rnn_tanh, rnn_relu, gru, lstm."""
     directions = 2 if bidirectional else 1
-    weights = _by_direction(weights, num_layers * directions, bias, cell)
-    data = input.data if isinstance(input, PackedSequence) else input
+    per_layer = directions * _weights_of_direction(len(weights), num_layers * directions, bias, cell)
+    packed = isinstance(input, PackedSequence)
+    data = input.data if packed else input
     unbatched = _check_dimensions(cell, input, hx, lengths, cu_seqlens)
-    _check_input(data, weights[0][0], 2 if isinstance(input, PackedSequence) or cu_seqlens is not None else 3)
+    _check_input(data, weights[0], 2 if packed or cu_seqlens is not None else 3)
     hx = _unsqueeze(hx) if unbatched else hx
     transformed = ops.transformed()
-    if isinstance(input, PackedSequence):
+    if packed:
         rows = varlen.from_packed(input, None if hx is None else _first(hx).shape[1])
     elif cu_seqlens is not None:
         rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
@@ -106,27 +108,32 @@ def recurrent(
         rows = varlen.from_unbatched(input)
     else:
         rows = varlen.from_padded(input, batch_first)
-    h_0, c_0 = _initial_state(cell, hx, rows, weights, num_layers * directions)
-    plan = select.plan(select.Problem(cell, data.device.type, data.dtype, transformed), backend=backend)
+    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
+    plan = _plan(cell, data, transformed, backend)
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s rows %d sequences %d: %s", cell, rows.data.shape[0], rows.sequences, plan)
 
-    y, h_n, c_n = rows.data, [], []
-    for layer in range(num_layers):
-        if layer and dropout and training:
-            y = F.dropout(y, dropout, training)
-        here = slice(layer * directions, (layer + 1) * directions)
-        y, h, c, _ = ops.recurrence_forward(
-            plan.backend,
-            cell,
-            y,
-            [weight for direction in weights[here] for weight in direction],
-            h_0[here],
-            None if c_0 is None else c_0[here],
-            rows.batch_sizes,
-        )
-        h_n.append(h)
-        c_n.append(c)
+    if num_layers == 1:
+        y, h_n, c_n, _ = ops.recurrence_forward(plan, cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed)
+    else:
+        y, h_n, c_n = rows.data, [], []
+        for layer in range(num_layers):
+            if layer and dropout and training:
+                y = F.dropout(y, dropout, training)
+            here = slice(layer * directions, (layer + 1) * directions)
+            y, h, c, _ = ops.recurrence_forward(
+                plan,
+                cell,
+                y,
+                weights[layer * per_layer : (layer + 1) * per_layer],
+                h_0[here],
+                None if c_0 is None else c_0[here],
+                rows.batch_sizes,
+                transformed,
+            )
+            h_n.append(h)
+            c_n.append(c)
+        h_n, c_n = torch.cat(h_n), torch.cat(c_n)
     h_n = _restored(h_n, rows.unsorted_indices, unbatched)
     return rows.leave(y), ((h_n, _restored(c_n, rows.unsorted_indices, unbatched)) if cell == "lstm" else h_n)
 
@@ -157,26 +164,41 @@ def recurrent_cell(
             )
         _check_same(state, input)
     _check_same(w_ih, input, "parameter")
-    plan = select.plan(select.Problem(cell, input.device.type, input.dtype, ops.transformed()), backend=backend)
+    transformed = ops.transformed()
+    plan = _plan(cell, input, transformed, backend)
     c_0 = None if c_0 is None else c_0.unsqueeze(0)
-    _, h, c, _ = ops.recurrence_forward(plan.backend, cell, input, list(weights), h_0.unsqueeze(0), c_0, None)
-    return h.squeeze(0), c.squeeze(0)
+    # With a single step y is h.
+    y, _, c, _ = ops.recurrence_forward(plan, cell, input, weights, h_0.unsqueeze(0), c_0, None, transformed)
+    return y, c.squeeze(0) if cell == "lstm" else c
 
 
-def _by_direction(weights: Sequence[Tensor], count: int, bias: bool, cell: str) -> list[Sequence[Tensor]]:
-    each = len(weights) // count
+def _plan(cell: str, data: Tensor, transformed: bool, backend: str | None) -> select.Plan:
+    if torch.compiler.is_compiling():
+        return select.plan(select.Problem(cell, data.device.type, data.dtype, transformed), backend=backend)
+    return _cached_plan(cell, data.device, data.dtype, transformed, backend)
+
+
+@functools.cache
+def _cached_plan(cell: str, device: torch.device, dtype, transformed: bool, backend: str | None) -> select.Plan:
+    return select.plan(select.Problem(cell, device.type, dtype, transformed), backend=backend)
+
+
+def _weights_of_direction(given: int, count: int, bias: bool, cell: str) -> int:
+    """How many weights each of `count` layers and directions has."""
+    each = given // count
     kinds = 4 if bias else 2
-    if each * count != len(weights) or not (each == kinds or (cell == "lstm" and each == kinds + 1)):
+    if each * count != given or not (each == kinds or (cell == "lstm" and each == kinds + 1)):
         raise ValueError(
             f"expected {kinds} weights{' (or one more, a projection)' if cell == 'lstm' else ''} for each of "
-            f"{count} layers and directions, got {len(weights)} in all"
+            f"{count} layers and directions, got {given} in all"
         )
-    return [weights[k * each : (k + 1) * each] for k in range(count)]
+    return each
 
 
-def _initial_state(cell: str, hx: State | None, rows: varlen.Rows, weights, count: int) -> tuple[Tensor, Tensor | None]:
+def _initial_state(
+    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int
+) -> tuple[Tensor, Tensor | None]:
     """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
-    w_hh = weights[0][1]
     hidden = w_hh.shape[0] // GATES[cell]
     h_size, c_size = (count, rows.sequences, w_hh.shape[1]), (count, rows.sequences, hidden)
     if hx is None:
@@ -271,9 +293,8 @@ def _unsqueeze(hx: State | None) -> State | None:
     return hx[0].unsqueeze(1), hx[1].unsqueeze(1)
 
 
-def _restored(layers: list[Tensor], unsorted_indices: Tensor | None, unbatched: bool) -> Tensor:
-    """Final states of all layers as ``[L*D, B, *]``, in the user's order of sequences."""
-    state = layers[0] if len(layers) == 1 else torch.cat(layers)
+def _restored(state: Tensor, unsorted_indices: Tensor | None, unbatched: bool) -> Tensor:
+    """A final state ``[L*D, B, *]`` in the user's order of sequences."""
     if unsorted_indices is not None:
         state = state.index_select(1, unsorted_indices)
     return state.squeeze(1) if unbatched else state

@@ -14,6 +14,12 @@ from seqkernels import functional, select
 from seqkernels.functional import State
 
 
+def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
+    parameters = module._parameters
+    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
+
+
 class _Recurrent(nn.RNNBase):
     """What RNN, GRU and LSTM share.
 
@@ -54,7 +60,7 @@ class _Recurrent(nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]
+        return _parameters(self, self._flat_weights_names)
 
     def _init_flat_weights(self) -> None:
         pass
@@ -131,23 +137,22 @@ class _Cell(nn.RNNCellBase):
 
     def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
-        name = self._get_name()
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        dimensions = input.dim()
+        if dimensions not in (1, 2):
+            raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {dimensions}D instead")
         for k, state in enumerate(states or ()):
             if state.dim() not in (1, 2):
                 what = f"hx[{k}]" if cell == "lstm" else "hidden"
-                raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
-        unbatched = input.dim() == 1
+                raise ValueError(f"{self._get_name()}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+        unbatched = dimensions == 1
         if unbatched:
             input = input.unsqueeze(0)
             states = tuple(state.unsqueeze(0) for state in states) if states else None
         if states is None:
             zeros = input.new_zeros(input.shape[0], self.hidden_size)
             states = (zeros, zeros) if cell == "lstm" else (zeros,)
-        weights = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None:
-            weights += [self.bias_ih, self.bias_hh]
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        weights = _parameters(self, names)
         h, c = functional.recurrent_cell(cell, input, *states, weights=weights, backend=self.backend)
         return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
 

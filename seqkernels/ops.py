@@ -25,11 +25,14 @@ The input projection and the weight gradients belong to the operator, not to tor
 run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
 from seqkernels.hardware import HERE
+from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
     "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save) "
@@ -215,32 +218,35 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _below_autograd(operator, *args):
+    if torch.is_inference_mode_enabled():  # no autograd to pass by
+        return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
 
 def recurrence_forward(
-    backend: str,
+    plan: Plan,
     cell: str,
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
+    transformed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the operator of `backend`, by the shortest way there is.
+    """Run the operator that `plan` says, by the shortest way there is.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
     operations.
     """
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h_0, c_0, *weights))
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return _FORWARD[backend](cell, x, weights, h_0, c_0, batch_sizes, save)
-    if transformed():
+        return _FORWARD[plan.backend](cell, x, weights, h_0, c_0, batch_sizes, save)
+    if transformed:
         return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save)
     if save:
-        return _Recurrence.apply(backend, cell, x, h_0, c_0, batch_sizes, *weights)
-    return _below_autograd(_FORWARD[backend], cell, x, weights, h_0, c_0, batch_sizes, save)
+        return _Recurrence.apply(plan.backend, cell, x, h_0, c_0, batch_sizes, *weights)
+    return _below_autograd(_FORWARD[plan.backend], cell, x, weights, h_0, c_0, batch_sizes, save)
 
 
 def transformed() -> bool:

@@ -25,14 +25,14 @@ class Rows(NamedTuple):
 
 def from_padded(input: Tensor, batch_first: bool) -> Rows:
     """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``."""
-    steps, sequences = _steps_and_sequences(input, batch_first)
     time_major = input.transpose(0, 1) if batch_first else input
+    steps, sequences, features = time_major.shape
 
     def leave(y: Tensor) -> Tensor:
         y = y.view(steps, sequences, y.shape[1])
         return y.transpose(0, 1) if batch_first else y
 
-    return Rows(time_major.reshape(steps * sequences, input.shape[2]), None, sequences, None, None, leave)
+    return Rows(time_major.reshape(steps * sequences, features), None, sequences, None, None, leave)
 
 
 def from_unbatched(input: Tensor) -> Rows:
