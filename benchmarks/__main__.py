@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks train TASK` and `python -m benchmarks demo`."""
+"""The command line: `python -m benchmarks train TASK`, `kernels` and `demo`."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import InputError, record, report, require
+from benchmarks import InputError, kernels, record, report, require
 from benchmarks.data import VARIABLE, data_folder, names_files
 from benchmarks.tasks import TASKS
 from benchmarks.train import Run, Task, add_shared_options, evaluate, rnn_classes, start_runs, train
@@ -33,6 +33,9 @@ def run_command(arguments: list[str]) -> int:
         return demo(options.data, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if options.command == "kernels":
+        make_folder(options.out)
+        return kernels.run(options)
     return train_task(options)
 
 
@@ -60,6 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
             help="for the plot and the result row (%(default)s)",
         )
         task.add_options(options)
+
+    page = (kernels.__doc__ or "").partition(": ")[2].strip()
+    kernels.add_options(commands.add_parser("kernels", help=page, description=page, allow_abbrev=False))
 
     demo = commands.add_parser(
         "demo",

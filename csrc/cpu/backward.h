@@ -194,7 +194,8 @@ class BackwardSweep {
               C* h = mine.grad_h + r * memory.ldp + unit;
               // The GRU's h also goes past the gates; that part is there already.
               store(h, kCell == Cell::gru ? load(h) + x : x);
-            });
+            },
+            t % 2);
   }
 
   void add_grad_y(int64_t running) const {

@@ -193,11 +193,12 @@ class ForwardSweep {
         }
     } else if constexpr (G == 1) {
       product(memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, {p.projected}, row,
-              [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); });
+              [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, t % 2);
     } else {
-      for (int64_t unit = units.first; unit < units.last; unit += kLane)
-        for_rows<G>(running, {p.projected}, row, weights.w_hh + memory.hh.offset(unit / kLane), G * kLane,
-                    [&](int64_t r, const V* out) { finish(r, unit, out); });
+      for_panels(units.first / kLane, vectors_of<C>(units.last), t % 2, [&](int64_t j) {
+        for_rows<G>(running, {p.projected}, row, weights.w_hh + memory.hh.offset(j), G * kLane,
+                    [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
+      });
     }
     if (p.has_projection) {
       share.wait();

@@ -187,16 +187,24 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const C* panel, 
   }
 }
 
+// Panels j in [first, last), from the last one on if `backwards`: when steps take turns, each finds in the cache what
+// the step before used last, although all panels together may not fit into it.
+template <class Each>
+inline void for_panels(int64_t first, int64_t last, bool backwards, const Each& each) {
+  for (int64_t i = first; i < last; i++) each(backwards ? first + last - 1 - i : i);
+}
+
 // The product of rows with vectors [first, last) of a packed matrix of one group; each(r, unit, lanes, x) sees every
 // vector of it.
 template <class C, class Row, class Each>
 inline void product(const Panels<C>& shape, const C* packed, int64_t first, int64_t last, int64_t rows, Depth depth,
-                    const Row& row, const Each& each) {
+                    const Row& row, const Each& each, bool backwards = false) {
   constexpr int V = kLanes<C>;
-  for (int64_t u = first, end; u < last; u = end) {
-    const int64_t j = u / shape.width, stride = shape.width_of(j) * V;
+  if (first >= last) return;
+  for_panels(first / shape.width, (last - 1) / shape.width + 1, backwards, [&](int64_t j) {
+    const int64_t u = most(first, j * shape.width), end = least(last, (j + 1) * shape.width);
+    const int64_t stride = shape.width_of(j) * V;
     const C* panel = packed + shape.offset(j) + u % shape.width * V;
-    end = least(last, (j + 1) * shape.width);
     const auto rows_of = [&](auto width) {
       constexpr int N = decltype(width)::value;
       for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<C>* out) {
@@ -208,12 +216,12 @@ inline void product(const Panels<C>& shape, const C* packed, int64_t first, int6
       });
     };
     switch (end - u) {
-      case 1: rows_of(std::integral_constant<int, 1>{}); break;
-      case 2: rows_of(std::integral_constant<int, 2>{}); break;
-      case 3: rows_of(std::integral_constant<int, 3>{}); break;
-      default: rows_of(std::integral_constant<int, 4>{});
+      case 1: return rows_of(std::integral_constant<int, 1>{});
+      case 2: return rows_of(std::integral_constant<int, 2>{});
+      case 3: return rows_of(std::integral_constant<int, 3>{});
+      default: return rows_of(std::integral_constant<int, 4>{});
     }
-  }
+  });
 }
 
 // Dot products of a [k] with V rows of w [*, k], those from `lanes` on repeating the last: for a matrix that is used

@@ -1,0 +1,116 @@
+"""`python -m benchmarks kernels`: one layer beside its contenders, checked first, then timed in turn."""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record, require
+from benchmarks.contenders import Case, Unavailable, add_case_options, explain, versions
+from benchmarks.problems import PROBLEMS, flops
+from benchmarks.timing import Worker, paired, peak_gflops, summary
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_case_options(parser)
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="blocks of each contender (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one block of each contender")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/benchmarks"),
+        metavar="DIR",
+        help="for the result rows (%(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every case asked for; 1 if a result was wrong."""
+    problems = list(PROBLEMS) if "all" in options.problem else options.problem
+    axes = options.threads, options.dtype, options.mode, options.layout, options.cell, problems
+    failed = False
+    for threads, group in itertools.groupby(itertools.product(*axes), key=lambda axis: axis[0]):
+        peak = peak_gflops(threads)
+        print(f"threads: {threads}; torch.mm of 384 x 384: {peak:.0f} GFLOP/s")
+        for _, dtype, mode, layout, cell, problem in group:
+            if layout == "packed" and (mode == "infer" or PROBLEMS[problem].T == 1):
+                continue
+            if mode == "train" and PROBLEMS[problem].T == 1:
+                continue
+            row = measure(Case(problem, cell, mode, layout, dtype, threads), options, peak)
+            failed |= not row["right"]
+            record.append(options.out / "kernels.jsonl", row)
+            show(row)
+    print(f"Rows: {options.out / 'kernels.jsonl'}")
+    return int(failed)
+
+
+def measure(case: Case, options: argparse.Namespace, peak: float) -> dict[str, Any]:
+    workers, absent, figures = [], {}, {}
+    for name in options.contender:
+        worker = Worker(name, case)
+        try:
+            figures[name] = {"errors": worker.ask("errors"), "memory_bytes": worker.ask("memory")}
+            workers.append(worker)
+        except Unavailable as reason:
+            absent[name] = str(reason)
+            worker.stop()
+    right = gate(figures, case)
+    try:
+        times = paired(workers, 1 if options.quick else options.turns) if right else {}
+    finally:
+        for worker in workers:
+            worker.stop()
+    for name, seconds in times.items():
+        figures[name] |= summary(seconds) | {"version": versions(name)}
+        figures[name]["gflops"] = flops(PROBLEMS[case.problem], case.cell, case.mode, case.layout) / (
+            figures[name]["median_ms"] * 1e6
+        )
+    return {
+        "benchmark": "kernels",
+        **case._asdict(),
+        "shape": PROBLEMS[case.problem]._asdict(),
+        **record.environment(),
+        "threads": case.threads,
+        "torch_mm_gflops": peak,
+        "plan": explain(case),
+        "right": right,
+        "contenders": figures,
+        "absent": absent,
+    }
+
+
+def gate(figures: dict[str, dict[str, Any]], case: Case) -> bool:
+    """No time is reported of a result whose error is more than twice torch.nn's own, and two units of rounding."""
+    if "seqkernels" not in figures or "torch.nn" not in figures:
+        return True
+    eps = (16 if case.dtype == "float64" else 2) * torch.finfo(getattr(torch, case.dtype)).eps
+    pairs = zip(figures["seqkernels"]["errors"], figures["torch.nn"]["errors"], strict=True)
+    return all(ours <= 2 * own + eps for ours, own in pairs)
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line a case: every contender's median, and how much faster we are."""
+    name = f"{row['problem']:9}{row['cell']:5}{row['mode']:6}{row['layout']:7}{row['dtype']:9}"
+    if not row["right"]:
+        print(f"{name} WRONG: errors {row['contenders']['seqkernels']['errors']}", flush=True)
+        return
+    ours = row["contenders"].get("seqkernels")
+    texts = []
+    for contender, figures in row["contenders"].items():
+        text = f"{contender} {figures['median_ms']:.3f} ms"
+        texts.append(text if ours in (None, figures) else f"{text} ({compared(figures, ours)})")
+    print(name, "  ".join(texts), *(["GFLOP/s:", f"{ours['gflops']:.0f}"] if ours else []), flush=True)
+
+
+def compared(theirs: dict[str, float], ours: dict[str, float]) -> str:
+    """How much faster we are; "=" where the difference is within the spread of the runs."""
+    spread = max(theirs["q3_ms"] - theirs["q1_ms"], ours["q3_ms"] - ours["q1_ms"])
+    same = abs(theirs["median_ms"] - ours["median_ms"]) < spread / 2
+    return f"{'=' if same else ''}{theirs['median_ms'] / ours['median_ms']:.2f}x"
+
+
+def check_packages() -> None:
+    require("numpy")

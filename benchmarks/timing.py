@@ -1,0 +1,109 @@
+"""Paired timing: each contender in a process of its own, asked in turn, block after block."""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_like
+
+BLOCK_SECONDS = 0.1  # of measuring, a contender and turn
+REST_SECONDS = 0.02  # between two contenders: until their threads have stopped spinning
+
+
+def peak_gflops(threads: int) -> float:
+    """Fused multiply-adds a second, from a product of matrices that stay in the caches (GFLOP/s)."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(384, 384), torch.randn(384, 384)
+    out, best = torch.empty(384, 384), 0.0
+    for _ in range(50):
+        start = time.perf_counter()
+        for _ in range(5):
+            torch.mm(a, b, out=out)
+        best = max(best, 5 * 2 * 384**3 / (time.perf_counter() - start))
+    return best / 1e9
+
+
+class Worker:
+    """A contender in its process."""
+
+    def __init__(self, name: str, case: Case) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(name, case, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, request: Any) -> Any:
+        """Raises Unavailable with the contender's own reason."""
+        self.pipe.send(request)
+        try:
+            kind, answer = self.pipe.recv()
+        except EOFError:
+            raise Unavailable(f"its process ended with {self.process.exitcode}") from None
+        if kind == "unavailable":
+            raise Unavailable(answer)
+        return answer
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.join(5)
+        self.process.kill()
+
+
+def serve(name: str, case: Case, pipe: Connection) -> None:
+    """In the process: make the contender, then answer until the other side hangs up."""
+    torch.set_num_threads(case.threads)
+    try:
+        run = CONTENDERS[name](case)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        results = [result.clone() for result in run()]
+        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    except Unavailable as error:
+        pipe.recv()
+        pipe.send(("unavailable", str(error)))
+        return
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        if request == "errors":
+            # Against torch.nn in float64; the tests hold that, too, against the specification.
+            right = torch_like(case._replace(dtype="float64"), torch.nn)()
+            pipe.send(("answer", errors(results, right[: len(results)])))
+        elif request == "memory":
+            pipe.send(("answer", memory))
+        else:
+            pipe.send(("answer", [timed(run) for _ in range(request)]))
+
+
+def timed(run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def paired(workers: list[Worker], turns: int) -> dict[str, list[float]]:
+    """Seconds of every run of each worker, a block of runs in turn."""
+    runs = {}
+    for worker in workers:
+        warm = worker.ask(3)
+        runs[worker.name] = max(3, min(200, int(BLOCK_SECONDS / min(warm))))
+    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    for _ in range(turns):
+        for worker in workers:
+            time.sleep(REST_SECONDS)
+            # The first run of a block pays for what the others left in the caches.
+            times[worker.name] += worker.ask(1 + runs[worker.name])[1:]
+    return times
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    quarter, median, three_quarters = statistics.quantiles(times, n=4)
+    return {"median_ms": median * 1e3, "q1_ms": quarter * 1e3, "q3_ms": three_quarters * 1e3, "runs": len(times)}
