@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <optional>
 #include <sstream>
@@ -173,8 +173,33 @@ Tensor allocate(ScalarType type, const Shape& shape) {
   return tensor;
 }
 
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
+// Working memory of one call. The block of the last call is kept for the next, as the system would clear every page of
+// a large new one; blocks of more than kKept bytes are not.
+class Memory {
+ public:
+  explicit Memory(size_t size) : block_(kept_.exchange(nullptr)) {
+    if (block_ && block_->size >= size) return;
+    release(block_);
+    void* data = ::operator new(sizeof(Block) + size, std::align_val_t(alignof(Block)));
+    block_ = new (data) Block{size};
+  }
+  ~Memory() { release(block_->size <= kKept ? kept_.exchange(block_) : block_); }
+  Memory(const Memory&) = delete;
+
+  void* data() { return block_ + 1; }
+
+ private:
+  struct alignas(64) Block {
+    size_t size;
+  };
+  static constexpr size_t kKept = 256 << 20;
+  static inline std::atomic<Block*> kept_{nullptr};
+
+  static void release(Block* block) {
+    if (block) ::operator delete(block, std::align_val_t(alignof(Block)));
+  }
+
+  Block* block_;
 };
 
 // Run a pass over a layer on as many threads as torch uses.
@@ -182,11 +207,12 @@ template <class P>
 void run(const P& p, int64_t (*bytes)(const P&, const Schedule&),
          void (*pass)(const P&, const Schedule&, int begin, int end, void* memory)) {
   const OwnSchedule schedule(p, static_cast<int>(torch::stable::get_num_threads()));
-  const std::unique_ptr<void, Free> memory(
-      ::operator new(static_cast<size_t>(bytes(p, schedule)), std::align_val_t(64)));
-  if (schedule.members == 1) return pass(p, schedule, 0, 1, memory.get());
+  const size_t size = static_cast<size_t>(bytes(p, schedule));
+  Memory memory(size);
+  if (poison) memset(memory.data(), 0xff, size);
+  if (schedule.members == 1) return pass(p, schedule, 0, 1, memory.data());
   torch::stable::parallel_for(0, schedule.members, 1, [&](int64_t begin, int64_t end) {
-    pass(p, schedule, static_cast<int>(begin), static_cast<int>(end), memory.get());
+    pass(p, schedule, static_cast<int>(begin), static_cast<int>(end), memory.data());
   });
 }
 
