@@ -78,6 +78,7 @@ class Arguments {
       : type_(x.scalar_type()) {
     p.cell = cell_of(cell);
     p.scalar = scalar_of(type_);
+    p.bfloat16_products = seqkernels::bfloat16_products();
     check(x.dim() == 2, "x is [rows, input size], got ", x.dim(), " dimensions");
     check(h_0.dim() == 3, "h_0 is [directions, sequences, hidden size], got ", h_0.dim(), " dimensions");
     check(h_0.size(0) == 1 || h_0.size(0) == 2, "an RNN has one or two directions, got ", h_0.size(0));
@@ -303,7 +304,7 @@ STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
 
 // The Python module seqkernels._C: importing it registers the operators above.
 
-static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(seqkernels::kernels().name); }
+static PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(seqkernels::kernels_name()); }
 
 static PyObject* force_isa(PyObject*, PyObject* name) {
   PyObject* bytes = PyUnicode_AsUTF8String(name);

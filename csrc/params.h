@@ -28,6 +28,7 @@ struct Problem {
   int64_t steps, sequences, rows, input, hidden, projected;  // rows: those that a step uses
   int directions;
   bool has_projection;
+  bool bfloat16_products;      // the machine multiplies pairs of bfloat16
   const int64_t* batch_sizes;  // [T] running sequences, never rising, none zero
   const int64_t* offsets;      // [T] first row of each step
   const void* x;               // [N, I]

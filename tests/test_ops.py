@@ -141,7 +141,7 @@ def calls(dtype: torch.dtype = torch.float64, **more) -> list:
     return named
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request):
     if not HERE.native:
         pytest.skip(HERE.native_missing)

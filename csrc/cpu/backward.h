@@ -189,13 +189,15 @@ class BackwardSweep {
       for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit);
     share.wait();
     const auto row = [&](int64_t r) { return grad_row(r) + memory.columns.recurrent; };
-    product(memory.hh, weights.w_hh, outputs.first / kLane, vectors_of<C>(outputs.last), running,
-            {memory.columns.gates}, row, [&](int64_t r, int64_t unit, int64_t, V x) {
-              C* h = mine.grad_h + r * memory.ldp + unit;
-              // The GRU's h also goes past the gates; that part is there already.
-              store(h, kCell == Cell::gru ? load(h) + x : x);
-            },
-            t % 2);
+    product(
+        memory.hh, weights.w_hh, outputs.first / kLane, vectors_of<C>(outputs.last), running, {memory.columns.gates},
+        row,
+        [&](int64_t r, int64_t unit, int64_t, V x) {
+          C* h = mine.grad_h + r * memory.ldp + unit;
+          // The GRU's h also goes past the gates; that part is there already.
+          store(h, kCell == Cell::gru ? load(h) + x : x);
+        },
+        t % 2);
   }
 
   void add_grad_y(int64_t running) const {

@@ -4,7 +4,9 @@
 
 namespace seqkernels {
 
-const Kernels& kernels();              // those in use
+const Kernels& kernels();  // those in use
+bool bfloat16_products();  // whether they may multiply pairs of bfloat16
+const char* kernels_name();
 const char* built_kernels();           // names of all in this binary, best first
 bool force_kernels(const char* name);  // for tests; false if this machine or binary has none of that name
 

@@ -13,34 +13,36 @@ constexpr int64_t kChunkRows = 48;
 // Rows of a layer from which on packing its weights pays.
 constexpr int64_t kFewRows = 8;
 
-template <class S>
+// F: what products take of S; the type of computation, or pairs of bfloat16 as they are.
+template <class S, class F>
 struct ForwardMemory {
   using C = Compute<S>;
   struct PerDirection {
-    C *w_ih, *w_hh, *w_hr;
+    F *w_ih, *w_hh, *w_hr;
     C* bias;    // [G*H]: what is added to the projection
     C* bias_n;  // [H]: the GRU's b_hn, which its reset gate scales
   };
   struct PerTask {
-    C *h, *h_next;   // [count, ldp]
-    C* c;            // [count, ldh]
-    C* unprojected;  // [count, ldh]: h before its projection
-    C* gates;        // [chunk, ldg]: the gates' share of the input
-    int64_t* rows;   // [members of the team, chunk]: which rows of the layer they are
+    C *h, *h_next;              // [count, ldp]
+    F *factors, *factors_next;  // the same for products; the same memory where the type is the same
+    C* c;                       // [count, ldh]
+    F* unprojected;             // [count, ldh]: h before its projection
+    C* gates;                   // [chunk, ldg]: the gates' share of the input
+    int64_t* rows;              // [members of the team, chunk]: which rows of the layer they are
   };
 
-  const Panels<C> ih, hh, hr;
+  const Panels<F> ih, hh, hr;
   const bool packed;
   const int64_t ldh, ldp, ldi, ldg, chunk;
   PerDirection direction[2] = {};
-  C* x_wide;  // [N, ldi], if x is narrower than it is computed in
+  F* x;  // [N, ldi] where the user's x cannot be taken as it is, else null
   Arena tasks;
   int64_t task_bytes;
 
   ForwardMemory(const Forward& p, const Schedule& schedule, void* base)
-      : ih(p.input, gates_of(p.cell) * p.hidden, 1),
-        hh(p.projected, p.hidden, gates_of(p.cell)),
-        hr(p.hidden, p.has_projection ? p.projected : 0, 1),
+      : ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1),
+        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell)),
+        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1),
         packed(p.rows > kFewRows),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
@@ -50,14 +52,16 @@ struct ForwardMemory {
     Arena arena{static_cast<char*>(base)};
     for (int d = 0; d < p.directions; d++) {
       if (packed) {
-        direction[d].w_ih = arena.take<C>(ih.size());
-        direction[d].w_hh = arena.take<C>(hh.size());
-        direction[d].w_hr = arena.take<C>(hr.size());
+        direction[d].w_ih = arena.take<F>(ih.size());
+        direction[d].w_hh = arena.take<F>(hh.size());
+        direction[d].w_hr = arena.take<F>(hr.size());
       }
       direction[d].bias = arena.take<C>(ldg);
       direction[d].bias_n = arena.take<C>(ldh);
     }
-    x_wide = std::is_same<S, C>::value ? nullptr : arena.take<C>(p.rows * ldi);
+    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % sizeof(F) == 0 && p.input % kPerFactor<F> == 0;
+    const bool as_it_is = sizeof(S) * kPerFactor<F> == sizeof(F) && aligned;
+    x = as_it_is ? nullptr : arena.take<F>(p.rows * ldi);
     tasks = arena;
     Arena one{nullptr};
     take_task(p, schedule, one);
@@ -77,8 +81,11 @@ struct ForwardMemory {
     PerTask task;
     task.h = arena.take<C>(count * ldp);
     task.h_next = arena.take<C>(count * ldp);
+    const bool same = std::is_same<C, F>::value;
+    task.factors = same ? reinterpret_cast<F*>(task.h) : arena.take<F>(count * ldp);
+    task.factors_next = same ? reinterpret_cast<F*>(task.h_next) : arena.take<F>(count * ldp);
     task.c = arena.take<C>(p.c_0 ? count * ldh : 0);
-    task.unprojected = arena.take<C>(p.has_projection ? count * ldh : 0);
+    task.unprojected = arena.take<F>(p.has_projection ? count * ldh : 0);
     task.gates = arena.take<C>(chunk * ldg);
     task.rows = arena.take<int64_t>(schedule.team_size * chunk);
     return task;
@@ -91,16 +98,18 @@ struct ForwardMemory {
   }
 };
 
-template <Cell kCell, class S>
+template <Cell kCell, class S, class F>
 class ForwardSweep {
   using C = Compute<S>;
+  using Memory = ForwardMemory<S, F>;
   using V = Vec<C>;
   static constexpr int kLane = kLanes<C>;
   static constexpr int G = gates_of(kCell), K = saved_blocks_of(kCell);
+  static constexpr bool kPairs = !std::is_same<C, F>::value;
 
  public:
-  ForwardSweep(const Forward& p, const ForwardMemory<S>& memory, const typename ForwardMemory<S>::PerTask& mine,
-               const Task& task, const Share& share)
+  ForwardSweep(const Forward& p, const Memory& memory, const typename Memory::PerTask& mine, const Task& task,
+               const Share& share)
       : p(p),
         at{p, task},
         memory(memory),
@@ -133,10 +142,14 @@ class ForwardSweep {
     const S* h_0 = static_cast<const S*>(p.h_0);
     const S* c_0 = static_cast<const S*>(p.c_0);
     for (int64_t r = 0; r < at.task.count; r++) {
-      // Both buffers: a sequence that a reverse sweep has not reached keeps its state in either.
       C* h = mine.h + r * memory.ldp;
       load_state(at.at_sequence(h_0, r, P), h, outputs);
+      // Both buffers: a sequence that a reverse sweep has not reached keeps its state in either.
       load_state(at.at_sequence(h_0, r, P), mine.h_next + r * memory.ldp, outputs);
+      for (int64_t unit = outputs.first; kPairs && unit < outputs.last; unit += kLane) {
+        store_factors(mine.factors + r * memory.ldp, unit, P, load(h + unit));
+        store_factors(mine.factors_next + r * memory.ldp, unit, P, load(h + unit));
+      }
       if (kCell == Cell::lstm) load_state(at.at_sequence(c_0, r, H), mine.c + r * memory.ldh, units);
       if (r < ran) continue;
       store_state(h, at.at_sequence(static_cast<S*>(p.h_n), r, P), outputs);  // never runs
@@ -145,9 +158,9 @@ class ForwardSweep {
     }
   }
 
-  const C* input(int64_t i) const {
-    if constexpr (std::is_same<S, C>::value) return static_cast<const C*>(p.x) + rows[i] * p.input;
-    return memory.x_wide + rows[i] * memory.ldi;
+  const F* input(int64_t i) const {
+    if (memory.x) return memory.x + rows[i] * memory.ldi;
+    return reinterpret_cast<const F*>(static_cast<const S*>(p.x) + rows[i] * p.input);
   }
 
   // gates = W_ih x + biases of the chunk's `count` rows: this share's columns.
@@ -159,7 +172,7 @@ class ForwardSweep {
       store(mine.gates + i * memory.ldg + column, x + load(weights.bias + column));
     };
     if (memory.packed) {
-      product(memory.ih, weights.w_ih, first, last, count, {p.input}, row, put);
+      product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k}, row, put);
     } else {
       for (int64_t column = first * kLane; column < least(last * kLane, columns); column += kLane)
         for (int64_t i = 0; i < count; i++) {
@@ -170,7 +183,7 @@ class ForwardSweep {
     share.wait();
   }
 
-  void dots_of_gates(const S* w, int64_t unit, int64_t k, const C* a, V* out) const {
+  void dots_of_gates(const S* w, int64_t unit, int64_t k, const F* a, V* out) const {
     for (int g = 0; g < G; g++) out[g] = dots(w + (g * p.hidden + unit) * k, p.hidden - unit, k, a);
   }
 
@@ -183,7 +196,7 @@ class ForwardSweep {
     gates = mine.gates + first * memory.ldg;
     // Sequences from here on end with this step; those of a reverse sweep all end with its last.
     lasting = at.task.direction ? (later < 0 ? 0 : running) : at.running(later);
-    const auto row = [&](int64_t r) { return mine.h + r * memory.ldp; };
+    const auto row = [&](int64_t r) { return mine.factors + r * memory.ldp; };
     if (!memory.packed) {
       for (int64_t unit = units.first; unit < units.last; unit += kLane)
         for (int64_t r = 0; r < running; r++) {
@@ -192,11 +205,12 @@ class ForwardSweep {
           finish(r, unit, out);
         }
     } else if constexpr (G == 1) {
-      product(memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, {p.projected}, row,
-              [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, t % 2);
+      product(
+          memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, {memory.hh.k}, row,
+          [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, t % 2);
     } else {
       for_panels(units.first / kLane, vectors_of<C>(units.last), t % 2, [&](int64_t j) {
-        for_rows<G>(running, {p.projected}, row, weights.w_hh + memory.hh.offset(j), G * kLane,
+        for_rows<G>(running, {memory.hh.k}, row, weights.w_hh + memory.hh.offset(j), G * kLane,
                     [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
       });
     }
@@ -204,9 +218,8 @@ class ForwardSweep {
       share.wait();
       project_outputs(running);
     }
-    C* const before = mine.h;
-    mine.h = mine.h_next;
-    mine.h_next = before;
+    swap(mine.h, mine.h_next);
+    swap(mine.factors, mine.factors_next);
     if (later >= 0 && later < p.steps) share.wait();
   }
 
@@ -214,15 +227,15 @@ class ForwardSweep {
     const auto row = [&](int64_t r) { return mine.unprojected + r * memory.ldh; };
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) { put_h(r, unit, x); };
     if (memory.packed) {
-      product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running, {p.hidden}, row,
+      product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running, {memory.hr.k}, row,
               put);
-      return;
+    } else {
+      for (int64_t unit = outputs.first; unit < outputs.last; unit += kLane)
+        for (int64_t r = 0; r < running; r++) {
+          const S* w_hr = static_cast<const S*>(source.w_hr) + unit * p.hidden;
+          put(r, unit, 0, dots(w_hr, p.projected - unit, p.hidden, row(r)));
+        }
     }
-    for (int64_t unit = outputs.first; unit < outputs.last; unit += kLane)
-      for (int64_t r = 0; r < running; r++) {
-        const S* w_hr = static_cast<const S*>(source.w_hr) + unit * p.hidden;
-        put(r, unit, 0, dots(w_hr, p.projected - unit, p.hidden, row(r)));
-      }
   }
 
   // The gates of one vector of units of sequence r, given their share of W_hh h.
@@ -247,7 +260,7 @@ class ForwardSweep {
       if (r >= lasting)
         store(at.at_sequence(static_cast<S*>(p.c_n), r, p.hidden) + unit, state, least(p.hidden - unit, kLane));
       if (p.has_projection)
-        store(mine.unprojected + r * memory.ldh + unit, h);
+        store_factors(mine.unprojected + r * memory.ldh, unit, p.hidden, h);
       else
         put_h(r, unit, h);
       const V blocks[] = {now.i, now.f, now.g, now.o, state};
@@ -264,6 +277,7 @@ class ForwardSweep {
     prefetch_store(y + ahead * P);
     store(y, h, lanes);
     store(mine.h_next + r * memory.ldp + unit, h);
+    if (kPairs) store_factors(mine.factors_next + r * memory.ldp, unit, P, h);
     if (r >= lasting) store(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
   }
 
@@ -282,10 +296,10 @@ class ForwardSweep {
 
   const Forward& p;
   const Layout at;
-  const ForwardMemory<S>& memory;
-  typename ForwardMemory<S>::PerTask mine;
+  const Memory& memory;
+  typename Memory::PerTask mine;
   const Share share;
-  const typename ForwardMemory<S>::PerDirection& weights;
+  const typename Memory::PerDirection& weights;
   const WeightsOf<const void*>& source;
   const Units units, outputs;  // this share's, of H and of P
   int64_t* const rows;         // of the chunk
@@ -295,46 +309,46 @@ class ForwardSweep {
 };
 
 // Biases of direction d: what the projection adds, and the GRU's b_hn apart.
-template <class S>
-void sum_biases(const Forward& p, int d, const ForwardMemory<S>& memory) {
-  using C = Compute<S>;
+template <class S, class F>
+void sum_biases(const Forward& p, int d, const ForwardMemory<S, F>& memory) {
   const S* b_ih = static_cast<const S*>(p.weights[d].b_ih);
   const S* b_hh = static_cast<const S*>(p.weights[d].b_hh);
   const int64_t columns = gates_of(p.cell) * p.hidden, apart = p.cell == Cell::gru ? 2 * p.hidden : columns;
-  C* sum = memory.direction[d].bias;
+  Compute<S>* sum = memory.direction[d].bias;
   load_state(b_ih, sum, {0, columns});
   load_state(b_hh ? b_hh + apart : b_hh, memory.direction[d].bias_n, {0, columns - apart});
   for (int64_t i = 0; b_hh && i < apart; i++) sum[i] += scalar(b_hh[i]);
 }
 
-template <class S>
-void prepare_forward(const Forward& p, const ForwardMemory<S>& memory, const Share& share) {
-  using C = Compute<S>;
-  const auto pack = [&](const Panels<C>& shape, const void* source, C* packed) {
+template <class S, class F>
+void prepare_forward(const Forward& p, const ForwardMemory<S, F>& memory, const Share& share) {
+  const auto pack = [&](const Panels<F>& shape, const void* source, int64_t n, F* packed) {
     for (int64_t j = share.first(shape.count()); j < share.last(shape.count()); j++)
-      pack_transposed(shape, j, static_cast<const S*>(source), packed);
+      pack_transposed(shape, j, static_cast<const S*>(source), n, packed);
   };
   for (int d = 0; d < p.directions; d++) {
     if (memory.packed) {
-      pack(memory.ih, p.weights[d].w_ih, memory.direction[d].w_ih);
-      pack(memory.hh, p.weights[d].w_hh, memory.direction[d].w_hh);
-      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, memory.direction[d].w_hr);
+      pack(memory.ih, p.weights[d].w_ih, p.input, memory.direction[d].w_ih);
+      pack(memory.hh, p.weights[d].w_hh, p.projected, memory.direction[d].w_hh);
+      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, p.hidden, memory.direction[d].w_hr);
     }
     if (share.begin == 0) sum_biases(p, d, memory);
   }
-  if (memory.x_wide)
-    for (int64_t row = share.first(p.rows); row < share.last(p.rows); row++)
-      load_state(static_cast<const S*>(p.x) + row * p.input, memory.x_wide + row * memory.ldi, {0, p.input});
+  if (!memory.x) return;
+  for (int64_t row = share.first(p.rows); row < share.last(p.rows); row++)
+    for (int64_t i = 0; i < p.input; i += kLanes<Sum<F>>)
+      store_factors(memory.x + row * memory.ldi, i, p.input,
+                    load(static_cast<const S*>(p.x) + row * p.input + i, p.input - i));
 }
 
-template <Cell kCell, class S>
+template <Cell kCell, class S, class F>
 void forward(const Forward& p, const Schedule& schedule, int begin, int end, void* base) {
-  const ForwardMemory<S> memory(p, schedule, base);
+  const ForwardMemory<S, F> memory(p, schedule, base);
   const Share all = share_of_all(schedule, begin, end);
   prepare_forward(p, memory, all);
   all.wait();
   run_tasks(schedule, begin, end, [&](int64_t i, const Share& share) {
-    ForwardSweep<kCell, S>(p, memory, memory.task(p, schedule, i), schedule.task[i], share).run();
+    ForwardSweep<kCell, S, F>(p, memory, memory.task(p, schedule, i), schedule.task[i], share).run();
   });
 }
 

@@ -22,8 +22,8 @@ inline int64_t leading(int64_t n) {
 
 // A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel holds
 // `width` vectors of units of every group, so that all gates of a unit come out of one pass; per k its vectors lie
-// together. The last panel may be narrower; lanes behind the last unit are zero.
-template <class C>
+// together. The last panel may be narrower; lanes behind the last unit are zero. k counts factors.
+template <class F>
 struct Panels {
   int64_t k, units;
   int groups;
@@ -32,10 +32,10 @@ struct Panels {
   // 4 vectors a row fill the accumulators with the fewest broadcasts; a single group takes them of its units.
   Panels(int64_t k, int64_t units, int groups) : k(k), units(units), groups(groups), width(groups == 1 ? 4 : 1) {}
 
-  int64_t vectors() const { return vectors_of<C>(units); }
+  int64_t vectors() const { return vectors_of<Sum<F>>(units); }
   int64_t count() const { return (vectors() + width - 1) / width; }
-  int64_t size() const { return vectors() * kLanes<C> * groups * k; }
-  int64_t offset(int64_t panel) const { return panel * width * kLanes<C> * groups * k; }
+  int64_t size() const { return vectors() * kLanes<Sum<F>> * groups * k; }
+  int64_t offset(int64_t panel) const { return panel * width * kLanes<Sum<F>> * groups * k; }
   int width_of(int64_t panel) const { return static_cast<int>(least(width, vectors() - panel * width)); }
 };
 
@@ -60,23 +60,23 @@ inline void transpose(Vec<C>* rows) {
   }
 }
 
-// Panel j of a source whose element (group, unit, k) lies at (group * units + unit) * K + k: torch's [gates * H, K].
-template <class S>
-__attribute__((noinline)) void pack_transposed(const Panels<Compute<S>>& shape, int64_t j, const S* source,
-                                               Compute<S>* packed) {
-  using C = Compute<S>;
+// Panel j of a source whose number (group, unit, i) lies at (group * units + unit) * n + i: torch's [gates * H, n].
+template <class F, class S>
+__attribute__((noinline)) void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t n,
+                                               F* packed) {
+  using C = Sum<F>;
   constexpr int V = kLanes<C>;
   const int width = shape.width_of(j), vectors = width * shape.groups;
-  C* panel = packed + shape.offset(j);
+  C* panel = reinterpret_cast<C*>(packed + shape.offset(j));
   for (int64_t k = 0; k < shape.k; k += V)
     for (int v = 0; v < vectors; v++) {
-      const int64_t unit = (j * shape.width + v % width) * V;
-      const S* from = source + (v / width * shape.units + unit) * shape.k + k;
+      const int64_t unit = (j * shape.width + v % width) * V, i = k * kPerFactor<F>;
+      const S* from = source + (v / width * shape.units + unit) * n + i;
       Vec<C> rows[V];
 #pragma GCC unroll 16
-      for (int i = 0; i < V; i++) rows[i] = unit + i < shape.units ? load(from + i * shape.k, shape.k - k) : Vec<C>{};
+      for (int u = 0; u < V; u++) rows[u] = unit + u < shape.units ? load_factors<F>(from + u * n, n - i) : Vec<C>{};
       transpose<C>(rows);
-      for (int64_t i = 0; i < least(V, shape.k - k); i++) store(panel + ((k + i) * vectors + v) * V, rows[i]);
+      for (int64_t u = 0; u < least(V, shape.k - k); u++) store(panel + ((k + u) * vectors + v) * V, rows[u]);
     }
 }
 
@@ -103,11 +103,13 @@ constexpr int64_t kChain = 128;
 
 // out[r][v] (+)= sum over k of a[r][k * step] * panel[k][v], for R rows and N vectors, the panel's rows `stride` apart;
 // always in the same order, so that a row's result does not depend on the rows beside it.
-template <int R, int N, class C>
-__attribute__((noinline)) void multiply(int64_t k, const C* const* a, int64_t step, const C* panel, int64_t stride,
-                                        bool add, Vec<C>* out) {
+template <int R, int N, class F>
+SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) void multiply(int64_t k, const F* const* a, int64_t step,
+                                                                  const F* panel, int64_t stride, bool add,
+                                                                  Vec<Sum<F>>* out) {
+  using C = Sum<F>;
   constexpr int V = kLanes<C>;
-  const C* row[R];
+  const F* row[R];
 #pragma GCC unroll 24
   for (int r = 0; r < R; r++) row[r] = a[r];
   const int64_t chains = (k + kChain - 1) / kChain;
@@ -116,12 +118,12 @@ __attribute__((noinline)) void multiply(int64_t k, const C* const* a, int64_t st
     for (const int64_t end = k * (chain + 1) / chains * step; at < end; at += step, panel += stride) {
       Vec<C> w[N];
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) w[v] = load(panel + v * V);
+      for (int v = 0; v < N; v++) w[v] = load(reinterpret_cast<const C*>(panel) + v * V);
 #pragma GCC unroll 24
       for (int r = 0; r < R; r++) {
-        const C x = row[r][at];
+        const Vec<C> x = broadcast(row[r][at]);
 #pragma GCC unroll 8
-        for (int v = 0; v < N; v++) sum[r][v] += w[v] * x;
+        for (int v = 0; v < N; v++) sum[r][v] = add_product<F>(sum[r][v], w[v], x);
       }
     }
 #pragma GCC unroll 24
@@ -134,11 +136,11 @@ __attribute__((noinline)) void multiply(int64_t k, const C* const* a, int64_t st
 template <int N>
 constexpr int kRows = kAccumulators / N < 8 ? kAccumulators / N : 8;
 
-template <int N, class C, int R = kRows<N>>
-void multiply_rows(int rows, int64_t k, const C* const* a, int64_t step, const C* panel, int64_t stride, bool add,
-                   Vec<C>* out) {
+template <int N, class F, int R = kRows<N>>
+void multiply_rows(int rows, int64_t k, const F* const* a, int64_t step, const F* panel, int64_t stride, bool add,
+                   Vec<Sum<F>>* out) {
   if (rows == R) return multiply<R, N>(k, a, step, panel, stride, add, out);
-  if constexpr (R > 1) multiply_rows<N, C, R - 1>(rows, k, a, step, panel, stride, add, out);
+  if constexpr (R > 1) multiply_rows<N, F, R - 1>(rows, k, a, step, panel, stride, add, out);
 }
 
 // Steps of k whose slice of a panel stays in the caches nearby while rows pass over it, and rows that do so.
@@ -153,9 +155,9 @@ struct Depth {
 };
 
 // A block of at most kRowsBlock rows, which a[] points to (and is moved along), with N vectors of a panel.
-template <int N, class C>
-__attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const C** a, const C* panel, int64_t stride,
-                                              Vec<C>* out) {
+template <int N, class F>
+__attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F** a, const F* panel, int64_t stride,
+                                              Vec<Sum<F>>* out) {
   // Tiles of nearly equal height: a last tile of one row would leave the multipliers idle.
   const int64_t tiles = (rows + kRows<N> - 1) / kRows<N>;
   for (int segment = 0; segment < depth.segments; segment++) {
@@ -173,10 +175,10 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const C
 }
 
 // Multiplies rows (row(r) points to them) with N vectors of a panel; each(r, out) sees the vectors of row r.
-template <int N, class C, class Row, class Each>
-inline void for_rows(int64_t rows, Depth depth, const Row& row, const C* panel, int64_t stride, const Each& each) {
-  Vec<C> out[kRowsBlock * N];
-  const C* a[kRowsBlock];
+template <int N, class F, class Row, class Each>
+inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each) {
+  Vec<Sum<F>> out[kRowsBlock * N];
+  const F* a[kRowsBlock];
   const int64_t tall = depth.k > kDepth ? kRowsBlock / kRows<N> * kRows<N> : kRows<N>;
   const int64_t blocks = (rows + tall - 1) / tall;
   for (int64_t b = 0; b < blocks; b++) {
@@ -196,18 +198,18 @@ inline void for_panels(int64_t first, int64_t last, bool backwards, const Each& 
 
 // The product of rows with vectors [first, last) of a packed matrix of one group; each(r, unit, lanes, x) sees every
 // vector of it.
-template <class C, class Row, class Each>
-inline void product(const Panels<C>& shape, const C* packed, int64_t first, int64_t last, int64_t rows, Depth depth,
+template <class F, class Row, class Each>
+inline void product(const Panels<F>& shape, const F* packed, int64_t first, int64_t last, int64_t rows, Depth depth,
                     const Row& row, const Each& each, bool backwards = false) {
-  constexpr int V = kLanes<C>;
+  constexpr int V = kLanes<Sum<F>>;
   if (first >= last) return;
   for_panels(first / shape.width, (last - 1) / shape.width + 1, backwards, [&](int64_t j) {
     const int64_t u = most(first, j * shape.width), end = least(last, (j + 1) * shape.width);
     const int64_t stride = shape.width_of(j) * V;
-    const C* panel = packed + shape.offset(j) + u % shape.width * V;
+    const F* panel = packed + shape.offset(j) + u % shape.width * V;
     const auto rows_of = [&](auto width) {
       constexpr int N = decltype(width)::value;
-      for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<C>* out) {
+      for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<Sum<F>>* out) {
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) {
           const int64_t unit = (u + v) * V;
@@ -224,26 +226,27 @@ inline void product(const Panels<C>& shape, const C* packed, int64_t first, int6
   });
 }
 
-// Dot products of a [k] with V rows of w [*, k], those from `lanes` on repeating the last: for a matrix that is used
-// too seldom to be worth packing.
-template <class S>
-__attribute__((noinline)) Vec<Compute<S>> dots(const S* w, int64_t lanes, int64_t k, const Compute<S>* a) {
-  using C = Compute<S>;
-  constexpr int V = kLanes<C>;
+// Dot products of a row of n numbers with V rows of w [*, n], those from `lanes` on repeating the last: for a matrix
+// that is used too seldom to be worth packing.
+template <class F, class S>
+SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) Vec<Sum<F>> dots(const S* w, int64_t lanes, int64_t n, const F* a) {
+  using C = Sum<F>;
+  constexpr int V = kLanes<C>, kStep = V * kPerFactor<F>;
+  const C* factors = reinterpret_cast<const C*>(a);
   Vec<C> sums[V] = {};
   const S* row[V];
 #pragma GCC unroll 16
-  for (int i = 0; i < V; i++) row[i] = w + least(i, lanes - 1) * k;
+  for (int i = 0; i < V; i++) row[i] = w + least(i, lanes - 1) * n;
   int64_t at = 0;
-  for (; at + V <= k; at += V) {
-    const Vec<C> x = load(a + at);
+  for (; at + kStep <= n; at += kStep, factors += V) {
+    const Vec<C> x = load(factors);
 #pragma GCC unroll 16
-    for (int i = 0; i < V; i++) sums[i] += load(row[i] + at) * x;
+    for (int i = 0; i < V; i++) sums[i] = add_product<F>(sums[i], load_factors<F>(row[i] + at, kStep), x);
   }
-  if (at < k) {
-    const Vec<C> x = load(a + at, k - at);
+  if (at < n) {
+    const Vec<C> x = load(factors, factors_of<F>(n - at));
 #pragma GCC unroll 16
-    for (int i = 0; i < V; i++) sums[i] += load(row[i] + at, k - at) * x;
+    for (int i = 0; i < V; i++) sums[i] = add_product<F>(sums[i], load_factors<F>(row[i] + at, n - at), x);
   }
   transpose<C>(sums);
 #pragma GCC unroll 4

@@ -20,17 +20,26 @@ auto with_scalar(Scalar scalar, const Call& call) {
   }
 }
 
-#define SEQKERNELS_FOR_CELL(cell, function, ...)                                    \
-  switch (cell) {                                                                   \
-    case Cell::rnn_tanh: return function<Cell::rnn_tanh, decltype(s)>(__VA_ARGS__); \
-    case Cell::rnn_relu: return function<Cell::rnn_relu, decltype(s)>(__VA_ARGS__); \
-    case Cell::gru: return function<Cell::gru, decltype(s)>(__VA_ARGS__);           \
-    case Cell::lstm: return function<Cell::lstm, decltype(s)>(__VA_ARGS__);         \
+// call(number of S, factor of F) for the forward.
+template <class Call>
+auto with_factor(const Forward& p, const Call& call) {
+#if defined(__AVX512F__)
+  if (p.scalar == Scalar::bfloat16 && p.bfloat16_products) return call(bfloat16{}, bfloat16x2{});
+#endif
+  return with_scalar(p.scalar, [&](auto s) { return call(s, Compute<decltype(s)>{}); });
+}
+
+#define SEQKERNELS_FOR_CELL(cell, function, ...)                                                        \
+  switch (cell) {                                                                                       \
+    case Cell::rnn_tanh: return function<Cell::rnn_tanh, __VA_ARGS__>(p, schedule, begin, end, memory); \
+    case Cell::rnn_relu: return function<Cell::rnn_relu, __VA_ARGS__>(p, schedule, begin, end, memory); \
+    case Cell::gru: return function<Cell::gru, __VA_ARGS__>(p, schedule, begin, end, memory);           \
+    case Cell::lstm: return function<Cell::lstm, __VA_ARGS__>(p, schedule, begin, end, memory);         \
   }
 
 int64_t forward_bytes(const Forward& p, const Schedule& schedule) {
-  return with_scalar(p.scalar,
-                     [&](auto s) { return ForwardMemory<decltype(s)>(p, schedule, nullptr).bytes(schedule); });
+  return with_factor(
+      p, [&](auto s, auto f) { return ForwardMemory<decltype(s), decltype(f)>(p, schedule, nullptr).bytes(schedule); });
 }
 
 int64_t backward_bytes(const Backward& p, const Schedule& schedule) {
@@ -39,21 +48,21 @@ int64_t backward_bytes(const Backward& p, const Schedule& schedule) {
 }
 
 void run_forward(const Forward& p, const Schedule& schedule, int begin, int end, void* memory) {
-  with_scalar(p.scalar, [&](auto s) { SEQKERNELS_FOR_CELL(p.cell, forward, p, schedule, begin, end, memory) });
+  with_factor(p, [&](auto s, auto f) { SEQKERNELS_FOR_CELL(p.cell, forward, decltype(s), decltype(f)) });
 }
 
 void run_backward(const Backward& p, const Schedule& schedule, int begin, int end, void* memory) {
-  with_scalar(p.scalar, [&](auto s) { SEQKERNELS_FOR_CELL(p.cell, backward, p, schedule, begin, end, memory) });
+  with_scalar(p.scalar, [&](auto s) { SEQKERNELS_FOR_CELL(p.cell, backward, decltype(s)) });
 }
-
-#define SEQKERNELS_STRING_(x) #x
-#define SEQKERNELS_STRING(x) SEQKERNELS_STRING_(x)
 
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    SEQKERNELS_STRING(SEQKERNELS_ISA), forward_bytes, backward_bytes, run_forward, run_backward,
+    forward_bytes,
+    backward_bytes,
+    run_forward,
+    run_backward,
 };
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -27,7 +27,6 @@ struct Schedule {
 };
 
 struct Kernels {
-  const char* name;
   // Bytes of memory that all members of a call work in; it need not be initialised.
   int64_t (*forward_bytes)(const Forward&, const Schedule&);
   int64_t (*backward_bytes)(const Backward&, const Schedule&);

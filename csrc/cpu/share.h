@@ -11,6 +11,13 @@ namespace seqkernels::SEQKERNELS_ISA {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+template <class T>
+inline void swap(T& a, T& b) {
+  const T before = a;
+  a = b;
+  b = before;
+}
+
 // Members [begin, end) of `members`, run by one thread.
 struct Share {
   int begin, end, members;

@@ -184,6 +184,84 @@ inline float scalar(S x) {
   return load(&x, 1)[0];
 }
 
+// ---- factors: what products take, and what they add up in
+
+// Two successive bfloat16 of a row, which AVX512-BF16 multiplies and adds as one.
+struct bfloat16x2 {
+  bfloat16 low, high;
+};
+
+template <class F>
+struct SumOf {
+  typedef F type;
+};
+template <>
+struct SumOf<bfloat16x2> {
+  typedef float type;
+};
+template <class F>
+using Sum = typename SumOf<F>::type;
+
+template <class F>
+constexpr int kPerFactor = sizeof(F) / sizeof(Sum<F>) * (std::is_same<F, bfloat16x2>::value ? 2 : 1);
+
+// Factors of a row of n numbers.
+template <class F>
+inline int64_t factors_of(int64_t n) {
+  return (n + kPerFactor<F> - 1) / kPerFactor<F>;
+}
+
+// sum + w * x, lane by lane.
+template <class F>
+inline Vec<Sum<F>> add_product(Vec<Sum<F>> sum, Vec<Sum<F>> w, Vec<Sum<F>> x) {
+  return sum + w * x;
+}
+
+// x in every lane.
+template <class F>
+inline Vec<Sum<F>> broadcast(F x) {
+  return x - Vec<F>{};
+}
+
+#if defined(__AVX512F__)
+// Functions that may run AVX512-BF16; they do where the machine has it (see Problem::bfloat16_products).
+#define SEQKERNELS_PRODUCT_TARGET __attribute__((target("avx512bf16")))
+template <>
+SEQKERNELS_PRODUCT_TARGET inline Vec<float> add_product<bfloat16x2>(Vec<float> sum, Vec<float> w, Vec<float> x) {
+  return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(w), bits_of<__m512bh>(x));
+}
+template <>
+inline Vec<float> broadcast(bfloat16x2 x) {
+  return bits_of<Vec<float>>(_mm512_set1_epi32(bits_of<int>(x)));
+}
+#else
+#define SEQKERNELS_PRODUCT_TARGET
+#endif
+
+// A vector of factors, as bits: of the first n numbers from p on, zeros behind them.
+template <class F, class S>
+inline Vec<Sum<F>> load_factors(const S* p, int64_t n) {
+  if constexpr (std::is_same<F, bfloat16x2>::value) {
+    S numbers[2 * kLanes<float>] = {};
+    memcpy(numbers, p, n < 2 * kLanes<float> ? n * sizeof(S) : sizeof(numbers));
+    return bits_of<Vec<float>>(numbers);
+  } else {
+    return load(p, n);
+  }
+}
+
+// Numbers [at, at + lanes of a vector) of a row of n numbers; an unpaired last one is paired with zero.
+template <class F>
+inline void store_factors(F* row, int64_t at, int64_t n, Vec<Sum<F>> x) {
+  if constexpr (std::is_same<F, bfloat16x2>::value) {
+    bfloat16* numbers = &row->low + at;
+    store(numbers, x);
+    if (n % 2 && n - at < kLanes<float>) numbers[n - at] = {};
+  } else {
+    store(row + at, x);
+  }
+}
+
 // Lanes of a and b side by side, by their numbers.
 template <class C, int... kLane>
 inline Vec<C> shuffle(Vec<C> a, Vec<C> b) {
