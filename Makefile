@@ -9,12 +9,14 @@ BIN := $(VENV)/bin
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+CHECKED_SOURCES := $(NATIVE_SOURCES) $(wildcard tests/*.cpp)
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
 	@echo "make lint      check style and import directions"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
+	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
 	@echo "make clean     remove what these made"
 
@@ -45,7 +47,7 @@ lint: $(READY)
 	$(BIN)/pip install -q -e ".[lint]" --no-build-isolation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CHECKED_SOURCES)
 	$(BIN)/lint-imports
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -55,7 +57,21 @@ sanitize: $(READY)
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_ops.py
 
+# The kernels for ARM, compiled here and run by an emulator: they must compute what this machine's do.
+# Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
+ARM_CXX ?= aarch64-linux-gnu-g++
+CHECK := tests/native_check.cpp csrc/cpu/dispatch.cpp csrc/cpu/schedule.cpp
+arm: $(READY)
+	mkdir -p build/arm
+	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp -o build/arm/check
+	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/temp.*/kernels_*.o -o build/arm/check-here
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt
+	build/arm/check-here > build/arm/check-here.txt
+	build/arm/check-here baseline > build/arm/check-baseline.txt
+	$(BIN)/python tests/native_compare.py build/arm/check.txt build/arm/check-baseline.txt
+	$(BIN)/python tests/native_compare.py build/arm/check.txt build/arm/check-here.txt
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test wheel lint sanitize clean
+.PHONY: help demo test wheel lint sanitize arm clean
