@@ -65,13 +65,13 @@ def torch_like(case: Case, namespace: Any) -> Callable[[], list[Tensor]]:
     def infer() -> list[Tensor]:
         with torch.inference_mode():
             y, final = module(given)
-        return [y.data, *states(final)]
+        return [y.data if case.layout == "packed" else y, *states(final)]
 
     def train() -> list[Tensor]:
         module.zero_grad()
         x.grad = None
         y, final = module(given)
-        y = y.data
+        y = y.data if case.layout == "packed" else y
         y.backward(torch.ones_like(y))
         return [y, *states(final), x.grad, *(p.grad for p in module.parameters())]
 

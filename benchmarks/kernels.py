@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import record, require
+from benchmarks import record
 from benchmarks.contenders import Case, Unavailable, add_case_options, explain, versions
 from benchmarks.problems import PROBLEMS, flops
 from benchmarks.timing import Worker, paired, peak_gflops, summary
@@ -110,7 +110,3 @@ def compared(theirs: dict[str, float], ours: dict[str, float]) -> str:
     spread = max(theirs["q3_ms"] - theirs["q1_ms"], ours["q3_ms"] - ours["q1_ms"])
     same = abs(theirs["median_ms"] - ours["median_ms"]) < spread / 2
     return f"{'=' if same else ''}{theirs['median_ms'] / ours['median_ms']:.2f}x"
-
-
-def check_packages() -> None:
-    require("numpy")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import InputError
 from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_like
 
 BLOCK_SECONDS = 0.1  # of measuring, a contender and turn
@@ -41,11 +42,12 @@ class Worker:
 
     def ask(self, request: Any) -> Any:
         """Raises Unavailable with the contender's own reason."""
-        self.pipe.send(request)
         try:
+            self.pipe.send(request)
             kind, answer = self.pipe.recv()
-        except EOFError:
-            raise Unavailable(f"its process ended with {self.process.exitcode}") from None
+        except (EOFError, OSError):
+            self.process.join()
+            raise InputError(f"{self.name} ended with exit code {self.process.exitcode}; see above") from None
         if kind == "unavailable":
             raise Unavailable(answer)
         return answer
