@@ -63,8 +63,9 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/native_check.cpp csrc/cpu/dispatch.cpp csrc/cpu/schedule.cpp
 arm: $(READY)
 	mkdir -p build/arm
+	$(BIN)/python setup.py -q build_ext --build-lib build/arm --build-temp build/arm/objects
 	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp -o build/arm/check
-	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/temp.*/kernels_*.o -o build/arm/check-here
+	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/arm/objects/kernels_*.o -o build/arm/check-here
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt
 	build/arm/check-here > build/arm/check-here.txt
 	build/arm/check-here baseline > build/arm/check-baseline.txt

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
+#include <numeric>
 #include <new>
 #include <optional>
 #include <sstream>
@@ -322,6 +324,21 @@ static PyObject* fill_memory(PyObject*, PyObject* with_nan) {
   Py_RETURN_NONE;
 }
 
+static PyObject* peak_gflops(PyObject*, PyObject*) {
+  const int64_t threads = torch::stable::get_num_threads();
+  double best = 0;
+  for (int run = 0; run < 10; run++) {
+    std::vector<double> operations(threads);
+    const auto start = std::chrono::steady_clock::now();
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) operations[i] = seqkernels::kernels().multiply_and_add(1000000);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::max(best, std::accumulate(operations.begin(), operations.end(), 0.0) / seconds.count() / 1e9);
+  }
+  return PyFloat_FromDouble(best);
+}
+
 static PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
   return PyUnicode_FromFormat("built for %s by Clang %s", seqkernels::built_kernels(), __clang_version__);
@@ -334,6 +351,8 @@ static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"force_isa", force_isa, METH_O, "Use another instruction set (for tests). ValueError if it does not run here."},
     {"fill_memory", fill_memory, METH_O, "Fill outputs and working memory with NaN beforehand (for tests)."},
+    {"peak_gflops", peak_gflops, METH_NOARGS,
+     "Float multiplications and additions a second at best, by torch's threads."},
     {"build_info", build_info, METH_NOARGS, "What was built, and by which compiler."},
     {nullptr, nullptr, 0, nullptr},
 };

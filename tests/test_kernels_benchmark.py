@@ -28,7 +28,7 @@ def test_a_row_holds_what_judges_and_repeats_it(tmp_path, capsys):
     code, found = run(tmp_path, "--problem", "step", "--cell", "GRU", "--contender", "torch.nn", "seqkernels")
     (row,) = found  # a single step is neither trained nor packed
     assert code == 0 and row["right"] and row["problem"] == "step" and row["threads"] == 1
-    assert {"time", "machine", "cpu", "torch", "commit", "dirty", "dtype", "plan", "torch_mm_gflops"} <= set(row)
+    assert {"time", "machine", "cpu", "torch", "commit", "dirty", "dtype", "plan", "peak_gflops"} <= set(row)
     for figures in row["contenders"].values():
         assert 0 < figures["q1_ms"] <= figures["median_ms"] <= figures["q3_ms"] and max(figures["errors"]) < 1e-5
     assert "seqkernels" in capsys.readouterr().out

@@ -55,14 +55,25 @@ void run_backward(const Backward& p, const Schedule& schedule, int begin, int en
   with_scalar(p.scalar, [&](auto s) { SEQKERNELS_FOR_CELL(p.cell, backward, decltype(s)) });
 }
 
+double multiply_and_add(int64_t rounds) {
+  Vec<float> sums[kAccumulators];
+  for (int k = 0; k < kAccumulators; k++) sums[k] = broadcast(static_cast<float>(k));
+  const Vec<float> w = broadcast(0.5f), x = broadcast(1 / static_cast<float>(rounds));
+  for (int64_t i = 0; i < rounds; i++)
+#pragma GCC unroll 24
+    for (int k = 0; k < kAccumulators; k++) sums[k] = add_product<float>(sums[k], w, x);
+#pragma GCC unroll 24
+  for (int k = 1; k < kAccumulators; k++) sums[0] += sums[k];
+  volatile float used = sums[0][0];
+  static_cast<void>(used);
+  return 2.0 * rounds * kAccumulators * kLanes<float>;
+}
+
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    forward_bytes,
-    backward_bytes,
-    run_forward,
-    run_backward,
+    forward_bytes, backward_bytes, run_forward, run_backward, multiply_and_add,
 };
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -34,6 +34,9 @@ struct Kernels {
   // be run, and those that are not in one call, at the same time.
   void (*forward)(const Forward&, const Schedule&, int begin, int end, void* memory);
   void (*backward)(const Backward&, const Schedule&, int begin, int end, void* memory);
+  // As many float multiplications and additions as the machine can do at once, again and again: returns how many
+  // operations that were. What it can reach at best, to hold the kernels against.
+  double (*multiply_and_add)(int64_t rounds);
 };
 
 }  // namespace seqkernels

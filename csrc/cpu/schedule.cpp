@@ -1,7 +1,6 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <numeric>
 
 namespace seqkernels {
@@ -35,7 +34,6 @@ OwnSchedule::OwnSchedule(const Problem& p, int threads) {
   const int64_t least = bytes > kLargeWeights ? kLeastSequencesOfLargeWeights : kLeastSequences;
   int64_t tiles = std::max<int64_t>(needed + even - 1, 1) / even * even;
   if (B / std::max<int64_t>(tiles, 1) < least) tiles = std::max<int64_t>(1, std::min(needed, tiles));
-  if (const char* forced = std::getenv("SK_TILES")) tiles = std::atoi(forced);
   tasks = D * tiles;
 
   // Fewer tasks than members: members share units, where a step is worth it.
@@ -43,7 +41,6 @@ OwnSchedule::OwnSchedule(const Problem& p, int threads) {
   const int64_t vectors = std::max<int64_t>(1, p.hidden * (p.scalar == Scalar::float64 ? 8 : 4) / 64);
   const double step = per_row * std::min(B, (B + tiles - 1) / tiles);
   team_size = static_cast<int>(tasks >= members || step < kSmallStep ? 1 : std::min(spare, vectors));
-  if (const char* forced = std::getenv("SK_TEAM")) team_size = std::atoi(forced);
   teams = static_cast<int>(std::min<int64_t>(tasks, members / team_size));
   if (team_size > 1 && members % tasks) teams = 1;
 
