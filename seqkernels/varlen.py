@@ -24,9 +24,14 @@ class Rows(NamedTuple):
 
 
 def from_padded(input: Tensor, batch_first: bool) -> Rows:
-    """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``."""
+    """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``.
+
+    Raises:
+        RuntimeError: torch.nn's own for T = 0 (with `lengths` or `cu_seqlens`, that is a batch of empty sequences).
+    """
     time_major = input.transpose(0, 1) if batch_first else input
     steps, sequences, features = time_major.shape
+    _check_steps(steps)
 
     def leave(y: Tensor) -> Tensor:
         y = y.view(steps, sequences, y.shape[1])
@@ -36,7 +41,12 @@ def from_padded(input: Tensor, batch_first: bool) -> Rows:
 
 
 def from_unbatched(input: Tensor) -> Rows:
-    """input ``[T, I]``, one sequence."""
+    """input ``[T, I]``, one sequence.
+
+    Raises:
+        RuntimeError: as `from_padded`.
+    """
+    _check_steps(input.shape[0])
     return Rows(input, None, 1, None, None, lambda y: y)
 
 
@@ -127,6 +137,11 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
         return gather(y, inverse, index)
 
     return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
+
+
+def _check_steps(steps: int) -> None:
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
 def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:

@@ -31,12 +31,20 @@ def test_empty_sequences_give_back_their_state(name):
 @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4)], ids=["no steps", "no sequences"])
 def test_nothing_to_do_is_done(name, shape):
     rnn = getattr(sk, name)(4, 5, 2, bidirectional=True)
-    output, state = rnn(torch.randn(shape, requires_grad=True))
-    assert output.shape == (*shape[:2], 10)
-    assert (state[0] if name == "LSTM" else state).shape == (4, shape[1], 5)
-    output.sum().backward()
     lengths = torch.zeros(shape[1], dtype=torch.long)
-    assert rnn(torch.randn(shape), lengths=lengths)[0].shape == (*shape[:2], 10)
+    for given in [{}, {"lengths": lengths}] if shape[0] else [{"lengths": lengths}]:
+        output, state = rnn(torch.randn(shape, requires_grad=True), **given)
+        assert output.shape == (*shape[:2], 10)
+        assert (state[0] if name == "LSTM" else state).shape == (4, shape[1], 5)
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (0, 4)], ids=["padded", "unbatched"])
+def test_no_steps_without_lengths_are_torchs_error(name, shape):
+    for module in (getattr(torch.nn, name)(4, 5), getattr(sk, name)(4, 5)):
+        with pytest.raises(RuntimeError, match=r"^Expected sequence length to be larger than 0 in RNN$"):
+            module(torch.zeros(shape))
 
 
 BAD_LENGTHS = {
