@@ -180,12 +180,10 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
 
 def _steps(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tuple[int, int]]:
     """(first row, number of rows) of every step."""
-    sizes = [sequences] * (rows // max(sequences, 1)) if batch_sizes is None else batch_sizes.tolist()
-    steps, start = [], 0
-    for size in sizes:
-        steps.append((start, size))
-        start += size
-    return steps
+    if batch_sizes is None:
+        batch_sizes = torch.full((rows // max(sequences, 1),), sequences, device="cpu")
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    return list(zip(starts.tolist(), batch_sizes.tolist(), strict=True))
 
 
 def _previous(steps, t: int, reverse: bool, states: Tensor, initial: Tensor) -> Tensor:
