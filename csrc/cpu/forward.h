@@ -210,8 +210,20 @@ class ForwardSweep {
           [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, t % 2);
     } else {
       for_panels(units.first / kLane, vectors_of<C>(units.last), t % 2, [&](int64_t j) {
-        for_rows<G>(running, {memory.hh.k}, row, weights.w_hh + memory.hh.offset(j), G * kLane,
-                    [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
+        const F* panel = weights.w_hh + memory.hh.offset(j);
+        const int64_t lanes = memory.hh.lanes_of_group(j);
+        if (lanes == kLane)
+          return for_rows<G>(running, {memory.hh.k}, row, panel, G * kLane,
+                             [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
+        with_width(memory.hh.vectors_in(j), [&](auto width) {
+          constexpr int N = least(decltype(width)::value, G);
+          for_rows<N>(running, {memory.hh.k}, row, panel, N * kLane, [&](int64_t r, const V* out) {
+            V recurrent[G];
+#pragma GCC unroll 4
+            for (int g = 0; g < G; g++) recurrent[g] = load(reinterpret_cast<const C*>(out) + g * lanes);
+            finish(r, j * kLane, recurrent);
+          });
+        });
       });
     }
     if (p.has_projection) {
@@ -239,7 +251,7 @@ class ForwardSweep {
   }
 
   // The gates of one vector of units of sequence r, given their share of W_hh h.
-  void finish(int64_t r, int64_t unit, const V* recurrent) const {
+  SEQKERNELS_INLINE void finish(int64_t r, int64_t unit, const V* recurrent) const {
     V x[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) x[g] = load(gates + r * memory.ldg + g * p.hidden + unit);
@@ -271,7 +283,7 @@ class ForwardSweep {
     }
   }
 
-  void put_h(int64_t r, int64_t unit, V h) const {
+  SEQKERNELS_INLINE void put_h(int64_t r, int64_t unit, V h) const {
     const int64_t P = p.projected, lanes = least(P - unit, kLane);
     S* y = at.at_row(static_cast<S*>(p.y), row0 + r * at.task.stride, P) + unit;
     prefetch_store(y + ahead * P);
@@ -282,7 +294,7 @@ class ForwardSweep {
   }
 
   template <int kBlocks>
-  void save(int64_t r, int64_t unit, const V (&blocks)[kBlocks]) const {
+  SEQKERNELS_INLINE void save(int64_t r, int64_t unit, const V (&blocks)[kBlocks]) const {
     static_assert(kBlocks == K, "what backward expects");
     if (!p.saved) return;
     const int64_t H = p.hidden, lanes = least(H - unit, kLane);

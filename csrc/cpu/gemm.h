@@ -22,9 +22,12 @@ inline int64_t leading(int64_t n) {
 
 // A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel holds
 // `width` vectors of units of every group, so that all gates of a unit come out of one pass; per k its vectors lie
-// together. The last panel may be narrower; lanes behind the last unit are zero. k counts factors.
+// together. The last panel may be narrower. Of a single group, lanes behind the last unit are zero; of several, the
+// units left over for the last panel are packed closely, one group's lanes after the other's: 100 units of 4 gates are
+// 25 vectors and not 28. k counts factors.
 template <class F>
 struct Panels {
+  static constexpr int V = kLanes<Sum<F>>;
   int64_t k, units;
   int groups;
   int width;
@@ -32,12 +35,19 @@ struct Panels {
   // 4 vectors a row fill the accumulators with the fewest broadcasts; a single group takes them of its units.
   Panels(int64_t k, int64_t units, int groups) : k(k), units(units), groups(groups), width(groups == 1 ? 4 : 1) {}
 
-  int64_t vectors() const { return vectors_of<Sum<F>>(units); }
+  int64_t vectors() const { return vectors_of<Sum<F>>(units); }  // of one group
   int64_t count() const { return (vectors() + width - 1) / width; }
-  int64_t size() const { return vectors() * kLanes<Sum<F>> * groups * k; }
-  int64_t offset(int64_t panel) const { return panel * width * kLanes<Sum<F>> * groups * k; }
+  int64_t size() const { return count() ? offset(count() - 1) + vectors_in(count() - 1) * V * k : 0; }
+  int64_t offset(int64_t panel) const { return panel * width * V * groups * k; }
   int width_of(int64_t panel) const { return static_cast<int>(least(width, vectors() - panel * width)); }
+  // How many lanes lie between a unit's gates.
+  int64_t lanes_of_group(int64_t panel) const { return groups == 1 ? V : least(V, units - panel * V); }
+  int vectors_in(int64_t panel) const {
+    return static_cast<int>(groups == 1 ? width_of(panel) : vectors_of<Sum<F>>(groups * lanes_of_group(panel)));
+  }
 };
+
+constexpr int kMostVectors = 4;  // of a panel
 
 // ---- packing
 
@@ -66,15 +76,20 @@ __attribute__((noinline)) void pack_transposed(const Panels<F>& shape, int64_t j
                                                F* packed) {
   using C = Sum<F>;
   constexpr int V = kLanes<C>;
-  const int width = shape.width_of(j), vectors = width * shape.groups;
+  const int vectors = shape.vectors_in(j);
+  const int64_t lanes = shape.lanes_of_group(j), first = j * shape.width * V;
   C* panel = reinterpret_cast<C*>(packed + shape.offset(j));
+  const S* from[kMostVectors * V];
+  for (int lane = 0; lane < vectors * V; lane++) {
+    const int64_t group = shape.groups == 1 ? 0 : lane / lanes, unit = first + lane - group * lanes;
+    from[lane] = group < shape.groups && unit < shape.units ? source + (group * shape.units + unit) * n : nullptr;
+  }
   for (int64_t k = 0; k < shape.k; k += V)
     for (int v = 0; v < vectors; v++) {
-      const int64_t unit = (j * shape.width + v % width) * V, i = k * kPerFactor<F>;
-      const S* from = source + (v / width * shape.units + unit) * n + i;
+      const int64_t i = k * kPerFactor<F>;
       Vec<C> rows[V];
 #pragma GCC unroll 16
-      for (int u = 0; u < V; u++) rows[u] = unit + u < shape.units ? load_factors<F>(from + u * n, n - i) : Vec<C>{};
+      for (int u = 0; u < V; u++) rows[u] = from[v * V + u] ? load_factors<F>(from[v * V + u] + i, n - i) : Vec<C>{};
       transpose<C>(rows);
       for (int64_t u = 0; u < least(V, shape.k - k); u++) store(panel + ((k + u) * vectors + v) * V, rows[u]);
     }
@@ -174,10 +189,12 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F
   }
 }
 
-// Multiplies rows (row(r) points to them) with N vectors of a panel; each(r, out) sees the vectors of row r.
+// Multiplies rows (row(r) points to them) with N vectors of a panel; each(r, out) sees the vectors of row r, behind
+// which lies one more that may be read.
 template <int N, class F, class Row, class Each>
 inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each) {
-  Vec<Sum<F>> out[kRowsBlock * N];
+  Vec<Sum<F>> out[kRowsBlock * N + 1];
+  out[kRowsBlock * N] = Vec<Sum<F>>{};
   const F* a[kRowsBlock];
   const int64_t tall = depth.k > kDepth ? kRowsBlock / kRows<N> * kRows<N> : kRows<N>;
   const int64_t blocks = (rows + tall - 1) / tall;
@@ -194,6 +211,17 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, 
 template <class Each>
 inline void for_panels(int64_t first, int64_t last, bool backwards, const Each& each) {
   for (int64_t i = first; i < last; i++) each(backwards ? first + last - 1 - i : i);
+}
+
+// Calls run(constant) with the number of vectors as a compile-time constant.
+template <class Run>
+inline void with_width(int64_t vectors, const Run& run) {
+  switch (vectors) {
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 3: return run(std::integral_constant<int, 3>{});
+    default: return run(std::integral_constant<int, 4>{});
+  }
 }
 
 // The product of rows with vectors [first, last) of a packed matrix of one group; each(r, unit, lanes, x) sees every
@@ -217,12 +245,7 @@ inline void product(const Panels<F>& shape, const F* packed, int64_t first, int6
         }
       });
     };
-    switch (end - u) {
-      case 1: return rows_of(std::integral_constant<int, 1>{});
-      case 2: return rows_of(std::integral_constant<int, 2>{});
-      case 3: return rows_of(std::integral_constant<int, 3>{});
-      default: return rows_of(std::integral_constant<int, 4>{});
-    }
+    with_width(end - u, rows_of);
   });
 }
 

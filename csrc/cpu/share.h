@@ -8,8 +8,8 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 inline void swap(T& a, T& b) {

@@ -7,6 +7,9 @@
 #include <immintrin.h>
 #endif
 
+// For what stands in innermost loops, whatever the compiler thinks of its size.
+#define SEQKERNELS_INLINE inline __attribute__((always_inline))
+
 namespace seqkernels::SEQKERNELS_ISA {
 
 #if defined(__AVX512F__)
@@ -318,13 +321,12 @@ inline Vec<float> clamp(Vec<float> x, float lowest, float highest) {
 }
 #endif
 
-// exp(x) = scale * (1 + p): Cody-Waite reduction to |r| <= ln(2)/2, then p = exp(r) - 1 = r + r^2 tail(r). x is clamped
-// to where scale is a normal number; NaN stays NaN.
+// exp(x) = scale * (1 + p): Cody-Waite reduction to |r| <= ln(2)/2, then p = exp(r) - 1 = r + r^2 tail(r). x lies
+// between K::lowest and K::highest, where scale is a normal number; NaN stays NaN.
 template <class C>
 inline void exp_parts(Vec<C> x, Vec<C>& scale, Vec<C>& p) {
   using K = ExpConstants<C>;
   constexpr int kTerms = sizeof(K::tail) / sizeof(C);
-  x = clamp<C>(x, K::lowest, K::highest);
   const Vec<C> shifted = x * static_cast<C>(1.4426950408889634) + K::round;
   const Vec<C> n = shifted - K::round;
   const Vec<C> r = (x - n * K::ln2_high) - n * K::ln2_low;
@@ -353,15 +355,16 @@ using LaneOf = typename std::remove_reference<decltype(V{}[0])>::type;
 
 // Within 2 ulp. 1 + exp(-x) loses nothing before its one rounding, as scale is a power of two.
 template <class V>
-inline V sigmoid(V x) {
+SEQKERNELS_INLINE V sigmoid(V x) {
+  using C = LaneOf<V>;
   V scale, p;
-  exp_parts<LaneOf<V>>(-x, scale, p);
+  exp_parts<C>(clamp<C>(-x, ExpConstants<C>::lowest, ExpConstants<C>::highest), scale, p);
   return reciprocal<V>(scale * p + (scale + 1));
 }
 
 // Within 4 ulp, near zero as well: e / (e + 2) of e = exp(2x) - 1, whose scale is 1 there.
 template <class V>
-inline V tanh(V x) {
+SEQKERNELS_INLINE V tanh(V x) {
   using C = LaneOf<V>;
   V scale, p;
   constexpr C kOne = sizeof(C) == 4 ? 20 : 40;  // from here on tanh(x / 2) is 1
