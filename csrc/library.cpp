@@ -191,6 +191,8 @@ class Memory {
 
   void* data() { return block_ + 1; }
 
+  static void release_kept() { release(kept_.exchange(nullptr)); }
+
  private:
   struct alignas(64) Block {
     size_t size;
@@ -324,6 +326,11 @@ static PyObject* fill_memory(PyObject*, PyObject* with_nan) {
   Py_RETURN_NONE;
 }
 
+static PyObject* release_memory(PyObject*, PyObject*) {
+  Memory::release_kept();
+  Py_RETURN_NONE;
+}
+
 static PyObject* peak_gflops(PyObject*, PyObject*) {
   const int64_t threads = torch::stable::get_num_threads();
   double best = 0;
@@ -351,6 +358,7 @@ static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"force_isa", force_isa, METH_O, "Use another instruction set (for tests). ValueError if it does not run here."},
     {"fill_memory", fill_memory, METH_O, "Fill outputs and working memory with NaN beforehand (for tests)."},
+    {"release_memory", release_memory, METH_NOARGS, "Give the working memory kept for the next call back."},
     {"peak_gflops", peak_gflops, METH_NOARGS,
      "Float multiplications and additions a second at best, by torch's threads."},
     {"build_info", build_info, METH_NOARGS, "What was built, and by which compiler."},

@@ -269,6 +269,19 @@ def test_nothing_is_read_before_it_is_written(cell, shape, dtype):
     assert all(x.isfinite().all() for x in results)
 
 
+def test_working_memory_can_be_given_back():
+    if not HERE.native:
+        pytest.skip(HERE.native_missing)
+    from seqkernels import _C
+
+    call = Call("gru", **SHAPES["ragged"])
+    before = both_passes(call, forward("cpu"), backward("cpu"))
+    _C.release_memory()
+    _C.release_memory()
+    after = both_passes(call, forward("cpu"), backward("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
