@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks train TASK`, `kernels` and `demo`."""
+"""The command line: `python -m benchmarks train TASK`, `generate`, `kernels` and `demo`."""
 
 import argparse
 import sys
@@ -6,11 +6,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import InputError, kernels, record, report, require
+from benchmarks import InputError, distributed, kernels, record, report, require
 from benchmarks.data import VARIABLE, data_folder, names_files
-from benchmarks.tasks import TASKS
-from benchmarks.train import Run, Task, add_shared_options, evaluate, rnn_classes, start_runs, train
+from benchmarks.report import Training
+from benchmarks.tasks import TASKS, charlm
+from benchmarks.train import (
+    MODULES,
+    Task,
+    add_shared_options,
+    measure,
+    natural,
+    positive,
+    rnn_classes,
+    start_runs,
+    train,
+)
 
+DEMO_TEXT = ["--limit", "200000", "--epochs", "3"]  # minutes, not the best model
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 
 
@@ -36,6 +48,8 @@ def run_command(arguments: list[str]) -> int:
     if options.command == "kernels":
         make_folder(options.out)
         return kernels.run(options)
+    if options.command == "generate":
+        return generate(options)
     return train_task(options)
 
 
@@ -67,6 +81,13 @@ def make_parser() -> argparse.ArgumentParser:
     page = (kernels.__doc__ or "").partition(": ")[2].strip()
     kernels.add_options(commands.add_parser("kernels", help=page, description=page, allow_abbrev=False))
 
+    writer = commands.add_parser("generate", help="text from a checkpoint of `train charlm`", allow_abbrev=False)
+    writer.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what --checkpoint wrote")
+    writer.add_argument("--module", choices=list(MODULES), default="seqkernels", help="which to run (%(default)s)")
+    writer.add_argument("--length", type=positive, default=500, metavar="N", help="characters to write (%(default)s)")
+    writer.add_argument("--seed", type=natural, default=0, help="of the draws (%(default)s)")
+    charlm.add_generation_options(writer)
+
     demo = commands.add_parser(
         "demo",
         help="`train names` where its data is at hand, else `train charlm`",
@@ -82,50 +103,91 @@ def demo(data: Path | None, rest: list[str]) -> int:
     folder = data_folder(data)
     if folder is None:
         print(f"Demo: train charlm, on text that comes with Python; {VARIABLE}=DIR would name a folder of real names.")
-        return run_command(["train", "charlm", *rest])
+        return run_command(["train", "charlm", *DEMO_TEXT, *rest])
     try:
         names_files(folder)
     except InputError as error:
         if data is not None:
             raise
         print(f"Demo: train charlm, on text that comes with Python, since {error}")
-        return run_command(["train", "charlm", *rest])
+        return run_command(["train", "charlm", *DEMO_TEXT, *rest])
     print(f"Demo: train names, since {folder} holds its data.")
     return run_command(["train", "names", "--data", str(folder), *rest])
 
 
 def train_task(options: argparse.Namespace) -> int:
-    """Load, train, show. Nothing is written before the training has ended."""
+    """Load, train, show. Nothing but the checkpoint is written before the training has ended."""
     if options.threads:
         torch.set_num_threads(options.threads)
     for package in ("tqdm", "rich", "matplotlib"):  # before the training, not after it
         require(package)
-    classes = rnn_classes(options.module, TASKS[options.task].cell)
-    task = TASKS[options.task](options)
-    make_folder(options.out)
-    print(f"{task.name}: {task.description}; threads: {torch.get_num_threads()}")
-    runs = start_runs(task, classes)
-    finished = train(task, runs)
-    runs = [run for run in runs if run.losses]
-    if not finished:
-        print(f"Stopped by Ctrl-C{'; the figures cover what was done.' if runs else '.'}", file=sys.stderr)
-    if runs:
-        show(task, runs)
-    return 0 if finished else STOPPED
-
-
-def show(task: Task, runs: list[Run]) -> None:
-    """Print the table, write the plot and append the result row."""
-    for run in runs:
-        evaluate(task, run)
-    report.print_table(task, runs)
-    plot, rows = (task.options.out / name for name in (f"train-{task.name}.png", "train.jsonl"))
+    kind = TASKS[options.task]
+    variants = kind.variants(options)
+    if options.checkpoint and len(variants) > 1:
+        raise InputError(
+            f"--checkpoint keeps one training; these options ask for {len(variants)}: {', '.join(variants)}."
+        )
+    world = distributed.join(distributed.device_of(options.device))
     try:
-        report.plot(task, runs, plot)
-        record.append(rows, report.row(task, runs))
+        if world.size > 1 and not kind.shares_batches:
+            raise InputError(f"torchrun cannot divide the batches of {kind.name}.")
+        tasks = {label: kind(variant, world) for label, variant in variants.items()}
+        classes = {label: rnn_classes(options.module, task.cell) for label, task in tasks.items()}
+        make_folder(options.checkpoint.parent if options.checkpoint else options.out)
+        trainings, finished = [], True
+        for label, task in tasks.items():
+            if world.first:
+                print(task_line(task, label))
+            runs = start_runs(task, classes[label], label)
+            finished = train(task, runs)
+            trainings.append(Training(task, [run for run in runs if run.losses]))
+            if not finished:
+                break
+        trainings = [training for training in trainings if training.runs]
+        if not finished:
+            print(f"Stopped by Ctrl-C{'; the figures cover what was done.' if trainings else '.'}", file=sys.stderr)
+        if trainings and world.first:
+            show(trainings)
+        return 0 if finished else STOPPED
+    finally:
+        distributed.leave()
+
+
+def task_line(task: Task, variant: str) -> str:
+    where = f"threads: {torch.get_num_threads()}" if task.device.type == "cpu" else str(task.device)
+    processes = f"; processes: {task.world.size}" if task.world.size > 1 else ""
+    return f"{task.name}{f' ({variant})' if variant else ''}: {task.description}; {where}{processes}"
+
+
+def show(trainings: list[Training]) -> None:
+    """Print the table, write the plots, append the result rows, and let the task show what its models can do."""
+    for training in trainings:
+        for run in training.runs:
+            measure(training.task, run)
+    report.print_table(trainings)
+    task = trainings[0].task
+    out = task.options.out
+    make_folder(out)
+    plot, rows = (out / name for name in (f"train-{task.name}.png", "train.jsonl"))
+    try:
+        report.plot(trainings, plot)
+        record.append(rows, *map(report.row, trainings))
+        plots = [plot, *trainings[-1].task.finish(trainings[-1].runs, out)]
     except OSError as error:
-        raise InputError(f"{task.options.out} cannot be written to: {error}.") from error
-    print(f"Plot: {plot}\nRow:  {rows}")
+        raise InputError(f"{out} cannot be written to: {error}.") from error
+    for path in plots:
+        print(f"Plot: {path}")
+    print(f"Row:  {rows}")
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Print text that a trained character model writes."""
+    cell = charlm.cell_of(options.checkpoint)
+    (rnn_class,) = rnn_classes(options.module, cell).values()
+    model, characters = charlm.load_model(options.checkpoint, rnn_class)
+    generator = torch.Generator().manual_seed(options.seed)
+    print(charlm.generate(model, characters, options.prime, options.length, options.temperature, generator))
+    return 0
 
 
 def make_folder(path: Path) -> None:

@@ -66,9 +66,9 @@ def options_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, *rows: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+        file.writelines(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
 
 
 def finite(value: Any) -> Any:

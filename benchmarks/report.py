@@ -1,11 +1,11 @@
-"""What a training run shows: a table, a plot of loss curves and times, a result row."""
+"""What training shows: a table, plots of loss curves and times, result rows."""
 
 import math
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from benchmarks import record, require
@@ -14,34 +14,77 @@ from benchmarks.train import CLOSE_STEPS, Run, Task, largest_gap
 COLOURS = ("#d55e00", "#0072b2")  # told apart in grey and with any colour vision
 
 
-def print_table(task: Task, runs: list[Run]) -> None:
-    """Times, losses and metric of each module; the speed-up is over the first of two."""
-    console = require("rich.console").Console()
+class Training(NamedTuple):
+    """What was trained with one set of options: a run for each module."""
+
+    task: Task
+    runs: list[Run]
+
+    @property
+    def variant(self) -> str:
+        return self.runs[0].variant
+
+    @property
+    def compared(self) -> bool:
+        return len(self.runs) == 2
+
+
+def print_table(trainings: list[Training]) -> None:
+    """Times, memory, losses and metric of each module; speed-ups are over the first of two."""
+    task = trainings[0].task
+    rich = require("rich.console")
+    console = rich.Console() if sys.stdout.isatty() else rich.Console(width=140)
     box = require("rich.box").SIMPLE_HEAD
-    table = require("rich.table").Table(title=title(task, runs), title_justify="left", box=box, pad_edge=False)
-    table.add_column("module", no_wrap=True)
-    for heading in ("s / epoch", f"{task.unit} / s", "speed-up", "train loss", task.metric):
+    table = require("rich.table").Table(title=title(trainings), title_justify="left", box=box, pad_edge=False)
+    named = len(trainings) > 1
+    for heading in ["variant"] * named + ["module"]:
+        table.add_column(heading, no_wrap=True)
+    headings = (
+        "s / epoch",
+        "in the layer",
+        f"{task.unit} / s",
+        "speed-up",
+        "of the layer",
+        "peak MB",
+        "train loss",
+        task.metric,
+    )
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for run in runs:
-        table.add_row(
-            run.label,
-            number(run.seconds, ".2f"),
-            number(task.samples / run.seconds, ",.0f"),
-            number(runs[0].seconds / run.seconds, ".2f") if len(runs) == 2 else "-",
-            number(run.loss, ".4f"),
-            task.format_metric(run.metric),
-        )
+    for training in trainings:
+        for run in training.runs:
+            table.add_row(*[run.variant] * named, run.label, *cells(training, run))
     console.print(table)
-    for run in runs:
-        if run.plan:
-            print(f"{run.label} ran on {run.plan}")
-    if len(runs) == 2:
-        print(f"Largest relative gap between the two loss curves: {gap_sentence(runs)}")
+    for plan in dict.fromkeys(run.plan for training in trainings for run in training.runs if run.plan):
+        print(f"seqkernels ran on {plan}")
+    for training in trainings:
+        if training.compared:
+            print(f"Largest relative gap between the two loss curves{of(training)}: {gap_sentence(training.runs)}")
 
 
-def title(task: Task, runs: list[Run]) -> str:
-    whole = min(len(run.epoch_seconds) for run in runs)
+def cells(training: Training, run: Run) -> list[str]:
+    """One row of the table, behind its names."""
+    first, samples = training.runs[0], training.task.samples
+    return [
+        number(run.seconds, ".3g"),
+        number(run.layer_seconds, ".3g"),
+        number(samples / run.seconds, ",.0f"),
+        number(first.seconds / run.seconds, ".2f") if training.compared else "-",
+        number(first.layer_seconds / run.layer_seconds, ".2f") if training.compared else "-",
+        number(run.peak_memory / 1e6, ",.1f"),
+        number(run.loss, ".4f"),
+        training.task.format_metric(run.metric),
+    ]
+
+
+def title(trainings: list[Training]) -> str:
+    task = trainings[0].task
+    whole = min(len(run.epoch_seconds) for training in trainings for run in training.runs)
     return f"{task.name}: {whole} of {task.options.epochs} epochs"
+
+
+def of(training: Training) -> str:
+    return f" of {training.variant}" if training.variant else ""
 
 
 def number(value: float, form: str) -> str:
@@ -54,15 +97,19 @@ def gap_sentence(runs: list[Run]) -> str:
     return f"{first}{largest_gap(runs):.1e} over all {steps:,} steps."
 
 
-def row(task: Task, runs: list[Run]) -> dict[str, Any]:
+def row(training: Training) -> dict[str, Any]:
     """The result row: what was run, where, and each module's figures."""
-    gaps = {"gap": largest_gap(runs), "gap_first_steps": largest_gap(runs, CLOSE_STEPS)} if len(runs) == 2 else {}
+    task, runs = training
+    gaps = {"gap": largest_gap(runs), "gap_first_steps": largest_gap(runs, CLOSE_STEPS)} if training.compared else {}
     return {
         "task": task.name,
+        "variant": training.variant,
         "description": task.description,
         "options": record.options_of(task.options),
         "seed": task.options.seed,
-        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "dtype": task.options.dtype,
+        "device": str(task.device),
+        "processes": task.world.size,
         **record.environment(),
         "metric": task.metric,
         "modules": {run.label: figures(task, run) for run in runs},
@@ -76,26 +123,87 @@ def figures(task: Task, run: Run) -> dict[str, Any]:
         "steps": len(run.losses),
         "seconds_per_epoch": run.seconds,
         "epoch_seconds": run.epoch_seconds,
+        "layer_seconds_per_epoch": run.layer_seconds,
+        "peak_memory_bytes": run.peak_memory,
         "samples_per_second": task.samples / run.seconds,
         "train_loss": run.loss,
         "metric": run.metric,
     }
 
 
-def plot(task: Task, runs: list[Run], path: Path) -> None:
-    """Loss over the steps and seconds an epoch, written whole or not at all."""
+STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def plot(trainings: list[Training], path: Path) -> None:
+    """Loss over the steps and seconds an epoch; small ones, side by side, for several variants."""
+    pyplot = open_pyplot()
+    labels = " and with ".join(run.label for run in trainings[0].runs)
+    with pyplot.rc_context(STYLE):
+        if len(trainings) == 1:
+            figure, (losses, times) = pyplot.subplots(
+                1, 2, figsize=(11, 4.2), width_ratios=(1.8, 1), layout="constrained"
+            )
+            plot_losses(losses, trainings[0].runs)
+            plot_times(times, trainings[0].runs)
+            figure.suptitle(f"{trainings[0].task.name}: training with {labels}")
+        else:
+            columns = 3
+            rows = -(-len(trainings) // columns)
+            figure = pyplot.figure(figsize=(12, 2.8 * rows + 3), layout="constrained")
+            small, times = figure.subfigures(2, 1, height_ratios=(2.8 * rows, 3))
+            panels = small.subplots(rows, columns, sharey=True, squeeze=False).flat
+            for axes, training in zip(panels, trainings, strict=False):
+                plot_losses(axes, training.runs)
+                axes.set_title(training.variant, fontsize=13)
+            for axes in list(panels)[len(trainings) :]:
+                axes.set_visible(False)
+            plot_all_times(times.subplots(), trainings)
+            figure.suptitle(trainings[0].task.name)
+        write_figure(figure, path)
+
+
+def plot_confusion(counts: Tensor, labels: list[str], title: str, path: Path) -> None:
+    """[labels, labels] Which answer (across) was given for what is right (down), as shares of each row."""
+    pyplot = open_pyplot()
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    with pyplot.rc_context(STYLE | {"font.size": 11}):
+        figure, axes = pyplot.subplots(figsize=(8.4, 7.4), layout="constrained")
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+        axes.set_xticks(range(len(labels)), labels, rotation=90)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(title=title, xlabel="answered", ylabel="right")
+        figure.colorbar(image, label="share of the row", shrink=0.8)
+        write_figure(figure, path)
+
+
+def open_pyplot() -> Any:
+    """matplotlib's drawing functions, without a window."""
     require("matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot")
-    style = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    with pyplot.rc_context(style):
-        figure, (losses, times) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1.8, 1), layout="constrained")
-        plot_losses(losses, runs)
-        plot_times(times, runs)
-        figure.suptitle(f"{task.name}: training with {' and with '.join(run.label for run in runs)}")
-        unfinished = path.with_suffix(".unfinished")
-        figure.savefig(unfinished, format="png", dpi=150)
-        pyplot.close(figure)
+    return require("matplotlib.pyplot")
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Written whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    figure.savefig(unfinished, format="png", dpi=150)
+    open_pyplot().close(figure)
     os.replace(unfinished, path)
+
+
+def plot_all_times(axes: Any, trainings: list[Training]) -> None:
+    """A group of bars for each variant."""
+    for place, training in enumerate(trainings):
+        for index, run in enumerate(training.runs):
+            offset = (index - (len(training.runs) - 1) / 2) * 0.4
+            axes.bar(place + offset, run.seconds, width=0.38, color=COLOURS[index], alpha=0.6)
+        if training.compared:
+            text = f"{training.runs[0].seconds / training.runs[1].seconds:.1f} x"
+            highest = max(run.seconds for run in training.runs)
+            axes.annotate(text, (place, highest), (0, 3), textcoords="offset points", ha="center", va="bottom")
+    labels = [training.variant.replace(", ", "\n") for training in trainings]
+    axes.set_xticks(range(len(trainings)), labels)
+    axes.set(ylabel="seconds per epoch")
+    axes.margins(y=0.15)
 
 
 def plot_losses(axes: Any, runs: list[Run]) -> None:

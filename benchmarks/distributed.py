@@ -1,0 +1,82 @@
+"""Several processes under `torchrun`: each trains on its share of every batch, and all come to the same weights."""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed, nn
+
+from benchmarks import InputError
+
+
+class World(NamedTuple):
+    """This process's number among all of them; one alone where `torchrun` started none."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """The process that prints and writes."""
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> tuple[Tensor, float]:
+        """This process's rows of a batch, and what its mean loss counts for in the mean over the processes.
+
+        A process for which no row is left takes the first one and counts it for nothing: every process must take
+        part in every step.
+        """
+        mine = rows[self.rank :: self.size]
+        weight = len(mine) * self.size / len(rows)
+        return (mine if len(mine) else rows[:1]), weight
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over all processes."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total / self.size
+
+
+def join(device: torch.device) -> World:
+    """Meet the processes that `torchrun` started with this one: over gloo on the CPU, over NCCL on GPUs."""
+    if not distributed.is_torchelastic_launched():
+        return World()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(distributed.get_rank(), distributed.get_world_size())
+
+
+def leave() -> None:
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def device_of(name: str) -> torch.device:
+    """The device named on the command line; under `torchrun`, "cuda" is the GPU of this process's local rank."""
+    if name == "cuda" and distributed.is_torchelastic_launched():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}.") from error
+    return device
+
+
+def several_processes(model: nn.Module) -> nn.Module:
+    """The model with its gradients averaged over all processes (DistributedDataParallel)."""
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def several_devices(model: nn.Module) -> nn.Module:
+    """The model with every batch cut over this machine's GPUs (DataParallel); on one device, the model itself."""
+    devices = torch.cuda.device_count()
+    if devices < 2:
+        where = "one GPU" if devices else "no GPU"
+        print(f"--data-parallel: {where} here, so the batch stays whole.")
+        return model
+    print(f"--data-parallel: every batch is cut over {devices} GPUs.")
+    return nn.DataParallel(model)
