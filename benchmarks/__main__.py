@@ -129,28 +129,33 @@ def train_task(options: argparse.Namespace) -> int:
         )
     world = distributed.join(distributed.device_of(options.device))
     try:
-        if world.size > 1 and not kind.shares_batches:
-            raise InputError(f"torchrun cannot divide the batches of {kind.name}.")
-        tasks = {label: kind(variant, world) for label, variant in variants.items()}
-        classes = {label: rnn_classes(options.module, task.cell) for label, task in tasks.items()}
-        make_folder(options.checkpoint.parent if options.checkpoint else options.out)
-        trainings, finished = [], True
-        for label, task in tasks.items():
-            if world.first:
-                print(task_line(task, label))
-            runs = start_runs(task, classes[label], label)
-            finished = train(task, runs)
-            trainings.append(Training(task, [run for run in runs if run.losses]))
-            if not finished:
-                break
-        trainings = [training for training in trainings if training.runs]
-        if not finished:
-            print(f"Stopped by Ctrl-C{'; the figures cover what was done.' if trainings else '.'}", file=sys.stderr)
-        if trainings and world.first:
-            show(trainings)
-        return 0 if finished else STOPPED
+        return train_variants(kind, variants, world)
     finally:
         distributed.leave()
+
+
+def train_variants(kind: type[Task], variants: dict[str, argparse.Namespace], world: distributed.World) -> int:
+    if world.size > 1 and not kind.shares_batches:
+        raise InputError(f"torchrun cannot divide the batches of {kind.name}.")
+    tasks = {label: kind(variant, world) for label, variant in variants.items()}
+    classes = {label: rnn_classes(task.options.module, task.cell) for label, task in tasks.items()}
+    options = next(iter(variants.values()))
+    make_folder(options.checkpoint.parent if options.checkpoint else options.out)
+    trainings, finished = [], True
+    for label, task in tasks.items():
+        if world.first:
+            print(task_line(task, label))
+        runs = start_runs(task, classes[label], label)
+        finished = train(task, runs)
+        trainings.append(Training(task, [run for run in runs if run.losses]))
+        if not finished:
+            break
+    trainings = [training for training in trainings if training.runs]
+    if not finished:
+        print(f"Stopped by Ctrl-C{'; the figures cover what was done.' if trainings else '.'}", file=sys.stderr)
+    if trainings and world.first:
+        show(trainings)
+    return 0 if finished else STOPPED
 
 
 def task_line(task: Task, variant: str) -> str:

@@ -1,6 +1,7 @@
 """Several processes under `torchrun`: each trains on its share of every batch, and all come to the same weights."""
 
 import os
+import time
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,11 @@ def join(device: torch.device) -> World:
 
 
 def leave() -> None:
+    """Part from the other processes."""
     if distributed.is_available() and distributed.is_initialized():
+        # gloo's threads let go of their last tensors a moment after the call has returned. If Python has ended by
+        # then, the process aborts (github.com/pytorch/pytorch/pull/179291).
+        time.sleep(0.2)
         distributed.destroy_process_group()
 
 

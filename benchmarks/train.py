@@ -205,16 +205,15 @@ def epoch_seed(options: argparse.Namespace, epoch: int) -> int:
     return options.seed * 1_000_000 + epoch
 
 
-def bucketed(lengths: list[int], batch_size: int, generator: torch.Generator) -> list[Tensor]:
+def bucketed(lengths: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
     """Batches of sequences of about one length, longest first, in random order; each is the numbers of its sequences.
 
     A step costs its longest sequence; by chance alone nearly every batch has a long one. Sorted are the sequences of
     `POOL` batches at a time, so that who is with whom still changes from epoch to epoch.
     """
-    by_number = torch.tensor(lengths)
     batches = []
     for pool in torch.randperm(len(lengths), generator=generator).split(POOL * batch_size):
-        batches += pool[by_number[pool].argsort(descending=True, stable=True)].split(batch_size)
+        batches += pool[lengths[pool].argsort(descending=True, stable=True)].split(batch_size)
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 

@@ -271,7 +271,7 @@ def test_order_depends_on_seed_and_epoch_alone(folder):
 
 def test_limit_takes_rows_of_every_country(folder):
     task = TASKS["names"](options("names", "--data", folder, "--limit", 10))
-    assert len(task.train_names) <= 10 and set(task.train_countries.tolist()) == {0, 1, 2}
+    assert len(task.train.lengths) <= 10 and set(task.train.countries.tolist()) == {0, 1, 2}
 
 
 def test_chunks_cover_every_stream():

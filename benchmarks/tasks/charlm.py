@@ -185,7 +185,7 @@ class CharacterModelling(Task):
         if not self.options.lines:
             return (Batch(*chunk) for chunk in chunks(self.train, self.options.chunk))
         generator = torch.Generator().manual_seed(epoch_seed(self.options, epoch))
-        batches = bucketed([len(line) for line in self.train], self.options.batch_size, generator)
+        batches = bucketed(torch.tensor([len(line) for line in self.train]), self.options.batch_size, generator)
         return (self.pack([self.train[row] for row in rows]) for rows in batches)
 
     def pack(self, lines: list[Tensor]) -> Batch:

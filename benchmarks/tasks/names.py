@@ -14,7 +14,7 @@ import string
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,23 @@ class NameClassifierFromScratch(nn.Module):
         return self.linear(self.rnn(one_hot(letters, len(LETTERS)).to(self.linear.weight)[:, None]))
 
 
+class Names(NamedTuple):
+    """Names as the models take them: letters [N, T], behind each name's own zeros; lengths [N]; countries [N]."""
+
+    letters: Tensor
+    lengths: Tensor  # on the CPU, where packing wants them
+    countries: Tensor
+
+    def batch(self, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Of some names, longest first: (letters [B, T], lengths [B]) and countries [B]."""
+        lengths = self.lengths[rows]
+        return (self.letters[rows, : lengths[0]], lengths), self.countries[rows]
+
+    def one(self, row: int) -> tuple[Tensor, Tensor]:
+        """Letters [T] and country [1]."""
+        return self.letters[row, : self.lengths[row]], self.countries[row : row + 1]
+
+
 class NameClassification(Task):
     """Names and their countries, from the CSV pair or from one text file a language; the metric is test accuracy."""
 
@@ -150,24 +167,24 @@ class NameClassification(Task):
         else:
             train, test = read_language_files(options.data)
         self.countries = sorted({country for _, country in train})
-        self.train_names, self.train_countries = self.encode(train)
-        self.test_names, self.test_countries = self.encode(test)
-        names = len(self.train_names)
+        self.train, self.test = self.encode(train), self.encode(test)
+        names = len(self.train.lengths)
         self.samples = min(STEPS_FROM_SCRATCH, options.limit or STEPS_FROM_SCRATCH) if self.from_scratch else names
         layers = f"embedding {options.hidden}, {options.layers}-layer GRU of {options.hidden}, packed"
         if options.bidirectional:
             layers = layers.replace("GRU", "bidirectional GRU")
         self.description = (
-            f"{names:,} train and {len(self.test_names):,} test names of {len(self.countries)} countries, "
+            f"{names:,} train and {len(self.test.lengths):,} test names of {len(self.countries)} countries, "
             + (f"a tanh RNN of {options.hidden} from scratch, one name a step" if self.from_scratch else layers)
         )
 
-    def encode(self, rows: list[tuple[str, str]]) -> tuple[list[Tensor], Tensor]:
-        """A tensor of letters for each name, and the countries' numbers."""
+    def encode(self, rows: list[tuple[str, str]]) -> Names:
         # The files are sorted by country: a --limit takes rows from all over the file.
         rows = rows[:: -(-len(rows) // (self.options.limit or len(rows)))]
         names = [self.letters(name) for name, _ in rows]
-        return names, torch.tensor([self.countries.index(country) for _, country in rows])
+        lengths = torch.tensor([len(name) for name in names])
+        countries = torch.tensor([self.countries.index(country) for _, country in rows], device=self.device)
+        return Names(pad_sequence(names, batch_first=True).to(self.device), lengths, countries)
 
     def letters(self, name: str) -> Tensor:
         """A name in ASCII as the model takes it: its codes, or its letters' places among LETTERS."""
@@ -178,7 +195,7 @@ class NameClassification(Task):
         return torch.tensor([LETTERS.index(letter) for letter in name])
 
     def facts(self) -> dict[str, Any]:
-        return {"countries": self.countries, "names": len(self.train_names)}
+        return {"countries": self.countries, "names": len(self.train.lengths)}
 
     def model(self, rnn_class: type[nn.Module]) -> nn.Module:
         options, countries = self.options, len(self.countries)
@@ -196,18 +213,12 @@ class NameClassification(Task):
         """A new order of the names in each epoch, the same for every module."""
         generator = torch.Generator().manual_seed(epoch_seed(self.options, epoch))
         if self.from_scratch:
-            for row in torch.randint(len(self.train_names), (self.samples,), generator=generator).tolist():
-                yield Batch(self.train_names[row].to(self.device), self.train_countries[row : row + 1].to(self.device))
+            for row in torch.randint(len(self.train.lengths), (self.samples,), generator=generator).tolist():
+                yield Batch(*self.train.one(row))
             return
-        for rows in bucketed([len(name) for name in self.train_names], self.options.batch_size, generator):
+        for rows in bucketed(self.train.lengths, self.options.batch_size, generator):
             rows, weight = self.world.share(rows)
-            yield Batch(*self.batch(self.train_names, self.train_countries, rows), weight)
-
-    def batch(self, names: list[Tensor], countries: Tensor, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The given rows, which are longest name first: (codes [B, T], lengths [B]) and countries [B]."""
-        chosen = [names[row] for row in rows.tolist()]
-        codes = pad_sequence(chosen, batch_first=True).to(self.device)
-        return (codes, torch.tensor([len(name) for name in chosen])), countries[rows].to(self.device)
+            yield Batch(*self.train.batch(rows), weight)
 
     def loss(self, model: nn.Module, names: Any, countries: Tensor, state: Any) -> tuple[Tensor, Any]:
         return cross_entropy(self.scores(model, names), countries), None
@@ -216,17 +227,16 @@ class NameClassification(Task):
         return model(names) if self.from_scratch else model(*names)
 
     def evaluate(self, model: nn.Module) -> float:
-        return (self.predictions(model) == self.test_countries).float().mean().item()
+        return (self.predictions(model) == self.test.countries).float().mean().item()
 
     def predictions(self, model: nn.Module) -> Tensor:
         """[test names] The likeliest countries' numbers."""
+        lengths = self.test.lengths
         if self.from_scratch:
-            return torch.cat([model(name.to(self.device)).argmax(dim=1).cpu() for name in self.test_names])
-        predicted = torch.empty_like(self.test_countries)
-        order = sorted(range(len(self.test_names)), key=lambda row: -len(self.test_names[row]))
-        for rows in torch.tensor(order).split(1024):
-            names, _ = self.batch(self.test_names, self.test_countries, rows)
-            predicted[rows] = model(*names).argmax(dim=1).cpu()
+            return torch.cat([model(self.test.one(row)[0]).argmax(dim=1) for row in range(len(lengths))])
+        predicted = torch.empty_like(self.test.countries)
+        for rows in lengths.argsort(descending=True).split(1024):
+            predicted[rows] = model(*self.test.batch(rows)[0]).argmax(dim=1)
         return predicted
 
     def format_metric(self, value: float) -> str:
@@ -237,7 +247,7 @@ class NameClassification(Task):
         with torch.no_grad():
             predicted = self.predictions(run.model)
             confusion = torch.zeros(len(self.countries), len(self.countries))
-            confusion.index_put_((self.test_countries, predicted), torch.tensor(1.0), accumulate=True)
+            confusion.index_put_((self.test.countries.cpu(), predicted.cpu()), torch.tensor(1.0), accumulate=True)
             path = out / "train-names-confusion.png"
             report.plot_confusion(confusion, self.countries, f"names: {run.label} on the test names", path)
             for name in self.asked:

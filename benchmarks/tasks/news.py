@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 
 from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news
 from benchmarks.distributed import World
@@ -50,16 +50,17 @@ class NewsClassifier(nn.Module):
         self.linear = nn.Linear(options.hidden, len(NEWS_CLASSES))
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        return self.linear(self.sentence_end(self.embedding(words), lengths))
+        return self.linear(self.sentence_end(words, lengths))
 
-    def sentence_end(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T, embedding] -> [B, hidden]"""
+    def sentence_end(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """[B, T] -> [B, hidden]"""
         if self.end == "padded":
-            return self.rnn(x)[0][:, -1]
+            return self.rnn(self.embedding(words))[0][:, -1]
         if self.end == "lengths" and hasattr(self.rnn, "backend"):  # one of ours
-            h_n = self.rnn(x, lengths=lengths)[1]
+            _, h_n = self.rnn(self.embedding(words), lengths=lengths)
         else:
-            h_n = self.rnn(pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False))[1]
+            packed = pack_padded_sequence(words, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            _, h_n = self.rnn(PackedSequence(self.embedding(packed.data), *packed[1:]))
         return (h_n[0] if isinstance(h_n, tuple) else h_n)[0]
 
 
