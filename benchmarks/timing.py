@@ -2,7 +2,6 @@
 
 import importlib
 import multiprocessing
-import resource
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import InputError
+from benchmarks import InputError, profiling
 from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_like
 
 BLOCK_SECONDS = 0.1  # of measuring, a contender and turn
@@ -61,9 +60,7 @@ def serve(name: str, case: Case, pipe: Connection) -> None:
     torch.set_num_threads(case.threads)
     try:
         run = CONTENDERS[name](case)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         results = [result.clone() for result in run()]
-        memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     except Unavailable as error:
         pipe.recv()
         pipe.send(("unavailable", str(error)))
@@ -78,7 +75,7 @@ def serve(name: str, case: Case, pipe: Connection) -> None:
             right = torch_like(case._replace(dtype="float64"), torch.nn)()
             pipe.send(("answer", errors(results, right[: len(results)])))
         elif request == "memory":
-            pipe.send(("answer", memory))
+            pipe.send(("answer", profiling.peak_memory(run, torch.device("cpu"))))
         else:
             pipe.send(("answer", [timed(run) for _ in range(request)]))
 
