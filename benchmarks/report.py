@@ -93,14 +93,24 @@ def number(value: float, form: str) -> str:
 
 def gap_sentence(runs: list[Run]) -> str:
     steps = min(len(run.losses) for run in runs)
-    first = f"{largest_gap(runs, CLOSE_STEPS):.1e} in the first {CLOSE_STEPS} steps, " if steps > CLOSE_STEPS else ""
-    return f"{first}{largest_gap(runs):.1e} over all {steps:,} steps."
+    if steps <= CLOSE_STEPS:
+        return f"{largest_gap(runs):.1e} over all {steps:,} steps."
+    return (
+        f"{largest_gap(runs, CLOSE_STEPS):.1e} in the first {CLOSE_STEPS} steps; "
+        f"{largest_gap(runs, window=CLOSE_STEPS):.1e} between means of {CLOSE_STEPS} steps, over all {steps:,}."
+    )
 
 
 def row(training: Training) -> dict[str, Any]:
     """The result row: what was run, where, and each module's figures."""
     task, runs = training
-    gaps = {"gap": largest_gap(runs), "gap_first_steps": largest_gap(runs, CLOSE_STEPS)} if training.compared else {}
+    gaps = {}
+    if training.compared:
+        gaps = {
+            "gap": largest_gap(runs),
+            "gap_first_steps": largest_gap(runs, CLOSE_STEPS),
+            "gap_of_means": largest_gap(runs, window=CLOSE_STEPS),
+        }
     return {
         "task": task.name,
         "variant": training.variant,

@@ -220,6 +220,7 @@ def test_gap_is_relative_and_of_the_common_steps():
     )
     assert train.largest_gap([first, second]) == 0.25
     assert train.largest_gap([first, second], steps=1) == 0
+    assert train.largest_gap([first, second], window=200) == pytest.approx(1 / 6)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3, 20])

@@ -74,7 +74,7 @@ class NewsClassification(Task):
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(epochs=5, lr=3e-4, clip=1.0)
+        parser.set_defaults(epochs=7, lr=3e-4, clip=0.25)
         parser.add_argument(
             "--data", type=Path, metavar="DIR", help="folder with ag_news_csv/{train,test}.csv (download)"
         )
