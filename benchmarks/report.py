@@ -161,12 +161,17 @@ def plot(trainings: list[Training], path: Path) -> None:
             rows = -(-len(trainings) // columns)
             figure = pyplot.figure(figsize=(12, 2.8 * rows + 3), layout="constrained")
             small, times = figure.subfigures(2, 1, height_ratios=(2.8 * rows, 3))
-            panels = small.subplots(rows, columns, sharey=True, squeeze=False).flat
-            for axes, training in zip(panels, trainings, strict=False):
+            panels = small.subplots(rows, columns, sharey=True, squeeze=False)
+            for axes, training in zip(panels.flat, trainings, strict=False):
                 plot_losses(axes, training.runs)
+                axes.legend().remove()
+                axes.set(xlabel="", ylabel="")
                 axes.set_title(training.variant, fontsize=13)
-            for axes in list(panels)[len(trainings) :]:
-                axes.set_visible(False)
+            panels[0, 0].legend([run.label.partition(".")[0] for run in trainings[0].runs])
+            for axes in panels.flat[len(trainings) :]:
+                axes.remove()
+            small.supxlabel("step", fontsize=13)
+            small.supylabel("train loss, running mean", fontsize=13)
             plot_all_times(times.subplots(), trainings)
             figure.suptitle(trainings[0].task.name)
         write_figure(figure, path)
