@@ -65,6 +65,8 @@ def device_of(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("the tasks run on cpu and cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}.") from error

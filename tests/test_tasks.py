@@ -525,7 +525,7 @@ def test_backend_is_forced(folder, tmp_path, capsys):  # noqa: F811
     assert "abacus" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+@pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta"])
 def test_bad_device(device, folder, tmp_path, capsys):  # noqa: F811
     refused(
         capsys, tmp_path, f"--device {device} cannot be used", "train", "names", "--data", folder, "--device", device
