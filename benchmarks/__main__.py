@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks train TASK`, `generate`, `kernels` and `demo`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"python -m benchmarks: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of a path that was given: unreadable, too long a name, a full disk
+        print(f"python -m benchmarks: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C.", file=sys.stderr)
         return STOPPED
@@ -46,7 +50,7 @@ def run_command(arguments: list[str]) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "kernels":
-        make_folder(options.out)
+        make_folder(options.out, "--out")
         return kernels.run(options)
     if options.command == "generate":
         return generate(options)
@@ -72,9 +76,9 @@ def make_parser() -> argparse.ArgumentParser:
         options.add_argument(
             "--out",
             type=Path,
-            default=Path("build/benchmarks"),
+            default=record.RESULTS,
             metavar="DIR",
-            help="for the plot and the result row (%(default)s)",
+            help="for the plot and the result row (benchmarks/results)",
         )
         task.add_options(options)
 
@@ -121,6 +125,8 @@ def train_task(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     for package in ("tqdm", "rich", "matplotlib"):  # before the training, not after it
         require(package)
+    if options.backend and options.module == "torch":
+        raise InputError("--backend is of seqkernels; --module torch has none.")
     kind = TASKS[options.task]
     variants = kind.variants(options)
     if options.checkpoint and len(variants) > 1:
@@ -140,7 +146,9 @@ def train_variants(kind: type[Task], variants: dict[str, argparse.Namespace], wo
     tasks = {label: kind(variant, world) for label, variant in variants.items()}
     classes = {label: rnn_classes(task.options.module, task.cell) for label, task in tasks.items()}
     options = next(iter(variants.values()))
-    make_folder(options.checkpoint.parent if options.checkpoint else options.out)
+    make_folder(options.out, "--out")
+    if options.checkpoint:
+        make_folder(options.checkpoint.parent, "--checkpoint")
     trainings, finished = [], True
     for label, task in tasks.items():
         if world.first:
@@ -172,11 +180,10 @@ def show(trainings: list[Training]) -> None:
     report.print_table(trainings)
     task = trainings[0].task
     out = task.options.out
-    make_folder(out)
     plot, rows = (out / name for name in (f"train-{task.name}.png", "train.jsonl"))
     try:
-        report.plot(trainings, plot)
         record.append(rows, *map(report.row, trainings))
+        report.plot(trainings, plot)
         plots = [plot, *trainings[-1].task.finish(trainings[-1].runs, out)]
     except OSError as error:
         raise InputError(f"{out} cannot be written to: {error}.") from error
@@ -195,11 +202,13 @@ def generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {path} cannot be made a folder: {error.strerror}.") from error
+        raise InputError(f"{option}: {path} cannot be made a folder: {error.strerror}.") from error
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{option}: {path} is a folder that cannot be written to.")
 
 
 if __name__ == "__main__":

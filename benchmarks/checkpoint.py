@@ -1,5 +1,6 @@
 """Training that survives being killed: all that the next step depends on, in one file, written whole or not at all."""
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import InputError
 
@@ -55,14 +57,23 @@ def check(path: Path, content: dict[str, Any], task: str, options: dict[str, Any
             raise InputError(f"{path} was begun with {option} {value}, not {options.get(name)}: name another file.")
 
 
-def random_state() -> dict[str, Any]:
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+def fingerprint(*tensors: Tensor) -> str:
+    """Of what was trained on: other data of the same size is other data."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(b";")
+    return digest.hexdigest()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

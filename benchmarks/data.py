@@ -6,7 +6,7 @@ import os
 import sys
 import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import torch
@@ -193,22 +193,28 @@ def checked_news(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, int]]:
         yield f"{row[1]} {row[2]}", int(row[0]) - 1
 
 
-def read_glove(path: Path, width: int) -> dict[str, Tensor]:
-    """Word vectors in GloVe's text form: a word and its numbers a line.
+def read_glove(path: Path, width: int, words: Set[str]) -> dict[str, Tensor]:
+    """The vectors of `words` from a file in GloVe's text form: a word and its numbers a line.
 
     Raises:
         InputError: a line of another width, or no numbers.
     """
-    vectors = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        word, *numbers = line.rstrip().split(" ")
-        if len(numbers) != width:
-            raise InputError(f"{path}, line {number}: the model takes {width} numbers a word, found {len(numbers)}.")
-        try:
-            vectors[word] = torch.tensor([float(value) for value in numbers])
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: {error}.") from error
-    if not vectors:
+    vectors, number = {}, 0
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                found = line.rstrip().count(" ")
+                # A few words of the large files have spaces of their own; the first line's has none.
+                if found < width or (number == 1 and found > width):
+                    raise InputError(f"{path}, line {number}: the model takes {width} numbers a word, found {found}.")
+                word, *numbers = line.rstrip().rsplit(" ", width)
+                if word in words:
+                    vectors[word] = torch.tensor([float(value) for value in numbers])
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    except ValueError as error:  # no number
+        raise InputError(f"{path}, line {number}: {error}.") from error
+    if not number:
         raise InputError(f"{path} has no word vectors.")
     return vectors
 

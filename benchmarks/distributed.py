@@ -61,8 +61,11 @@ def leave() -> None:
 
 def device_of(name: str) -> torch.device:
     """The device named on the command line; under `torchrun`, "cuda" is the GPU of this process's local rank."""
-    if name == "cuda" and distributed.is_torchelastic_launched():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if distributed.is_torchelastic_launched():
+        if name.startswith("cuda:"):
+            raise InputError(f"--device {name} is one GPU for all processes; --device cuda gives each its own.")
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -78,12 +81,18 @@ def several_processes(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
 
-def several_devices(model: nn.Module) -> nn.Module:
-    """The model with every batch cut over this machine's GPUs (DataParallel); on one device, the model itself."""
+def several_devices(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with every batch cut over this machine's GPUs (DataParallel); on one device, the model itself.
+
+    Raises:
+        InputError: a GPU other than the first: DataParallel starts from that one.
+    """
     devices = torch.cuda.device_count()
-    if devices < 2:
-        where = "one GPU" if devices else "no GPU"
-        print(f"--data-parallel: {where} here, so the batch stays whole.")
+    if device.type != "cuda" or devices < 2:
+        where = "one GPU" if devices and device.type == "cuda" else "no GPU"
+        print(f"--data-parallel: {where} in use, so the batch stays whole.")
         return model
+    if device.index:
+        raise InputError(f"--data-parallel starts from the first GPU, not from {device}: use --device cuda.")
     print(f"--data-parallel: every batch is cut over {devices} GPUs.")
     return nn.DataParallel(model)

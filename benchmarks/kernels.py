@@ -20,9 +20,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("build/benchmarks"),
+        default=record.RESULTS,
         metavar="DIR",
-        help="for the result rows (%(default)s)",
+        help="for the result rows (benchmarks/results)",
     )
 
 

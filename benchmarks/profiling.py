@@ -5,7 +5,7 @@ import ctypes
 import importlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class LayerClock:
         return time.perf_counter()
 
     def start(self, *_: Any) -> None:
-        self.began = self.now()
+        if self.began is None:
+            self.began = self.now()
 
     def stop(self, *_: Any) -> None:
         if self.began is not None:
@@ -45,27 +46,29 @@ class LayerClock:
             self.began = None
 
     def enter(self, module: nn.Module, inputs: Any, keywords: Any) -> None:
-        hook_gradients((inputs, keywords), self.stop)
+        for tensor in differentiable((inputs, keywords)):
+            tensor.register_hook(self.stop)
         self.start()
 
     def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         self.stop()
-        hook_gradients(outputs, self.start)
+        # Before the node, not at the tensor: where it is the next call's input, too, that call stops there first.
+        for node in {tensor.grad_fn for tensor in differentiable(outputs)}:
+            node.register_prehook(self.start)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
 
-def hook_gradients(tree: Any, hook: Callable[..., None]) -> None:
-    for tensor in tree_leaves(tree, is_leaf=lambda node: isinstance(node, PackedSequence)):
-        tensor = tensor.data if isinstance(tensor, PackedSequence) else tensor
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(hook)
+def differentiable(tree: Any) -> list[Tensor]:
+    leaves = tree_leaves(tree, is_leaf=lambda node: isinstance(node, PackedSequence))
+    tensors = (leaf.data if isinstance(leaf, PackedSequence) else leaf for leaf in leaves)
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
 
 
-def layer_share(steps: list[Callable[[], None]], module: nn.Module, device: torch.device) -> float:
-    """The share of some training steps' time that is spent in `module`; each step runs once."""
+def layer_share(steps: Iterable[Callable[[], None]], module: nn.Module, device: torch.device) -> float:
+    """The share of some training steps' time, and of making them, that is spent in `module`; each step runs once."""
     clock = LayerClock(module, device)
     began = clock.now()
     for step in steps:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def environment() -> dict[str, Any]:
@@ -46,11 +47,11 @@ def seqkernels_version() -> str | None:
 
 
 def revision() -> dict[str, Any]:
-    """The git commit of these files and whether they differ from it; None without git or a commit."""
+    """The git commit of these files and whether they (not the results) differ from it; None without git or a commit."""
     commit = git("rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None or git("rev-parse", "--show-toplevel") != str(ROOT):
         return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
+    return {"commit": commit, "dirty": git("status", "--porcelain", "--", ".", f":!{RESULTS}") != ""}
 
 
 def git(*arguments: str) -> str | None:

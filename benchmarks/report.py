@@ -225,9 +225,10 @@ def plot_losses(axes: Any, runs: list[Run]) -> None:
     """The first curve wide and pale, the second thin on top of it, so that both show where they agree."""
     window = max(1, max(len(run.losses) for run in runs) // 50)
     for index, run in enumerate(runs):
-        curve = running_mean(run.curve, window)
+        here = min(window, len(run.losses))  # Ctrl-C may have left less
+        curve = running_mean(run.curve, here)
         wide = {"linewidth": 6, "alpha": 0.35} if index == 0 and len(runs) == 2 else {"linewidth": 1.8}
-        axes.plot(range(window, len(run.losses) + 1), curve, color=COLOURS[index], label=run.label, **wide)
+        axes.plot(range(here, len(run.losses) + 1), curve, color=COLOURS[index], label=run.label, **wide)
     axes.set(xlabel="step", ylabel="train loss" if window == 1 else f"train loss, mean of {window} steps")
     axes.legend()
 

@@ -88,6 +88,10 @@ class Task(ABC):
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.Adam(trainable(model), lr=self.options.lr, fused=True)
 
+    def named(self, label: str) -> str:
+        """A contender's name in tables, from that of its class."""
+        return label
+
     def facts(self) -> dict[str, Any]:
         """What the model takes from the data; a checkpoint keeps it and continues with the same alone."""
         return {}
@@ -153,7 +157,8 @@ class Run:
     def restore(self, saved: dict[str, Any]) -> None:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.losses = list(saved["losses"].unbind())
+        device = next(self.model.parameters()).device
+        self.losses = list(saved["losses"].to(device).unbind())
         self.epoch_steps, self.epoch_seconds = saved["epoch_steps"], list(saved["epoch_seconds"])
 
 
@@ -194,9 +199,9 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
+def add_data_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """The options of tasks whose data comes in batches."""
-    parser.add_argument("--batch-size", type=positive, metavar="B", help="sequences a step (%(default)s)")
+    parser.add_argument("--batch-size", type=positive, metavar="B", help=f"sequences a step ({batch_size})")
     parser.add_argument("--limit", type=positive, metavar="N", help="use about N samples of the data, for a quick look")
 
 
@@ -282,8 +287,12 @@ def start_runs(task: Task, classes: dict[str, type[nn.Module]], variant: str = "
         for module in model.modules():
             if hasattr(module, "backend"):  # one of ours
                 module.backend = task.options.backend
-        runs.append(Run(label, model, task.optimizer(model), variant, as_called(task, model)))
+        runs.append(Run(task.named(label), model, task.optimizer(model), variant, as_called(task, model)))
     return runs
+
+
+def is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("seqkernels.")
 
 
 def as_called(task: Task, model: nn.Module) -> Callable[..., Any]:
@@ -291,7 +300,7 @@ def as_called(task: Task, model: nn.Module) -> Callable[..., Any]:
     called = torch.compile(model) if task.options.compile else model
     if task.world.size > 1:
         called = distributed.several_processes(called)
-    return distributed.several_devices(called) if getattr(task.options, "data_parallel", False) else called
+    return distributed.several_devices(called, task.device) if getattr(task.options, "data_parallel", False) else called
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -328,7 +337,6 @@ def warm_up(task: Task, run: Run) -> None:
     """Forward and backward once, untimed: no epoch pays for what a first call does, and the plan is known."""
     asked = []
     hook = run.model.rnn.register_forward_pre_hook(lambda rnn, inputs: asked.append(inputs))
-    options = task.options
     batch = next(iter(task.batches(0)))
     try:
         try_step(task, run, batch, run.model)
@@ -336,10 +344,8 @@ def warm_up(task: Task, run: Run) -> None:
         if run.called is not run.model:
             try_step(task, run, batch, run.called)
     except (RuntimeError, ValueError) as error:
-        if not (options.backend or options.amp or options.compile or options.dtype != "float32"):
-            raise
         raise InputError(f"{run.label} cannot do what the options ask: {str(error).splitlines()[0]}.") from error
-    if asked and type(run.model.rnn).__module__.startswith("seqkernels."):
+    if asked and is_ours(run.model.rnn):
         run.plan = str(importlib.import_module("seqkernels").explain(run.model.rnn, *asked[0]))
 
 
@@ -354,36 +360,49 @@ def compute_loss(task: Task, model: Callable[..., Any], batch: Batch, state: Any
         return task.loss(model, batch.input, batch.target, state)
 
 
+def take_step(task: Task, run: Run, batch: Batch, state: Any) -> tuple[Tensor, Any]:
+    """One step of the optimizer; returns the weighted loss before it, and the state for the next batch."""
+    loss, state = compute_loss(task, run.called, batch, state)
+    loss = loss * batch.weight
+    run.optimizer.zero_grad()
+    loss.backward()
+    if task.options.clip:
+        nn.utils.clip_grad_norm_(trainable(run.model), task.options.clip)
+    run.optimizer.step()
+    return loss.detach(), state
+
+
 def train_epoch(task: Task, run: Run, position: Position, save: Callable[[], None]) -> None:
     """One pass over the data, or what `position` leaves of it: append the loss of each step, and the seconds."""
     if position.step == 0:
         torch.manual_seed(epoch_seed(task.options, position.epoch))  # the same dropout for every module
         run.epoch_steps = 0
     run.model.train()
-    batches = itertools.islice(task.batches(position.epoch), position.step, None)
+    batches = iter(task.batches(position.epoch))
     with progress_bar(task, f"{run.label} epoch {position.epoch + 1}/{task.options.epochs}") as bar:
+        for batch in itertools.islice(batches, position.step):  # that were trained on before the checkpoint
+            bar.update(batch.target.numel() * task.world.size)
         start = time.perf_counter()
         for batch in batches:
-            loss, position.state = compute_loss(task, run.called, batch, position.state)
-            loss = loss * batch.weight
-            run.optimizer.zero_grad()
-            loss.backward()
-            if task.options.clip:
-                nn.utils.clip_grad_norm_(trainable(run.model), task.options.clip)
-            run.optimizer.step()
-            run.losses.append(task.world.mean(loss.detach()))
+            loss, position.state = take_step(task, run, batch, position.state)
+            run.losses.append(task.world.mean(loss))
             run.epoch_steps += 1
             position.step += 1
             bar.update(batch.target.numel() * task.world.size)
             if not bar.disable and position.step % 20 == 0:
                 bar.set_postfix_str(f"loss {run.losses[-1].item():.3f}", refresh=False)
             if task.options.checkpoint and position.step % task.options.save_every == 0:
+                synchronize(task.device)
                 position.seconds += time.perf_counter() - start
                 save()
                 start = time.perf_counter()
-        if task.device.type == "cuda":
-            torch.cuda.synchronize(task.device)
+        synchronize(task.device)
         run.epoch_seconds.append(position.seconds + time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def progress_bar(task: Task, label: str) -> Any:
@@ -402,7 +421,7 @@ def save(task: Task, runs: list[Run], position: Position) -> None:
             "facts": task.facts(),
             "runs": [run.saved() for run in runs],
             "position": asdict(position),
-            "random": checkpoint.random_state(),
+            "random": checkpoint.random_state(task.device),
         }
         checkpoint.save(task.options.checkpoint, content)
 
@@ -418,7 +437,7 @@ def restore(task: Task, runs: list[Run]) -> Position:
         run.restore(saved)
     position = Position(**content["position"])
     position.state = to_device(position.state, task.device)
-    checkpoint.set_random_state(content["random"])
+    checkpoint.set_random_state(content["random"], task.device)
     if task.world.first:
         print(
             f"Continuing {path} at epoch {position.epoch + 1}, step {position.step + 1} of {runs[position.turn].label}."
@@ -439,13 +458,25 @@ def measure(task: Task, run: Run) -> None:
     with torch.no_grad():
         run.metric = task.evaluate(run.model)
     run.model.train()
-    # On a copy that nothing else calls: hooks on the trained model would stay in a compiled one.
-    trial = Run(run.label, copy.deepcopy(run.model), run.optimizer)
-    batches = itertools.islice(task.batches(0), PROFILED_BATCHES)
-    steps = [partial(try_step, task, trial, batch, trial.model) for batch in batches]
-    run.peak_memory = max(profiling.peak_memory(step, task.device) for step in steps)
-    run.layer_share = profiling.layer_share(steps, trial.model.rnn, task.device)
+    if not task.options.compile:  # hooks and counters see only what runs as it is written
+        profile(task, run)
     run.model.eval()
+
+
+def profile(task: Task, run: Run) -> None:
+    """On a copy, which may be trained on."""
+    model = copy.deepcopy(run.model)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+    trial = Run(run.label, model, task.optimizer(model))
+
+    def steps() -> Iterator[Callable[[], Any]]:
+        for batch in itertools.islice(task.batches(0), PROFILED_BATCHES):
+            yield partial(take_step, task, trial, batch, None)
+
+    run.peak_memory = max(profiling.peak_memory(step, task.device) for step in steps())
+    run.layer_share = profiling.layer_share(steps(), model.rnn, task.device)
 
 
 def largest_gap(runs: list[Run], steps: int | None = None, window: int = 1) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from benchmarks import InputError, checkpoint
+from benchmarks.checkpoint import fingerprint
 from benchmarks.data import python_documentation, read_text
 from benchmarks.distributed import World
 from benchmarks.train import (
@@ -36,6 +37,8 @@ from benchmarks.train import (
     probability,
 )
 
+BATCH_SIZE, CHUNK = 4, 100  # small batches learn more from every character
+NO_PRIME = "--prime needs one character or more to begin with."
 HELD_OUT = 0.1  # the share of the text, its tail, that only the metric sees
 
 
@@ -95,12 +98,15 @@ def generate(
     device = next(model.parameters()).device
     codes = encode(prime, characters, "--prime").to(device)
     if not len(codes):
-        raise InputError("--prime needs one character or more to begin with.")
+        raise InputError(NO_PRIME)
     scores, state = model(codes[:, None], None)
     drawn = []
     for _ in range(length):
         if temperature > 0:
-            shares = (scores[-1].double() / temperature).softmax(dim=0)
+            last = scores[-1].double()
+            if not last.isfinite().all():
+                raise InputError("the model's scores are no finite numbers: its training has diverged.")
+            shares = ((last - last.max()) / temperature).softmax(dim=0)
             code = shares.cpu().multinomial(1, generator=generator).to(device)
         else:
             code = scores[-1].argmax(dim=0, keepdim=True)
@@ -118,8 +124,8 @@ class CharacterModelling(Task):
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        add_data_options(parser)
-        parser.set_defaults(epochs=4, batch_size=4, lr=1e-3)  # small batches learn more from every character
+        add_data_options(parser, BATCH_SIZE)
+        parser.set_defaults(epochs=4, lr=1e-3)
         parser.add_argument("--text", type=Path, metavar="FILE", help="the text (default: Python's own documentation)")
         parser.add_argument("--cell", choices=("GRU", "LSTM", "RNN"), default="GRU", help="(%(default)s)")
         parser.add_argument(
@@ -128,7 +134,7 @@ class CharacterModelling(Task):
         parser.add_argument("--hidden", type=positive, default=256, metavar="H", help="hidden units (%(default)s)")
         parser.add_argument("--layers", type=positive, default=2, help="(%(default)s)")
         parser.add_argument("--dropout", type=probability, default=0.0, help="between layers (%(default)s)")
-        parser.add_argument("--chunk", type=positive, default=100, metavar="T", help="characters a step (%(default)s)")
+        parser.add_argument("--chunk", type=positive, metavar="T", help=f"characters a step ({CHUNK})")
         parser.add_argument("--lines", action="store_true", help="line by line instead of in chunks")
         parser.add_argument(
             "--teacher-forcing",
@@ -145,6 +151,9 @@ class CharacterModelling(Task):
     def __init__(self, options: argparse.Namespace, world: World = World()):  # noqa: B008
         super().__init__(options, world)
         self.cell = options.cell
+        if options.lines and options.chunk:
+            raise InputError("--chunk cuts a text that --lines cuts at its lines: leave out one of them.")
+        options.batch_size, options.chunk = options.batch_size or BATCH_SIZE, options.chunk or CHUNK
         text = (read_text(options.text) if options.text else python_documentation())[: options.limit]
         source = options.text or "Python's documentation"
         held_out = int(len(text) * HELD_OUT)
@@ -154,10 +163,15 @@ class CharacterModelling(Task):
                 f"{source} gives {len(text):,} characters; --batch-size {options.batch_size} needs {needed:,} or more."
             )
         self.characters = "".join(sorted({*text, "\n"}))
+        self.whole = encode(text, self.characters)
+        if not options.prime:
+            raise InputError(NO_PRIME)
         encode(options.prime, self.characters, "--prime")
         train, rest = text[:-held_out], text[-held_out:]
         if options.lines:
             self.train, self.held_out = self.encode_lines(train), self.encode_lines(rest)
+            if not self.train or not self.held_out:
+                raise InputError(f"{source} has no line to train on, or none in its last tenth: leave out --lines.")
             self.samples = sum(len(line) - 1 for line in self.train)
         else:
             self.train, self.held_out = self.encode_streams(train), self.encode_streams(rest)
@@ -176,7 +190,7 @@ class CharacterModelling(Task):
         return [encode(f"\n{line}\n", self.characters) for line in text.splitlines() if line]
 
     def facts(self) -> dict[str, Any]:
-        return {"characters": self.characters, "samples": self.samples}
+        return {"characters": self.characters, "data": fingerprint(self.whole)}
 
     def model(self, rnn_class: type[nn.Module]) -> nn.Module:
         return CharacterModel(rnn_class, len(self.characters), self.options)

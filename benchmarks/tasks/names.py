@@ -22,6 +22,7 @@ from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 
 from benchmarks import InputError, report
+from benchmarks.checkpoint import fingerprint
 from benchmarks.data import ascii_name, names_files, read_language_files, read_lines, read_names
 from benchmarks.distributed import World
 from benchmarks.train import (
@@ -38,6 +39,7 @@ from benchmarks.train import (
 
 ASCII = 128
 LETTERS = string.ascii_letters + " .,;'"  # of the model from scratch
+BATCH_SIZE, LAYERS = 64, 2
 EPOCHS_FROM_SCRATCH, STEPS_FROM_SCRATCH = 20, 5000  # 100,000 names, drawn with replacement
 
 
@@ -128,8 +130,7 @@ class NameClassification(Task):
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
-        add_data_options(parser)
-        parser.set_defaults(batch_size=64)
+        add_data_options(parser, BATCH_SIZE)
         parser.add_argument("--data", type=Path, metavar="DIR", help="folder with the names (default: download)")
         parser.add_argument(
             "--form",
@@ -139,7 +140,7 @@ class NameClassification(Task):
         )
         parser.add_argument("--model", choices=("classifier", "scratch"), default="classifier", help="(%(default)s)")
         parser.add_argument("--hidden", type=positive, metavar="H", help="hidden units (100; from scratch: 128)")
-        parser.add_argument("--layers", type=positive, default=2, help="of the GRU (%(default)s)")
+        parser.add_argument("--layers", type=positive, help=f"of the GRU ({LAYERS})")
         parser.add_argument("--bidirectional", action="store_true", help="a GRU in both directions")
         parser.add_argument("--data-parallel", action="store_true", help="cut batches over all GPUs of this machine")
         parser.add_argument("--interactive", action="store_true", help="afterwards, ask for names")
@@ -149,6 +150,12 @@ class NameClassification(Task):
 
     def __init__(self, options: argparse.Namespace, world: World = World()):  # noqa: B008
         self.from_scratch = options.model == "scratch"
+        if self.from_scratch and (options.batch_size or options.layers or options.bidirectional):
+            raise InputError(
+                "--model scratch is one layer, one direction and one name a step, without options for these."
+            )
+        options.batch_size = options.batch_size or (1 if self.from_scratch else BATCH_SIZE)
+        options.layers = options.layers or (1 if self.from_scratch else LAYERS)
         options.hidden = options.hidden or (128 if self.from_scratch else 100)
         options.epochs = options.epochs or (EPOCHS_FROM_SCRATCH if self.from_scratch else 10)
         options.lr = options.lr or (0.005 if self.from_scratch else 1e-3)
@@ -157,6 +164,8 @@ class NameClassification(Task):
         if self.from_scratch and (options.data_parallel or world.size > 1):
             raise InputError("--model scratch takes one name a step, which cannot be divided.")
         self.asked = read_lines(options.names) if options.names else []
+        for name in self.asked:
+            self.letters(ascii_name(name))
         if options.form == "csv":
             train_file, test_file = names_files(options.data)
             train, test = read_names(train_file), read_names(test_file)
@@ -190,12 +199,19 @@ class NameClassification(Task):
         """A name in ASCII as the model takes it: its codes, or its letters' places among LETTERS."""
         if not self.from_scratch:
             return torch.tensor(list(name.encode("ascii")))
-        if unknown := set(name) - set(LETTERS):
-            raise InputError(f"{name!r} has {sorted(unknown)}, which --model scratch does not know.")
-        return torch.tensor([LETTERS.index(letter) for letter in name])
+        # As the lecture does, without the letters that are not among its 57.
+        known = [LETTERS.index(letter) for letter in name if letter in LETTERS]
+        if not known:
+            raise InputError(f"{name!r} has no letter that --model scratch knows.")
+        return torch.tensor(known)
+
+    def named(self, label: str) -> str:
+        if self.from_scratch:
+            return "by hand" if label.startswith("nn.") else "by kernel"
+        return label
 
     def facts(self) -> dict[str, Any]:
-        return {"countries": self.countries, "names": len(self.train.lengths)}
+        return {"countries": self.countries, "data": fingerprint(self.train.letters, self.train.countries)}
 
     def model(self, rnn_class: type[nn.Module]) -> nn.Module:
         options, countries = self.options, len(self.countries)

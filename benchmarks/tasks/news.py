@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 
+from benchmarks.checkpoint import fingerprint
 from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news
 from benchmarks.distributed import World
-from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, positive
+from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, is_ours, positive
 
 PADDING, UNKNOWN = 0, 1
 ENDS = ("padded", "packed", "lengths")
@@ -56,7 +57,7 @@ class NewsClassifier(nn.Module):
         """[B, T] -> [B, hidden]"""
         if self.end == "padded":
             return self.rnn(self.embedding(words))[0][:, -1]
-        if self.end == "lengths" and hasattr(self.rnn, "backend"):  # one of ours
+        if self.end == "lengths" and is_ours(self.rnn):
             _, h_n = self.rnn(self.embedding(words), lengths=lengths)
         else:
             packed = pack_padded_sequence(words, lengths.cpu(), batch_first=True, enforce_sorted=False)
@@ -90,7 +91,7 @@ class NewsClassification(Task):
 
     @staticmethod
     def variants(options: argparse.Namespace) -> dict[str, argparse.Namespace]:
-        pairs = itertools.product(options.end, options.batch_size)
+        pairs = itertools.product(dict.fromkeys(options.end), dict.fromkeys(options.batch_size))
         return {
             f"{end}, batch {size}": argparse.Namespace(**{**vars(options), "end": end, "batch_size": size})
             for end, size in pairs
@@ -111,7 +112,8 @@ class NewsClassification(Task):
         )
 
     def facts(self) -> dict[str, Any]:
-        return {"words": len(self.words), "items": self.samples}
+        texts = (*self.train_items, self.train_classes, *([] if self.vectors is None else [self.vectors]))
+        return {"words": len(self.words), "items": self.samples, "data": fingerprint(*texts)}
 
     def model(self, rnn_class: type[nn.Module]) -> nn.Module:
         return NewsClassifier(rnn_class, len(self.words) + 2, self.vectors, self.options)
@@ -170,7 +172,7 @@ def encode(rows: list[tuple[str, int]], words: dict[str, int]) -> tuple[list[Ten
 
 def glove_vectors(path: Path, width: int, words: dict[str, int]) -> Tensor:
     """[words + 2, width]: the file's vector for each word, zeros for those it does not have."""
-    glove = cached_glove(path, width)
+    glove = cached_glove(path, width, frozenset(words))
     vectors = torch.zeros(len(words) + 2, width)
     for word, number in words.items():
         if word in glove:
@@ -179,5 +181,5 @@ def glove_vectors(path: Path, width: int, words: dict[str, int]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def cached_glove(path: Path, width: int) -> dict[str, Tensor]:
-    return read_glove(path, width)
+def cached_glove(path: Path, width: int, words: frozenset[str]) -> dict[str, Tensor]:
+    return read_glove(path, width, words)
