@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import InputError, distributed, kernels, record, report, require
 from benchmarks.data import VARIABLE, data_folder, names_files
+from benchmarks.options import natural, positive
 from benchmarks.report import Training
 from benchmarks.tasks import TASKS, charlm
 from benchmarks.train import (
@@ -16,8 +17,6 @@ from benchmarks.train import (
     Task,
     add_shared_options,
     measure,
-    natural,
-    positive,
     rnn_classes,
     start_runs,
     train,

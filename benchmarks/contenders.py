@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from benchmarks import require
+from benchmarks.options import thread_count
 from benchmarks.problems import PROBLEMS, lengths
 
 
@@ -198,7 +199,7 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", nargs="+", default=list(CASES["layout"]), choices=CASES["layout"])
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=CASES["dtype"])
     parser.add_argument("--contender", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], metavar="N")
+    parser.add_argument("--threads", nargs="+", type=thread_count, default=[torch.get_num_threads()], metavar="N")
 
 
 CASES = {

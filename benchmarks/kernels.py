@@ -9,14 +9,23 @@ import torch
 
 from benchmarks import record
 from benchmarks.contenders import Case, Unavailable, add_case_options, explain, versions
+from benchmarks.options import positive
 from benchmarks.problems import PROBLEMS, flops
-from benchmarks.timing import Worker, paired, peak_gflops, summary
+from benchmarks.timing import Worker, paired, peak_gflops, speedup, summary
+
+QUICK_TURNS = 3
+
+
+def turns(text: str) -> int:
+    if (number := positive(text)) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2, or there is no spread to judge by")
+    return number
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_case_options(parser)
-    parser.add_argument("--turns", type=int, default=5, metavar="N", help="blocks of each contender (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one block of each contender")
+    parser.add_argument("--turns", type=turns, default=12, metavar="N", help="blocks of each contender (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TURNS} blocks of each contender")
     parser.add_argument(
         "--out",
         type=Path,
@@ -59,12 +68,14 @@ def measure(case: Case, options: argparse.Namespace, peak: float | None) -> dict
             worker.stop()
     right = gate(figures, case)
     try:
-        times = paired(workers, 1 if options.quick else options.turns) if right else {}
+        blocks = paired(workers, QUICK_TURNS if options.quick else options.turns) if right else {}
     finally:
         for worker in workers:
             worker.stop()
-    for name, seconds in times.items():
+    for name, seconds in blocks.items():
         figures[name] |= summary(seconds) | {"version": versions(name)}
+        if "seqkernels" in blocks and name != "seqkernels":
+            figures[name]["speedup"] = speedup(seconds, blocks["seqkernels"])
         figures[name]["gflops"] = flops(PROBLEMS[case.problem], case.cell, case.mode, case.layout) / (
             figures[name]["median_ms"] * 1e6
         )
@@ -101,12 +112,11 @@ def show(row: dict[str, Any]) -> None:
     texts = []
     for contender, figures in row["contenders"].items():
         text = f"{contender} {figures['median_ms']:.3f} ms"
-        texts.append(text if ours in (None, figures) else f"{text} ({compared(figures, ours)})")
+        texts.append(f"{text} ({compared(figures['speedup'])})" if "speedup" in figures else text)
     print(name, "  ".join(texts), *(["GFLOP/s:", f"{ours['gflops']:.0f}"] if ours else []), flush=True)
 
 
-def compared(theirs: dict[str, float], ours: dict[str, float]) -> str:
-    """How much faster we are; "=" where the difference is within the spread of the runs."""
-    spread = max(theirs["q3_ms"] - theirs["q1_ms"], ours["q3_ms"] - ours["q1_ms"])
-    same = abs(theirs["median_ms"] - ours["median_ms"]) < spread / 2
-    return f"{'=' if same else ''}{theirs['median_ms'] / ours['median_ms']:.2f}x"
+def compared(speedup: dict[str, float]) -> str:
+    """How much faster we are; "=" where the difference is smaller than the spread."""
+    same = abs(speedup["median"] - 1) < speedup["q3"] - speedup["q1"]
+    return f"{'=' if same else ''}{speedup['median']:.2f}x"

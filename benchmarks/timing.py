@@ -1,6 +1,7 @@
 """Paired timing: each contender in a process of its own, asked in turn, block after block."""
 
 import importlib
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -12,7 +13,8 @@ import torch
 from benchmarks import InputError, profiling
 from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_like
 
-BLOCK_SECONDS = 0.1  # of measuring, a contender and turn
+BLOCK_SECONDS = 0.05  # of measuring, a contender and turn
+MOST_RUNS = 2000  # in a block
 REST_SECONDS = 0.02  # between two contenders: until their threads have stopped spinning
 
 
@@ -86,21 +88,32 @@ def timed(run) -> float:
     return time.perf_counter() - start
 
 
-def paired(workers: list[Worker], turns: int) -> dict[str, list[float]]:
-    """Seconds of every run of each worker, a block of runs in turn."""
+def paired(workers: list[Worker], turns: int) -> dict[str, list[list[float]]]:
+    """Seconds of every run of each worker: a block of runs in each turn, so that what else the machine does meanwhile
+    falls on all of them."""
     runs = {}
     for worker in workers:
         warm = worker.ask(3)
-        runs[worker.name] = max(3, min(200, int(BLOCK_SECONDS / min(warm))))
-    times: dict[str, list[float]] = {worker.name: [] for worker in workers}
+        runs[worker.name] = max(1, min(MOST_RUNS, int(BLOCK_SECONDS / min(warm))))
+    blocks: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
     for _ in range(turns):
         for worker in workers:
             time.sleep(REST_SECONDS)
-            # The first run of a block pays for what the others left in the caches.
-            times[worker.name] += worker.ask(1 + runs[worker.name])[1:]
-    return times
+            # The first runs of a block pay for what the others left in the caches, and for threads that sleep.
+            count = runs[worker.name]
+            blocks[worker.name].append(worker.ask(count + 1 + count // 10)[-count:])
+    return blocks
 
 
-def summary(times: list[float]) -> dict[str, float]:
+def summary(blocks: list[list[float]]) -> dict[str, float]:
+    """Milliseconds a run: median and quartiles over all runs."""
+    times = list(itertools.chain.from_iterable(blocks))
     quarter, median, three_quarters = statistics.quantiles(times, n=4)
     return {"median_ms": median * 1e3, "q1_ms": quarter * 1e3, "q3_ms": three_quarters * 1e3, "runs": len(times)}
+
+
+def speedup(theirs: list[list[float]], ours: list[list[float]]) -> dict[str, float]:
+    """How many times as fast ours is: median and quartiles of the ratio that each turn gives."""
+    ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
+    quarter, median, three_quarters = statistics.quantiles(ratios, n=4)
+    return {"median": median, "q1": quarter, "q3": three_quarters}

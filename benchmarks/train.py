@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from benchmarks import InputError, checkpoint, distributed, profiling, record, require
 from benchmarks.distributed import World
+from benchmarks.options import natural, positive, positive_float, thread_count
 
 MODULES = {"torch": "torch.nn", "seqkernels": "seqkernels"}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-MOST_THREADS = 1024
 POOL = 50  # batches
 PROFILED_BATCHES = 16
 CLOSE_STEPS = 200  # rounding errors grow with every step; over the first ones, two right modules still agree closely
@@ -220,45 +220,6 @@ def bucketed(lengths: Tensor, batch_size: int, generator: torch.Generator) -> li
     for pool in torch.randperm(len(lengths), generator=generator).split(POOL * batch_size):
         batches += pool[lengths[pool].argsort(descending=True, stable=True)].split(batch_size)
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def positive(text: str) -> int:
-    if (number := natural(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
-def positive_float(text: str) -> float:
-    number = real(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return number
-
-
-def probability(text: str) -> float:
-    number = real(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return number
-
-
-def real(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def thread_count(text: str) -> int:
-    if (number := positive(text)) > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}")
-    return number
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most nine digits")
-    return int(text)
 
 
 def rnn_classes(choice: str, cell: str) -> dict[str, type[nn.Module]]:

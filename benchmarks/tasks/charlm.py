@@ -24,6 +24,7 @@ from benchmarks import InputError, checkpoint
 from benchmarks.checkpoint import fingerprint
 from benchmarks.data import python_documentation, read_text
 from benchmarks.distributed import World
+from benchmarks.options import natural, positive, probability
 from benchmarks.train import (
     Batch,
     Run,
@@ -32,9 +33,6 @@ from benchmarks.train import (
     bucketed,
     cross_entropy,
     epoch_seed,
-    natural,
-    positive,
-    probability,
 )
 
 BATCH_SIZE, CHUNK = 4, 100  # small batches learn more from every character

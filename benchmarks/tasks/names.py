@@ -25,6 +25,7 @@ from benchmarks import InputError, report
 from benchmarks.checkpoint import fingerprint
 from benchmarks.data import ascii_name, names_files, read_language_files, read_lines, read_names
 from benchmarks.distributed import World
+from benchmarks.options import positive
 from benchmarks.train import (
     Batch,
     Run,
@@ -33,7 +34,6 @@ from benchmarks.train import (
     bucketed,
     cross_entropy,
     epoch_seed,
-    positive,
     trainable,
 )
 

@@ -25,7 +25,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequenc
 from benchmarks.checkpoint import fingerprint
 from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news
 from benchmarks.distributed import World
-from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, is_ours, positive
+from benchmarks.options import positive
+from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, is_ours
 
 PADDING, UNKNOWN = 0, 1
 ENDS = ("padded", "packed", "lengths")
