@@ -87,6 +87,17 @@ def seqkernels(case: Case) -> Callable[[], list[Tensor]]:
     return torch_like(case, require("seqkernels"))
 
 
+def in_float32(contender: Callable[[Case], Callable[[], list[Tensor]]]) -> Callable[[Case], Callable[[], list[Tensor]]]:
+    """The contender in float32, whatever the case's dtype: 16 bits may well be slower."""
+
+    def make(case: Case) -> Callable[[], list[Tensor]]:
+        if case.dtype == "float32":
+            raise Unavailable("the case is in float32 itself")
+        return contender(case._replace(dtype="float32"))
+
+    return make
+
+
 def onnx_model(case: Case) -> Any:
     """The layer as one ONNX node, from torch's weights: gates in ONNX's order, biases side by side."""
     helper, numpy_helper, proto = require("onnx.helper"), require("onnx.numpy_helper"), require("onnx").TensorProto
@@ -165,13 +176,16 @@ def optional(package: str) -> Any:
 CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "torch.nn": torch_nn,
     "seqkernels": seqkernels,
+    "torch.nn float32": in_float32(torch_nn),
+    "seqkernels float32": in_float32(seqkernels),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
 }
 
 
 def versions(name: str) -> str | None:
-    package = {"torch.nn": "torch"}.get(name, name)
+    package = name.removesuffix(" float32")
+    package = {"torch.nn": "torch"}.get(package, package)
     with contextlib.suppress(ImportError):
         return str(getattr(__import__(package), "__version__", None))
     return None
