@@ -14,6 +14,7 @@ CHECKED_SOURCES := $(NATIVE_SOURCES) $(wildcard tests/*.cpp)
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
+	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style and import directions"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
@@ -39,6 +40,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
 
 wheel: $(READY)
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
@@ -75,4 +79,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test wheel lint sanitize arm clean
+.PHONY: help demo test bench wheel lint sanitize arm clean

@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks train TASK`, `generate`, `kernels` and `demo`."""
+"""The command line: `python -m benchmarks` kernels, report, compare, scaling, train, generate and demo."""
 
 import argparse
 import os
@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import InputError, distributed, kernels, record, report, require
+from benchmarks import InputError, compare, distributed, kernels, record, report, require, scaling, training_report
 from benchmarks.data import VARIABLE, data_folder, names_files
 from benchmarks.options import natural, positive
-from benchmarks.report import Training
 from benchmarks.tasks import TASKS, charlm
 from benchmarks.train import (
     MODULES,
@@ -21,7 +20,9 @@ from benchmarks.train import (
     start_runs,
     train,
 )
+from benchmarks.training_report import Training
 
+MEASUREMENTS = {"kernels": kernels, "report": report, "compare": compare, "scaling": scaling}
 DEMO_TEXT = ["--limit", "200000", "--epochs", "3"]  # minutes, not the best model
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 
@@ -48,9 +49,10 @@ def run_command(arguments: list[str]) -> int:
         return demo(options.data, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if options.command == "kernels":
-        make_folder(options.out, "--out")
-        return kernels.run(options)
+    if options.command in MEASUREMENTS:
+        if "out" in options:
+            make_folder(options.out, "--out")
+        return MEASUREMENTS[options.command].run(options)
     if options.command == "generate":
         return generate(options)
     return train_task(options)
@@ -81,8 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
         )
         task.add_options(options)
 
-    page = (kernels.__doc__ or "").partition(": ")[2].strip()
-    kernels.add_options(commands.add_parser("kernels", help=page, description=page, allow_abbrev=False))
+    for name, module in MEASUREMENTS.items():
+        page = (module.__doc__ or "").partition(": ")[2].strip()
+        module.add_options(commands.add_parser(name, help=page, description=page, allow_abbrev=False))
 
     writer = commands.add_parser("generate", help="text from a checkpoint of `train charlm`", allow_abbrev=False)
     writer.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what --checkpoint wrote")
@@ -176,13 +179,13 @@ def show(trainings: list[Training]) -> None:
     for training in trainings:
         for run in training.runs:
             measure(training.task, run)
-    report.print_table(trainings)
+    training_report.print_table(trainings)
     task = trainings[0].task
     out = task.options.out
     plot, rows = (out / name for name in (f"train-{task.name}.png", "train.jsonl"))
     try:
-        record.append(rows, *map(report.row, trainings))
-        report.plot(trainings, plot)
+        record.append(rows, *map(training_report.row, trainings))
+        training_report.plot(trainings, plot)
         plots = [plot, *trainings[-1].task.finish(trainings[-1].runs, out)]
     except OSError as error:
         raise InputError(f"{out} cannot be written to: {error}.") from error

@@ -6,8 +6,10 @@ A contender is made from the arguments of `Case`, on the same weights and input,
 
 import argparse
 import contextlib
+import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from benchmarks import require
 from benchmarks.options import thread_count
-from benchmarks.problems import PROBLEMS, lengths
+from benchmarks.problems import PROBLEMS, Problem, lengths
+from benchmarks.problems import USUAL as USUAL_PROBLEMS
 
 
 class Case(NamedTuple):
@@ -29,6 +32,11 @@ class Case(NamedTuple):
     layout: str  # padded, packed
     dtype: str  # float32, bfloat16, float16, float64
     threads: int
+    device: str
+    shape: Problem
+
+
+MOST_UNROLLED = 32  # steps
 
 
 class Unavailable(Exception):
@@ -37,27 +45,28 @@ class Unavailable(Exception):
 
 def weights(case: Case) -> nn.Module:
     """torch.nn's module with the case's weights, in float32."""
-    problem = PROBLEMS[case.problem]
     torch.manual_seed(0)
-    return getattr(nn, case.cell)(problem.I, problem.H)
+    return module_of(case, nn)
+
+
+def module_of(case: Case, namespace: Any) -> nn.Module:
+    problem = case.shape
+    return getattr(namespace, case.cell)(problem.I, problem.H, problem.layers)
 
 
 def data(case: Case) -> Tensor:
-    problem = PROBLEMS[case.problem]
+    problem = case.shape
     return torch.randn(problem.T, problem.B, problem.I, generator=torch.Generator().manual_seed(1))
 
 
-def torch_like(case: Case, namespace: Any) -> Callable[[], list[Tensor]]:
-    """The module of `namespace` (torch.nn or seqkernels) on the case; a run returns output, state and gradients."""
-    dtype = getattr(torch, case.dtype)
-    module = getattr(namespace, case.cell)(*PROBLEMS[case.problem][2:])
-    module.load_state_dict(weights(case).state_dict())
-    module = module.to(dtype)
-    x = data(case).to(dtype)
+def prepared(case: Case, module: nn.Module) -> Callable[[], list[Tensor]]:
+    """A run of the module on the case: output, final state and, in training, the gradients of input and parameters."""
+    module = module.to(case.device, getattr(torch, case.dtype))
+    x = data(case)
     if case.layout == "packed":
-        packed = pack_padded_sequence(x, lengths(PROBLEMS[case.problem]), enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths(case.shape), enforce_sorted=False).to(case.device)
         x, rest = packed.data, packed[1:]
-    x = x.requires_grad_(case.mode == "train")
+    x = x.to(case.device, getattr(torch, case.dtype)).requires_grad_(case.mode == "train")
     given = PackedSequence(x, *rest) if case.layout == "packed" else x
 
     def states(final) -> list[Tensor]:
@@ -80,11 +89,56 @@ def torch_like(case: Case, namespace: Any) -> Callable[[], list[Tensor]]:
 
 
 def torch_nn(case: Case) -> Callable[[], list[Tensor]]:
-    return torch_like(case, nn)
+    module = weights(case).to(case.device, getattr(torch, case.dtype))
+    module.flatten_parameters()
+    return prepared(case, module)
 
 
-def seqkernels(case: Case) -> Callable[[], list[Tensor]]:
-    return torch_like(case, require("seqkernels"))
+def seqkernels(case: Case, backend: str | None = None) -> Callable[[], list[Tensor]]:
+    sk = require("seqkernels")
+    module = module_of(case, sk)
+    module.load_state_dict(weights(case).state_dict())
+    module.backend = backend
+    try:
+        sk.explain(module, data(case).to(case.device, getattr(torch, case.dtype)))
+    except ValueError as error:
+        raise Unavailable(str(error)) from error
+    return prepared(case, module)
+
+
+class Loop(nn.Module):
+    """The layer as people write it by hand: torch.nn's cell (one aten operation a step), step after step."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.cell = getattr(nn, f"{type(layer).__name__}Cell")(layer.input_size, layer.hidden_size)
+        names = {name.removesuffix("_l0"): value for name, value in layer.state_dict().items()}
+        self.cell.load_state_dict(names)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        state, outputs = None, []
+        for step in x:
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        final = tuple(s[None] for s in state) if isinstance(state, tuple) else state[None]
+        return torch.stack(outputs), final
+
+
+def loop(case: Case) -> Callable[[], list[Tensor]]:
+    if case.layout == "packed" or case.shape.layers > 1:
+        raise Unavailable("a loop by hand over one padded layer only")
+    return prepared(case, Loop(weights(case)))
+
+
+def compiled_loop(case: Case) -> Callable[[], list[Tensor]]:
+    steps = case.shape.T
+    if steps > MOST_UNROLLED:
+        raise Unavailable(f"torch.compile writes a loop out step by step; {steps} of them take it minutes")
+    if case.layout == "packed" or case.shape.layers > 1:
+        raise Unavailable("a loop by hand over one padded layer only")
+    module = Loop(weights(case)).to(case.device, getattr(torch, case.dtype))
+    module.compile()
+    return prepared(case, module)
 
 
 def in_float32(contender: Callable[[Case], Callable[[], list[Tensor]]]) -> Callable[[Case], Callable[[], list[Tensor]]]:
@@ -101,7 +155,7 @@ def in_float32(contender: Callable[[Case], Callable[[], list[Tensor]]]) -> Calla
 def onnx_model(case: Case) -> Any:
     """The layer as one ONNX node, from torch's weights: gates in ONNX's order, biases side by side."""
     helper, numpy_helper, proto = require("onnx.helper"), require("onnx.numpy_helper"), require("onnx").TensorProto
-    problem = PROBLEMS[case.problem]
+    problem = case.shape
     order = {"GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2), "RNN": (0,)}[case.cell]
 
     def reorder(w: Tensor) -> np.ndarray:
@@ -130,8 +184,10 @@ def onnx_model(case: Case) -> Any:
 
 
 def inference_only(case: Case) -> None:
-    if case.mode != "infer" or case.layout != "padded" or case.dtype != "float32":
-        raise Unavailable("padded inference in float32 only")
+    if (case.mode, case.layout, case.dtype, case.device) != ("infer", "padded", "float32", "cpu"):
+        raise Unavailable("padded inference in float32 on a CPU only")
+    if case.shape.layers > 1:
+        raise Unavailable("one layer only")
 
 
 def onnxruntime(case: Case) -> Callable[[], list[Tensor]]:
@@ -173,21 +229,26 @@ def optional(package: str) -> Any:
         raise Unavailable(f"not installed: {error}") from error
 
 
+OUR_BACKENDS = ("cpu", "torch_eager")
 CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "torch.nn": torch_nn,
     "seqkernels": seqkernels,
-    "torch.nn float32": in_float32(torch_nn),
-    "seqkernels float32": in_float32(seqkernels),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "torch.nn float32": in_float32(torch_nn),
+    "seqkernels float32": in_float32(seqkernels),
+    **{f"seqkernels {name}": functools.partial(seqkernels, backend=name) for name in OUR_BACKENDS},
+    "aten cells": loop,
+    "compiled loop": compiled_loop,
 }
+USUAL = ("torch.nn", "seqkernels", "onnxruntime", "openvino")
+PACKAGES = {"torch.nn": "torch", "aten": "torch", "compiled": "torch"}
 
 
 def versions(name: str) -> str | None:
-    package = name.removesuffix(" float32")
-    package = {"torch.nn": "torch"}.get(package, package)
+    package = name.split()[0]
     with contextlib.suppress(ImportError):
-        return str(getattr(__import__(package), "__version__", None))
+        return str(getattr(__import__(PACKAGES.get(package, package)), "__version__", None))
     return None
 
 
@@ -202,18 +263,35 @@ def errors(ours: list[Tensor], right: list[Tensor]) -> list[float]:
 
 def explain(case: Case) -> str:
     sk = require("seqkernels")
-    module = getattr(sk, case.cell)(*PROBLEMS[case.problem][2:], dtype=getattr(torch, case.dtype))
-    return str(sk.explain(module, data(case).to(module.weight_ih_l0.dtype)))
+    module = module_of(case, sk).to(case.device, getattr(torch, case.dtype))
+    return str(sk.explain(module, data(case).to(module.weight_ih_l0)))
 
 
 def add_case_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problem", nargs="+", default=["all"], choices=["all", *PROBLEMS], metavar="NAME")
-    parser.add_argument("--cell", nargs="+", default=list(CASES["cell"]), choices=CASES["cell"])
-    parser.add_argument("--mode", nargs="+", default=list(CASES["mode"]), choices=CASES["mode"])
-    parser.add_argument("--layout", nargs="+", default=list(CASES["layout"]), choices=CASES["layout"])
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=CASES["dtype"])
-    parser.add_argument("--contender", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
-    parser.add_argument("--threads", nargs="+", type=thread_count, default=[torch.get_num_threads()], metavar="N")
+    """What cases to run; without --problem the usual ones."""
+
+    def choices(option: str, values: Iterable[str], default: list[str], text: str) -> None:
+        parser.add_argument(option, nargs="+", default=default, choices=list(values), metavar="NAME", help=text)
+
+    choices("--problem", ["all", *PROBLEMS], [], f"{', '.join(PROBLEMS)}, all (usual: {' '.join(USUAL_PROBLEMS)})")
+    for axis, values in CASES.items():
+        usual = ["float32"] if axis == "dtype" else list(values)
+        choices(f"--{axis}", values, usual, f"{', '.join(values)} (usual: {' '.join(usual)})")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument(
+        "--threads", nargs="+", type=thread_count, default=[torch.get_num_threads()], metavar="N", help="of a CPU"
+    )
+
+
+def cases_of(options: argparse.Namespace, usual: Sequence[str] = USUAL_PROBLEMS) -> Iterator[Case]:
+    """Every case that the options ask for and that makes sense: a single step is neither trained nor packed."""
+    problems = list(PROBLEMS) if "all" in options.problem else options.problem or usual
+    for threads, dtype, mode, layout, cell, problem in itertools.product(
+        options.threads, options.dtype, options.mode, options.layout, options.cell, problems
+    ):
+        if PROBLEMS[problem].T == 1 and (mode, layout) != ("infer", "padded"):
+            continue
+        yield Case(problem, cell, mode, layout, dtype, threads, options.device, PROBLEMS[problem])
 
 
 CASES = {

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import os
+import re
 import sys
 import unicodedata
 import zlib
@@ -23,13 +24,13 @@ NAMES_SHA256 = {
     "names_test.csv.gz": "57d7758db533a42c99d513b2341a7e7b0f55c1e0e7d233b1ef6a4fa2f1adf753",
 }
 
-
 # AG News in four classes, from its authors' repository: CSV rows "1".."4","title","description", no header.
 NEWS_URL = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/"
 NEWS_MD5 = {"train.csv": "b1a00f826fdfbd249f79597b59e1dc12", "test.csv": "d52ea96a97a2d943681189a97654912d"}
 NEWS_CLASSES = ("World", "Sports", "Business", "Sci/Tech")
 LANGUAGES_URL = "https://download.pytorch.org/tutorial/data.zip"  # of PyTorch's tutorial, one text file a language
-
+SPACED = re.compile(r"(['.,()!?])")  # punctuation that is a word of its own
+DROPPED = re.compile(r"<br />|[;:]")  # punctuation that only divides words
 
 # Letters of European names that Unicode does not take apart into a plain one and an accent.
 PLAIN = str.maketrans(dict(zip("łŁøØđĐıʽ’\xa0", "lLoOdDi'' ", strict=True)))  # noqa: RUF001
@@ -191,6 +192,11 @@ def checked_news(path: Path, lines: Iterator[str]) -> Iterator[tuple[str, int]]:
                 f'{path}, line {reader.line_num}: expected "class 1..4","title","description" but found {shown}.'
             )
         yield f"{row[1]} {row[2]}", int(row[0]) - 1
+
+
+def tokens(text: str) -> list[str]:
+    """Words in lower case, by the rules of torchtext's "basic_english" tokenizer."""
+    return SPACED.sub(r" \1 ", DROPPED.sub(" ", text.lower().replace('"', ""))).split()
 
 
 def read_glove(path: Path, width: int, words: Set[str]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seqkernels": seqkernels_version(),
+        **gpu(),
         **revision(),
     }
 
@@ -39,6 +40,18 @@ def cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def gpu() -> dict[str, Any]:
+    """The first GPU, its driver, and whether float32 products may be TF32; None where there is none."""
+    if not torch.cuda.is_available():
+        return {"gpu": None, "driver": None, "tf32": None}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "driver": (output(query) or "").partition("\n")[0] or None,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+    }
 
 
 def seqkernels_version() -> str | None:
@@ -55,8 +68,13 @@ def revision() -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str | None:
+    return output(["git", *arguments])
+
+
+def output(command: list[str]) -> str | None:
+    """What a program prints; None where it is not there or fails."""
     try:
-        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()

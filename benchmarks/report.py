@@ -1,251 +1,395 @@
-"""What training shows: a table, plots of loss curves and times, result rows."""
+"""`python -m benchmarks report`: tables and plots of the rows that `kernels` and `scaling` wrote."""
 
-import math
-import os
+import argparse
+import functools
+import json
+import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from benchmarks import InputError, kernels, plotting, record, require
+from benchmarks.contenders import CASES
+from benchmarks.problems import GATES, PROBLEMS, Problem
 
-from benchmarks import record, require
-from benchmarks.train import CLOSE_STEPS, Run, Task, largest_gap
-
-COLOURS = ("#d55e00", "#0072b2")  # told apart in grey and with any colour vision
-
-
-class Training(NamedTuple):
-    """What was trained with one set of options: a run for each module."""
-
-    task: Task
-    runs: list[Run]
-
-    @property
-    def variant(self) -> str:
-        return self.runs[0].variant
-
-    @property
-    def compared(self) -> bool:
-        return len(self.runs) == 2
+Row = dict[str, Any]
+MARKERS = "<!-- kernels: written by `python -m benchmarks report --readme` -->", "<!-- end of kernels -->"
+KEY = ("problem", "cell", "mode", "layout", "dtype", "threads", "device")
+OURS, OWN = "seqkernels", "torch.nn"
+OLD, DIRTY = "†", "‡"
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def print_table(trainings: list[Training]) -> None:
-    """Times, memory, losses and metric of each module; speed-ups are over the first of two."""
-    task = trainings[0].task
-    rich = require("rich.console")
-    console = rich.Console() if sys.stdout.isatty() else rich.Console(width=140)
-    box = require("rich.box").SIMPLE_HEAD
-    table = require("rich.table").Table(title=title(trainings), title_justify="left", box=box, pad_edge=False)
-    named = len(trainings) > 1
-    for heading in ["variant"] * named + ["module"]:
-        table.add_column(heading, no_wrap=True)
-    headings = (
-        "s / epoch",
-        "in the layer",
-        f"{task.unit} / s",
-        "speed-up",
-        "of the layer",
-        "peak MB",
-        "train loss",
-        task.metric,
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rows", type=Path, default=record.RESULTS, metavar="DIR", help="where the rows are (benchmarks/results)"
     )
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for training in trainings:
-        for run in training.runs:
-            table.add_row(*[run.variant] * named, run.label, *cells(training, run))
-    console.print(table)
-    for plan in dict.fromkeys(run.plan for training in trainings for run in training.runs if run.plan):
-        print(f"seqkernels ran on {plan}")
-    for training in trainings:
-        if training.compared:
-            print(f"Largest relative gap between the two loss curves{of(training)}: {gap_sentence(training.runs)}")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="write the float32 tables into FILE, between its two markers"
+    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into DIR, as PNG and SVG")
 
 
-def cells(training: Training, run: Run) -> list[str]:
-    """One row of the table, behind its names."""
-    first, samples = training.runs[0], training.task.samples
-    return [
-        number(run.seconds, ".3g"),
-        number(run.layer_seconds, ".3g"),
-        number(samples / run.seconds, ",.0f"),
-        number(first.seconds / run.seconds, ".2f") if training.compared else "-",
-        number(first.layer_seconds / run.layer_seconds, ".2f") if training.compared else "-",
-        number(run.peak_memory / 1e6, ",.1f"),
-        number(run.loss, ".4f"),
-        training.task.format_metric(run.metric),
+def run(options: argparse.Namespace) -> int:
+    """Print, write and draw what is asked for; 1 if rows had to be refused."""
+    rows = read(options.rows / "kernels.jsonl")
+    refused = {key(row) for row in rows if row.get("right") is not True}
+    for case in sorted(refused, key=str):
+        print(f"refused, its results were wrong: {' '.join(map(str, case))}", file=sys.stderr)
+    rows = newest(row for row in rows if key(row) not in refused)
+    found = tables(rows)
+    if options.markdown:
+        print("\n\n".join(map(markdown, found)))
+    else:
+        for table in found:
+            show(table)
+    if options.readme:
+        write_between(options.readme, "\n\n".join(map(markdown, tables(readme_rows(rows)))))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        scaling = options.rows / "scaling.jsonl"
+        for path in draw(rows, newest(read(scaling), scaling_key) if scaling.exists() else [], options.plots):
+            print(f"Plot: {path}")
+    return 1 if refused else 0
+
+
+def read(path: Path) -> list[Row]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): `python -m benchmarks kernels` writes it."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is no file of result rows: {error}.") from None
+
+
+def key(row: Row) -> tuple:
+    return tuple(row.get(name) for name in KEY)
+
+
+def scaling_key(row: Row) -> tuple:
+    return tuple(row.get(name) for name in ("axis", "value", "cell", "mode", "dtype"))
+
+
+def newest(rows: Iterable[Row], of: Callable[[Row], tuple] = key) -> list[Row]:
+    """Of each case and contender the last row that was written."""
+    last = {(of(row), row["contender"]): row for row in rows}
+    return list(last.values())
+
+
+@functools.cache
+def differs(commit: str | None) -> bool:
+    """Whether the library has changed since a commit, as far as git can say."""
+    if commit is None:
+        return True
+    return record.git("diff", "--quiet", commit, "--", "csrc", "seqkernels", "setup.py") is None
+
+
+def marks(row: Row) -> str:
+    return (OLD if differs(row["commit"]) else "") + (DIRTY if row["dirty"] else "")
+
+
+# ---- tables
+
+
+class Table(NamedTuple):
+    """Cells are (text, whether we lose there)."""
+
+    title: str
+    headings: list[str]
+    lines: list[list[tuple[str, bool]]]
+    notes: list[str]
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One for each mode, dtype, thread count and device; a line a problem, a column for each cell and layout."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in ("device", "dtype", "threads", "mode")), []).append(row)
+    return [table(name, group) for name, group in groups.items()]
+
+
+def table(group: tuple, rows: list[Row]) -> Table:
+    device, dtype, threads, mode = group
+    others = ordered((row["contender"] for row in rows if "speedup" in row), (OWN,))
+    columns = [
+        (c, y) for c in CASES["cell"] for y in CASES["layout"] if any((r["cell"], r["layout"]) == (c, y) for r in rows)
     ]
+    by_case: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        by_case.setdefault((row["problem"], row["cell"], row["layout"]), {})[row["contender"]] = row
+    lines, seen = [], ""
+    for problem in ordered((row["problem"] for row in rows), PROBLEMS):
+        cells = [(problem, False)]
+        for column in columns:
+            text, lost = cell(by_case.get((problem, *column), {}), others)
+            seen += text
+            cells.append((text, lost))
+        lines.append(cells)
+    means: list[tuple[str, bool]] = [("geometric mean", False)]
+    for column in columns:
+        mean = [geometric_mean([row["speedup"] for row in rows if of_column(row, column, name)]) for name in others]
+        means.append((" / ".join(f"{value:.2f}" if value else "-" for value in mean), False))
+    where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
+    peaks = sorted({f"{row['peak_gflops']:.0f}" for row in rows if row["peak_gflops"]})
+    notes = [
+        f"ms of seqkernels: how many times as fast it is as {' / '.join(others)}; = within the spread, bold: slower."
+    ]
+    if peaks:
+        notes.append(
+            f"Peak of this machine in the same run: {'..'.join(dict.fromkeys((peaks[0], peaks[-1])))} GFLOP/s."
+        )
+    if OLD in seen:
+        notes.append(f"{OLD} measured before the library was last changed.")
+    if DIRTY in seen:
+        notes.append(f"{DIRTY} measured with uncommitted changes.")
+    name = {"infer": "Inference", "train": "Training step (forward and backward)"}[mode]
+    return Table(f"{name}, {dtype}, {where}", ["", *(f"{c} {y}" for c, y in columns)], [*lines, means], notes)
 
 
-def title(trainings: list[Training]) -> str:
-    task = trainings[0].task
-    whole = min(len(run.epoch_seconds) for training in trainings for run in training.runs)
-    return f"{task.name}: {whole} of {task.options.epochs} epochs"
+def of_column(row: Row, column: tuple, contender: str) -> bool:
+    return (row["cell"], row["layout"]) == column and row["contender"] == contender and "speedup" in row
 
 
-def of(training: Training) -> str:
-    return f" of {training.variant}" if training.variant else ""
+def cell(rows: dict[str, Row], others: list[str]) -> tuple[str, bool]:
+    """The text of one case, and whether some contender is faster beyond the spread."""
+    ours = rows.get(OURS)
+    if ours is None or "median_ms" not in ours:
+        return "-", False
+    texts, lost = [], False
+    for name in others:
+        row = rows.get(name, {})
+        said = kernels.verdict(row).removesuffix("x") if "speedup" in row else "-"
+        lost |= said[0].isdigit() and float(said) < 1
+        texts.append(said)
+    while texts and texts[-1] == "-":
+        texts.pop()
+    return f"{three_digits(ours['median_ms'])}{marks(ours)}: {' / '.join(texts)}", lost
 
 
-def number(value: float, form: str) -> str:
-    return "-" if math.isnan(value) else f"{value:{form}}"
+def three_digits(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def gap_sentence(runs: list[Run]) -> str:
-    steps = min(len(run.losses) for run in runs)
-    if steps <= CLOSE_STEPS:
-        return f"{largest_gap(runs):.1e} over all {steps:,} steps."
-    return (
-        f"{largest_gap(runs, CLOSE_STEPS):.1e} in the first {CLOSE_STEPS} steps; "
-        f"{largest_gap(runs, window=CLOSE_STEPS):.1e} between means of {CLOSE_STEPS} steps, over all {steps:,}."
+def ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:
+    """Without repetition; those in `first` in its order, then the others as they come."""
+    names = list(dict.fromkeys(names))
+    first = [name for name in first if name in names]
+    return first + [name for name in names if name not in first]
+
+
+def geometric_mean(values: list[float]) -> float | None:
+    return statistics.geometric_mean(values) if values else None
+
+
+def markdown(table: Table) -> str:
+    lines = [f"**{table.title}**", "", line_of(table.headings), line_of(["---"] * len(table.headings))]
+    lines += [line_of([f"**{text}**" if lost else text for text, lost in cells]) for cells in table.lines]
+    return "\n".join([*lines, "", " ".join(table.notes)])
+
+
+def line_of(texts: list[str]) -> str:
+    return f"| {' | '.join(texts)} |"
+
+
+def show(table: Table) -> None:
+    rich = require("rich.console")
+    drawn = require("rich.table").Table(
+        title=table.title, title_justify="left", box=require("rich.box").SIMPLE_HEAD, pad_edge=False
     )
+    for heading in table.headings:
+        drawn.add_column(heading, no_wrap=True)
+    text = require("rich.text").Text
+    for cells in table.lines:
+        drawn.add_row(*(text(said, style="bold red" if lost else "") for said, lost in cells))
+    console = rich.Console() if sys.stdout.isatty() else rich.Console(width=200)
+    console.print(drawn, "\n".join(table.notes), "", sep="\n")
 
 
-def row(training: Training) -> dict[str, Any]:
-    """The result row: what was run, where, and each module's figures."""
-    task, runs = training
-    gaps = {}
-    if training.compared:
-        gaps = {
-            "gap": largest_gap(runs),
-            "gap_first_steps": largest_gap(runs, CLOSE_STEPS),
-            "gap_of_means": largest_gap(runs, window=CLOSE_STEPS),
-        }
-    return {
-        "task": task.name,
-        "variant": training.variant,
-        "description": task.description,
-        "options": record.options_of(task.options),
-        "seed": task.options.seed,
-        "dtype": task.options.dtype,
-        "device": str(task.device),
-        "processes": task.world.size,
-        **record.environment(),
-        "metric": task.metric,
-        "modules": {run.label: figures(task, run) for run in runs},
-        **gaps,
+def readme_rows(rows: list[Row]) -> list[Row]:
+    """The comparison most people look for: float32, and as many threads as there are."""
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    most = {
+        device: max(row["threads"] for row in rows if row["device"] == device) for device in {r["device"] for r in rows}
     }
+    return [row for row in rows if row["threads"] == most[row["device"]]]
 
 
-def figures(task: Task, run: Run) -> dict[str, Any]:
-    return {
-        "plan": run.plan,
-        "steps": len(run.losses),
-        "seconds_per_epoch": run.seconds,
-        "epoch_seconds": run.epoch_seconds,
-        "layer_seconds_per_epoch": run.layer_seconds,
-        "peak_memory_bytes": run.peak_memory,
-        "samples_per_second": task.samples / run.seconds,
-        "train_loss": run.loss,
-        "metric": run.metric,
-    }
+def write_between(path: Path, text: str) -> None:
+    """Replace what stands between the markers, and nothing else."""
+    try:
+        page = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    begin, end = MARKERS
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise InputError(f"{path} does not have the two lines {begin} and {end}, once each and in this order.")
+    before, rest = page.split(begin)
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    print(f"Tables: {path}")
 
 
-STYLE = {"font.size": 13, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+# ---- plots
 
 
-def plot(trainings: list[Training], path: Path) -> None:
-    """Loss over the steps and seconds an epoch; small ones, side by side, for several variants."""
-    pyplot = open_pyplot()
-    labels = " and with ".join(run.label for run in trainings[0].runs)
-    with pyplot.rc_context(STYLE):
-        if len(trainings) == 1:
-            figure, (losses, times) = pyplot.subplots(
-                1, 2, figsize=(11, 4.2), width_ratios=(1.8, 1), layout="constrained"
+def draw(rows: list[Row], scaling: list[Row], folder: Path) -> list[Path]:
+    """The plots that there are rows for."""
+    drawn = []
+    timed = [row for row in rows if "median_ms" in row]
+    for name, plot, given in (
+        ("speedup", plot_speedup, [row for row in readme_rows(timed) if row["contender"] == OWN and "speedup" in row]),
+        (
+            "roofline",
+            plot_roofline,
+            [row for row in readme_rows(timed) if row["contender"] == OURS and row["peak_gflops"]],
+        ),
+        ("packed", plot_packed, [row for row in readme_rows(timed) if row["mode"] == "train"]),
+        ("scaling", plot_scaling, scaling),
+    ):
+        if not given:
+            continue
+        pyplot = plotting.open_pyplot()
+        with pyplot.rc_context(plotting.STYLE):
+            figure = plot(pyplot, given)
+            for kind in ("png", "svg"):
+                drawn.append(folder / f"kernels-{name}.{kind}")
+                plotting.write_figure(figure, drawn[-1])
+    return drawn
+
+
+def plot_speedup(pyplot: Any, rows: list[Row]) -> Any:
+    """Bars by problem, a panel for each way of running, a colour for each cell; below the line torch.nn is faster."""
+    ways = ordered(((row["mode"], row["layout"]) for row in rows), ())
+    figure, panels = pyplot.subplots(len(ways), 1, figsize=(11, 3 * len(ways)), layout="constrained", squeeze=False)
+    for axes, way in zip(panels.flat, ways, strict=True):
+        here = [row for row in rows if (row["mode"], row["layout"]) == way]
+        problems = ordered((row["problem"] for row in here), PROBLEMS)
+        for place, name in enumerate(CASES["cell"]):
+            found = {row["problem"]: row for row in here if row["cell"] == name}
+            at = [index + (place - 1) * 0.27 for index, problem in enumerate(problems) if problem in found]
+            values = [found[problem]["speedup"] for problem in problems if problem in found]
+            axes.bar(at, values, width=0.25, color=plotting.CELL_COLOURS[name], label=name)
+            for x, value in zip(at, values, strict=True):
+                axes.annotate(f"{value:.1f}", (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+        axes.axhline(1, color="black", linewidth=1)
+        axes.set_xticks(range(len(problems)), problems)
+        axes.set(title=f"{'inference' if way[0] == 'infer' else 'training'}, {way[1]}", ylabel="times as fast")
+        axes.margins(y=0.12)
+    panels[0, 0].legend(ncols=3)
+    figure.suptitle(f"seqkernels beside torch.nn, {conditions(rows)}")
+    return figure
+
+
+def conditions(rows: list[Row]) -> str:
+    row = rows[0]
+    where = f"{row['threads']} threads of {row['cpu']}" if row["device"] == "cpu" else row["gpu"]
+    return f"{row['dtype']}, {where}"
+
+
+def plot_roofline(pyplot: Any, rows: list[Row]) -> Any:
+    """What is reached of the peak, over the work for each byte that must be read or written at least once."""
+    figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
+    for name, colour in plotting.CELL_COLOURS.items():
+        for mode, marker in (("infer", "o"), ("train", "s")):
+            here = [row for row in rows if row["cell"] == name and row["mode"] == mode]
+            axes.plot(
+                [intensity(row) for row in here],
+                [row["gflops"] for row in here],
+                marker,
+                color=colour,
+                fillstyle="full" if mode == "infer" else "none",
+                label=f"{name}, {'inference' if mode == 'infer' else 'training'}",
             )
-            plot_losses(losses, trainings[0].runs)
-            plot_times(times, trainings[0].runs)
-            figure.suptitle(f"{trainings[0].task.name}: training with {labels}")
-        else:
-            columns = 3
-            rows = -(-len(trainings) // columns)
-            figure = pyplot.figure(figsize=(12, 2.8 * rows + 3), layout="constrained")
-            small, times = figure.subfigures(2, 1, height_ratios=(2.8 * rows, 3))
-            panels = small.subplots(rows, columns, sharey=True, squeeze=False)
-            for axes, training in zip(panels.flat, trainings, strict=False):
-                plot_losses(axes, training.runs)
-                axes.legend().remove()
-                axes.set(xlabel="", ylabel="")
-                axes.set_title(training.variant, fontsize=13)
-            panels[0, 0].legend([run.label.partition(".")[0] for run in trainings[0].runs])
-            for axes in panels.flat[len(trainings) :]:
-                axes.remove()
-            small.supxlabel("step", fontsize=13)
-            small.supylabel("train loss, running mean", fontsize=13)
-            plot_all_times(times.subplots(), trainings)
-            figure.suptitle(trainings[0].task.name)
-        write_figure(figure, path)
+    best = {}
+    for row in rows:
+        if row["mode"] == "infer" and row["cell"] == "GRU":
+            best[row["problem"]] = row
+    for problem, row in best.items():
+        axes.annotate(problem, (intensity(row), row["gflops"]), (6, -12), textcoords="offset points", fontsize=10)
+    peak = statistics.median(row["peak_gflops"] for row in rows)
+    axes.axhline(peak, color="black", linewidth=1)
+    axes.annotate(
+        f"peak measured in the same run: {peak:.0f} GFLOP/s",
+        (0.01, peak),
+        (0, 4),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+    )
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations for each byte of weights, input and output", ylabel="GFLOP/s"
+    )
+    axes.legend(loc="lower right")
+    axes.set_title(f"How much of the machine is used, {conditions(rows)}")
+    return figure
 
 
-def plot_confusion(counts: Tensor, labels: list[str], title: str, path: Path) -> None:
-    """[labels, labels] Which answer (across) was given for what is right (down), as shares of each row."""
-    pyplot = open_pyplot()
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    with pyplot.rc_context(STYLE | {"font.size": 11}):
-        figure, axes = pyplot.subplots(figsize=(8.4, 7.4), layout="constrained")
-        image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
-        axes.set_xticks(range(len(labels)), labels, rotation=90)
-        axes.set_yticks(range(len(labels)), labels)
-        axes.set(title=title, xlabel="answered", ylabel="right")
-        figure.colorbar(image, label="share of the row", shrink=0.8)
-        write_figure(figure, path)
+def intensity(row: Row) -> float:
+    problem = Problem(*(row[name] for name in Problem._fields))
+    gates = GATES[row["cell"]] * problem.H
+    weights = gates * (problem.I + problem.H) + (problem.layers - 1) * gates * 2 * problem.H
+    rows = row["T"] * row["B"]
+    return row["gflops"] * row["median_ms"] * 1e6 / (BYTES[row["dtype"]] * (weights + rows * (problem.I + problem.H)))
 
 
-def open_pyplot() -> Any:
-    """matplotlib's drawing functions, without a window."""
-    require("matplotlib").use("Agg")
-    return require("matplotlib.pyplot")
+def plot_packed(pyplot: Any, rows: list[Row]) -> Any:
+    """Time of a packed batch in padded ones; the line is the share of rows that are no padding."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+    for axes, contender in zip(panels, (OWN, OURS), strict=True):
+        times = {(r["problem"], r["cell"], r["layout"]): r for r in rows if r["contender"] == contender}
+        problems = ordered((problem for problem, _, layout in times if layout == "packed"), PROBLEMS)
+        for place, name in enumerate(CASES["cell"]):
+            for index, problem in enumerate(problems):
+                both = [times.get((problem, name, layout)) for layout in ("packed", "padded")]
+                if None not in both:
+                    ratio = both[0]["median_ms"] / both[1]["median_ms"]
+                    axes.bar(
+                        index + (place - 1) * 0.27, ratio, width=0.25, color=plotting.CELL_COLOURS[name], label=name
+                    )
+        for index, problem in enumerate(problems):
+            share = share_of_rows(times, problem)
+            axes.plot([index - 0.42, index + 0.42], [share, share], color="black", linewidth=2)
+        axes.set_xticks(range(len(problems)), problems, rotation=40, ha="right")
+        axes.set(title=contender)
+    panels[0].set(ylabel="time of packed / time of padded")
+    handles, labels = panels[0].get_legend_handles_labels()
+    named = dict(zip(labels, handles, strict=True))
+    panels[0].legend(named.values(), named.keys())
+    figure.suptitle(f"Training packed against padded; black: share of rows, {conditions(rows)}")
+    return figure
 
 
-def write_figure(figure: Any, path: Path) -> None:
-    """Written whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, format="png", dpi=150)
-    open_pyplot().close(figure)
-    os.replace(unfinished, path)
+def share_of_rows(times: dict[tuple, Row], problem: str) -> float:
+    """Operations of the packed case in those of the padded one, which both rows tell by their speed."""
+    for name in CASES["cell"]:
+        both = [times.get((problem, name, layout)) for layout in ("packed", "padded")]
+        if None not in both:
+            packed, padded = (row["gflops"] * row["median_ms"] for row in both)
+            return packed / padded
+    return float("nan")
 
 
-def plot_all_times(axes: Any, trainings: list[Training]) -> None:
-    """A group of bars for each variant."""
-    for place, training in enumerate(trainings):
-        for index, run in enumerate(training.runs):
-            offset = (index - (len(training.runs) - 1) / 2) * 0.4
-            axes.bar(place + offset, run.seconds, width=0.38, color=COLOURS[index], alpha=0.6)
-        if training.compared:
-            text = f"{training.runs[0].seconds / training.runs[1].seconds:.1f} x"
-            highest = max(run.seconds for run in training.runs)
-            axes.annotate(text, (place, highest), (0, 3), textcoords="offset points", ha="center", va="bottom")
-    labels = [training.variant.replace(", ", "\n") for training in trainings]
-    axes.set_xticks(range(len(trainings)), labels)
-    axes.set(ylabel="seconds per epoch")
-    axes.margins(y=0.15)
-
-
-def plot_losses(axes: Any, runs: list[Run]) -> None:
-    """The first curve wide and pale, the second thin on top of it, so that both show where they agree."""
-    window = max(1, max(len(run.losses) for run in runs) // 50)
-    for index, run in enumerate(runs):
-        here = min(window, len(run.losses))  # Ctrl-C may have left less
-        curve = running_mean(run.curve, here)
-        wide = {"linewidth": 6, "alpha": 0.35} if index == 0 and len(runs) == 2 else {"linewidth": 1.8}
-        axes.plot(range(here, len(run.losses) + 1), curve, color=COLOURS[index], label=run.label, **wide)
-    axes.set(xlabel="step", ylabel="train loss" if window == 1 else f"train loss, mean of {window} steps")
-    axes.legend()
-
-
-def running_mean(values: Tensor, window: int) -> Tensor:
-    """[steps] -> [steps - window + 1]"""
-    return values.unfold(0, window, 1).mean(dim=1)
-
-
-def plot_times(axes: Any, runs: list[Run]) -> None:
-    """The median as a bar, each epoch as a dot."""
-    for index, run in enumerate(runs):
-        axes.bar(run.label, run.seconds, width=0.6, color=COLOURS[index], alpha=0.6)
-        axes.plot([run.label] * len(run.epoch_seconds), run.epoch_seconds, "o", color="black", markersize=3)
-        speedup = f"\n{runs[0].seconds / run.seconds:.2f} x as fast" if index else ""
-        highest = max(run.epoch_seconds, default=math.nan)
-        label = f"{run.seconds:.2f} s{speedup}"
-        axes.annotate(label, (index, highest), (0, 6), textcoords="offset points", ha="center", va="bottom")
-    axes.set(ylabel="seconds per epoch")
-    axes.margins(y=0.2)
+def plot_scaling(pyplot: Any, rows: list[Row]) -> Any:
+    """Microseconds a step over each axis."""
+    axes_names = ordered((row["axis"] for row in rows), ())
+    columns = 3
+    lines = -(-len(axes_names) // columns)
+    figure, panels = pyplot.subplots(lines, columns, figsize=(12, 3.6 * lines), layout="constrained", squeeze=False)
+    for axes, axis in zip(panels.flat, axes_names, strict=False):
+        for contender, colour in zip((OWN, OURS), plotting.COLOURS, strict=True):
+            here = sorted(
+                (r for r in rows if r["axis"] == axis and r["contender"] == contender), key=lambda r: r["value"]
+            )
+            axes.plot([r["value"] for r in here], [r["step_us"] for r in here], "o-", color=colour, label=contender)
+        logarithmic = axis not in ("threads", "layers", "raggedness")
+        axes.set(xlabel=axis, ylabel="us a step", yscale="log", xscale="log" if logarithmic else "linear")
+    for axes in panels.flat[len(axes_names) :]:
+        axes.remove()
+    panels[0, 0].legend()
+    first = rows[0]
+    figure.suptitle(
+        f"{first['cell']}, {'training' if first['mode'] == 'train' else 'inference'}, {first['dtype']}, {first['cpu']}"
+    )
+    return figure

@@ -4,18 +4,22 @@ import importlib
 import itertools
 import multiprocessing
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import InputError, profiling
-from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_like
+from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_nn
 
 BLOCK_SECONDS = 0.05  # of measuring, a contender and turn
 MOST_RUNS = 2000  # in a block
 REST_SECONDS = 0.02  # between two contenders: until their threads have stopped spinning
+FLUSHED_BYTES = 256 << 20  # more than any GPU's second-level cache
 
 
 def peak_gflops(threads: int) -> float | None:
@@ -29,18 +33,27 @@ def peak_gflops(threads: int) -> float | None:
 
 
 class Worker:
-    """A contender in its process."""
+    """A contender in its process, which runs one case after the other.
 
-    def __init__(self, name: str, case: Case) -> None:
+    root: the folder whose seqkernels is to be imported there instead of the installed one.
+    label: what results are called, if not by the contender's name.
+    """
+
+    def __init__(self, name: str, threads: int, root: Path | None = None, label: str | None = None) -> None:
         context = multiprocessing.get_context("spawn")
-        self.name = name
+        self.name = label or name
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(name, case, theirs), daemon=True)
+        self.process = context.Process(target=serve, args=(name, threads, root, theirs), daemon=True)
         self.process.start()
         theirs.close()
 
     def ask(self, request: Any) -> Any:
-        """Raises Unavailable with the contender's own reason."""
+        """A Case: make the contender for it. "errors", "memory": of a run. A number: the seconds of so many runs.
+
+        Raises:
+            Unavailable: the contender cannot run this case, with its own reason.
+            InputError: the process is gone.
+        """
         try:
             self.pipe.send(request)
             kind, answer = self.pipe.recv()
@@ -57,35 +70,63 @@ class Worker:
         self.process.kill()
 
 
-def serve(name: str, case: Case, pipe: Connection) -> None:
-    """In the process: make the contender, then answer until the other side hangs up."""
-    torch.set_num_threads(case.threads)
-    try:
-        run = CONTENDERS[name](case)
-        results = [result.clone() for result in run()]
-    except Unavailable as error:
-        pipe.recv()
-        pipe.send(("unavailable", str(error)))
-        return
-    while True:
-        try:
-            request = pipe.recv()
-        except EOFError:
-            return
-        if request == "errors":
-            # Against torch.nn in float64; the tests hold that, too, against the specification.
-            right = torch_like(case._replace(dtype="float64"), torch.nn)()
-            pipe.send(("answer", errors(results, right[: len(results)])))
-        elif request == "memory":
-            pipe.send(("answer", profiling.peak_memory(run, torch.device("cpu"))))
-        else:
-            pipe.send(("answer", [timed(run) for _ in range(request)]))
+def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:
+    """In the process: answer until the other side hangs up."""
+    torch.set_num_threads(threads)
+    if root:
+        sys.path.insert(0, str(root))
+        found = Path(str(importlib.import_module("seqkernels").__file__))
+        if root.resolve() not in found.resolve().parents:
+            raise ImportError(f"seqkernels comes from {found} and not from {root}")
+    case: Case | None = None
+    run: Callable[[], list[torch.Tensor]] | None = None
+    with pipe:
+        while True:
+            try:
+                request = pipe.recv()
+            except EOFError:
+                return
+            try:
+                if isinstance(request, Case):
+                    case, run = request, None
+                    run = CONTENDERS[name](case)
+                    answer: Any = None
+                else:
+                    answer = answer_to(request, case, run)
+                pipe.send(("answer", answer))
+            except Unavailable as error:
+                pipe.send(("unavailable", str(error)))
 
 
-def timed(run) -> float:
+def answer_to(request: Any, case: Case, run: Callable[[], list[torch.Tensor]]) -> Any:
+    device = torch.device(case.device)
+    if request == "errors":
+        results = [result.detach().double().cpu() for result in run()]
+        # Against torch.nn in float64; the tests hold that, too, against the specification.
+        right = torch_nn(case._replace(dtype="float64", device="cpu"))()
+        return errors(results, right[: len(results)])
+    if request == "memory":
+        run()
+        return profiling.peak_memory(run, device)
+    clock = timed_on_gpu if device.type == "cuda" else timed
+    return [clock(run) for _ in range(request)]
+
+
+def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def timed_on_gpu(run: Callable[[], Any]) -> float:
+    """By the GPU's own clock, with nothing of the run before in its second-level cache."""
+    torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def paired(workers: list[Worker], turns: int) -> dict[str, list[list[float]]]:
@@ -116,4 +157,4 @@ def speedup(theirs: list[list[float]], ours: list[list[float]]) -> dict[str, flo
     """How many times as fast ours is: median and quartiles of the ratio that each turn gives."""
     ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
     quarter, median, three_quarters = statistics.quantiles(ratios, n=4)
-    return {"median": median, "q1": quarter, "q3": three_quarters}
+    return {"speedup": median, "speedup_q1": quarter, "speedup_q3": three_quarters}

@@ -25,7 +25,7 @@ if importlib.util.find_spec("benchmarks") is None:
     sys.path.append(str(ROOT))  # last, so that an installed seqkernels goes before the source folder
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import data, report, train  # noqa: E402
+from benchmarks import data, train, training_report  # noqa: E402
 from benchmarks.tasks import TASKS  # noqa: E402
 from benchmarks.tasks.charlm import chunks, streams  # noqa: E402
 
@@ -482,5 +482,5 @@ def test_demo_refuses_a_wrong_folder(tmp_path, capsys):
 
 
 def test_table_shows_no_number_where_there_is_none():
-    assert report.number(float("nan"), ".2f") == "-"
-    assert report.number(1234.5, ",.0f") == "1,234"
+    assert training_report.number(float("nan"), ".2f") == "-"
+    assert training_report.number(1234.5, ",.0f") == "1,234"

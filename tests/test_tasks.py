@@ -25,7 +25,7 @@ from test_benchmarks import (
 )
 from torch import nn
 
-from benchmarks import InputError, checkpoint, data, distributed, profiling, report, train
+from benchmarks import InputError, checkpoint, data, distributed, profiling, train, training_report
 from benchmarks.distributed import World
 from benchmarks.tasks import TASKS, charlm, hello, names, news
 
@@ -557,8 +557,8 @@ def test_options_that_would_do_nothing_are_refused(folder, text, tmp_path, capsy
 
 def test_a_run_that_was_cut_short_is_drawn_beside_a_whole_one(tmp_path):
     runs = [train.Run("a", nn.Identity(), None, losses=list(torch.rand(steps))) for steps in (400, 3)]
-    _, axes = report.open_pyplot().subplots()
-    report.plot_losses(axes, runs)
+    _, axes = training_report.open_pyplot().subplots()
+    training_report.plot_losses(axes, runs)
     assert [len(line.get_xdata()) for line in axes.lines] == [393, 1]
 
 
@@ -680,5 +680,5 @@ def test_devices_are_named_by_local_rank(monkeypatch):
 def test_titles_count_whole_epochs(folder):  # noqa: F811
     task = names_task("--data", folder)
     runs = [train.Run("a", nn.Identity(), None, epoch_seconds=[1.0]), train.Run("b", nn.Identity(), None)]
-    assert report.title([report.Training(task, runs)]) == "names: 0 of 10 epochs"
+    assert training_report.title([training_report.Training(task, runs)]) == "names: 0 of 10 epochs"
     assert isinstance(task.options, argparse.Namespace)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 
-from benchmarks import InputError, report
+from benchmarks import InputError, training_report
 from benchmarks.checkpoint import fingerprint
 from benchmarks.data import ascii_name, names_files, read_language_files, read_lines, read_names
 from benchmarks.distributed import World
@@ -265,7 +265,7 @@ class NameClassification(Task):
             confusion = torch.zeros(len(self.countries), len(self.countries))
             confusion.index_put_((self.test.countries.cpu(), predicted.cpu()), torch.tensor(1.0), accumulate=True)
             path = out / "train-names-confusion.png"
-            report.plot_confusion(confusion, self.countries, f"names: {run.label} on the test names", path)
+            training_report.plot_confusion(confusion, self.countries, f"names: {run.label} on the test names", path)
             for name in self.asked:
                 print(self.answer(run.model, name))
             if self.options.interactive:

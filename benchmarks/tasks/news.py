@@ -12,7 +12,6 @@ Sentences differ in length, so where is the end? Three ways to take it, compared
 import argparse
 import functools
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 
 from benchmarks.checkpoint import fingerprint
-from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news
+from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news, tokens
 from benchmarks.distributed import World
 from benchmarks.options import positive
 from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, is_ours
@@ -31,8 +30,6 @@ from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, is_ours
 PADDING, UNKNOWN = 0, 1
 ENDS = ("padded", "packed", "lengths")
 LEAST_COUNT = 10  # a rarer word is <unk>
-SPACED = re.compile(r"(['.,()!?])")  # punctuation that is a word of its own
-DROPPED = re.compile(r"<br />|[;:]")  # punctuation that only divides words
 
 
 class NewsClassifier(nn.Module):
@@ -148,11 +145,6 @@ class NewsClassification(Task):
 
     def format_metric(self, value: float) -> str:
         return f"{value:.1%}"
-
-
-def tokens(text: str) -> list[str]:
-    """Words in lower case, by the rules of torchtext's "basic_english" tokenizer."""
-    return SPACED.sub(r" \1 ", DROPPED.sub(" ", text.lower().replace('"', ""))).split()
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,0 +1,45 @@
+"""Types of command-line options: each refuses what it does not take in one sentence."""
+
+import argparse
+import math
+
+MOST_THREADS = 1024
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at most nine digits")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if (number := natural(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def thread_count(text: str) -> int:
+    if (number := positive(text)) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}")
+    return number
+
+
+def positive_float(text: str) -> float:
+    number = real(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return number
+
+
+def probability(text: str) -> float:
+    number = real(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return number
+
+
+def real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
