@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("revision", metavar="REV", help="what git knows: HEAD, main, v1.0, a1b2c3d, ...")
     add_case_options(parser)
     parser.add_argument(
-        "--turns", type=kernels.turns, default=12, metavar="N", help="blocks of each side (%(default)s)"
+        "--turns", type=kernels.turns, default=51, metavar="N", help="blocks of each side (%(default)s)"
     )
 
 
@@ -86,6 +86,6 @@ def compare(case: Case, workers: list[Worker], turns: int) -> list[str]:
     row = speedup(before, now)
     said = kernels.verdict(row)
     change = [] if said.startswith("=") else ["faster" if row["speedup"] > 1 else "slower"]
-    spread = f"{row['speedup_q1']:.2f}..{row['speedup_q3']:.2f}"
+    spread = f"{row['speedup_low']:.2f}..{row['speedup_high']:.2f}"
     print(f"{kernels.title(case)} {said:8}{spread:12}", *change, flush=True)
     return change

@@ -22,7 +22,7 @@ from benchmarks.options import positive
 from benchmarks.problems import flops
 from benchmarks.timing import Worker, paired, peak_gflops, speedup, summary
 
-QUICK_TURNS = 15
+QUICK_TURNS = 31
 # A difference that is taken for none, however little the runs of one process spread: where memory happens to lie makes
 # as much from one process to the next.
 INDIFFERENCE = 0.05
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(CONTENDERS)}, all (usual: {', '.join(USUAL)})",
     )
-    parser.add_argument("--turns", type=turns, default=25, metavar="N", help="blocks of each contender (%(default)s)")
+    parser.add_argument("--turns", type=turns, default=51, metavar="N", help="blocks of each contender (%(default)s)")
     parser.add_argument(
         "--quick", action="store_true", help=f"a first look: {' '.join(problems.QUICK)}, {QUICK_TURNS} turns"
     )
@@ -159,5 +159,5 @@ def show(case: Case, rows: list[dict[str, Any]]) -> None:
 
 def verdict(row: dict[str, Any]) -> str:
     """How many times as fast ours is; "=" where the difference is smaller than the spread."""
-    spread = max(row["speedup_q3"] - row["speedup_q1"], INDIFFERENCE)
-    return f"{'=' if abs(row['speedup'] - 1) < spread else ''}{row['speedup']:.2f}x"
+    same = row["speedup_low"] <= 1 <= row["speedup_high"] or abs(row["speedup"] - 1) < INDIFFERENCE
+    return f"{'=' if same else ''}{row['speedup']:.2f}x"

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import multiprocessing
 import statistics
 import sys
@@ -16,8 +17,10 @@ import torch
 from benchmarks import InputError, profiling
 from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_nn
 
-BLOCK_SECONDS = 0.05  # of measuring, a contender and turn
+BLOCK_SECONDS = 0.02  # of measuring, a contender and turn
 MOST_RUNS = 2000  # in a block
+CASE_SECONDS = 10  # after which turns are enough, and how many there are at least
+LEAST_TURNS = 9
 REST_SECONDS = 0.02  # between two contenders: until their threads have stopped spinning
 FLUSHED_BYTES = 256 << 20  # more than any GPU's second-level cache
 
@@ -131,11 +134,13 @@ def timed_on_gpu(run: Callable[[], Any]) -> float:
 
 def paired(workers: list[Worker], turns: int) -> dict[str, list[list[float]]]:
     """Seconds of every run of each worker: a block of runs in each turn, so that what else the machine does meanwhile
-    falls on all of them."""
-    runs = {}
+    falls on all of them. Fewer turns than asked for where runs are long."""
+    runs, seconds = {}, 0.0
     for worker in workers:
-        warm = worker.ask(3)
-        runs[worker.name] = max(1, min(MOST_RUNS, int(BLOCK_SECONDS / min(warm))))
+        warm = min(worker.ask(3))
+        runs[worker.name] = max(1, min(MOST_RUNS, int(BLOCK_SECONDS / warm)))
+        seconds += warm * (runs[worker.name] + 1)
+    turns = min(turns, max(LEAST_TURNS, int(CASE_SECONDS / seconds)))
     blocks: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
     for _ in range(turns):
         for worker in workers:
@@ -154,7 +159,13 @@ def summary(blocks: list[list[float]]) -> dict[str, float]:
 
 
 def speedup(theirs: list[list[float]], ours: list[list[float]]) -> dict[str, float]:
-    """How many times as fast ours is: median and quartiles of the ratio that each turn gives."""
-    ratios = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True)]
-    quarter, median, three_quarters = statistics.quantiles(ratios, n=4)
-    return {"speedup": median, "speedup_q1": quarter, "speedup_q3": three_quarters}
+    """How many times as fast ours is: the median of the ratios that each turn gives, and how far another run's median
+    may lie from it (the order statistics that hold the true median between them 95 times in 100)."""
+    ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True))
+    turns = len(ratios)
+    low = max(0, math.floor((turns - 1.96 * math.sqrt(turns)) / 2))
+    return {
+        "speedup": statistics.median(ratios),
+        "speedup_low": ratios[low],
+        "speedup_high": ratios[turns - 1 - low],
+    }
