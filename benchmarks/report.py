@@ -96,11 +96,9 @@ def marks(row: Row) -> str:
 
 
 class Table(NamedTuple):
-    """Cells are (text, whether we lose there)."""
-
     title: str
     headings: list[str]
-    lines: list[list[tuple[str, bool]]]
+    lines: list[list[str]]
     notes: list[str]
 
 
@@ -123,25 +121,18 @@ def table(group: tuple, rows: list[Row]) -> Table:
         by_case.setdefault((row["problem"], row["cell"], row["layout"]), {})[row["contender"]] = row
     lines, seen = [], ""
     for problem in ordered((row["problem"] for row in rows), PROBLEMS):
-        cells = [(problem, False)]
-        for column in columns:
-            text, lost = cell(by_case.get((problem, *column), {}), others)
-            seen += text
-            cells.append((text, lost))
-        lines.append(cells)
-    means: list[tuple[str, bool]] = [("geometric mean", False)]
+        lines.append([problem, *(cell(by_case.get((problem, *column), {}), others) for column in columns)])
+        seen += "".join(lines[-1])
+    means = ["geometric mean"]
     for column in columns:
         mean = [geometric_mean([row["speedup"] for row in rows if of_column(row, column, name)]) for name in others]
-        means.append((" / ".join(f"{value:.2f}" if value else "-" for value in mean), False))
+        means.append(" / ".join(f"{value:.2f}" if value else "-" for value in mean))
     where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
-    peaks = sorted({f"{row['peak_gflops']:.0f}" for row in rows if row["peak_gflops"]})
-    notes = [
-        f"ms of seqkernels: how many times as fast it is as {' / '.join(others)}; = within the spread, bold: slower."
-    ]
+    peaks = [row["peak_gflops"] for row in rows if row["peak_gflops"]]
+    notes = [f"ms of seqkernels: how many times as fast it is as {' / '.join(others)}; = within the spread."]
     if peaks:
-        notes.append(
-            f"Peak of this machine in the same run: {'..'.join(dict.fromkeys((peaks[0], peaks[-1])))} GFLOP/s."
-        )
+        ends = dict.fromkeys(f"{peak:.0f}" for peak in (min(peaks), max(peaks)))
+        notes.append(f"Peak of this machine in the same run: {'..'.join(ends)} GFLOP/s.")
     if OLD in seen:
         notes.append(f"{OLD} measured before the library was last changed.")
     if DIRTY in seen:
@@ -154,20 +145,18 @@ def of_column(row: Row, column: tuple, contender: str) -> bool:
     return (row["cell"], row["layout"]) == column and row["contender"] == contender and "speedup" in row
 
 
-def cell(rows: dict[str, Row], others: list[str]) -> tuple[str, bool]:
-    """The text of one case, and whether some contender is faster beyond the spread."""
+def cell(rows: dict[str, Row], others: list[str]) -> str:
+    """Our time and what the others' are of it; a loss looks like a win."""
     ours = rows.get(OURS)
     if ours is None or "median_ms" not in ours:
-        return "-", False
-    texts, lost = [], False
+        return "-"
+    texts = []
     for name in others:
         row = rows.get(name, {})
-        said = kernels.verdict(row).removesuffix("x") if "speedup" in row else "-"
-        lost |= said[0].isdigit() and float(said) < 1
-        texts.append(said)
+        texts.append(kernels.verdict(row).removesuffix("x") if "speedup" in row else "-")
     while texts and texts[-1] == "-":
         texts.pop()
-    return f"{three_digits(ours['median_ms'])}{marks(ours)}: {' / '.join(texts)}", lost
+    return f"{three_digits(ours['median_ms'])}{marks(ours)}: {' / '.join(texts)}"
 
 
 def three_digits(value: float) -> str:
@@ -187,7 +176,7 @@ def geometric_mean(values: list[float]) -> float | None:
 
 def markdown(table: Table) -> str:
     lines = [f"**{table.title}**", "", line_of(table.headings), line_of(["---"] * len(table.headings))]
-    lines += [line_of([f"**{text}**" if lost else text for text, lost in cells]) for cells in table.lines]
+    lines += map(line_of, table.lines)
     return "\n".join([*lines, "", " ".join(table.notes)])
 
 
@@ -202,9 +191,8 @@ def show(table: Table) -> None:
     )
     for heading in table.headings:
         drawn.add_column(heading, no_wrap=True)
-    text = require("rich.text").Text
-    for cells in table.lines:
-        drawn.add_row(*(text(said, style="bold red" if lost else "") for said, lost in cells))
+    for line in table.lines:
+        drawn.add_row(*line)
     console = rich.Console() if sys.stdout.isatty() else rich.Console(width=200)
     console.print(drawn, "\n".join(table.notes), "", sep="\n")
 
@@ -291,39 +279,45 @@ def conditions(rows: list[Row]) -> str:
 
 def plot_roofline(pyplot: Any, rows: list[Row]) -> Any:
     """What is reached of the peak, over the work for each byte that must be read or written at least once."""
-    figure, axes = pyplot.subplots(figsize=(11, 5), layout="constrained")
-    for name, colour in plotting.CELL_COLOURS.items():
-        for mode, marker in (("infer", "o"), ("train", "s")):
-            here = [row for row in rows if row["cell"] == name and row["mode"] == mode]
-            axes.plot(
-                [intensity(row) for row in here],
-                [row["gflops"] for row in here],
-                marker,
-                color=colour,
-                fillstyle="full" if mode == "infer" else "none",
-                label=f"{name}, {'inference' if mode == 'infer' else 'training'}",
-            )
-    best = {}
-    for row in rows:
-        if row["mode"] == "infer" and row["cell"] == "GRU":
-            best[row["problem"]] = row
-    for problem, row in best.items():
-        axes.annotate(problem, (intensity(row), row["gflops"]), (6, -12), textcoords="offset points", fontsize=10)
-    peak = statistics.median(row["peak_gflops"] for row in rows)
-    axes.axhline(peak, color="black", linewidth=1)
-    axes.annotate(
-        f"peak measured in the same run: {peak:.0f} GFLOP/s",
-        (0.01, peak),
-        (0, 4),
+    modes = {"infer": "inference", "train": "training"}
+    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained", sharex=True, sharey=True)
+    peak = max(row["peak_gflops"] for row in rows)
+    for axes, (mode, title) in zip(panels, modes.items(), strict=True):
+        for name, colour in plotting.CELL_COLOURS.items():
+            here = [row for row in rows if (row["cell"], row["mode"], row["layout"]) == (name, mode, "padded")]
+            axes.plot([*map(intensity, here)], [row["gflops"] for row in here], "o", color=colour, label=name)
+            if name == "GRU":
+                name_points(axes, sorted(here, key=intensity), colour)
+        axes.set(xscale="log", yscale="log", xlabel="operations for each byte of weights, input and output")
+        axes.set_title(title)
+        axes.axhline(peak, color="black", linewidth=1)
+    panels[0].set(ylabel="GFLOP/s", ylim=(None, 1.5 * peak))
+    panels[0].annotate(
+        f"peak, measured in the same run: {peak:.0f} GFLOP/s",
+        (0.02, peak),
+        (0, 3),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
     )
-    axes.set(
-        xscale="log", yscale="log", xlabel="operations for each byte of weights, input and output", ylabel="GFLOP/s"
-    )
-    axes.legend(loc="lower right")
-    axes.set_title(f"How much of the machine is used, {conditions(rows)}")
+    panels[1].legend(loc="lower left")
+    figure.suptitle(f"How much of the machine is used, padded, {conditions(rows)}")
     return figure
+
+
+def name_points(axes: Any, rows: list[Row], colour: str) -> None:
+    """Names run to the left, each lower than that of its left neighbour, so that no line meets a name."""
+    for place, row in enumerate(rows):
+        left = row["problem"] == "step"  # stands at the edge, alone
+        axes.annotate(
+            row["problem"],
+            (intensity(row), row["gflops"]),
+            (intensity(row), 0.57 - 0.065 * place),
+            textcoords=("data", "axes fraction"),
+            ha="left" if left else "right",
+            fontsize=10,
+            color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0 if left else 1, 0.5)},
+        )
 
 
 def intensity(row: Row) -> float:
