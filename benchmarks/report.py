@@ -378,7 +378,13 @@ def plot_scaling(pyplot: Any, rows: list[Row]) -> Any:
             )
             axes.plot([r["value"] for r in here], [r["step_us"] for r in here], "o-", color=colour, label=contender)
         logarithmic = axis not in ("threads", "layers", "raggedness")
-        axes.set(xlabel=axis, ylabel="us a step", yscale="log", xscale="log" if logarithmic else "linear")
+        axes.set(xlabel=axis, ylabel="us a step", xscale="log" if logarithmic else "linear", ylim=(0, None))
+        ticks: list[float] = []
+        for value in sorted({row["value"] for row in rows if row["axis"] == axis}):
+            if not (logarithmic and ticks and value < 1.2 * ticks[-1]):  # 129 beside 128 is not to be read
+                ticks.append(value)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     for axes in panels.flat[len(axes_names) :]:
         axes.remove()
     panels[0, 0].legend()
