@@ -381,7 +381,7 @@ def plot_scaling(pyplot: Any, rows: list[Row]) -> Any:
         axes.set(xlabel=axis, ylabel="us a step", xscale="log" if logarithmic else "linear", ylim=(0, None))
         ticks: list[float] = []
         for value in sorted({row["value"] for row in rows if row["axis"] == axis}):
-            if not (logarithmic and ticks and value < 1.2 * ticks[-1]):  # 129 beside 128 is not to be read
+            if not (logarithmic and ticks and value < 1.4 * ticks[-1]):  # 129 beside 128 could not be read
                 ticks.append(value)
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
