@@ -48,7 +48,7 @@ GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 
 
 def lengths(problem: Problem) -> Tensor:
-    """``[B]`` lengths of a packed batch, the longest T, in no order: evenly spread from T / 3 to T, or drawn from data.
+    """``[B]`` lengths of a packed batch, the longest T, in no order: evenly spread, or drawn from data.
 
     Raises:
         InputError: the task's data is not at hand.

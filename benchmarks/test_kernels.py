@@ -4,28 +4,24 @@ A group is a problem, its cell and how it is run; in a group, contenders. All ru
 that keeps its threads spinning slows the next: `python -m benchmarks kernels` gives each a process of its own.
 """
 
+import argparse
+
 import pytest
-import torch
 
 pytest.importorskip("pytest_benchmark", reason="pip install seqkernels[benchmarks]")
 
 from benchmarks import InputError, kernels, problems
-from benchmarks.contenders import CASES, CONTENDERS, Case, Unavailable, errors, torch_nn
-from benchmarks.problems import PROBLEMS, lengths
+from benchmarks.contenders import CONTENDERS, Case, Unavailable, add_case_options, cases_of, errors, torch_nn
+from benchmarks.problems import lengths
 
 NAMES = ("torch.nn", "seqkernels")
-THREADS = torch.get_num_threads()
 
 
 def cases() -> list[Case]:
-    return [
-        Case(name, cell, mode, layout, "float32", THREADS, "cpu", PROBLEMS[name])
-        for name in (*problems.USUAL, "names-real", "news-real")
-        for cell in CASES["cell"]
-        for mode in CASES["mode"]
-        for layout in CASES["layout"]
-        if PROBLEMS[name].T > 1 or (mode, layout) == ("infer", "padded")
-    ]
+    """Those of `kernels` without options, and the lengths of real data."""
+    parser = argparse.ArgumentParser()
+    add_case_options(parser)
+    return list(cases_of(parser.parse_args(["--problem", *problems.USUAL, "names-real", "news-real"])))
 
 
 @pytest.mark.parametrize("contender", NAMES)
