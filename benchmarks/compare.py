@@ -25,11 +25,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Build the revision in a worktree of its own, time both in turn, and say what moved beyond the noise."""
+    """Build the revision in a worktree of its own, time both in turn, and say what moved beyond the noise; 1 if a
+    result was wrong."""
     commit = record.git("rev-parse", "--verify", "--quiet", f"{options.revision}^{{commit}}")
     if commit is None:
         raise InputError(f"git knows no revision {options.revision} here.")
-    moved = {"faster": 0, "slower": 0}
+    moved = {"faster": 0, "slower": 0, "wrong": 0}
     with worktree(commit) as root:
         print(f"Building {options.revision} ({commit[:7]}) ...", flush=True)
         build(root, options.revision)
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
                 for worker in workers:
                     worker.stop()
     print(f"{moved['faster']} faster, {moved['slower']} slower than {options.revision}, beyond the noise.")
-    return 0
+    return int(moved["wrong"] > 0)
 
 
 @contextlib.contextmanager
@@ -75,13 +76,18 @@ def build(root: Path, name: str) -> None:
 
 
 def compare(case: Case, workers: list[Worker], turns: int) -> list[str]:
-    """Time one case and print it; "faster" or "slower" if it moved."""
+    """Check and time one case, and print it; "faster" or "slower" if it moved, "wrong" if a result is."""
+    rows = {}
     try:
         for worker in workers:
             worker.ask(case)
+            rows[f"seqkernels {worker.name}"] = {"contender": worker.name, "errors": worker.ask("errors")}
     except Unavailable as reason:
         print(f"{kernels.title(case)} left out: {reason}", flush=True)
         return []
+    if not kernels.gate(rows, case):
+        print(f"{kernels.title(case)} WRONG: relative errors {kernels.said_errors(list(rows.values()))}", flush=True)
+        return ["wrong"]
     now, before = paired(workers, turns).values()
     row = speedup(before, now)
     said = kernels.verdict(row)

@@ -146,8 +146,7 @@ def title(case: Case) -> str:
 def show(case: Case, rows: list[dict[str, Any]]) -> None:
     """One line a case: every contender's median, and how much faster we are."""
     if not rows[0]["right"]:
-        wrong = ", ".join(f"{row['contender']} {row['errors']}" for row in rows if "errors" in row)
-        print(f"{title(case)} WRONG: relative errors {wrong}", flush=True)
+        print(f"{title(case)} WRONG: relative errors {said_errors(rows)}", flush=True)
         return
     texts = []
     for row in rows:
@@ -155,6 +154,10 @@ def show(case: Case, rows: list[dict[str, Any]]) -> None:
             text = f"{row['contender']} {row['median_ms']:.3f} ms"
             texts.append(f"{text} ({verdict(row)})" if "speedup" in row else text)
     print(title(case), "  ".join(texts), flush=True)
+
+
+def said_errors(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{row['contender']} {row['errors']}" for row in rows if "errors" in row)
 
 
 def verdict(row: dict[str, Any]) -> str:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import kernels, record
+from benchmarks import InputError, kernels, record
 from benchmarks.contenders import CASES, Case
 from benchmarks.options import thread_count
 from benchmarks.problems import CELLS, Problem
-from benchmarks.timing import Worker, paired, summary
+from benchmarks.timing import Worker
 
 
 class Axis(NamedTuple):
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             )
         for name in CONTENDERS:
             print(f"  {name}: {slope([row for row in rows if row['contender'] == name], axis)}")
-        common = {"benchmark": "scaling", "run": started, **record.environment()}
+        common = {"benchmark": "scaling", "run": started}
         record.append(options.out / "scaling.jsonl", *(common | row for row in rows))
     print(f"Rows: {options.out / 'scaling.jsonl'}")
     return 0
@@ -86,19 +86,16 @@ def measure(axis: str, value: float, options: argparse.Namespace) -> list[dict[s
     case = Case("scaling", options.cell, options.mode, layout, options.dtype, threads, "cpu", problem)
     workers = [Worker(name, threads) for name in CONTENDERS]
     try:
-        for worker in workers:
-            worker.ask(case)
-        blocks = paired(workers, options.turns)
+        rows = kernels.measure(case, workers, options.turns)
     finally:
         for worker in workers:
             worker.stop()
-    shared = {"axis": axis, "value": value, **case._asdict(), **problem._asdict()}
-    del shared["shape"]
-    rows = []
-    for name in CONTENDERS:
-        times = summary(blocks[name])
-        rows.append({**shared, "contender": name, **times, "step_us": times["median_ms"] * 1e3 / problem.T})
-    return rows
+    if not rows[0]["right"]:
+        raise InputError(
+            f"{axis} = {value:g}: wrong results are not timed; relative errors {kernels.said_errors(rows)}"
+        )
+    shared = {"axis": axis, "value": value, **kernels.facts(case)}
+    return [{**shared, **row, "step_us": row["median_ms"] * 1e3 / problem.T} for row in rows]
 
 
 def slope(rows: list[dict[str, Any]], axis: str) -> str:

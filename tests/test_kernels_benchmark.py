@@ -56,19 +56,23 @@ def test_training_checks_every_gradient(layout, tmp_path):
     assert "inference in float32 on a CPU only" in other["absent"] and "median_ms" not in other
 
 
+def plant(folder: Path, right: str, wrong: str, monkeypatch) -> Path:
+    """A copy of the package in which one formula of the backend that runs is another."""
+    shutil.copytree(Path(select.__file__).parent, folder / "seqkernels")
+    source = folder / "seqkernels" / "backends" / "torch_eager.py"
+    assert source.read_text().count(right) == 1
+    source.write_text(source.read_text().replace(right, wrong))
+    monkeypatch.setenv("SEQKERNELS_BACKEND", "torch_eager")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("right", "wrong", "mode"),
     [("torch.tanh(x_n + r * h_n)", "torch.tanh(x_n + 1.0001 * r * h_n)", "infer"), ("(1 - n * n)", "(1 - n)", "train")],
 )
 def test_a_kernel_that_is_made_wrong_is_caught_and_not_timed(right, wrong, mode, tmp_path, monkeypatch, capsys):
-    """In one place of the forward, in another of the backward, each in a copy of the package."""
-    planted = tmp_path / "planted"
-    shutil.copytree(Path(select.__file__).parent, planted / "seqkernels")
-    source = planted / "seqkernels" / "backends" / "torch_eager.py"
-    assert source.read_text().count(right) == 1
-    source.write_text(source.read_text().replace(right, wrong))
-    monkeypatch.syspath_prepend(planted)
-    monkeypatch.setenv("SEQKERNELS_BACKEND", "torch_eager")
+    """In one place of the forward, in another of the backward."""
+    monkeypatch.syspath_prepend(plant(tmp_path / "planted", right, wrong, monkeypatch))
     arguments = ("--problem", "names", "--cell", "GRU", "--layout", "padded", "--contender", "torch.nn", "seqkernels")
     code, found = run(tmp_path, "--mode", mode, *arguments)
     assert code == 1 and not any(row["right"] or "median_ms" in row for row in found)
@@ -289,8 +293,22 @@ def test_scaling_measures_along_an_axis(tmp_path, monkeypatch, capsys):
     found = read(tmp_path / "scaling.jsonl")
     assert [row["T"] for row in found if row["axis"] == "T"] == [1, 1, 4, 4]
     assert [row["layout"] for row in found if row["axis"] == "raggedness"] == ["packed"] * 10
-    assert all(row["step_us"] > 0 and "commit" in row for row in found)
+    assert all(row["step_us"] > 0 and row["right"] and "commit" in row and "plan" in row for row in found)
     assert "us for each of the steps" in capsys.readouterr().out
+
+
+def test_scaling_and_compare_do_not_time_wrong_results(tmp_path, monkeypatch, capsys):
+    planted = plant(tmp_path / "planted", "(1 - n * n)", "(1 - n)", monkeypatch)
+    workers = [timing.Worker("seqkernels", 1, root, label) for label, root in (("new", planted), ("old", planted))]
+    names = CASE._replace(problem="names", mode="train", shape=PROBLEMS["names"])
+    assert compare.compare(names, workers, 2) == ["wrong"]
+    for worker in workers:
+        worker.stop()
+    monkeypatch.syspath_prepend(planted)
+    assert command.main(["scaling", "--axis", "B", "--turns", "2", "--threads", "1", "--out", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert "WRONG" in output.out and "wrong results are not timed" in output.err
+    assert not (tmp_path / "scaling.jsonl").exists()
 
 
 @pytest.mark.skipif(not HISTORY, reason="not in a git checkout")
