@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
+TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
@@ -14,6 +15,7 @@ CHECKED_SOURCES := $(NATIVE_SOURCES) $(wildcard tests/*.cpp)
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
+	@echo "make gpu-check run the tests on a GPU, then time the kernels beside cuDNN; OUT=... for the rows"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style and import directions"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
@@ -33,6 +35,8 @@ $(TORCH_READY):
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
+	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are left out"
 	touch $@
 
 demo: $(READY)
@@ -40,6 +44,16 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU, a torch for it and pytest: nothing is installed. Rows go to $(OUT).
+OUT ?= benchmarks/results
+GPU_TESTS := $(addprefix tests/test_,triton.py ops.py specification.py properties.py gradients.py compile.py)
+GPU_PROBLEMS := names names256 news charlm long cliff129 cliff256 flashrnn kernelbench
+gpu-check:
+	$(PYTHON) setup.py -q build_ext --inplace
+	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(GPU_TESTS)
+	$(PYTHON) -m benchmarks kernels --device cuda --problem $(GPU_PROBLEMS) --dtype float32 bfloat16 float16 \
+	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels torch_eager" --turns 9 --out $(OUT)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
@@ -79,4 +93,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test bench wheel lint sanitize arm clean
+.PHONY: help demo test gpu-check bench wheel lint sanitize arm clean

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import ops, select, varlen
+from seqkernels import hardware, ops, select, varlen
 from seqkernels.backends import GATES
 
 _log = logging.getLogger("seqkernels")
@@ -173,14 +173,16 @@ def recurrent_cell(
 
 
 def _plan(cell: str, data: Tensor, transformed: bool, backend: str | None) -> select.Plan:
-    if torch.compiler.is_compiling():
-        return select.plan(select.Problem(cell, data.device.type, data.dtype, transformed), backend=backend)
-    return _cached_plan(cell, data.device, data.dtype, transformed, backend)
+    problem = cell, data.device, data.dtype, transformed, backend
+    return _chosen(*problem) if torch.compiler.is_compiling() else _cached_plan(*problem)
 
 
-@functools.cache
-def _cached_plan(cell: str, device: torch.device, dtype, transformed: bool, backend: str | None) -> select.Plan:
-    return select.plan(select.Problem(cell, device.type, dtype, transformed), backend=backend)
+def _chosen(cell: str, device: torch.device, dtype, transformed: bool, backend: str | None) -> select.Plan:
+    problem = select.Problem(cell, device.type, dtype, transformed)
+    return select.plan(problem, hardware.machine_of(device), backend)
+
+
+_cached_plan = functools.cache(_chosen)
 
 
 def _weights_of_direction(given: int, count: int, bias: bool, cell: str) -> int:

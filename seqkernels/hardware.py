@@ -1,10 +1,26 @@
 """What this machine and this install have: the facts that `select` decides by and `python -m seqkernels` prints."""
 
+import functools
 import importlib
+import importlib.util
 import os
 from typing import NamedTuple
 
 import torch
+
+
+class GPU(NamedTuple):
+    """Facts about a GPU; tests make GPUs that are not here."""
+
+    name: str
+    target: str  # sm_90, gfx942, ...: what kernels are compiled for
+    shared_memory: int  # bytes that one program may have
+    multiprocessors: int
+    memory: int  # bytes
+
+    @property
+    def amd(self) -> bool:
+        return self.target.startswith("gfx")
 
 
 class Machine(NamedTuple):
@@ -13,6 +29,9 @@ class Machine(NamedTuple):
     native: bool = True  # the compiled library seqkernels._C is loaded
     native_missing: str = ""  # if not, why
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
+    triton: bool = False  # Triton is installed
+    interpreter: bool = False  # TRITON_INTERPRET: its kernels run step by step on the CPU
+    gpu: GPU | None = None  # the one that the tensors are on
 
 
 def _load_native() -> str:
@@ -28,10 +47,50 @@ def _load_native() -> str:
 
 def _here() -> Machine:
     missing = _load_native()
-    return Machine(not missing, missing, os.environ.get("SEQKERNELS_BACKEND") or None)
+    return Machine(
+        native=not missing,
+        native_missing=missing,
+        forced_backend=os.environ.get("SEQKERNELS_BACKEND") or None,
+        triton=importlib.util.find_spec("triton") is not None,  # which does not import it
+        interpreter=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
+    )
 
 
 HERE = _here()
+
+# What the interpreter stands in for, so that it takes the roads of a large GPU.
+INTERPRETED = GPU("Triton's interpreter", "sm_90", 227 << 10, 1, 0)
+
+
+def machine_of(device: torch.device) -> Machine:
+    """This machine, with the GPU that tensors on `device` are on."""
+    return HERE._replace(gpu=gpu_of(device)) if device.type == "cuda" else HERE
+
+
+# torch.compile takes the answer for a constant: torch.compiler.assume_constant_result, without importing the compiler.
+machine_of._dynamo_marked_constant = True
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> GPU:
+    if device.type != "cuda":
+        return INTERPRETED
+    facts = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        target, shared = facts.gcnArchName.split(":")[0], facts.shared_memory_per_block
+    else:
+        target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
+    return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory)
+
+
+def tf32(device: torch.device) -> bool:
+    """Whether torch lets recurrent layers on `device` round float32 factors to TF32, as nn.GRU then does."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+NO_TRITON = "Triton is not installed. Remedy: pip install triton (Linux; torch's builds for GPUs bring it)"
 
 
 def describe() -> list[tuple[str, str]]:
@@ -44,8 +103,8 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("CPU kernels", f"none: {HERE.native_missing}. Remedy: a C++ compiler, then pip install again"))
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
-    rows.append(("CUDA kernels", "none in this version; CUDA tensors run on torch_eager"))
-    rows.append(("Triton kernels", "none in this version"))
+    rows.append(("CUDA kernels", "none in this version; CUDA tensors run on Triton's or on torch_eager"))
+    rows.append(("Triton kernels", _triton()))
     rows.append(("SEQKERNELS_BACKEND", HERE.forced_backend or "not set: chosen per call"))
     return rows
 
@@ -57,3 +116,12 @@ def _cuda() -> str:
         return f"torch is built for CUDA {torch.version.cuda}; no GPU is visible"
     names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return f"torch is built for CUDA {torch.version.cuda}; {', '.join(names)}"
+
+
+def _triton() -> str:
+    if not HERE.triton:
+        return f"none: {NO_TRITON}"
+    version = importlib.import_module("triton").__version__
+    if HERE.interpreter:
+        return f"Triton {version}, interpreted on the CPU (TRITON_INTERPRET), for backend='triton' only"
+    return f"Triton {version}" + ("" if torch.cuda.is_available() else "; it needs a GPU")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, select
+from seqkernels import functional, hardware, select
 from seqkernels.functional import State
 
 
@@ -208,7 +208,7 @@ class LSTMCell(_Cell):
 
 
 def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None = None) -> select.Plan:
-    """Which backend would run `module` on `input`, and why not the others; nothing is run.
+    """Which backend, and which of its kernels, would run `module` on `input`, and why not the others; nothing is run.
 
     Args:
         module: one of our modules or cells, or one of torch.nn's, for which the answer is that of its drop-in.
@@ -228,5 +228,6 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None 
     else:
         raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
-    problem = select.Problem(cell, data.device.type, data.dtype)
-    return select.plan(problem, backend=getattr(module, "backend", None))
+    sizes = module.hidden_size, getattr(module, "proj_size", 0) > 0, hardware.tf32(data.device)
+    problem = select.Problem(cell, data.device.type, data.dtype, False, *sizes)
+    return select.plan(problem, hardware.machine_of(data.device), getattr(module, "backend", None))

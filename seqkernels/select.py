@@ -4,22 +4,26 @@ from typing import NamedTuple
 
 import torch
 
-from seqkernels.hardware import HERE, Machine
+from seqkernels.hardware import GPU, HERE, INTERPRETED, NO_TRITON, Machine
 
 # In order of preference; the last one takes everything.
-BACKENDS = ("cpu", "torch_eager")
+BACKENDS = ("cpu", "triton", "torch_eager")
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    """What a choice may depend on. Sizes are left out until a heuristic needs them: a plan that reads none of them
-    puts no guard on them under torch.compile."""
+    """What a choice may depend on. The backend depends on nothing but the first four: a plan that reads no size puts no
+    guard on one under torch.compile. The others say which kernel of that backend runs, where they are given."""
 
     cell: str  # rnn_tanh, rnn_relu, gru, lstm
     device_type: str
     dtype: torch.dtype
     transformed: bool = False  # a torch.func transform or forward-mode AD is at work
+    hidden_size: int | None = None
+    projected: bool = False
+    tf32: bool = False  # torch lets recurrent layers round float32 factors to TF32
 
 
 class Plan(NamedTuple):
@@ -28,10 +32,24 @@ class Plan(NamedTuple):
     backend: str
     reason: str
     refusals: tuple[tuple[str, str], ...]
+    kernel: str = ""  # which of its kernels, where there is a choice and the problem has its sizes
 
     def __str__(self) -> str:
-        lines = [f"{self.backend}: {self.reason}"]
+        lines = [f"{self.backend}: {self.reason}" + (f"; {self.kernel}" if self.kernel else "")]
         return "\n".join(lines + [f"  not {backend}: {reason}" for backend, reason in self.refusals])
+
+
+class Tile(NamedTuple):
+    """How the Triton backend cuts a layer: `rows` sequences by `units` hidden units a program."""
+
+    resident: bool  # a program walks all steps, with the recurrent weights on chip; else every step is a launch
+    rows: int
+    units: int
+    warps: int
+
+    def __str__(self) -> str:
+        road = "resident" if self.resident else "stepwise"
+        return f"{road}, {self.rows} sequences by {self.units} units a program, {self.warps} warps"
 
 
 def reason_against(backend: str, problem: Problem, machine: Machine) -> str | None:
@@ -48,7 +66,78 @@ def reason_against(backend: str, problem: Problem, machine: Machine) -> str | No
         if problem.transformed:
             return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
         return None if machine.native else machine.native_missing
+    if backend == "triton":
+        return _reason_against_triton(problem, machine)
     return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
+
+
+def _reason_against_triton(problem: Problem, machine: Machine) -> str | None:
+    if problem.device_type == "cpu" and not machine.interpreter:
+        return "the tensors are on the CPU (TRITON_INTERPRET=1 lets Triton's kernels run there, slowly, for tests)"
+    if problem.device_type not in ("cpu", "cuda"):
+        return f"the tensors are on {problem.device_type}"
+    if not machine.triton:
+        return NO_TRITON
+    if problem.dtype not in TRITON_DTYPES:
+        return f"no Triton kernel for {problem.dtype}: the kernels compute in float32"
+    if problem.transformed:
+        return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
+    gpu = machine.gpu
+    if gpu and not gpu.amd and int(gpu.target.removeprefix("sm_")) < 80:
+        return f"Triton needs compute capability 8.0, {gpu.name} has {gpu.target}"
+    return None
+
+
+# The widest layer whose weights a program can hold in registers and shared memory without spilling, as the compiler's
+# code for a family of GPUs has it: for H a multiple of 16, and for any other, which takes more registers to address.
+# Each with 16-bit factors; with float32 factors in matrix cores (TF32; AMD's take float32 as it is); in exact float32
+# without them. tests/test_triton_compiled.py compiles every tile for every family, and reads registers, spills and
+# shared memory from what comes out.
+_WIDEST = {
+    "ampere": {  # and all that has its matrix instructions: sm_80 to sm_89, sm_120
+        "rnn": ((128, 128, 32), (128, 128, 32)),
+        "gru": ((128, 64, 32), (64, 64, 32)),
+        "lstm": ((128, 32, 32), (32, 32, 32)),
+    },
+    "hopper": {
+        "rnn": ((128, 128, 32), (128, 128, 32)),
+        "gru": ((128, 128, 32), (128, 128, 32)),
+        "lstm": ((128, 64, 32), (128, 64, 32)),
+    },
+    "blackwell": {  # of data centres: sm_100, sm_103
+        "rnn": ((128, 128, 32), (64, 128, 32)),
+        "gru": ((128, 64, 32), (128, 64, 32)),
+        "lstm": ((128, 64, 32), (128, 64, 32)),
+    },
+    "amd": {
+        "rnn": ((128, 64, 0), (128, 64, 0)),
+        "gru": ((128, 64, 0), (128, 64, 0)),
+        "lstm": ((128, 64, 0), (128, 64, 0)),
+    },
+}
+_GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+ROWS, NARROWEST = 16, 32  # no tile is smaller: matrix cores take no fewer sequences, and fewer units would save nothing
+_SCRATCH = 2 * 4 * ROWS  # bytes a unit that the kernels have been seen to take beside the weights, at most
+
+
+def triton_tile(cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU) -> Tile:
+    """The road and the tile of a layer, from facts alone: no trial launches, nothing that depends on the batch."""
+    kind, size = cell.partition("_")[0], dtype.itemsize
+    units = max(NARROWEST, 1 << (hidden_size - 1).bit_length())
+    precision = 0 if size == 2 else 1 if tf32 or gpu.amd else 2
+    widest = _WIDEST[_family(gpu)][kind][hidden_size % 16 != 0][precision]
+    # What AMD's compiler keeps in registers passes through shared memory gate by gate.
+    weights = (1 if gpu.amd else _GATES[kind]) * units * units * size
+    if projected or units > widest or weights + _SCRATCH * units > gpu.shared_memory:
+        return Tile(False, 4, 128, 4)
+    few_warps = units < 128 if gpu.amd else kind == "rnn" and precision == 2
+    return Tile(True, ROWS, units, 4 if few_warps else 8)
+
+
+def _family(gpu: GPU) -> str:
+    if gpu.amd:
+        return "amd"
+    return {"9": "hopper", "10": "blackwell"}.get(gpu.target.removeprefix("sm_")[:-1], "ampere")
 
 
 def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) -> Plan:
@@ -61,9 +150,11 @@ def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) 
     refusals = ()
     for candidate in (forced,) if forced else BACKENDS:
         against = reason_against(candidate, problem, machine)
+        if candidate == "triton" and not forced and machine.interpreter:
+            against = "Triton's interpreter runs for those who name it: backend='triton'"
         if against is None:
             why = "forced" if forced else _REASONS[candidate]
-            return Plan(candidate, why, refusals)
+            return Plan(candidate, why, refusals, _kernel(candidate, problem, machine))
         refusals += ((candidate, against),)
     raise ValueError(
         f"no backend runs {problem.cell} in {problem.dtype} on {problem.device_type}: "
@@ -71,7 +162,15 @@ def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) 
     )
 
 
+def _kernel(backend: str, problem: Problem, machine: Machine) -> str:
+    if backend != "triton" or problem.hidden_size is None:
+        return ""
+    gpu = machine.gpu or INTERPRETED
+    return str(triton_tile(problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu))
+
+
 _REASONS = {
     "cpu": "compiled kernels for this CPU",
+    "triton": "kernels that Triton compiles for this GPU",
     "torch_eager": "plain torch operations run anywhere; slower than torch.nn where torch has a fused kernel",
 }

@@ -6,8 +6,13 @@ import hypothesis
 import pytest
 import torch
 
-from seqkernels import select
-from seqkernels.hardware import HERE
+# On which device the tests run: `make gpu-check` says cuda.
+torch.set_default_device(os.environ.get("SEQKERNELS_TEST_DEVICE", "cpu"))
+if torch.get_default_device().type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before seqkernels looks: Triton's kernels then run there as well
+
+from seqkernels import select  # noqa: E402
+from seqkernels.hardware import HERE  # noqa: E402
 
 # Every run on CI tries the same cases; at home they change.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -17,11 +22,17 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 @pytest.fixture(params=select.BACKENDS)
 def backend(request) -> str:
-    problem = select.Problem("gru", "cpu", torch.float32)
+    problem = select.Problem("gru", torch.get_default_device().type, torch.float32)
     against = select.reason_against(request.param, problem, HERE)
     if against:
         pytest.skip(f"{request.param}: {against}")
     return request.param
+
+
+@pytest.fixture
+def dtype(backend) -> torch.dtype:
+    """In which a backend's properties show most clearly."""
+    return torch.float32 if backend == "triton" else torch.float64
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import seqkernels as sk
 LENGTHS = (4, 7, 0, 1, 7, 3)
 
 
-def module_of(cell: str, backend: str, **options):
-    module = Case(cell, torch.float64, hidden_size=19, num_layers=2, **options).module(sk)
+def module_of(cell: str, backend: str, dtype: torch.dtype, **options):
+    module = Case(cell, dtype, hidden_size=19, num_layers=2, **options).module(sk)
     module.backend = backend
     return module
 
@@ -21,12 +21,13 @@ def only_h(state):
 
 
 def close(ours, expected):
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-13)
+    tolerance = 16 * torch.finfo(only_h(expected).dtype).eps
+    torch.testing.assert_close(ours, expected, rtol=100 * tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_ragged_equals_each_sequence_alone(cell, backend):
-    module, x = module_of(cell, backend, bidirectional=True), torch.randn(7, 6, 4, dtype=torch.float64)
+def test_ragged_equals_each_sequence_alone(cell, backend, dtype):
+    module, x = module_of(cell, backend, dtype, bidirectional=True), torch.randn(7, 6, 4, dtype=dtype)
     output, state = module(x, lengths=torch.tensor(LENGTHS))
     for b, length in enumerate(LENGTHS):
         assert not output[length:, b].any()
@@ -39,8 +40,8 @@ def test_ragged_equals_each_sequence_alone(cell, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_what_lies_behind_a_sequence_is_never_read(cell, backend):
-    module, x = module_of(cell, backend, bidirectional=True), torch.randn(7, 6, 4, dtype=torch.float64)
+def test_what_lies_behind_a_sequence_is_never_read(cell, backend, dtype):
+    module, x = module_of(cell, backend, dtype, bidirectional=True), torch.randn(7, 6, 4, dtype=dtype)
     lengths = torch.tensor(LENGTHS)
     expected = module(x, lengths=lengths)[0]
     x[torch.arange(7).unsqueeze(1) >= lengths] = float("nan")
@@ -52,8 +53,8 @@ def test_what_lies_behind_a_sequence_is_never_read(cell, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_cut_and_carry_equals_one_run(cell, backend):
-    module, x = module_of(cell, backend), torch.randn(9, 3, 4, dtype=torch.float64)
+def test_cut_and_carry_equals_one_run(cell, backend, dtype):
+    module, x = module_of(cell, backend, dtype), torch.randn(9, 3, 4, dtype=dtype)
     whole, state = module(x)
     first, carried = module(x[:4])
     second, end = module(x[4:], carried)
@@ -62,8 +63,8 @@ def test_cut_and_carry_equals_one_run(cell, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_permuted_batch_gives_permuted_result(cell, backend):
-    module, x = module_of(cell, backend, bidirectional=True), torch.randn(7, 6, 4, dtype=torch.float64)
+def test_permuted_batch_gives_permuted_result(cell, backend, dtype):
+    module, x = module_of(cell, backend, dtype, bidirectional=True), torch.randn(7, 6, 4, dtype=dtype)
     order, lengths = torch.randperm(6), torch.tensor(LENGTHS)
     output, state = module(x, lengths=lengths)
     permuted, permuted_state = module(x[:, order], lengths=lengths[order])
@@ -72,12 +73,12 @@ def test_permuted_batch_gives_permuted_result(cell, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_reverse_direction_is_flip_forward_flip(cell, backend):
-    both = Case(cell, torch.float64, hidden_size=19, bidirectional=True).module(sk)
-    one = Case(cell, torch.float64, hidden_size=19).module(sk)
+def test_reverse_direction_is_flip_forward_flip(cell, backend, dtype):
+    both = Case(cell, dtype, hidden_size=19, bidirectional=True).module(sk)
+    one = Case(cell, dtype, hidden_size=19).module(sk)
     both.backend = one.backend = backend
     one.load_state_dict({k.removesuffix("_reverse"): v for k, v in both.state_dict().items() if k.endswith("_reverse")})
-    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    x = torch.randn(5, 3, 4, dtype=dtype)
     output, state = both(x)
     flipped, flipped_state = one(x.flip(0))
     close(output[..., 19:], flipped.flip(0))
@@ -85,9 +86,9 @@ def test_reverse_direction_is_flip_forward_flip(cell, backend):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_packed_lengths_and_cu_seqlens_are_one(cell, backend):
-    module = module_of(cell, backend, bidirectional=True)
-    sequences = [torch.randn(n, 4, dtype=torch.float64) for n in (5, 2, 6, 2)]
+def test_packed_lengths_and_cu_seqlens_are_one(cell, backend, dtype):
+    module = module_of(cell, backend, dtype, bidirectional=True)
+    sequences = [torch.randn(n, 4, dtype=dtype) for n in (5, 2, 6, 2)]
     padded = torch.nn.utils.rnn.pad_sequence(sequences)
     lengths = torch.tensor([5, 2, 6, 2])
     output, state = module(padded, lengths=lengths)
@@ -107,6 +108,8 @@ def test_packed_lengths_and_cu_seqlens_are_one(cell, backend):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_run_gives_the_same_bits(cell, threads, backend):
+    if backend == "triton" and threads > 1:
+        pytest.skip("Triton's kernels have no threads of the CPU")
     torch.set_num_threads(threads)
     module = Case(cell, hidden_size=70, num_layers=2, bidirectional=True).module(sk)
     module.backend = backend

@@ -8,6 +8,9 @@ from cases import CELLS, DTYPES, Case, generated, run_ours, run_spec, run_torch
 from closeness import assert_as_close_as_torch
 from hypothesis import HealthCheck, given, settings
 
+from seqkernels import select
+from seqkernels.hardware import HERE, NO_TRITON
+
 
 def judged(results: dict, case: Case) -> dict:
     """In 16 bits a relu whose input rounds across zero has another gradient, for torch.nn at other places than for us:
@@ -36,6 +39,13 @@ def test_generated_configuration_is_as_close_as_torch(case):
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_generated_configuration_on_torch_eager_is_as_close_as_torch(case):
     assert_right(case, "torch_eager")
+
+
+@pytest.mark.skipif(not HERE.triton, reason=NO_TRITON)
+@given(case=generated(select.TRITON_DTYPES))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
+def test_generated_configuration_on_triton_is_as_close_as_torch(case):
+    assert_right(case, "triton")
 
 
 @pytest.mark.parametrize("cell", CELLS)
