@@ -8,6 +8,7 @@ import torch
 
 # On which device the tests run: `make gpu-check` says cuda.
 torch.set_default_device(os.environ.get("SEQKERNELS_TEST_DEVICE", "cpu"))
+torch.backends.cudnn.allow_tf32 = False  # tests of exact float32 are most; that of TF32 says so
 if torch.get_default_device().type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before seqkernels looks: Triton's kernels then run there as well
 

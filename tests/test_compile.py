@@ -11,7 +11,7 @@ OPTIONS = {
     "GRU": {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
     "LSTM": {"bidirectional": True, "proj_size": 3},
 }
-LENGTHS = torch.tensor([3, 6, 1, 4])
+LENGTHS = torch.tensor([3, 6, 1, 4], device="cpu")
 
 
 def module_of(name: str):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import Case
 from test_ops import (
     BACKENDS,
     CELLS,
@@ -15,6 +16,7 @@ from test_ops import (
 )
 from test_ops import backward as backward_of
 from test_ops import forward as forward_of
+from test_specification import assert_right
 
 from seqkernels import select
 from seqkernels.backends import triton as backend
@@ -87,6 +89,14 @@ def test_nothing_is_read_before_it_is_written(cell, shape, dtype, road, monkeypa
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(x.isfinite().all() for x in results)
+
+
+@pytest.mark.skipif(torch.get_default_device().type == "cpu", reason="TF32 is a GPU's")
+@pytest.mark.parametrize("hidden_size", [16, 61, 64, 128])
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_is_as_close_as_torchs(cell, hidden_size, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert_right(Case(cell, torch.float32, "padded", (21,) * 19, 30, hidden_size, bidirectional=True), "triton", 2)
 
 
 def test_a_backward_that_does_not_fit_is_refused():

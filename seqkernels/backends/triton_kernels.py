@@ -1,9 +1,9 @@
 """The Triton kernels: whole sequences with the recurrent weights on chip, and single steps between matrix products.
 
-Letters as in ``seqkernels.ops``. A tile is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the
-mathematics does, W h + b, and the weights are the left factor, which tensor cores read best. UNITS is a power of two,
-in the resident kernels at least H; what lies beyond H or B is masked, and zero wherever it enters a product. Gates,
-states and sums are float32, factors have the dtype of the weights.
+Letters as in ``seqkernels.ops``; G and K are called GATES and BLOCKS here. A tile is ``[UNITS, ROWS]``: hidden units
+by sequences, so that a step reads as the mathematics does, W h + b, and the weights are the left factor, which matrix
+cores read best. UNITS is a power of two, in the resident kernels at least H; what lies beyond H or B is masked, and
+zero wherever it enters a product. Gates, states and sums are float32, factors have the dtype of the weights.
 
 Only the host side, ``backends/triton.py``, imports this file.
 
@@ -240,21 +240,10 @@ def resident_forward(
     h_n,  # [D, B, H]; may be h_0 itself, as c_n may be c_0
     c_n,
     saved,  # [N, D, K*H]
-    T,
-    B,
-    N,
-    CELL: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    GATES: tl.constexpr,  # G
-    BLOCKS: tl.constexpr,  # K
-    RAGGED: tl.constexpr,
-    BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
+    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
+    RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
-):
+):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], tl.arange(0, UNITS)[:, None]
     here = (first + lane < B) & (unit < H)
@@ -319,29 +308,14 @@ def resident_forward(
 def resident_backward(
     grad_y,  # [N, D*H]
     grad_h,  # [D, B, H] float32, as is grad_c: of h_n and c_n, and then of h_0 and c_0
-    grad_c,
-    w_hh,
-    h_0,
+    grad_c, w_hh, h_0,
     c_0,  # [D, B, H], in the dtype of h_0
-    starts,
-    sizes,
-    y,
-    saved,
+    starts, sizes, y, saved,
     grad_gates,  # [D, N, F*H] with F = 4 blocks as cell_backward has them, for RNN one
-    T,
-    B,
-    N,
-    CELL: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    HAS_GRAD_Y: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
+    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
-):
+):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], tl.arange(0, UNITS)[:, None]
     here = (first + lane < B) & (unit < H)
@@ -395,26 +369,10 @@ def step_forward(
     b_hh,  # [D, G*H]
     h,  # [D, B, H], changed in place; with a projection what is to be projected
     c,  # [D, B, H] float32, changed in place
-    starts,
-    sizes,
-    y,
-    saved,
-    k,
-    T,
-    B,
-    N,
-    CELL: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    BIAS: tl.constexpr,
-    SAVE: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    starts, sizes, y, saved, k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr,
+    BLOCKS: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
     here = (first + lane < B) & (unit < H)
@@ -452,18 +410,10 @@ def step_forward(
 def step_project(
     projected,  # [D, B, P]
     h,  # [D, B, P], changed in place
-    starts,
-    sizes,
+    starts, sizes,
     y,  # [N, D*P]
-    k,
-    T,
-    B,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    RAGGED: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    k, T, B, P: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """Give the projected h of the sequences that run to their state and to y."""
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
@@ -481,28 +431,13 @@ def step_backward(
     grad_h,  # [D, B, H]; not projected, it becomes the gradient of h before the step, but for the product with w_hh
     grad_c,  # [D, B, H] float32, changed in place
     h_0,  # [D, B, H]
-    c_0,
-    starts,
-    sizes,
-    y,
-    saved,
+    c_0, starts, sizes, y, saved,
     grad_gates,  # [D, N, F*H]
     grad_step,  # [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
-    k,
-    T,
-    B,
-    N,
-    CELL: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    HAS_GRAD_Y: tl.constexpr,
-    PROJECTED: tl.constexpr,
-    ROWS: tl.constexpr,
+    k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
-):
+):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
     here = (first + lane < B) & (unit < H)
@@ -535,21 +470,12 @@ def step_backward(
 def step_project_backward(
     grad_y,  # [N, D*P]
     grad_h,  # [D, B, P], zero afterwards where a sequence runs
-    starts,
-    sizes,
+    starts, sizes,
     grad_projected,  # [D, N, P]
     grad_step,  # [D, B, P] the same of this step; zeros for sequences that do not run
-    k,
-    T,
-    B,
-    N,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    RAGGED: tl.constexpr,
-    HAS_GRAD_Y: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-):
+    k, T, B, N, P: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """The gradient of the projected h: what came back through time and what came from y."""
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
