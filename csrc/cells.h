@@ -4,7 +4,7 @@
 #pragma once
 
 #ifdef __CUDACC__
-#define SEQKERNELS_CELL __host__ __device__ inline
+#define SEQKERNELS_CELL __device__ inline
 #else
 #define SEQKERNELS_CELL inline
 #endif

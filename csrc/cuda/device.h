@@ -1,0 +1,159 @@
+// All that kernels know of a GPU: where a thread stands, memory, barriers, exchange in a warp, matrix cores, rounding.
+// Kernels use nothing else, so that tests can compile them for the host, where tests/host_run/device.h says the same of
+// threads that are fibers, with every access checked.
+#pragma once
+#ifdef SEQKERNELS_HOST_RUN
+#include "host_run/device.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define SEQKERNELS_ISA device
+#define DEVICE __device__ __forceinline__
+
+namespace seqkernels::device {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+// ---- threads and blocks
+
+DEVICE int thread() { return threadIdx.x; }
+DEVICE int64_t block() { return blockIdx.x; }
+DEVICE int block_y() { return blockIdx.y; }
+
+// All threads of the block wait for each other, and see what the others have written.
+DEVICE void synchronize() { __syncthreads(); }
+
+// The value of the lane whose number differs in the bits of `mask`; all lanes of a warp take part.
+DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+
+// ---- memory
+
+// 16 bytes, read or written at once.
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+// An array in the GPU's memory; the number of its elements is for the host-run alone.
+template <class T>
+struct Global {
+  T* data;
+  DEVICE Global(T* data, int64_t /*count*/) : data(data) {}
+  DEVICE explicit operator bool() const { return data; }
+  DEVICE T load(int64_t i) const { return data[i]; }
+  DEVICE void store(int64_t i, T value) const { data[i] = value; }
+};
+
+// An array in the block's shared memory, at a multiple of 16 bytes from its begin.
+template <class T>
+struct Shared {
+  T* data;
+  DEVICE Shared(int byte, int /*count*/) {
+    extern __shared__ Words memory[];
+    data = reinterpret_cast<T*>(reinterpret_cast<char*>(memory) + byte);
+  }
+  DEVICE T load(int i) const { return data[i]; }
+  DEVICE void store(int i, T value) const { data[i] = value; }
+  // From element i on, which lies at a multiple of 16 bytes.
+  DEVICE Words load_words(int i) const { return *reinterpret_cast<const Words*>(data + i); }
+  DEVICE void store_words(int i, Words words) const { *reinterpret_cast<Words*>(data + i) = words; }
+};
+
+// ---- numbers
+
+DEVICE double wide(double x) { return x; }
+DEVICE float wide(float x) { return x; }
+DEVICE float wide(bfloat16 x) { return __bfloat162float(x); }
+DEVICE float wide(float16 x) { return __half2float(x); }
+
+// Rounded to the nearest even.
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<double> {
+  static DEVICE double of(double x) { return x; }
+};
+template <>
+struct Narrow<float> {
+  static DEVICE float of(float x) { return x; }
+};
+template <>
+struct Narrow<bfloat16> {
+  static DEVICE bfloat16 of(float x) { return __float2bfloat16_rn(x); }
+};
+template <>
+struct Narrow<float16> {
+  static DEVICE float16 of(float x) { return __float2half_rn(x); }
+};
+
+// The bits of two 16-bit numbers, the first in the lower half.
+template <class T>
+DEVICE uint32_t pair(T first, T second) {
+  static_assert(sizeof(T) == 2);
+  return uint32_t(reinterpret_cast<uint16_t&>(first)) | uint32_t(reinterpret_cast<uint16_t&>(second)) << 16;
+}
+DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
+DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
+
+// To the 10 bits of TF32, to the nearest, ties away from zero.
+DEVICE float tf32(float x) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return from_bits(rounded);
+}
+
+DEVICE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+DEVICE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+DEVICE float tanh(float x) { return tanhf(x); }
+DEVICE double tanh(double x) { return ::tanh(x); }
+
+// ---- matrix cores: sum[16, 8] += a[16, K] b[K, 8], K being 16 for 16-bit factors and 8 for TF32, by all lanes of a
+// warp. A lane has the elements that PTX's description of mma.m16n8k16 and mma.m16n8k8 gives it.
+
+DEVICE void multiply(bfloat16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_0), "r"(b_1));
+}
+DEVICE void multiply(float16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_0), "r"(b_1));
+}
+DEVICE void multiply(float, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_0), "r"(b_1));
+}
+
+// ---- launches
+
+// A kernel is a type with `Parameters`, a number of `threads` a block, and `run(parameters)`, which every thread runs.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::threads, 1) entry(const __grid_constant__ typename Kernel::Parameters p) {
+  Kernel::run(p);
+}
+
+// Start a kernel on a stream; the error's text if that fails, else null. blocks_y is at most 65,535.
+template <class Kernel>
+const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
+                   const typename Kernel::Parameters& parameters) {
+  if (shared_bytes > 48 << 10) {  // what a block may have without being asked for
+    const cudaError_t error =
+        cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  const dim3 grid(static_cast<unsigned>(blocks), blocks_y);
+  entry<Kernel><<<grid, Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace seqkernels::device
+#endif

@@ -1,0 +1,210 @@
+// A layer as a kernel sees it: where its steps lie, and one element (a hidden unit of a sequence) of one step.
+#pragma once
+#include <utility>
+
+#include "device.h"
+#include "sweep.h"
+//
+#include "../cells.h"
+
+namespace seqkernels::device {
+
+// What is computed in: double for double, else float.
+template <class T>
+using Wide = decltype(wide(std::declval<T>()));
+
+// The k-th step that a direction takes, of those that a tile of sequences has.
+DEVICE int64_t step_of(int64_t k, int64_t steps, int direction) { return direction == 0 ? k : steps - 1 - k; }
+
+class Steps {
+ public:
+  DEVICE explicit Steps(const Sweep& s)
+      : starts_(s.starts, s.steps), sizes_(s.sizes, s.steps), steps_(s.steps), sequences_(s.sequences) {}
+
+  // The first row of step t.
+  DEVICE int64_t start(int64_t t) const { return starts_ ? starts_.load(t) : t * sequences_; }
+
+  // How many sequences run in step t; none in a step that there is not.
+  DEVICE int64_t size(int64_t t) const {
+    if (t < 0 || t >= steps_) return 0;
+    return sizes_ ? sizes_.load(t) : sequences_;
+  }
+
+  // How many steps a sequence has.
+  DEVICE int64_t count(int64_t sequence) const {
+    if (!sizes_) return steps_;
+    int64_t low = 0, high = steps_;  // sizes never rise
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (sizes_.load(middle) > sequence)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+ private:
+  Global<const int64_t> starts_, sizes_;
+  int64_t steps_, sequences_;
+};
+
+// One step forward from its gates; h and c change in place. `saved` has the first four blocks of what is saved.
+template <Cell CELL, class T>
+DEVICE void cell_forward(const T* x, const T* of_h, T& h, T& c, T* saved) {
+  if constexpr (CELL == Cell::gru) {
+    GruGates<T> gates;
+    h = gru_forward(x[0], x[1], x[2], of_h[0], of_h[1], of_h[2], h, gates);
+    saved[0] = gates.r, saved[1] = gates.z, saved[2] = gates.n, saved[3] = gates.hn;
+  } else if constexpr (CELL == Cell::lstm) {
+    LstmGates<T> gates;
+    h = lstm_forward(x[0] + of_h[0], x[1] + of_h[1], x[2] + of_h[2], x[3] + of_h[3], c, gates);
+    saved[0] = gates.i, saved[1] = gates.f, saved[2] = gates.g, saved[3] = gates.o;
+  } else if constexpr (CELL == Cell::rnn_tanh) {
+    h = tanh(x[0] + of_h[0]);
+  } else {
+    h = relu(x[0] + of_h[0]);
+  }
+}
+
+struct Lane {
+  int sequence, unit;
+};
+
+// What the backward step of an element reads; the states are those that the formulas name.
+template <class T>
+struct Past {
+  T grad_y, saved[4], now, before;  // now: LSTM c, RNN h; before: GRU h, LSTM c
+};
+
+// One step backward; grad_c changes in place. Returns the gradient of the previous h past the gates.
+template <Cell CELL, class T>
+DEVICE T cell_backward(T grad_h, T& grad_c, const T* saved, T now, T before, T* grad) {
+  if constexpr (CELL == Cell::gru) {
+    GruGates<T> gradients;
+    const T past = gru_backward(grad_h, before, {saved[0], saved[1], saved[2], saved[3]}, gradients);
+    grad[0] = gradients.r, grad[1] = gradients.z, grad[2] = gradients.hn, grad[3] = gradients.n;
+    return past;
+  } else if constexpr (CELL == Cell::lstm) {
+    LstmGates<T> gradients;
+    lstm_backward(grad_h, grad_c, now, before, {saved[0], saved[1], saved[2], saved[3]}, gradients);
+    grad[0] = gradients.i, grad[1] = gradients.f, grad[2] = gradients.g, grad[3] = gradients.o;
+    return 0;
+  } else {
+    grad[0] = CELL == Cell::rnn_tanh ? tanh_backward(grad_h, now) : relu_backward(grad_h, now);
+    return 0;
+  }
+}
+
+// The arrays of a forward sweep, and how an element finds its place in them: a row of the N of y, and what is to be
+// added to row and unit: `sequence` and `lane`, which are the same for all elements of a thread, so that their part of an
+// address is as well.
+template <Cell CELL, class T>
+class ForwardLayer {
+ public:
+  static constexpr int G = gates_of(CELL), K = saved_blocks_of(CELL);
+
+  DEVICE ForwardLayer(const ForwardSweep& s, int direction)
+      : gates_x_(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
+        b_hn_(static_cast<const T*>(s.b_hn[direction]), s.hidden),
+        y_(static_cast<T*>(s.y), s.rows * s.directions * s.hidden),
+        saved_(static_cast<T*>(s.saved), s.rows * s.directions * K * s.hidden),
+        rows_(s.rows), hidden_(static_cast<int>(s.hidden)), directions_(s.directions), direction_(direction) {}
+
+  DEVICE void load_gates(int64_t row, int unit, Lane lane, T* x) const {
+    const int64_t base = (direction_ * rows_ + row) * G * hidden_ + unit;
+#pragma unroll
+    for (int gate = 0; gate < G; gate++)
+      x[gate] = gates_x_.load(base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit));
+  }
+
+  DEVICE Wide<T> b_hn(int unit) const { return CELL == Cell::gru && b_hn_ ? wide(b_hn_.load(unit)) : 0; }
+
+  DEVICE void store_y(int64_t row, int unit, Lane lane, T h) const {
+    y_.store((row * directions_ + direction_) * hidden_ + unit + (lane.sequence * directions_ * hidden_ + lane.unit), h);
+  }
+
+  DEVICE void store_saved(int64_t row, int unit, Lane lane, const Wide<T>* saved, Wide<T> c) const {
+    if constexpr (K > 0) {
+      if (!saved_) return;
+      const int64_t base = (row * directions_ + direction_) * K * hidden_ + unit;
+      const int at = lane.sequence * directions_ * K * hidden_ + lane.unit;
+#pragma unroll
+      for (int block = 0; block < 4; block++) saved_.store(base + block * hidden_ + at, Narrow<T>::of(saved[block]));
+      if (CELL == Cell::lstm) saved_.store(base + 4 * hidden_ + at, Narrow<T>::of(c));
+    }
+  }
+
+ private:
+  Global<const T> gates_x_, b_hn_;
+  Global<T> y_, saved_;
+  int64_t rows_;
+  int hidden_, directions_, direction_;
+};
+
+template <Cell CELL, class T>
+class BackwardLayer {
+ public:
+  static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL);
+
+  DEVICE BackwardLayer(const BackwardSweep& s, int direction)
+      : grad_y_(static_cast<const T*>(s.grad_y), s.rows * s.directions * s.hidden),
+        h_0_(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden),
+        c_0_(static_cast<const T*>(s.c_0), s.directions * s.sequences * s.hidden),
+        y_(static_cast<const T*>(s.y), s.rows * s.directions * s.hidden),
+        saved_(static_cast<const T*>(s.saved), s.rows * s.directions * K * s.hidden),
+        grad_gates_(static_cast<T*>(s.grad_gates), s.directions * s.rows * F * s.hidden),
+        rows_(s.rows), sequences_(s.sequences), hidden_(static_cast<int>(s.hidden)), directions_(s.directions),
+        direction_(direction) {}
+
+  // `row_before`: where the same sequence lies in the step before, if it `ran` there; `state`: in the initial states.
+  DEVICE void load(int64_t row, int64_t row_before, bool ran, int64_t state, int unit, Lane lane, Past<T>& past) const {
+    const int64_t place = (row * directions_ + direction_) * hidden_;
+    const int64_t place_before = (row_before * directions_ + direction_) * hidden_;
+    const int at = lane.sequence * directions_ * hidden_ + lane.unit;
+    const int at_saved = lane.sequence * directions_ * K * hidden_ + lane.unit;
+    const int at_state = lane.sequence * hidden_ + lane.unit;
+    state = (direction_ * sequences_ + state) * hidden_;
+    if (grad_y_) past.grad_y = grad_y_.load(place + unit + at);
+    if constexpr (K > 0) {
+#pragma unroll
+      for (int block = 0; block < 4; block++)
+        past.saved[block] = saved_.load(place * K + unit + block * hidden_ + at_saved);
+    }
+    if constexpr (CELL == Cell::gru) {
+      past.before = ran ? y_.load(place_before + unit + at) : h_0_.load(state + unit + at_state);
+    } else if constexpr (CELL == Cell::lstm) {
+      past.now = saved_.load(place * K + unit + 4 * hidden_ + at_saved);
+      past.before = ran ? saved_.load(place_before * K + unit + 4 * hidden_ + at_saved) : c_0_.load(state + unit + at_state);
+    } else {
+      past.now = y_.load(place + unit + at);
+    }
+  }
+
+  // Gradients of the gates from those of h after the step, which becomes that of h before it past the gates.
+  DEVICE void step(const Past<T>& past, Wide<T>& grad_h, Wide<T>& grad_c, Wide<T>* grad) const {
+    Wide<T> saved[4] = {};
+    if constexpr (K > 0) {
+#pragma unroll
+      for (int block = 0; block < 4; block++) saved[block] = wide(past.saved[block]);
+    }
+    const Wide<T> now = CELL == Cell::gru ? 0 : wide(past.now), before = K > 0 ? wide(past.before) : 0;
+    const Wide<T> total = grad_y_ ? grad_h + wide(past.grad_y) : grad_h;
+    grad_h = cell_backward<CELL>(total, grad_c, saved, now, before, grad);
+  }
+
+  DEVICE void store_gates(int64_t row, int unit, Lane lane, const Wide<T>* grad) const {
+    const int64_t base = (direction_ * rows_ + row) * F * hidden_ + unit;
+    const int at = lane.sequence * F * hidden_ + lane.unit;
+#pragma unroll
+    for (int block = 0; block < F; block++) grad_gates_.store(base + block * hidden_ + at, Narrow<T>::of(grad[block]));
+  }
+
+ private:
+  Global<const T> grad_y_, h_0_, c_0_, y_, saved_;
+  Global<T> grad_gates_;
+  int64_t rows_, sequences_;
+  int hidden_, directions_, direction_;
+};
+
+}  // namespace seqkernels::device

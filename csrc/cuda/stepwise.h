@@ -1,0 +1,268 @@
+// A sweep step by step: between two matrix products, a kernel does the rest of a step, for both directions (the second
+// index of a block). And small kernels that prepare steps and gather rows. A thread has one element.
+#pragma once
+#include "layer.h"
+
+namespace seqkernels::device {
+
+constexpr int kThreads = 128;
+
+// Element i of an array [rows, width], if there is one.
+struct Element {
+  int64_t row;
+  int column;
+};
+DEVICE bool element(int64_t rows, int64_t width, Element& found) {
+  const int64_t i = block() * kThreads + thread();
+  if (i >= rows * width) return false;
+  found = {i / width, static_cast<int>(i % width)};
+  return true;
+}
+
+struct StepForward {
+  ForwardSweep layer;
+  int64_t k;            // the k-th step of every direction
+  int64_t running;      // no more sequences than these run in it
+  const void* gates_h;  // [D, B, G*H] the product W_hh h
+  void* h;              // [D, B, H] the states, changed in place; with a projection what is to be projected
+  void* c;              // [D, B, H] in float (double), changed in place
+  bool has_projection;  // then others write y
+};
+
+template <Cell CELL, class T>
+struct StepForwardKernel {
+  static constexpr int threads = kThreads, G = gates_of(CELL);
+  using Parameters = StepForward;
+
+  static DEVICE void run(const StepForward& p) {
+    const ForwardSweep& s = p.layer;
+    Element at;
+    if (!element(p.running, s.hidden, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d);
+    if (at.row >= steps.size(t)) return;
+    const int64_t row = steps.start(t) + at.row, state = d * s.sequences + at.row;
+    const ForwardLayer<CELL, T> layer(s, d);
+
+    const Global<const T> gates_h(static_cast<const T*>(p.gates_h), s.directions * s.sequences * G * s.hidden);
+    const int64_t states = s.directions * s.sequences * s.hidden, place = state * s.hidden + at.column;
+    const Global<T> h(static_cast<T*>(p.h), states);
+    const Global<Wide<T>> c(static_cast<Wide<T>*>(p.c), states);
+    T x[G];
+    layer.load_gates(row, at.column, {}, x);
+    Wide<T> wide_x[G], of_h[G], saved[4], h_now = 0, c_now = 0;
+#pragma unroll
+    for (int gate = 0; gate < G; gate++) {
+      wide_x[gate] = wide(x[gate]);
+      of_h[gate] = wide(gates_h.load((state * G + gate) * s.hidden + at.column));
+    }
+    if (CELL == Cell::gru) of_h[G - 1] += layer.b_hn(at.column), h_now = wide(h.load(place));
+    if (CELL == Cell::lstm) c_now = c.load(place);
+    cell_forward<CELL>(wide_x, of_h, h_now, c_now, saved);
+    h.store(place, Narrow<T>::of(h_now));
+    if (CELL == Cell::lstm) c.store(place, c_now);
+    if (!p.has_projection) layer.store_y(row, at.column, {}, Narrow<T>::of(h_now));
+    layer.store_saved(row, at.column, {}, saved, c_now);
+  }
+};
+
+struct StepBackward {
+  BackwardSweep layer;  // grad_y is null where it goes through a projection
+  int64_t k, running;
+  void* grad_h;         // [D, B, H]; but for the product with W_hh it becomes that of h before the step
+  void* grad_c;         // [D, B, H] in float (double), changed in place
+  void* grad_step;      // [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
+  bool has_projection;  // then grad_h belongs to this step alone
+};
+
+template <Cell CELL, class T>
+struct StepBackwardKernel {
+  static constexpr int threads = kThreads, G = gates_of(CELL);
+  using Parameters = StepBackward;
+
+  static DEVICE void run(const StepBackward& p) {
+    const BackwardSweep& s = p.layer;
+    Element at;
+    if (!element(p.running, s.hidden, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d), t_before = d == 0 ? t - 1 : t + 1;
+    const int64_t state = d * s.sequences + at.row, place = state * s.hidden + at.column;
+    const int64_t states = s.directions * s.sequences * s.hidden;
+    const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
+    const Global<Wide<T>> grad_c(static_cast<Wide<T>*>(p.grad_c), states);
+    Wide<T> grad[4] = {};
+    if (at.row < steps.size(t)) {
+      const BackwardLayer<CELL, T> layer(s, d);
+      const int64_t row = steps.start(t) + at.row;
+      const bool ran = at.row < steps.size(t_before);
+      Past<T> past;
+      layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.column, {}, past);
+      Wide<T> of_h = wide(grad_h.load(place)), of_c = CELL == Cell::lstm ? grad_c.load(place) : 0;
+      layer.step(past, of_h, of_c, grad);
+      layer.store_gates(row, at.column, {}, grad);
+      if (!p.has_projection) grad_h.store(place, Narrow<T>::of(of_h));
+      if (CELL == Cell::lstm) grad_c.store(place, of_c);
+    }
+#pragma unroll
+    for (int gate = 0; gate < G; gate++)
+      grad_step.store((state * G + gate) * s.hidden + at.column, Narrow<T>::of(grad[gate]));
+  }
+};
+
+// With a projection P is the width of h and y: give the projected h of the sequences that run to their state and to y.
+struct StepProject {
+  Sweep layer;
+  int64_t k, running;
+  const void* result;  // [D, B, P] the product
+  void* h;             // [D, B, P]
+  void* y;             // [N, D*P]
+};
+
+template <class T>
+struct StepProjectKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = StepProject;
+
+  static DEVICE void run(const StepProject& p) {
+    const Sweep& s = p.layer;
+    Element at;
+    if (!element(p.running, s.projected, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d), states = s.directions * s.sequences * s.projected;
+    if (at.row >= steps.size(t)) return;
+    const int64_t place = (d * s.sequences + at.row) * s.projected + at.column;
+    const T h = Global<const T>(static_cast<const T*>(p.result), states).load(place);
+    Global<T>(static_cast<T*>(p.h), states).store(place, h);
+    Global<T>(static_cast<T*>(p.y), s.rows * s.directions * s.projected)
+        .store(((steps.start(t) + at.row) * s.directions + d) * s.projected + at.column, h);
+  }
+};
+
+// The gradient of the projected h: what came back through time and what came from y.
+struct StepProjectBackward {
+  Sweep layer;
+  int64_t k, running;
+  const void* grad_y;    // [N, D*P] or null
+  void* grad_h;          // [D, B, P], zero afterwards where a sequence runs
+  void* grad_step;       // [D, B, P] zeros for sequences that do not run
+  void* grad_projected;  // [D, N, P] the same of all steps
+};
+
+template <class T>
+struct StepProjectBackwardKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = StepProjectBackward;
+
+  static DEVICE void run(const StepProjectBackward& p) {
+    const Sweep& s = p.layer;
+    Element at;
+    if (!element(p.running, s.projected, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d), states = s.directions * s.sequences * s.projected;
+    const int64_t place = (d * s.sequences + at.row) * s.projected + at.column;
+    Wide<T> grad = 0;
+    if (at.row < steps.size(t)) {
+      const int64_t row = steps.start(t) + at.row, values = s.rows * s.directions * s.projected;
+      const Global<const T> grad_y(static_cast<const T*>(p.grad_y), values);
+      const Global<T> grad_h(static_cast<T*>(p.grad_h), states);
+      grad = wide(grad_h.load(place));
+      if (grad_y) grad += wide(grad_y.load((row * s.directions + d) * s.projected + at.column));
+      grad_h.store(place, Narrow<T>::of(0));
+      Global<T>(static_cast<T*>(p.grad_projected), values)
+          .store((d * s.rows + row) * s.projected + at.column, Narrow<T>::of(grad));
+    }
+    Global<T>(static_cast<T*>(p.grad_step), states).store(place, Narrow<T>::of(grad));
+  }
+};
+
+// For every row the h that its step started from, for the gradients of the weights; zeros for rows that no step uses.
+struct Previous {
+  Sweep layer;
+  int direction;
+  const void* h_0;  // [D, B, P]
+  const void* y;    // [N, D*P]
+  void* result;     // [N, P]
+};
+
+template <class T>
+struct PreviousKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = Previous;
+
+  static DEVICE void run(const Previous& p) {
+    const Sweep& s = p.layer;
+    Element at;
+    if (!element(s.rows, s.projected, at)) return;
+    const Steps steps(s);
+    int64_t low = 0, high = s.steps;  // the last step that begins at this row or before
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (steps.start(middle) <= at.row ? low : high) = middle;
+    }
+    const int64_t sequence = at.row - steps.start(low), before = p.direction == 0 ? low - 1 : low + 1;
+    T h = Narrow<T>::of(0);
+    if (sequence < steps.size(before))
+      h = Global<const T>(static_cast<const T*>(p.y), s.rows * s.directions * s.projected)
+              .load(((steps.start(before) + sequence) * s.directions + p.direction) * s.projected + at.column);
+    else if (sequence < steps.size(low))
+      h = Global<const T>(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected)
+              .load((p.direction * s.sequences + sequence) * s.projected + at.column);
+    Global<T>(static_cast<T*>(p.result), s.rows * s.projected).store(at.row * s.projected + at.column, h);
+  }
+};
+
+// o tanh(c) of every row: what an LSTM projects.
+struct Unprojected {
+  Sweep layer;
+  int direction;
+  const void* saved;  // [N, D, 5*H]
+  void* result;       // [N, H]
+};
+
+template <class T>
+struct UnprojectedKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = Unprojected;
+
+  static DEVICE void run(const Unprojected& p) {
+    const Sweep& s = p.layer;
+    Element at;
+    if (!element(s.rows, s.hidden, at)) return;
+    const Global<const T> saved(static_cast<const T*>(p.saved), s.rows * s.directions * 5 * s.hidden);
+    const int64_t o = ((at.row * s.directions + p.direction) * 5 + 3) * s.hidden + at.column;
+    const Wide<T> h = wide(saved.load(o)) * tanh(wide(saved.load(o + s.hidden)));
+    Global<T>(static_cast<T*>(p.result), s.rows * s.hidden).store(at.row * s.hidden + at.column, Narrow<T>::of(h));
+  }
+};
+
+// Write first rows and sizes of steps from what the host knows, which travels with the launch: nothing is copied from
+// the host's memory, nothing waits, and a CUDA graph that captures it can be replayed.
+struct WriteSteps {
+  static constexpr int runs = 128;
+  int64_t steps;   // of all
+  int64_t begin;   // of this launch's
+  int count;       // runs of steps of one size
+  int64_t end[runs], start[runs], size[runs];  // behind the run's last step, the first row of its first, sequences
+  int64_t *starts, *sizes;                     // [T]
+};
+
+struct WriteStepsKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = WriteSteps;
+
+  static DEVICE void run(const WriteSteps& p) {
+    const int64_t t = p.begin + block() * kThreads + thread();
+    if (t >= p.end[p.count - 1]) return;
+    int run = 0;
+    while (p.end[run] <= t) run++;
+    const int64_t first = run ? p.end[run - 1] : p.begin;
+    Global<int64_t>(p.starts, p.steps).store(t, p.start[run] + (t - first) * p.size[run]);
+    Global<int64_t>(p.sizes, p.steps).store(t, p.size[run]);
+  }
+};
+
+}  // namespace seqkernels::device

@@ -1,0 +1,188 @@
+// The names of csrc/cuda/device.h for the host: a block's threads are fibers of the calling thread, in random order, and
+// run.cpp checks every access. What goes wrong ends the launch, which returns a description.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define SEQKERNELS_ISA device
+#define DEVICE inline
+
+namespace seqkernels::host_run {
+
+struct Here {
+  int64_t block;
+  int block_y, thread;
+};
+extern Here here;
+
+enum class Access { read, write };
+
+// Check an access to element i of an array in global memory.
+void check_global(const void* data, int64_t count, int element_bytes, int64_t i, Access access);
+
+// Check an access to `bytes` bytes from `offset` on of an array of `size` bytes at byte `begin` of shared memory, and
+// return where they are.
+unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, Access access);
+
+const char* launch(int64_t blocks, int blocks_y, int threads, int shared_bytes, void (*kernel)(const void* parameters),
+                   const void* parameters);
+
+template <class To, class From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+}  // namespace seqkernels::host_run
+
+namespace seqkernels::device {
+
+// ---- threads and blocks
+
+inline int thread() { return host_run::here.thread; }
+inline int64_t block() { return host_run::here.block; }
+inline int block_y() { return host_run::here.block_y; }
+void synchronize();
+float exchange(float value, int mask);
+
+// ---- memory
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+template <class T>
+class Global {
+ public:
+  Global(T* data, int64_t count) : data_(data), count_(count) {}
+  explicit operator bool() const { return data_; }
+  T load(int64_t i) const {
+    host_run::check_global(data_, count_, sizeof(T), i, host_run::Access::read);
+    return data_[i];
+  }
+  void store(int64_t i, T value) const {
+    host_run::check_global(data_, count_, sizeof(T), i, host_run::Access::write);
+    data_[i] = value;
+  }
+
+ private:
+  T* data_;
+  int64_t count_;
+};
+
+template <class T>
+class Shared {
+ public:
+  Shared(int byte, int count) : byte_(byte), count_(count) {}
+  T load(int i) const { return load_as<T>(i); }
+  void store(int i, T value) const { store_as(i, value); }
+  Words load_words(int i) const { return load_as<Words>(i); }
+  void store_words(int i, Words words) const { store_as(i, words); }
+
+ private:
+  template <class As>
+  As load_as(int i) const {
+    As value;
+    std::memcpy(&value, check<As>(i, host_run::Access::read), sizeof(As));
+    return value;
+  }
+  template <class As>
+  void store_as(int i, As value) const {
+    std::memcpy(check<As>(i, host_run::Access::write), &value, sizeof(As));
+  }
+  template <class As>
+  unsigned char* check(int i, host_run::Access access) const {
+    constexpr int64_t size = sizeof(T);
+    return host_run::check_shared(byte_, count_ * size, i * size, sizeof(As), access);
+  }
+
+  int byte_, count_;
+};
+
+// ---- numbers
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+inline uint32_t bits(float x) { return host_run::bits_of<uint32_t>(x); }
+inline float from_bits(uint32_t x) { return host_run::bits_of<float>(x); }
+template <class T>
+inline uint32_t pair(T first, T second) {
+  return uint32_t{first.bits} | uint32_t{second.bits} << 16;
+}
+
+inline double wide(double x) { return x; }
+inline float wide(float x) { return x; }
+inline float wide(bfloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+inline float wide(float16 x) {
+  // Multiplying by 2^112 corrects the exponent's bias and normalises subnormals.
+  const float magnitude = from_bits((x.bits & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+  return from_bits(bits(magnitude) | special | (x.bits & 0x8000u) << 16);
+}
+
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<double> {
+  static double of(double x) { return x; }
+};
+template <>
+struct Narrow<float> {
+  static float of(float x) { return x; }
+};
+template <>
+struct Narrow<bfloat16> {
+  static bfloat16 of(float x) {
+    const uint32_t b = bits(x);
+    const uint32_t rounded = x == x ? b + 0x7fff + (b >> 16 & 1) : b | 0x400000;
+    return {static_cast<uint16_t>(rounded >> 16)};
+  }
+};
+template <>
+struct Narrow<float16> {
+  static float16 of(float x) {
+    const uint32_t sign = bits(x) >> 16 & 0x8000, magnitude = bits(x) & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000)
+      half = 0x7e00;  // NaN
+    else if (magnitude >= 0x477ff000)
+      half = 0x7c00;  // rounds to infinity
+    else if (magnitude < 0x38800000)
+      half = bits(from_bits(magnitude) + 0.5f) - bits(0.5f);  // subnormal: the last bit of 0.5 + x is that of a half
+    else
+      half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    return {static_cast<uint16_t>(half | sign)};
+  }
+};
+
+inline float tf32(float x) { return std::isfinite(x) ? from_bits((bits(x) + 0x1000) & ~0x1fffu) : x; }
+
+inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+inline float tanh(float x) { return std::tanh(x); }
+inline double tanh(double x) { return std::tanh(x); }
+
+// ---- matrix cores: sums in float, over k in order
+
+void multiply(bfloat16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
+void multiply(float16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
+void multiply(float, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
+
+// ---- launches
+
+template <class Kernel>
+const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* /*stream*/,
+                   const typename Kernel::Parameters& parameters) {
+  const auto run = [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Parameters*>(p)); };
+  return host_run::launch(blocks, blocks_y, Kernel::threads, shared_bytes, run, &parameters);
+}
+
+}  // namespace seqkernels::device
