@@ -10,7 +10,8 @@ BIN := $(VENV)/bin
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
 NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CHECKED_SOURCES := $(NATIVE_SOURCES) $(wildcard tests/*.cpp)
+CUDA_SOURCES := $(wildcard csrc/cuda/* tests/host_run/*.cpp tests/host_run/*.h)
+CHECKED_SOURCES := $(NATIVE_SOURCES) $(CUDA_SOURCES) $(wildcard tests/*.cpp)
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
@@ -42,7 +43,13 @@ $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 demo: $(READY)
 	$(BIN)/python -m benchmarks demo
 
-test: $(READY)
+# The CUDA kernels, compiled to run on the CPU with every access checked: tests/host_run.
+HOST_RUN := build/host_run/host_run.so
+$(HOST_RUN): $(READY) $(NATIVE_SOURCES) $(CUDA_SOURCES)
+	SEQKERNELS_BUILD=host_run $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/host_run-objects
+	mv $(@D)/host_run.*.so $@
+
+test: $(READY) $(HOST_RUN)
 	$(BIN)/python -m pytest
 
 # On a machine with a GPU, a torch for it and pytest: nothing is installed. Rows go to $(OUT).

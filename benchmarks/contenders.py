@@ -224,7 +224,7 @@ def optional(package: str) -> Any:
 
 
 MOST_UNROLLED = 32  # steps
-OUR_BACKENDS = ("cpu", "triton", "torch_eager")
+OUR_BACKENDS = ("cpu", "cuda", "triton", "torch_eager")
 CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "torch.nn": torch_nn,
     "seqkernels": seqkernels,

@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class Machine(NamedTuple):
     native: bool = True  # the compiled library seqkernels._C is loaded
     native_missing: str = ""  # if not, why
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
+    cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
+    host_run: bool = False  # SEQKERNELS_HOST_RUN: they are a build that runs them on the CPU, for tests
     triton: bool = False  # Triton is installed
     interpreter: bool = False  # TRITON_INTERPRET: its kernels run step by step on the CPU
     gpu: GPU | None = None  # the one that the tensors are on
@@ -45,9 +48,26 @@ def _load_native() -> str:
     return ""
 
 
+def _load_cuda(host_run: str | None) -> str:
+    """Load the library of CUDA kernels, which needs a torch that has CUDA; the reason if that cannot be done."""
+    library = Path(host_run) if host_run else Path(__file__).with_name("_cuda.so")
+    if not host_run and torch.version.cuda is None:
+        return "this torch has no CUDA"
+    if not library.exists():
+        return "this version installs no CUDA kernels yet; CUDA tensors run on Triton's or on torch_eager"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"the CUDA kernels do not load: {error}"
+    return ""
+
+
 def _here() -> Machine:
     missing = _load_native()
+    host_run = os.environ.get("SEQKERNELS_HOST_RUN") or None
     return Machine(
+        cuda_missing=_load_cuda(host_run),
+        host_run=host_run is not None,
         native=not missing,
         native_missing=missing,
         forced_backend=os.environ.get("SEQKERNELS_BACKEND") or None,
@@ -58,8 +78,8 @@ def _here() -> Machine:
 
 HERE = _here()
 
-# What the interpreter stands in for, so that it takes the roads of a large GPU.
-INTERPRETED = GPU("Triton's interpreter", "sm_90", 227 << 10, 1, 0)
+# What Triton's interpreter and a host run stand in for, so that they take the roads of a large GPU.
+INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, 0)
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -103,7 +123,7 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("CPU kernels", f"none: {HERE.native_missing}. Remedy: a C++ compiler, then pip install again"))
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
-    rows.append(("CUDA kernels", "none in this version; CUDA tensors run on Triton's or on torch_eager"))
+    rows.append(("CUDA kernels", f"none: {HERE.cuda_missing}" if HERE.cuda_missing else "loaded"))
     rows.append(("Triton kernels", _triton()))
     rows.append(("SEQKERNELS_BACKEND", HERE.forced_backend or "not set: chosen per call"))
     return rows

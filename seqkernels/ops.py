@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
+from seqkernels.backends import cuda as cuda_backend
 from seqkernels.backends import triton as triton_backend
 from seqkernels.hardware import HERE
 from seqkernels.select import Plan
@@ -186,13 +187,13 @@ def _register(backend: str) -> None:
             _library.impl(f"{name}.{backend}", _cast_for_autocast(operator, device_type), key)
 
 
-for _name, _module in (("torch_eager", torch_eager), ("triton", triton_backend)):
+for _name, _module in (("torch_eager", torch_eager), ("triton", triton_backend), ("cuda", cuda_backend)):
     _library.define(f"recurrence_forward.{_name}{FORWARD_SCHEMA}")
     _library.define(f"recurrence_backward.{_name}{BACKWARD_SCHEMA}")
     _library.impl(f"recurrence_forward.{_name}", _module.forward, "CompositeExplicitAutograd")
     _library.impl(f"recurrence_backward.{_name}", _module.backward, "CompositeExplicitAutograd")
 # csrc/library.cpp defines and implements "cpu".
-_backends = ["torch_eager", "triton"] + (["cpu"] if HERE.native else [])
+_backends = ["torch_eager", "triton", "cuda"] + (["cpu"] if HERE.native else [])
 for _backend in _backends:
     _register(_backend)
 

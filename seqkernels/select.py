@@ -7,9 +7,9 @@ import torch
 from seqkernels.hardware import GPU, HERE, INTERPRETED, NO_TRITON, Machine
 
 # In order of preference; the last one takes everything.
-BACKENDS = ("cpu", "triton", "torch_eager")
+BACKENDS = ("cpu", "cuda", "triton", "torch_eager")
 
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -61,14 +61,33 @@ def reason_against(backend: str, problem: Problem, machine: Machine) -> str | No
     if backend == "cpu":
         if problem.device_type != "cpu":
             return f"the tensors are on {problem.device_type}"
-        if problem.dtype not in CPU_DTYPES:
+        if problem.dtype not in NATIVE_DTYPES:
             return f"no CPU kernel for {problem.dtype}"
         if problem.transformed:
             return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
         return None if machine.native else machine.native_missing
+    if backend == "cuda":
+        return _reason_against_cuda(problem, machine)
     if backend == "triton":
         return _reason_against_triton(problem, machine)
     return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
+
+
+def _reason_against_cuda(problem: Problem, machine: Machine) -> str | None:
+    if problem.device_type != ("cpu" if machine.host_run else "cuda"):
+        return f"the tensors are on {problem.device_type}"
+    if machine.cuda_missing:
+        return machine.cuda_missing
+    if problem.dtype not in NATIVE_DTYPES:
+        return f"no CUDA kernel for {problem.dtype}"
+    if problem.transformed:
+        return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
+    gpu = machine.gpu
+    if gpu and gpu.amd:
+        return f"{gpu.name} does not run CUDA"
+    if gpu and int(gpu.target.removeprefix("sm_")) < 75:
+        return f"the CUDA kernels need compute capability 7.5, {gpu.name} has {gpu.target}"
+    return None
 
 
 def _reason_against_triton(problem: Problem, machine: Machine) -> str | None:
@@ -140,6 +159,47 @@ def _family(gpu: GPU) -> str:
     return {"9": "hopper", "10": "blackwell"}.get(gpu.target.removeprefix("sm_")[:-1], "ampere")
 
 
+_BANKS = 128  # bytes that shared memory gives at once; rows of factors begin half of that apart
+SEQUENCES = 8  # that a block takes at most: what the matrix cores multiply at once
+
+
+def single_block(
+    cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
+) -> bool:
+    """Whether a layer's sweep can run in one launch, with the weights in registers and shared memory of one block."""
+    if projected or hidden_size > 128 or dtype == torch.float64 or int(gpu.target.removeprefix("sm_")) < 80:
+        return False
+    return single_block_memory(cell, hidden_size, dtype, tf32, backward) <= gpu.shared_memory
+
+
+def single_block_memory(cell: str, hidden_size: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
+    """Bytes of shared memory that a block takes: two buffers of states (backward: gradients of gates) of 8 sequences,
+    and what its threads do not hold of the weights. csrc/cuda/single_block.h and .cu say the same."""
+    gates, size = _GATES[cell.partition("_")[0]], dtype.itemsize
+    width = -(-hidden_size // 32) * 32
+    row = width * (gates if backward else 1) * size
+    row += 64 if row % _BANKS == 0 else 0
+    fragments = gates * width * size // 64
+    held = _HELD[_PRODUCTS[size, tf32]](gates == 4, width, backward)
+    return 2 * SEQUENCES * row + max(0, fragments - held) * 2 * width * 32
+
+
+# Fragments (32 bytes) of the weights that a thread holds in registers, by (LSTM, width, backward).
+_PRODUCTS = {(2, False): "16 bits", (2, True): "16 bits", (4, True): "TF32", (4, False): "exact"}
+_HELD = {
+    "16 bits": lambda lstm, width, backward: (9 if backward else 11) if lstm and width == 96 else 13,
+    "TF32": lambda lstm, width, backward: 15 if lstm and backward else 18,
+    "exact": lambda lstm, width, backward: (
+        (14 if backward else 8 if width > 64 else 7) if lstm else 15 if backward else 11
+    ),
+}
+
+
+def sequences_of_block(sequences: int, gpu: GPU) -> int:
+    """As few as let all blocks run at once: a step of a block lasts the longer, the more it has to read and write."""
+    return max(1, min(SEQUENCES, -(-sequences // gpu.multiprocessors)))
+
+
 def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) -> Plan:
     """Choose for `problem`; `backend` or SEQKERNELS_BACKEND forces one.
 
@@ -152,6 +212,8 @@ def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) 
         against = reason_against(candidate, problem, machine)
         if candidate == "triton" and not forced and machine.interpreter:
             against = "Triton's interpreter runs for those who name it: backend='triton'"
+        if candidate == "cuda" and not forced and machine.host_run:
+            against = "CUDA kernels run on the CPU for those who name them: backend='cuda'"
         if against is None:
             why = "forced" if forced else _REASONS[candidate]
             return Plan(candidate, why, refusals, _kernel(candidate, problem, machine))
@@ -163,14 +225,19 @@ def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) 
 
 
 def _kernel(backend: str, problem: Problem, machine: Machine) -> str:
-    if backend != "triton" or problem.hidden_size is None:
+    if backend not in ("cuda", "triton") or problem.hidden_size is None:
         return ""
     gpu = machine.gpu or INTERPRETED
+    if backend == "cuda":
+        layer = problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu
+        forward, back = ("single block" if single_block(*layer, way) else "stepwise" for way in (False, True))
+        return forward if forward == back else f"forward {forward}, backward {back}"
     return str(triton_tile(problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu))
 
 
 _REASONS = {
     "cpu": "compiled kernels for this CPU",
+    "cuda": "compiled kernels for NVIDIA GPUs",
     "triton": "kernels that Triton compiles for this GPU",
     "torch_eager": "plain torch operations run anywhere; slower than torch.nn where torch has a fused kernel",
 }

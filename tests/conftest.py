@@ -1,6 +1,7 @@
 """One fixture runs a test on every backend that is here; a backend that is not says why."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -10,7 +11,12 @@ import torch
 torch.set_default_device(os.environ.get("SEQKERNELS_TEST_DEVICE", "cpu"))
 torch.backends.cudnn.allow_tf32 = False  # tests of exact float32 are most; that of TF32 says so
 if torch.get_default_device().type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # before seqkernels looks: Triton's kernels then run there as well
+    # Before seqkernels looks: the kernels for GPUs then run there as well, Triton's interpreted, those in CUDA as
+    # `make test` has built them for it (tests/host_run).
+    os.environ["TRITON_INTERPRET"] = "1"
+    host_run = Path(__file__).parent.parent / "build/host_run/host_run.so"
+    if host_run.exists():
+        os.environ["SEQKERNELS_HOST_RUN"] = str(host_run)
 
 from seqkernels import select  # noqa: E402
 from seqkernels.hardware import HERE  # noqa: E402

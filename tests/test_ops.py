@@ -12,6 +12,7 @@ from seqkernels.hardware import HERE
 
 MISSING = {
     "cpu": not HERE.native or torch.get_default_device().type != "cpu",
+    "cuda": bool(HERE.cuda_missing),
     "triton": not HERE.triton,
 }
 BACKENDS = [backend for backend in select.BACKENDS if not MISSING.get(backend)]
@@ -176,9 +177,13 @@ def test_every_instruction_set_gives_what_torch_eager_gives(call, instruction_se
 
 
 def assert_rounding_alone(call: Call, backend: str) -> None:
+    assert_rounding_alone_of(call, forward(backend), backward(backend))
+
+
+def assert_rounding_alone_of(call: Call, run_forward, run_backward) -> None:
     """Each output errs by a few units of its dtype against float64. The float64 backward starts from the forward under
     test: a relu whose input rounds across zero has another gradient, which is no error of the backward."""
-    ours = both_passes(call, forward(backend), backward(backend))
+    ours = both_passes(call, run_forward, run_backward)
     y, saved = ours[0].double(), ours[3].double()
     layer = wide(call.arguments())[1:-1]
     expected = both_passes(

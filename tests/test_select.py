@@ -52,7 +52,7 @@ def test_a_forced_backend_runs_or_is_refused_with_its_reason():
         plan(problem, PURE, "cpu")
     with pytest.raises(ValueError, match="tensors are on cuda"):
         plan(Problem("gru", "cuda", torch.float32), HERE, "cpu")
-    with pytest.raises(ValueError, match="choose one of cpu, triton, torch_eager"):
+    with pytest.raises(ValueError, match="choose one of cpu, cuda, triton, torch_eager"):
         plan(problem, Machine(forced_backend="gpu"))
 
 

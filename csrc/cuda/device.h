@@ -150,7 +150,7 @@ const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   const dim3 grid(static_cast<unsigned>(blocks), blocks_y);
-  entry<Kernel><<<grid, Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(parameters);
+  entry<Kernel><<<grid, Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(parameters);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -97,8 +97,8 @@ DEVICE T cell_backward(T grad_h, T& grad_c, const T* saved, T now, T before, T* 
 }
 
 // The arrays of a forward sweep, and how an element finds its place in them: a row of the N of y, and what is to be
-// added to row and unit: `sequence` and `lane`, which are the same for all elements of a thread, so that their part of an
-// address is as well.
+// added to row and unit: `sequence` and `lane`, which are the same for all elements of a thread, so that their part of
+// an address is as well.
 template <Cell CELL, class T>
 class ForwardLayer {
  public:
@@ -109,7 +109,10 @@ class ForwardLayer {
         b_hn_(static_cast<const T*>(s.b_hn[direction]), s.hidden),
         y_(static_cast<T*>(s.y), s.rows * s.directions * s.hidden),
         saved_(static_cast<T*>(s.saved), s.rows * s.directions * K * s.hidden),
-        rows_(s.rows), hidden_(static_cast<int>(s.hidden)), directions_(s.directions), direction_(direction) {}
+        rows_(s.rows),
+        hidden_(static_cast<int>(s.hidden)),
+        directions_(s.directions),
+        direction_(direction) {}
 
   DEVICE void load_gates(int64_t row, int unit, Lane lane, T* x) const {
     const int64_t base = (direction_ * rows_ + row) * G * hidden_ + unit;
@@ -121,7 +124,8 @@ class ForwardLayer {
   DEVICE Wide<T> b_hn(int unit) const { return CELL == Cell::gru && b_hn_ ? wide(b_hn_.load(unit)) : 0; }
 
   DEVICE void store_y(int64_t row, int unit, Lane lane, T h) const {
-    y_.store((row * directions_ + direction_) * hidden_ + unit + (lane.sequence * directions_ * hidden_ + lane.unit), h);
+    y_.store((row * directions_ + direction_) * hidden_ + unit + (lane.sequence * directions_ * hidden_ + lane.unit),
+             h);
   }
 
   DEVICE void store_saved(int64_t row, int unit, Lane lane, const Wide<T>* saved, Wide<T> c) const {
@@ -154,7 +158,10 @@ class BackwardLayer {
         y_(static_cast<const T*>(s.y), s.rows * s.directions * s.hidden),
         saved_(static_cast<const T*>(s.saved), s.rows * s.directions * K * s.hidden),
         grad_gates_(static_cast<T*>(s.grad_gates), s.directions * s.rows * F * s.hidden),
-        rows_(s.rows), sequences_(s.sequences), hidden_(static_cast<int>(s.hidden)), directions_(s.directions),
+        rows_(s.rows),
+        sequences_(s.sequences),
+        hidden_(static_cast<int>(s.hidden)),
+        directions_(s.directions),
         direction_(direction) {}
 
   // `row_before`: where the same sequence lies in the step before, if it `ran` there; `state`: in the initial states.
@@ -175,7 +182,8 @@ class BackwardLayer {
       past.before = ran ? y_.load(place_before + unit + at) : h_0_.load(state + unit + at_state);
     } else if constexpr (CELL == Cell::lstm) {
       past.now = saved_.load(place * K + unit + 4 * hidden_ + at_saved);
-      past.before = ran ? saved_.load(place_before * K + unit + 4 * hidden_ + at_saved) : c_0_.load(state + unit + at_state);
+      past.before =
+          ran ? saved_.load(place_before * K + unit + 4 * hidden_ + at_saved) : c_0_.load(state + unit + at_state);
     } else {
       past.now = y_.load(place + unit + at);
     }

@@ -1,8 +1,8 @@
 // W h + b of one block: weights that stay where they are for all steps, times the states of up to 8 sequences.
 //
 // A warp multiplies 16 rows of a matrix, in chunks of its columns: 16 bytes of a row for each of the 4 lanes that share
-// it. What a lane holds of 16 rows by a chunk is a fragment. Of the sums, lane l has for units l / 4 and l / 4 + 8 those
-// of sequences 2 (l % 4) and the next: the same for matrix cores and for plain multiplications.
+// it. What a lane holds of 16 rows by a chunk is a fragment. Of the sums, lane l has for units l / 4 and l / 4 + 8
+// those of sequences 2 (l % 4) and the next: the same for matrix cores and for plain multiplications.
 #pragma once
 #include "device.h"
 

@@ -36,8 +36,8 @@ class Tile {
     sequences_ = left < sequences ? static_cast<int>(left) : sequences;
   }
 
-  DEVICE int64_t count() const { return count_; }        // steps of the longest sequence
-  DEVICE int64_t first() const { return first_; }        // its number, and that of the first
+  DEVICE int64_t count() const { return count_; }  // steps of the longest sequence
+  DEVICE int64_t first() const { return first_; }  // its number, and that of the first
   DEVICE int sequences() const { return sequences_; }
   DEVICE int direction() const { return direction_; }
 
@@ -86,7 +86,9 @@ struct SingleBlockForward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
     Lane lane{sequence_of(0), Base::first_unit(0) + unit_of(0)};
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<const T> h_0(static_cast<const T*>(s.h_0), states), c_0(static_cast<const T*>(s.c_0), states);
-    const auto state_of = [&](int unit, int e) { return (d * s.sequences + tile.first() + sequence_of(e)) * hidden + unit; };
+    const auto state_of = [&](int unit, int e) {
+      return (d * s.sequences + tile.first() + sequence_of(e)) * hidden + unit;
+    };
     float h[BLOCKS][kElements] = {}, c[BLOCKS][kElements] = {}, b_hn[BLOCKS][2] = {};
     each([&](int block, int e, int unit) {
       if (unit < hidden && sequence_of(e) < tile.sequences()) {
@@ -103,7 +105,8 @@ struct SingleBlockForward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
       each([&](int block, int e, int unit) {
 #pragma unroll
         for (int gate = 0; gate < G; gate++) x[block][e][gate] = Narrow<T>::of(0);
-        if (unit < hidden && sequence_of(e) < step.running) layer.load_gates(step.row + e % 2, e / 2 * 8 + block * 16, lane, x[block][e]);
+        if (unit < hidden && sequence_of(e) < step.running)
+          layer.load_gates(step.row + e % 2, e / 2 * 8 + block * 16, lane, x[block][e]);
       });
     };
     load(now);
@@ -212,7 +215,9 @@ struct SingleBlockBackward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<const T> grad_h_n(static_cast<const T*>(s.grad_h_n), states);
     const Global<const T> grad_c_n(static_cast<const T*>(s.grad_c_n), states);
-    const auto state_of = [&](int unit, int e) { return (d * s.sequences + tile.first() + sequence_of(e)) * hidden + unit; };
+    const auto state_of = [&](int unit, int e) {
+      return (d * s.sequences + tile.first() + sequence_of(e)) * hidden + unit;
+    };
     float grad_h[BLOCKS][kElements] = {}, grad_c[BLOCKS][kElements] = {};
     each([&](int block, int e, int unit) {
       if (unit >= hidden || sequence_of(e) >= tile.sequences()) return;
@@ -227,7 +232,8 @@ struct SingleBlockBackward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
         const int sequence = sequence_of(e);
         past[block][e] = {};
         if (unit < hidden && sequence < now.running)
-          layer.load(now.row + e % 2, before.row + e % 2, sequence < before.running, tile.first() + e % 2, e / 2 * 8 + block * 16, lane, past[block][e]);
+          layer.load(now.row + e % 2, before.row + e % 2, sequence < before.running, tile.first() + e % 2,
+                     e / 2 * 8 + block * 16, lane, past[block][e]);
       });
     };
     load();

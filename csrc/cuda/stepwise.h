@@ -19,16 +19,6 @@ DEVICE bool element(int64_t rows, int64_t width, Element& found) {
   return true;
 }
 
-struct StepForward {
-  ForwardSweep layer;
-  int64_t k;            // the k-th step of every direction
-  int64_t running;      // no more sequences than these run in it
-  const void* gates_h;  // [D, B, G*H] the product W_hh h
-  void* h;              // [D, B, H] the states, changed in place; with a projection what is to be projected
-  void* c;              // [D, B, H] in float (double), changed in place
-  bool has_projection;  // then others write y
-};
-
 template <Cell CELL, class T>
 struct StepForwardKernel {
   static constexpr int threads = kThreads, G = gates_of(CELL);
@@ -67,15 +57,6 @@ struct StepForwardKernel {
   }
 };
 
-struct StepBackward {
-  BackwardSweep layer;  // grad_y is null where it goes through a projection
-  int64_t k, running;
-  void* grad_h;         // [D, B, H]; but for the product with W_hh it becomes that of h before the step
-  void* grad_c;         // [D, B, H] in float (double), changed in place
-  void* grad_step;      // [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
-  bool has_projection;  // then grad_h belongs to this step alone
-};
-
 template <Cell CELL, class T>
 struct StepBackwardKernel {
   static constexpr int threads = kThreads, G = gates_of(CELL);
@@ -97,7 +78,7 @@ struct StepBackwardKernel {
       const BackwardLayer<CELL, T> layer(s, d);
       const int64_t row = steps.start(t) + at.row;
       const bool ran = at.row < steps.size(t_before);
-      Past<T> past;
+      Past<T> past = {};
       layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.column, {}, past);
       Wide<T> of_h = wide(grad_h.load(place)), of_c = CELL == Cell::lstm ? grad_c.load(place) : 0;
       layer.step(past, of_h, of_c, grad);
@@ -109,15 +90,6 @@ struct StepBackwardKernel {
     for (int gate = 0; gate < G; gate++)
       grad_step.store((state * G + gate) * s.hidden + at.column, Narrow<T>::of(grad[gate]));
   }
-};
-
-// With a projection P is the width of h and y: give the projected h of the sequences that run to their state and to y.
-struct StepProject {
-  Sweep layer;
-  int64_t k, running;
-  const void* result;  // [D, B, P] the product
-  void* h;             // [D, B, P]
-  void* y;             // [N, D*P]
 };
 
 template <class T>
@@ -139,16 +111,6 @@ struct StepProjectKernel {
     Global<T>(static_cast<T*>(p.y), s.rows * s.directions * s.projected)
         .store(((steps.start(t) + at.row) * s.directions + d) * s.projected + at.column, h);
   }
-};
-
-// The gradient of the projected h: what came back through time and what came from y.
-struct StepProjectBackward {
-  Sweep layer;
-  int64_t k, running;
-  const void* grad_y;    // [N, D*P] or null
-  void* grad_h;          // [D, B, P], zero afterwards where a sequence runs
-  void* grad_step;       // [D, B, P] zeros for sequences that do not run
-  void* grad_projected;  // [D, N, P] the same of all steps
 };
 
 template <class T>
@@ -179,15 +141,6 @@ struct StepProjectBackwardKernel {
   }
 };
 
-// For every row the h that its step started from, for the gradients of the weights; zeros for rows that no step uses.
-struct Previous {
-  Sweep layer;
-  int direction;
-  const void* h_0;  // [D, B, P]
-  const void* y;    // [N, D*P]
-  void* result;     // [N, P]
-};
-
 template <class T>
 struct PreviousKernel {
   static constexpr int threads = kThreads;
@@ -215,14 +168,6 @@ struct PreviousKernel {
   }
 };
 
-// o tanh(c) of every row: what an LSTM projects.
-struct Unprojected {
-  Sweep layer;
-  int direction;
-  const void* saved;  // [N, D, 5*H]
-  void* result;       // [N, H]
-};
-
 template <class T>
 struct UnprojectedKernel {
   static constexpr int threads = kThreads;
@@ -239,17 +184,6 @@ struct UnprojectedKernel {
   }
 };
 
-// Write first rows and sizes of steps from what the host knows, which travels with the launch: nothing is copied from
-// the host's memory, nothing waits, and a CUDA graph that captures it can be replayed.
-struct WriteSteps {
-  static constexpr int runs = 128;
-  int64_t steps;   // of all
-  int64_t begin;   // of this launch's
-  int count;       // runs of steps of one size
-  int64_t end[runs], start[runs], size[runs];  // behind the run's last step, the first row of its first, sequences
-  int64_t *starts, *sizes;                     // [T]
-};
-
 struct WriteStepsKernel {
   static constexpr int threads = kThreads;
   using Parameters = WriteSteps;
@@ -262,6 +196,20 @@ struct WriteStepsKernel {
     const int64_t first = run ? p.end[run - 1] : p.begin;
     Global<int64_t>(p.starts, p.steps).store(t, p.start[run] + (t - first) * p.size[run]);
     Global<int64_t>(p.sizes, p.steps).store(t, p.size[run]);
+  }
+};
+
+template <class T>
+struct FoldBiasesKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = FoldBiases;
+
+  static DEVICE void run(const FoldBiases& p) {
+    const int64_t i = block() * kThreads + thread();
+    if (i >= p.size) return;
+    Wide<T> bias = wide(Global<const T>(static_cast<const T*>(p.b_ih), p.size).load(i));
+    if (i < p.folded) bias += wide(Global<const T>(static_cast<const T*>(p.b_hh), p.size).load(i));
+    Global<T>(static_cast<T*>(p.result), p.size).store(i, Narrow<T>::of(bias));
   }
 };
 

@@ -19,15 +19,15 @@ struct Sweep {
 };
 
 struct ForwardSweep : Sweep {
-  const void* gates_x;   // [D, N, G*H], with all biases but b_hn
-  const void* w_hh[2];   // [G*H, H]
-  const void* b_hn[2];   // [H] or null: GRU's, which r multiplies
-  const void* h_0;       // [D, B, H]
-  const void* c_0;       // [D, B, H] or null
-  void* y;               // [N, D*H]
-  void* h_n;             // [D, B, H]
-  void* c_n;             // [D, B, H] or null
-  void* saved;           // [N, D, K*H] or null
+  const void* gates_x;  // [D, N, G*H], with all biases but b_hn
+  const void* w_hh[2];  // [G*H, H]
+  const void* b_hn[2];  // [H] or null: GRU's, which r multiplies
+  const void* h_0;      // [D, B, H]
+  const void* c_0;      // [D, B, H] or null
+  void* y;              // [N, D*H]
+  void* h_n;            // [D, B, H]
+  void* c_n;            // [D, B, H] or null
+  void* saved;          // [N, D, K*H] or null
 };
 
 struct BackwardSweep : Sweep {
@@ -39,9 +39,99 @@ struct BackwardSweep : Sweep {
   const void* c_0;
   const void* y;
   const void* saved;
-  void* grad_gates;      // [D, N, F*H]
-  void* grad_h_0;        // [D, B, H]
-  void* grad_c_0;        // [D, B, H] or null
+  void* grad_gates;  // [D, N, F*H]
+  void* grad_h_0;    // [D, B, H]
+  void* grad_c_0;    // [D, B, H] or null
 };
+
+// ---- stepwise: what one of its kernels takes
+
+struct StepForward {
+  ForwardSweep layer;
+  int64_t k;            // the k-th step of every direction
+  int64_t running;      // no more sequences than these run in it
+  const void* gates_h;  // [D, B, G*H] the product W_hh h
+  void* h;              // [D, B, H] the states, changed in place; with a projection what is to be projected
+  void* c;              // [D, B, H] in float (double), changed in place
+  bool has_projection;  // then others write y
+};
+
+struct StepBackward {
+  BackwardSweep layer;  // grad_y is null where it goes through a projection
+  int64_t k, running;
+  void* grad_h;         // [D, B, H]; but for the product with W_hh it becomes that of h before the step
+  void* grad_c;         // [D, B, H] in float (double), changed in place
+  void* grad_step;      // [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
+  bool has_projection;  // then grad_h belongs to this step alone
+};
+
+// With a projection P is the width of h and y: give the projected h of the sequences that run to their state and to y.
+struct StepProject {
+  Sweep layer;
+  int64_t k, running;
+  const void* result;  // [D, B, P] the product
+  void* h;             // [D, B, P]
+  void* y;             // [N, D*P]
+};
+
+// The gradient of the projected h: what came back through time and what came from y.
+struct StepProjectBackward {
+  Sweep layer;
+  int64_t k, running;
+  const void* grad_y;    // [N, D*P] or null
+  void* grad_h;          // [D, B, P], zero afterwards where a sequence runs
+  void* grad_step;       // [D, B, P] zeros for sequences that do not run
+  void* grad_projected;  // [D, N, P] the same of all steps
+};
+
+// For every row the h that its step started from, for the gradients of the weights; zeros for rows that no step uses.
+struct Previous {
+  Sweep layer;
+  int direction;
+  const void* h_0;  // [D, B, P]
+  const void* y;    // [N, D*P]
+  void* result;     // [N, P]
+};
+
+// o tanh(c) of every row: what an LSTM projects.
+struct Unprojected {
+  Sweep layer;
+  int direction;
+  const void* saved;  // [N, D, 5*H]
+  void* result;       // [N, H]
+};
+
+// Write first rows and sizes of steps from what the host knows, which travels with the launch: nothing is copied from
+// the host's memory, nothing waits, and a CUDA graph that captures it can be replayed.
+struct WriteSteps {
+  static constexpr int runs = 128;
+  int64_t steps;                               // of all
+  int64_t begin;                               // of this launch's
+  int count;                                   // runs of steps of one size
+  int64_t end[runs], start[runs], size[runs];  // behind the run's last step, the first row of its first, sequences
+  int64_t *starts, *sizes;                     // [T]
+};
+
+// b_ih + b_hh: the biases of the input projection, but for those of b_hh that a cell needs apart.
+struct FoldBiases {
+  const void *b_ih, *b_hh;  // [G*H]
+  void* result;             // [G*H]
+  int64_t size, folded;     // G*H, and how many of b_hh are added
+};
+
+// What launches do: the text of an error, or null. A stream is a cudaStream_t.
+
+const char* step_forward(const StepForward&, void* stream);
+const char* step_backward(const StepBackward&, void* stream);
+const char* step_project(const StepProject&, void* stream);
+const char* step_project_backward(const StepProjectBackward&, void* stream);
+const char* previous(const Previous&, void* stream);
+const char* unprojected(const Unprojected&, void* stream);
+const char* fold_biases(const FoldBiases&, Scalar, void* stream);
+const char* write_steps(const WriteSteps&, void* stream);
+
+// All steps in one launch, for `sequences` (at most 8) a block, if the layer is no wider than there is a kernel for.
+const char* single_block_forward(const ForwardSweep&, int sequences, void* stream);
+const char* single_block_backward(const BackwardSweep&, int sequences, void* stream);
 
 }  // namespace seqkernels

@@ -1,5 +1,5 @@
-// The names of csrc/cuda/device.h for the host: a block's threads are fibers of the calling thread, in random order, and
-// run.cpp checks every access. What goes wrong ends the launch, which returns a description.
+// The names of csrc/cuda/device.h for the host: a block's threads are fibers of the calling thread, in random order,
+// and run.cpp checks every access. What goes wrong ends the launch, which returns a description.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -230,8 +230,9 @@ void check_race(Shadow& shadow, Access access, uint64_t since, Place place) {
 void describe_deadlock() {
   failure = "deadlock in " + block_name(here.block, here.block_y) + ":";
   const char* separator = " ";
-  for (const auto& [state, does] : {std::pair(State::finished, "finished"), std::pair(State::in_barrier, "in a barrier"),
-                                    std::pair(State::in_warp, "in a warp's operation")}) {
+  for (const auto& [state, does] :
+       {std::pair(State::finished, "finished"), std::pair(State::in_barrier, "in a barrier"),
+        std::pair(State::in_warp, "in a warp's operation")}) {
     const auto is = [state = state](const Fiber& fiber) { return fiber.state == state; };
     const auto count = std::count_if(fibers, fibers + threads, is);
     if (count == 0) continue;

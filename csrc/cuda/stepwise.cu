@@ -1,0 +1,97 @@
+// Launches of the stepwise kernels.
+#include "stepwise.h"
+
+namespace seqkernels {
+
+using namespace device;
+
+namespace {
+
+// Call with a number of the scalar's type.
+template <class Call>
+const char* by_scalar(Scalar scalar, Call call) {
+  switch (scalar) {
+    case Scalar::float64: return call(double{});
+    case Scalar::float32: return call(float{});
+    case Scalar::bfloat16: return call(bfloat16{});
+    default: return call(float16{});
+  }
+}
+
+template <Cell CELL>
+struct OfCell {
+  static constexpr Cell cell = CELL;
+};
+
+template <class Call>
+const char* by_cell(Cell cell, Call call) {
+  switch (cell) {
+    case Cell::rnn_tanh: return call(OfCell<Cell::rnn_tanh>{});
+    case Cell::rnn_relu: return call(OfCell<Cell::rnn_relu>{});
+    case Cell::gru: return call(OfCell<Cell::gru>{});
+    default: return call(OfCell<Cell::lstm>{});
+  }
+}
+
+// One thread for each of so many elements.
+template <class Kernel>
+const char* launch_for(int64_t elements, int directions, const typename Kernel::Parameters& p, void* stream) {
+  return launch<Kernel>((elements + kThreads - 1) / kThreads, directions, 0, stream, p);
+}
+
+}  // namespace
+
+const char* step_forward(const StepForward& p, void* stream) {
+  return by_cell(p.layer.cell, [&](auto of) {
+    return by_scalar(p.layer.scalar, [&](auto zero) {
+      using Kernel = StepForwardKernel<decltype(of)::cell, decltype(zero)>;
+      return launch_for<Kernel>(p.running * p.layer.hidden, p.layer.directions, p, stream);
+    });
+  });
+}
+
+const char* step_backward(const StepBackward& p, void* stream) {
+  return by_cell(p.layer.cell, [&](auto of) {
+    return by_scalar(p.layer.scalar, [&](auto zero) {
+      using Kernel = StepBackwardKernel<decltype(of)::cell, decltype(zero)>;
+      return launch_for<Kernel>(p.running * p.layer.hidden, p.layer.directions, p, stream);
+    });
+  });
+}
+
+const char* step_project(const StepProject& p, void* stream) {
+  return by_scalar(p.layer.scalar, [&](auto zero) {
+    using Kernel = StepProjectKernel<decltype(zero)>;
+    return launch_for<Kernel>(p.running * p.layer.projected, p.layer.directions, p, stream);
+  });
+}
+
+const char* step_project_backward(const StepProjectBackward& p, void* stream) {
+  return by_scalar(p.layer.scalar, [&](auto zero) {
+    using Kernel = StepProjectBackwardKernel<decltype(zero)>;
+    return launch_for<Kernel>(p.running * p.layer.projected, p.layer.directions, p, stream);
+  });
+}
+
+const char* previous(const Previous& p, void* stream) {
+  return by_scalar(p.layer.scalar, [&](auto zero) {
+    return launch_for<PreviousKernel<decltype(zero)>>(p.layer.rows * p.layer.projected, 1, p, stream);
+  });
+}
+
+const char* unprojected(const Unprojected& p, void* stream) {
+  return by_scalar(p.layer.scalar, [&](auto zero) {
+    return launch_for<UnprojectedKernel<decltype(zero)>>(p.layer.rows * p.layer.hidden, 1, p, stream);
+  });
+}
+
+const char* fold_biases(const FoldBiases& p, Scalar scalar, void* stream) {
+  return by_scalar(scalar,
+                   [&](auto zero) { return launch_for<FoldBiasesKernel<decltype(zero)>>(p.size, 1, p, stream); });
+}
+
+const char* write_steps(const WriteSteps& p, void* stream) {
+  return launch_for<WriteStepsKernel>(p.end[p.count - 1] - p.begin, 1, p, stream);
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,62 @@
+"""The operator pair by CUDA kernels (csrc/cuda): NVIDIA GPUs, in every dtype.
+
+Two roads, chosen by `select.single_block`: *single block*, one launch in which a block of threads takes up to 8
+sequences through all steps with the recurrent weights in its registers and shared memory, and *stepwise*, for each step
+a cuBLAS product and a kernel. Nothing waits for the GPU, so both can be captured in a CUDA graph.
+
+float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
+cuBLAS multiplies torch.backends.cuda.matmul.
+"""
+
+import torch
+from torch import Tensor
+
+from seqkernels import hardware, select
+from seqkernels.backends import GATES
+
+
+def forward(
+    cell: str,
+    x: Tensor,  # [N, I]
+    weights: list[Tensor],
+    h_0: Tensor,  # [D, B, P]
+    c_0: Tensor | None,  # [D, B, H]
+    batch_sizes: Tensor | None,  # [T]
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    road = _road(cell, x, weights, h_0, backward=False)
+    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, *road)
+
+
+def backward(
+    cell: str,
+    grad_y: Tensor | None,  # [N, D*P]
+    grad_h_n: Tensor | None,  # [D, B, P]
+    grad_c_n: Tensor | None,  # [D, B, H]
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,  # [N, D*P]
+    saved: Tensor,  # [N, D, K*H]
+    wants_x: bool,
+    wants_weights: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    road = _road(cell, x, weights, h_0, backward=True)
+    return torch.ops.seqkernels.cuda_backward(
+        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, *road
+    )
+
+
+def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple[bool, int]:
+    """Whether float32 factors may be rounded to TF32, and how many sequences a block takes; 0: stepwise."""
+    tf32 = x.dtype == torch.float32 and hardware.tf32(x.device)
+    if h_0.dim() != 3 or len(weights) < 2 or weights[0].dim() != 2 or cell not in GATES:
+        return tf32, 0  # the operator says what is wrong
+    hidden_size = weights[0].shape[0] // GATES[cell]
+    projected = len(weights) // max(h_0.shape[0], 1) % 2 == 1
+    gpu = hardware.gpu_of(x.device)
+    if not select.single_block(cell, hidden_size, projected, x.dtype, tf32, gpu, backward):
+        return tf32, 0
+    return tf32, select.sequences_of_block(h_0.shape[0] * h_0.shape[1], gpu)
