@@ -149,9 +149,12 @@ const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
         cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  const dim3 grid(static_cast<unsigned>(blocks), blocks_y);
-  entry<Kernel><<<grid, Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(parameters);
-  const cudaError_t error = cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), blocks_y);
+  config.blockDim = dim3(Kernel::threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, entry<Kernel>, parameters);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
