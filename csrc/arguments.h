@@ -59,11 +59,12 @@ inline Scalar scalar_of(ScalarType type) {
 }
 
 // The arguments that both operators share: checked, contiguous, and kept alive as long as their pointers are used.
+// `alignment`: at a multiple of so many elements.
 class Arguments {
  public:
   Arguments(Problem& p, const std::string& cell, const Tensor& x, const Tensors& weights, const Tensor& h_0,
-            const Optional& c_0, const Optional& batch_sizes)
-      : type_(x.scalar_type()), device_(x.device()) {
+            const Optional& c_0, const Optional& batch_sizes, int alignment = 1)
+      : type_(x.scalar_type()), device_(x.device()), alignment_(alignment * x.element_size()) {
     p.cell = cell_of(cell);
     p.scalar = scalar_of(type_);
     check(x.dim() == 2, "x is [rows, input size], got ", x.dim(), " dimensions");
@@ -104,9 +105,11 @@ class Arguments {
       refuse(name, " is ", text_of(shape.data(), shape.size()), ", got ", text_of(sizes.data(), sizes.size()));
     check(tensor.device() == device_, name, " is on another device than x");
     check(tensor.scalar_type() == type_, name, " has another dtype than x");
-    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    const bool contiguous = tensor.is_contiguous();
+    if (contiguous && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment_ == 0)
+      return tensor.const_data_ptr();
     try {
-      kept_.push_back(torch::stable::contiguous(tensor));
+      kept_.push_back(contiguous ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor));
     } catch (const std::exception&) {  // the stable ABI passes no reason on; torch has printed its own
       throw std::runtime_error(std::string("no memory for a contiguous copy of ") + name);
     }
@@ -151,6 +154,7 @@ class Arguments {
 
   ScalarType type_;
   torch::stable::Device device_;
+  uintptr_t alignment_;
   std::vector<Tensor> kept_;
   std::vector<int64_t> batch_sizes_, offsets_;
 };

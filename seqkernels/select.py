@@ -159,40 +159,63 @@ def _family(gpu: GPU) -> str:
     return {"9": "hopper", "10": "blackwell"}.get(gpu.target.removeprefix("sm_")[:-1], "ampere")
 
 
-_BANKS = 128  # bytes that shared memory gives at once; rows of factors begin half of that apart
+class Residency(NamedTuple):
+    """Where the recurrent weights of a block lie, in bytes. What it reads from the L2 cache it reads in every step."""
+
+    registers: int
+    shared_memory: int
+    l2: int
+
+
 SEQUENCES = 8  # that a block takes at most: what the matrix cores multiply at once
 
 
 def single_block(
     cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
 ) -> bool:
-    """Whether a layer's sweep can run in one launch, with the weights in registers and shared memory of one block."""
-    if projected or hidden_size > 128 or dtype == torch.float64 or int(gpu.target.removeprefix("sm_")) < 80:
+    """Whether there is a kernel for a layer's sweep in one launch, a block taking its sequences through all steps."""
+    if projected or gpu.amd or int(gpu.target.removeprefix("sm_")) < 80:
         return False
-    return single_block_memory(cell, hidden_size, dtype, tf32, backward) <= gpu.shared_memory
+    return _width(hidden_size, dtype) > 0 and _buffers(cell, hidden_size, dtype, backward) <= gpu.shared_memory
 
 
-def single_block_memory(cell: str, hidden_size: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
-    """Bytes of shared memory that a block takes: two buffers of states (backward: gradients of gates) of 8 sequences,
-    and what its threads do not hold of the weights. csrc/cuda/single_block.h and .cu say the same."""
-    gates, size = _GATES[cell.partition("_")[0]], dtype.itemsize
-    width = -(-hidden_size // 32) * 32
-    row = width * (gates if backward else 1) * size
-    row += 64 if row % _BANKS == 0 else 0
-    fragments = gates * width * size // 64
-    held = _HELD[_PRODUCTS[size, tf32]](gates == 4, width, backward)
-    return 2 * SEQUENCES * row + max(0, fragments - held) * 2 * width * 32
+def residency(cell: str, hidden_size: int, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool) -> Residency:
+    """Where a single block has its weights. csrc/cuda/single_block.cu and product.h say the same."""
+    gates, width = _GATES[cell.partition("_")[0]], _width(hidden_size, dtype)
+    blocks = 2 if width > 128 else 1
+    groups, group = width * dtype.itemsize // 64 * blocks, gates * width // blocks * 64
+    held = min(groups, _held(gates, width, dtype, tf32, backward, hidden_size % 2 == 0))
+    left = gpu.shared_memory - _buffers(cell, hidden_size, dtype, backward)
+    shared = min(groups - held, left // group)
+    return Residency(held * group, shared * group, (groups - held - shared) * group)
 
 
-# Fragments (32 bytes) of the weights that a thread holds in registers, by (LSTM, width, backward).
-_PRODUCTS = {(2, False): "16 bits", (2, True): "16 bits", (4, True): "TF32", (4, False): "exact"}
-_HELD = {
-    "16 bits": lambda lstm, width, backward: (9 if backward else 11) if lstm and width == 96 else 13,
-    "TF32": lambda lstm, width, backward: 15 if lstm and backward else 18,
-    "exact": lambda lstm, width, backward: (
-        (14 if backward else 8 if width > 64 else 7) if lstm else 15 if backward else 11
-    ),
-}
+def _width(hidden_size: int, dtype: torch.dtype) -> int:
+    """Hidden units that the kernel for a layer is made for; 0: there is none."""
+    widest = {2: 256, 4: 128}.get(dtype.itemsize, 0)
+    widths = (64, 128, 256) if hidden_size % 2 else (32, 64, 96, 128, 192, 256)
+    return next((width for width in widths if hidden_size <= width <= widest), 0)
+
+
+def _buffers(cell: str, hidden_size: int, dtype: torch.dtype, backward: bool) -> int:
+    """Bytes of shared memory for two buffers of what 8 sequences exchange: states, or gradients of gates. Rows begin
+    half of what shared memory gives at once, 128 bytes, apart."""
+    factors = _width(hidden_size, dtype) * (_GATES[cell.partition("_")[0]] if backward else 1)
+    row = factors * dtype.itemsize
+    return 2 * SEQUENCES * (row + (64 if row % 128 == 0 else 0))
+
+
+def _held(gates: int, width: int, dtype: torch.dtype, tf32: bool, backward: bool, even: bool) -> int:
+    """Groups of fragments (32 bytes of each thread and gate) that threads hold in registers."""
+    if gates == 1:
+        return 16
+    if dtype.itemsize == 4 and not tf32:
+        return (3 if width > 64 else 2) if backward and gates == 4 else 4 if backward else 1 if gates == 4 else 3
+    if dtype.itemsize == 4:
+        return (3 if backward else 4) if gates == 4 else 5 if backward else 6
+    if width <= 128:
+        return 4
+    return (2 if backward or not even else 4) if gates == 4 else 4 if backward else 5
 
 
 def sequences_of_block(sequences: int, gpu: GPU) -> int:

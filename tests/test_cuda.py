@@ -28,12 +28,12 @@ def host_run():
     module.skip_barrier(-1)
 
 
-def by_road(sequences: int, tf32: bool = False):
-    """Both operators, which take `sequences` a block; 0: stepwise."""
+def by_road(tile: int, tf32: bool = False, memory: int = 227 << 10):
+    """Both operators, which take `tile` sequences a block, 0 stepwise, and so many bytes of shared memory."""
     operators = torch.ops.seqkernels
     return (
-        lambda *args: operators.cuda_forward(*args, tf32, sequences),
-        lambda *args: operators.cuda_backward(*args, tf32, sequences),
+        lambda *args: operators.cuda_forward(*args, tf32, tile, memory),
+        lambda *args: operators.cuda_backward(*args, tf32, tile, memory),
     )
 
 
@@ -43,17 +43,50 @@ def by_road(sequences: int, tf32: bool = False):
 @pytest.mark.parametrize("road", ROADS)
 def test_every_road_errs_by_rounding_alone(road, cell, shape, dtype):
     call = Call(cell, dtype=dtype, **SHAPES[shape])
-    if ROADS[road] and (call.hidden > 128 or dtype == torch.float64):
+    widest = {torch.float32: 128, torch.float64: 0}.get(dtype, 256)
+    if ROADS[road] and call.hidden > widest:
         pytest.skip("there is no single-block kernel for it")
     assert_rounding_alone_of(call, *by_road(ROADS[road]))
 
 
-@pytest.mark.parametrize("hidden", [31, 64, 90, 100, 128])
+@pytest.mark.parametrize("hidden", [31, 64, 65, 90, 100, 127, 128, 130, 192, 201, 255, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_width_of_a_single_block(cell, dtype, hidden):
+    if hidden > 128 and dtype == torch.float32:
+        pytest.skip("there is no single-block kernel for it")
     call = Call(cell, 2, 9, 3, hidden, batch_sizes=(9, 5, 1), bias=False, dtype=dtype)
     assert_rounding_alone_of(call, *by_road(8))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dtype"), [(128, torch.float32), (127, torch.float32), (256, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype):
+    """With less shared memory a block reads more of the weights from global memory in each step."""
+    call = Call(cell, 1, 3, 2, hidden, dtype=dtype)
+    first, *others = (both_passes(call, *by_road(8, memory=memory << 10)) for memory in (227, 163, 99, 64))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_arguments_at_any_address(road, dtype):
+    """Kernels read two units at once, whose address need not be a multiple of both."""
+
+    def shifted(x):
+        if isinstance(x, list):
+            return [shifted(one) for one in x]
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    call = Call("lstm", 2, 3, 4, 40, batch_sizes=(3, 3, 2, 1), dtype=dtype)
+    forward, back = by_road(ROADS[road])
+    expected = both_passes(call, forward, back)
+    found = both_passes(call, lambda *args: forward(*map(shifted, args)), lambda *args: back(*map(shifted, args)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -105,25 +138,45 @@ def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, host_run):
     both_passes(call, forward, back)
 
 
-def test_select_knows_which_layers_fit():
-    gpus = {name: GPUS[name] for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA L4", "Tesla T4")}
-    layer = "lstm", 128, False
-    fits = {
-        name: [
-            select.single_block(*layer, dtype, tf32, gpu, backward)
-            for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, True), (torch.float32, False))
-            for backward in (False, True)
-        ]
-        for name, gpu in gpus.items()
-    }
-    assert fits == {
-        "NVIDIA A100-SXM4-80GB": [True, True, True, False, False, False],
-        "NVIDIA H200": [True] * 6,
-        "NVIDIA L4": [True, True, False, False, False, False],
-        "Tesla T4": [False] * 6,
-    }
-    assert not select.single_block("gru", 129, False, torch.bfloat16, False, gpus["NVIDIA H200"], False)
-    assert not select.single_block("lstm", 64, True, torch.bfloat16, False, gpus["NVIDIA H200"], False)
+def test_select_knows_which_layers_have_a_kernel():
+    def layers(name, *problem):
+        return [select.single_block("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
+
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA L4"):
+        assert layers(name, 256, False, torch.bfloat16, False) == [True, True]
+        assert layers(name, 257, False, torch.float16, False) == [False, False]
+        assert (
+            layers(name, 128, False, torch.float32, False)
+            == layers(name, 128, False, torch.float32, True)
+            == [True] * 2
+        )
+        assert layers(name, 129, False, torch.float32, True) == [False, False]
+        assert layers(name, 64, False, torch.float64, False) == [False, False]
+        assert layers(name, 64, True, torch.bfloat16, False) == [False, False]
+    assert layers("Tesla T4", 64, False, torch.float16, False) == [False, False]
+
+
+KIB = 1 << 10
+RESIDENCY = [
+    # cell, hidden size, dtype, TF32, GPU, backward, and KiB in registers, shared memory, L2
+    ("gru", 128, torch.bfloat16, False, "NVIDIA L4", True, (96, 0, 0)),
+    ("lstm", 128, torch.bfloat16, False, "NVIDIA H200", True, (128, 0, 0)),
+    ("lstm", 100, torch.float16, False, "NVIDIA L4", False, (128, 0, 0)),
+    ("gru", 128, torch.float32, True, "NVIDIA H200", False, (144, 48, 0)),
+    ("lstm", 128, torch.float32, True, "NVIDIA H200", True, (96, 160, 0)),
+    ("lstm", 128, torch.float32, False, "NVIDIA H200", False, (32, 192, 32)),
+    ("lstm", 128, torch.float32, False, "NVIDIA L4", False, (32, 64, 160)),
+    ("gru", 256, torch.bfloat16, False, "NVIDIA H200", False, (120, 216, 48)),
+    ("lstm", 256, torch.bfloat16, False, "NVIDIA H200", False, (128, 192, 192)),
+    ("rnn_relu", 256, torch.bfloat16, False, "NVIDIA L4", True, (128, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("row", RESIDENCY, ids=str)
+def test_where_the_weights_of_a_block_lie(row):
+    cell, hidden, dtype, tf32, gpu, backward, expected = row
+    found = select.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
+    assert tuple(size / KIB for size in found) == expected
 
 
 def test_small_batches_are_spread_over_the_gpu():
@@ -132,6 +185,7 @@ def test_small_batches_are_spread_over_the_gpu():
 
 
 def test_dtypes_and_sizes_without_a_kernel_say_so():
-    for call in (Call("gru", dtype=torch.float64), Call("gru", hidden=129, dtype=torch.float32)):
+    wide = (129, torch.float32), (257, torch.bfloat16)
+    for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in wide)):
         with pytest.raises(RuntimeError, match="no single-block kernel"):
             both_passes(replace(call), *by_road(8))

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #define SEQKERNELS_ISA device
 #define DEVICE __device__ __forceinline__
@@ -37,6 +38,20 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+// Two numbers side by side, which are read and written at once; those of 16 bits stay in one register.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+template <>
+struct Pair<bfloat16> {
+  uint32_t word;
+};
+template <>
+struct Pair<float16> {
+  uint32_t word;
+};
+
 // An array in the GPU's memory; the number of its elements is for the host-run alone.
 template <class T>
 struct Global {
@@ -45,6 +60,11 @@ struct Global {
   DEVICE explicit operator bool() const { return data; }
   DEVICE T load(int64_t i) const { return data[i]; }
   DEVICE void store(int64_t i, T value) const { data[i] = value; }
+  // Elements i and i + 1, of which the first lies at a multiple of a pair's size.
+  DEVICE Pair<std::remove_const_t<T> > load_pair(int64_t i) const {
+    return *reinterpret_cast<const Pair<std::remove_const_t<T> >*>(data + i);
+  }
+  DEVICE void store_pair(int64_t i, Pair<T> pair) const { *reinterpret_cast<Pair<T>*>(data + i) = pair; }
 };
 
 // An array in the block's shared memory, at a multiple of 16 bytes from its begin.
@@ -57,6 +77,7 @@ struct Shared {
   }
   DEVICE T load(int i) const { return data[i]; }
   DEVICE void store(int i, T value) const { data[i] = value; }
+  DEVICE void store_pair(int i, Pair<T> pair) const { *reinterpret_cast<Pair<T>*>(data + i) = pair; }
   // From element i on, which lies at a multiple of 16 bytes.
   DEVICE Words load_words(int i) const { return *reinterpret_cast<const Words*>(data + i); }
   DEVICE void store_words(int i, Words words) const { *reinterpret_cast<Words*>(data + i) = words; }
@@ -89,12 +110,32 @@ struct Narrow<float16> {
   static DEVICE float16 of(float x) { return __float2half_rn(x); }
 };
 
+DEVICE Pair<double> pair(double first, double second) { return {first, second}; }
+DEVICE Pair<float> pair(float first, float second) { return {first, second}; }
+DEVICE Pair<bfloat16> pair(bfloat16 first, bfloat16 second) {
+  return {__bfloat16_as_ushort(first) | uint32_t(__bfloat16_as_ushort(second)) << 16};
+}
+DEVICE Pair<float16> pair(float16 first, float16 second) {
+  return {__half_as_ushort(first) | uint32_t(__half_as_ushort(second)) << 16};
+}
+template <class T>
+DEVICE T first(Pair<T> pair) {
+  return pair.first;
+}
+template <class T>
+DEVICE T second(Pair<T> pair) {
+  return pair.second;
+}
+DEVICE bfloat16 first(Pair<bfloat16> pair) { return __ushort_as_bfloat16(static_cast<uint16_t>(pair.word)); }
+DEVICE bfloat16 second(Pair<bfloat16> pair) { return __ushort_as_bfloat16(static_cast<uint16_t>(pair.word >> 16)); }
+DEVICE float16 first(Pair<float16> pair) { return __ushort_as_half(static_cast<uint16_t>(pair.word)); }
+DEVICE float16 second(Pair<float16> pair) { return __ushort_as_half(static_cast<uint16_t>(pair.word >> 16)); }
 // The bits of two 16-bit numbers, the first in the lower half.
 template <class T>
-DEVICE uint32_t pair(T first, T second) {
-  static_assert(sizeof(T) == 2);
-  return uint32_t(reinterpret_cast<uint16_t&>(first)) | uint32_t(reinterpret_cast<uint16_t&>(second)) << 16;
+DEVICE uint32_t bits(Pair<T> pair) {
+  return pair.word;
 }
+
 DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 
@@ -105,7 +146,8 @@ DEVICE float tf32(float x) {
   return from_bits(rounded);
 }
 
-DEVICE float sigmoid(float x) { return 1 / (1 + expf(-x)); }
+// The quick quotient errs by one unit in the last place and has no branch for denormals, which 1 + exp cannot be.
+DEVICE float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 DEVICE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE double tanh(double x) { return ::tanh(x); }

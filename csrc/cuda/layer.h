@@ -67,14 +67,40 @@ DEVICE void cell_forward(const T* x, const T* of_h, T& h, T& c, T* saved) {
   }
 }
 
+// Two hidden units side by side are what a thread takes: in one access where rows have an even length (EVEN), else one
+// by one. `count` of them are there: 0, 1 or 2.
+template <bool EVEN, class T>
+DEVICE Pair<T> load_units(Global<const T> from, int64_t i, int count) {
+  if constexpr (EVEN) return count ? from.load_pair(i) : Pair<T>{};
+  const T zero = Narrow<T>::of(0);
+  return pair(count > 0 ? from.load(i) : zero, count > 1 ? from.load(i + 1) : zero);
+}
+template <bool EVEN, class T>
+DEVICE void store_units(Global<T> to, int64_t i, Pair<T> units, int count) {
+  if constexpr (EVEN) {
+    if (count) to.store_pair(i, units);
+  } else {
+    if (count > 0) to.store(i, first(units));
+    if (count > 1) to.store(i + 1, second(units));
+  }
+}
+template <class T>
+DEVICE void widen(Pair<T> units, Wide<T> (&wide_units)[2]) {
+  wide_units[0] = wide(first(units)), wide_units[1] = wide(second(units));
+}
+template <class T>
+DEVICE Pair<T> narrow(const Wide<T> (&units)[2]) {
+  return pair(Narrow<T>::of(units[0]), Narrow<T>::of(units[1]));
+}
+
 struct Lane {
   int sequence, unit;
 };
 
-// What the backward step of an element reads; the states are those that the formulas name.
+// What the backward step of two units reads; the states are those that the formulas name.
 template <class T>
 struct Past {
-  T grad_y, saved[4], now, before;  // now: LSTM c, RNN h; before: GRU h, LSTM c
+  Pair<T> grad_y, saved[4], now, before;  // now: LSTM c, RNN h; before: GRU h, LSTM c
 };
 
 // One step backward; grad_c changes in place. Returns the gradient of the previous h past the gates.
@@ -96,10 +122,10 @@ DEVICE T cell_backward(T grad_h, T& grad_c, const T* saved, T now, T before, T* 
   }
 }
 
-// The arrays of a forward sweep, and how an element finds its place in them: a row of the N of y, and what is to be
-// added to row and unit: `sequence` and `lane`, which are the same for all elements of a thread, so that their part of
-// an address is as well.
-template <Cell CELL, class T>
+// The arrays of a forward sweep, and how two units find their place in them: a row of the N of y, and what is to be
+// added to row and unit: `sequence` and `lane`, which are the same for all units of a thread, so that their part of an
+// address is as well.
+template <Cell CELL, class T, bool EVEN>
 class ForwardLayer {
  public:
   static constexpr int G = gates_of(CELL), K = saved_blocks_of(CELL);
@@ -114,28 +140,36 @@ class ForwardLayer {
         directions_(s.directions),
         direction_(direction) {}
 
-  DEVICE void load_gates(int64_t row, int unit, Lane lane, T* x) const {
+  DEVICE void load_gates(int64_t row, int unit, Lane lane, int count, Pair<T>* x) const {
     const int64_t base = (direction_ * rows_ + row) * G * hidden_ + unit;
 #pragma unroll
     for (int gate = 0; gate < G; gate++)
-      x[gate] = gates_x_.load(base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit));
+      x[gate] = load_units<EVEN>(gates_x_, base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit), count);
   }
 
-  DEVICE Wide<T> b_hn(int unit) const { return CELL == Cell::gru && b_hn_ ? wide(b_hn_.load(unit)) : 0; }
-
-  DEVICE void store_y(int64_t row, int unit, Lane lane, T h) const {
-    y_.store((row * directions_ + direction_) * hidden_ + unit + (lane.sequence * directions_ * hidden_ + lane.unit),
-             h);
+  DEVICE void load_b_hn(int unit, int count, Wide<T> (&b_hn)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) b_hn[i] = CELL == Cell::gru && b_hn_ && i < count ? wide(b_hn_.load(unit + i)) : 0;
   }
 
-  DEVICE void store_saved(int64_t row, int unit, Lane lane, const Wide<T>* saved, Wide<T> c) const {
+  DEVICE void store_y(int64_t row, int unit, Lane lane, int count, Pair<T> h) const {
+    const int64_t base = (row * directions_ + direction_) * hidden_ + unit;
+    store_units<EVEN>(y_, base + (lane.sequence * directions_ * hidden_ + lane.unit), h, count);
+  }
+
+  // saved: the first four blocks of each unit.
+  DEVICE void store_saved(int64_t row, int unit, Lane lane, int count, const Wide<T> (&saved)[2][4],
+                          const Wide<T> (&c)[2]) const {
     if constexpr (K > 0) {
       if (!saved_) return;
       const int64_t base = (row * directions_ + direction_) * K * hidden_ + unit;
       const int at = lane.sequence * directions_ * K * hidden_ + lane.unit;
 #pragma unroll
-      for (int block = 0; block < 4; block++) saved_.store(base + block * hidden_ + at, Narrow<T>::of(saved[block]));
-      if (CELL == Cell::lstm) saved_.store(base + 4 * hidden_ + at, Narrow<T>::of(c));
+      for (int block = 0; block < 4; block++) {
+        const Wide<T> units[2] = {saved[0][block], saved[1][block]};
+        store_units<EVEN>(saved_, base + block * hidden_ + at, narrow<T>(units), count);
+      }
+      if (CELL == Cell::lstm) store_units<EVEN>(saved_, base + 4 * hidden_ + at, narrow<T>(c), count);
     }
   }
 
@@ -146,7 +180,7 @@ class ForwardLayer {
   int hidden_, directions_, direction_;
 };
 
-template <Cell CELL, class T>
+template <Cell CELL, class T, bool EVEN>
 class BackwardLayer {
  public:
   static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL);
@@ -165,47 +199,57 @@ class BackwardLayer {
         direction_(direction) {}
 
   // `row_before`: where the same sequence lies in the step before, if it `ran` there; `state`: in the initial states.
-  DEVICE void load(int64_t row, int64_t row_before, bool ran, int64_t state, int unit, Lane lane, Past<T>& past) const {
+  DEVICE void load(int64_t row, int64_t row_before, bool ran, int64_t state, int unit, Lane lane, int count,
+                   Past<T>& past) const {
     const int64_t place = (row * directions_ + direction_) * hidden_;
     const int64_t place_before = (row_before * directions_ + direction_) * hidden_;
     const int at = lane.sequence * directions_ * hidden_ + lane.unit;
     const int at_saved = lane.sequence * directions_ * K * hidden_ + lane.unit;
     const int at_state = lane.sequence * hidden_ + lane.unit;
+    const auto units = [&](Global<const T> from, int64_t i) { return load_units<EVEN>(from, i, count); };
     state = (direction_ * sequences_ + state) * hidden_;
-    if (grad_y_) past.grad_y = grad_y_.load(place + unit + at);
+    if (grad_y_) past.grad_y = units(grad_y_, place + unit + at);
     if constexpr (K > 0) {
 #pragma unroll
       for (int block = 0; block < 4; block++)
-        past.saved[block] = saved_.load(place * K + unit + block * hidden_ + at_saved);
+        past.saved[block] = units(saved_, place * K + unit + block * hidden_ + at_saved);
     }
     if constexpr (CELL == Cell::gru) {
-      past.before = ran ? y_.load(place_before + unit + at) : h_0_.load(state + unit + at_state);
+      past.before = ran ? units(y_, place_before + unit + at) : units(h_0_, state + unit + at_state);
     } else if constexpr (CELL == Cell::lstm) {
-      past.now = saved_.load(place * K + unit + 4 * hidden_ + at_saved);
+      past.now = units(saved_, place * K + unit + 4 * hidden_ + at_saved);
       past.before =
-          ran ? saved_.load(place_before * K + unit + 4 * hidden_ + at_saved) : c_0_.load(state + unit + at_state);
+          ran ? units(saved_, place_before * K + unit + 4 * hidden_ + at_saved) : units(c_0_, state + unit + at_state);
     } else {
-      past.now = y_.load(place + unit + at);
+      past.now = units(y_, place + unit + at);
     }
   }
 
-  // Gradients of the gates from those of h after the step, which becomes that of h before it past the gates.
-  DEVICE void step(const Past<T>& past, Wide<T>& grad_h, Wide<T>& grad_c, Wide<T>* grad) const {
-    Wide<T> saved[4] = {};
+  // Gradients of the gates from those of h after the step, which become those of h before it past the gates.
+  DEVICE void step(const Past<T>& past, Wide<T> (&grad_h)[2], Wide<T> (&grad_c)[2], Wide<T> (&grad)[2][4]) const {
+    Wide<T> saved[4][2] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
     if constexpr (K > 0) {
 #pragma unroll
-      for (int block = 0; block < 4; block++) saved[block] = wide(past.saved[block]);
+      for (int block = 0; block < 4; block++) widen(past.saved[block], saved[block]);
+      widen(past.before, before);
     }
-    const Wide<T> now = CELL == Cell::gru ? 0 : wide(past.now), before = K > 0 ? wide(past.before) : 0;
-    const Wide<T> total = grad_y_ ? grad_h + wide(past.grad_y) : grad_h;
-    grad_h = cell_backward<CELL>(total, grad_c, saved, now, before, grad);
+    if (CELL != Cell::gru) widen(past.now, now);
+    if (grad_y_) widen(past.grad_y, grad_y);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const Wide<T> of_unit[4] = {saved[0][i], saved[1][i], saved[2][i], saved[3][i]};
+      grad_h[i] = cell_backward<CELL>(grad_h[i] + grad_y[i], grad_c[i], of_unit, now[i], before[i], grad[i]);
+    }
   }
 
-  DEVICE void store_gates(int64_t row, int unit, Lane lane, const Wide<T>* grad) const {
+  DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const Wide<T> (&grad)[2][4]) const {
     const int64_t base = (direction_ * rows_ + row) * F * hidden_ + unit;
     const int at = lane.sequence * F * hidden_ + lane.unit;
 #pragma unroll
-    for (int block = 0; block < F; block++) grad_gates_.store(base + block * hidden_ + at, Narrow<T>::of(grad[block]));
+    for (int block = 0; block < F; block++) {
+      const Wide<T> units[2] = {grad[0][block], grad[1][block]};
+      store_units<EVEN>(grad_gates_, base + block * hidden_ + at, narrow<T>(units), count);
+    }
   }
 
  private:

@@ -202,6 +202,11 @@ void zero_rows(const Gpu& gpu, const Problem& p, Tensor& tensor, bool ragged) {
   torch::stable::zero_(rest);
 }
 
+// Where a single block finds its weights.
+Tensor arranged(const Gpu& gpu, const Problem& p) {
+  return gpu.allocate({p.directions, single_block_words(p.cell, p.scalar, p.hidden), 4}, ScalarType::Int);
+}
+
 // ---- forward
 
 // The input projections [D, N, G*H], with all biases but GRU's b_hn.
@@ -247,9 +252,9 @@ void stepwise_forward(const Gpu& gpu, const Problem& p, const Timetable& steps, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, bool save, bool tf32,
-                                                        int64_t sequences) {
+                                                        int64_t tile, int64_t memory) {
   Forward p{};
-  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
+  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2);
   const Gpu gpu(x);
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, H = p.hidden, P = p.projected;
   const bool ragged = batch_sizes.has_value();
@@ -258,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
   zero_rows(gpu, p, y, ragged);
   zero_rows(gpu, p, saved, ragged);
   if (!h_n.numel()) return {y, h_n, c_n, saved};
-  const bool walks = p.steps && p.rows, single_block = walks && sequences;
+  const bool walks = p.steps && p.rows, single_block = walks && tile;
   if (!single_block) copy(h_n, h_0);
   if (!walks) {
     if (c_0) copy(c_n, *c_0);
@@ -272,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
     sweep.b_hn[d] = p.cell == Cell::gru && p.weights[d].b_hh ? gpu.at(p.weights[d].b_hh, 2 * H) : nullptr;
   sweep.y = pointer(y), sweep.h_n = pointer(h_n), sweep.c_n = pointer(c_n), sweep.saved = pointer(saved);
   if (single_block) {
-    must(single_block_forward(sweep, static_cast<int>(sequences), gpu.stream()));
+    must(single_block_forward(sweep, static_cast<int>(tile), static_cast<int>(memory),
+                              arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
   } else {
     Tensor c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
     if (c_0) copy(c, *c_0);
@@ -323,10 +329,10 @@ std::vector<Block> blocks_of_x(const Problem& p) {
 std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Optional grad_y, Optional grad_h_n,
                                                           Optional grad_c_n, Tensor x, Tensors weights, Tensor h_0,
                                                           Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
-                                                          bool wants_x, bool wants_weights, bool tf32,
-                                                          int64_t sequences) {
+                                                          bool wants_x, bool wants_weights, bool tf32, int64_t tile,
+                                                          int64_t memory) {
   Backward p{};
-  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
+  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2);
   const Gpu gpu(x);
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, I = p.input, H = p.hidden, P = p.projected;
   const int64_t GH = gates_of(p.cell) * H, FH = gradient_blocks_of(p.cell) * H, K = saved_blocks_of(p.cell);
@@ -371,8 +377,9 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
   sweep.grad_y = given_y, sweep.grad_h_n = given_h, sweep.grad_c_n = given_c;
   sweep.y = kept_y, sweep.saved = kept_saved, sweep.grad_gates = grad_gates.mutable_data_ptr();
   sweep.grad_h_0 = pointer(grad_h_0), sweep.grad_c_0 = pointer(grad_c_0);
-  if (sequences) {
-    must(single_block_backward(sweep, static_cast<int>(sequences), gpu.stream()));
+  if (tile) {
+    must(single_block_backward(sweep, static_cast<int>(tile), static_cast<int>(memory),
+                               arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
   } else {
     begin(grad_h_0, given_h, P);
     Tensor grad_c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
@@ -427,15 +434,16 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
 }  // namespace
 
 // What seqkernels/backends/cuda.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
-// factors may be rounded to TF32, and how many sequences a block takes, 0 for stepwise.
+// factors may be rounded to TF32, how many sequences a block takes, 0 for stepwise, and how many bytes of shared
+// memory.
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
-      "bool tf32, int sequences) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool tf32, int tile, int memory) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "cuda_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-      "bool tf32, int sequences) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+      "bool tf32, int tile, int memory) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
 }
 
 #ifdef SEQKERNELS_HOST_RUN

@@ -1,72 +1,128 @@
 // Launches of the single-block kernels: which there are, and how much of the weights each holds in registers.
 #include "single_block.h"
 
+#include <algorithm>
+
 namespace seqkernels {
 
 using namespace device;
 
 namespace {
 
-// Fragments of the weights that a thread can hold in registers beside all else without spilling, as the compiler's code
-// for sm_80 and sm_90a has it; tests/test_cuda_compiled.py reads it there. Widths are multiples of 32 up to 128.
+// Groups of fragments that a thread can hold in registers beside all else without spilling, as the compiler's code for
+// sm_80 and sm_90a has it; tests/test_cuda_compiled.py reads it there, and select.py says the same.
 template <class Product>
-constexpr int held(Cell cell, int hidden, bool backward) {
-  const bool lstm = cell == Cell::lstm, wide = hidden > 64;
+constexpr int held(Cell cell, int width, bool backward, bool even) {
+  const bool lstm = cell == Cell::lstm;
+  if (gates_of(cell) == 1) return 16;
   if (std::is_same_v<Product, Exact>) {
-    if (lstm) return backward ? 14 : wide ? 8 : 7;
-    return backward ? 15 : 11;
+    if (lstm) return !backward ? 1 : width > 64 ? 3 : 2;
+    return backward ? 4 : 3;
   }
-  if (std::is_same_v<Product, Tf32>) return lstm && backward ? 15 : 18;
-  return lstm && hidden == 96 ? (backward ? 9 : 11) : 13;
+  if (std::is_same_v<Product, Tf32>) return lstm ? (backward ? 3 : 4) : backward ? 5 : 6;
+  if (width <= 128) return 4;
+  if (lstm) return backward || !even ? 2 : 4;
+  return backward ? 4 : 5;
 }
 
-template <template <Cell, class, int, int, int> class Pass, bool BACKWARD, Cell CELL, class Product, int HIDDEN>
-const char* launch_kernel(const typename Pass<CELL, Product, HIDDEN, 1, 1>::Parameters& p, void* stream) {
-  using Kernel = Pass<CELL, Product, HIDDEN, 1, held<Product>(CELL, HIDDEN, BACKWARD)>;
-  const Sweep& s = p.arrays;
-  const int64_t blocks = (s.sequences + p.sequences - 1) / p.sequences;
-  return launch<Kernel>(blocks, s.directions, Kernel::shared_bytes, stream, p);
-}
-
-template <template <Cell, class, int, int, int> class Pass, bool BACKWARD, Cell CELL, class Product, class Parameters>
-const char* by_width(const Parameters& p, void* stream) {
-  const int64_t hidden = p.arrays.hidden;
-  if (hidden <= 32) return launch_kernel<Pass, BACKWARD, CELL, Product, 32>(p, stream);
-  if (hidden <= 64) return launch_kernel<Pass, BACKWARD, CELL, Product, 64>(p, stream);
-  if (hidden <= 96) return launch_kernel<Pass, BACKWARD, CELL, Product, 96>(p, stream);
-  if (hidden <= 128) return launch_kernel<Pass, BACKWARD, CELL, Product, 128>(p, stream);
-  return "no single-block kernel for so many hidden units";
-}
-
-template <template <Cell, class, int, int, int> class Pass, bool BACKWARD, class Product, class Parameters>
-const char* by_cell(const Parameters& p, void* stream) {
-  switch (p.arrays.cell) {
-    case Cell::rnn_tanh: return by_width<Pass, BACKWARD, Cell::rnn_tanh, Product>(p, stream);
-    case Cell::rnn_relu: return by_width<Pass, BACKWARD, Cell::rnn_relu, Product>(p, stream);
-    case Cell::gru: return by_width<Pass, BACKWARD, Cell::gru, Product>(p, stream);
-    default: return by_width<Pass, BACKWARD, Cell::lstm, Product>(p, stream);
+// Hidden units that the kernel for a layer is made for; 0: there is none. For odd numbers of units there are fewer.
+int width_of(Scalar scalar, int64_t hidden) {
+  const int widest = scalar == Scalar::float32 ? 128 : scalar == Scalar::float64 ? 0 : 256;
+  for (const int width : {32, 64, 96, 128, 192, 256}) {
+    const bool for_odd = width % 64 == 0 && width != 192;
+    if (hidden <= width && width <= widest && (for_odd || hidden % 2 == 0)) return width;
   }
+  return 0;
 }
 
-template <template <Cell, class, int, int, int> class Pass, bool BACKWARD, class Parameters>
-const char* by_product(const Parameters& p, void* stream) {
-  switch (p.arrays.scalar) {
-    case Scalar::bfloat16: return by_cell<Pass, BACKWARD, MatrixCores<bfloat16>>(p, stream);
-    case Scalar::float16: return by_cell<Pass, BACKWARD, MatrixCores<float16>>(p, stream);
-    case Scalar::float32:
-      return p.arrays.tf32 ? by_cell<Pass, BACKWARD, Tf32>(p, stream) : by_cell<Pass, BACKWARD, Exact>(p, stream);
-    default: return "no single-block kernel for float64";
+// Calls `act` with the type of the configuration of a layer's kernel.
+template <bool BACKWARD>
+struct ByLayer {
+  template <Cell CELL, class Product, int WIDTH, bool EVEN, class Act>
+  static auto with(Act act) {
+    constexpr int BLOCKS = WIDTH > 128 ? 2 : 1, HELD = held<Product>(CELL, WIDTH, BACKWARD, EVEN);
+    return act(Configuration<CELL, Product, WIDTH, BLOCKS, HELD, EVEN>{});
   }
+
+  template <Cell CELL, class Product, class Act>
+  static auto by_width(const Sweep& s, Act act) {
+    constexpr bool wide = sizeof(typename Product::T) == 2;
+    constexpr int W192 = wide ? 192 : 128, W256 = wide ? 256 : 128;  // of float32 there are none
+    if (s.hidden % 2) {
+      switch (width_of(s.scalar, s.hidden)) {
+        case 64: return with<CELL, Product, 64, false>(act);
+        case 128: return with<CELL, Product, 128, false>(act);
+        default: return with<CELL, Product, W256, false>(act);
+      }
+    }
+    switch (width_of(s.scalar, s.hidden)) {
+      case 32: return with<CELL, Product, 32, true>(act);
+      case 64: return with<CELL, Product, 64, true>(act);
+      case 96: return with<CELL, Product, 96, true>(act);
+      case 128: return with<CELL, Product, 128, true>(act);
+      case 192: return with<CELL, Product, W192, true>(act);
+      default: return with<CELL, Product, W256, true>(act);
+    }
+  }
+
+  template <class Product, class Act>
+  static auto by_cell(const Sweep& s, Act act) {
+    switch (s.cell) {
+      case Cell::rnn_tanh: return by_width<Cell::rnn_tanh, Product>(s, act);
+      case Cell::rnn_relu: return by_width<Cell::rnn_relu, Product>(s, act);
+      case Cell::gru: return by_width<Cell::gru, Product>(s, act);
+      default: return by_width<Cell::lstm, Product>(s, act);
+    }
+  }
+
+  template <class Act>
+  static auto by_product(const Sweep& s, Act act) {
+    switch (s.scalar) {
+      case Scalar::bfloat16: return by_cell<MatrixCores<bfloat16>>(s, act);
+      case Scalar::float16: return by_cell<MatrixCores<float16>>(s, act);
+      default: return s.tf32 ? by_cell<Tf32>(s, act) : by_cell<Exact>(s, act);
+    }
+  }
+};
+
+template <template <class> class Pass, bool BACKWARD, class Arrays>
+const char* run(const Arrays& arrays, int tile, int memory, void* arranged, void* stream) {
+  if (!width_of(arrays.scalar, arrays.hidden)) return "no single-block kernel for so many hidden units in this dtype";
+  return ByLayer<BACKWARD>::by_product(arrays, [&](auto configuration) -> const char* {
+    using C = decltype(configuration);
+    using Kernel = Pass<C>;
+    using Arranging = ArrangeKernel<typename C::T>;
+    if (memory < Kernel::buffers) return "a block has too little shared memory for a single-block kernel";
+    const int shared = std::min(C::Held::others, (memory - Kernel::buffers) / C::Held::group_bytes);
+    const Arrange arrange{{arrays.w_hh[0], arrays.w_hh[1]},
+                          arranged,
+                          C::G,
+                          static_cast<int>(arrays.hidden),
+                          C::HIDDEN,
+                          C::BLOCKS,
+                          BACKWARD,
+                          arrays.tf32};
+    const char* error = launch<Arranging>((C::Held::words + Arranging::threads - 1) / Arranging::threads,
+                                          arrays.directions, 0, stream, arrange);
+    if (error) return error;
+    return launch<Kernel>((arrays.sequences + tile - 1) / tile, arrays.directions,
+                          Kernel::buffers + shared * C::Held::group_bytes, stream, {{arrays}, arranged, tile, shared});
+  });
 }
 
 }  // namespace
 
-const char* single_block_forward(const ForwardSweep& sweep, int sequences, void* stream) {
-  return by_product<SingleBlockForward, false>(Tiled<ForwardSweep>{sweep, sequences}, stream);
+int64_t single_block_words(Cell cell, Scalar scalar, int64_t hidden) {
+  const int64_t width = width_of(scalar, hidden);
+  return gates_of(cell) * width * width / (scalar == Scalar::float32 ? 4 : 8);
 }
 
-const char* single_block_backward(const BackwardSweep& sweep, int sequences, void* stream) {
-  return by_product<SingleBlockBackward, true>(Tiled<BackwardSweep>{sweep, sequences}, stream);
+const char* single_block_forward(const ForwardSweep& sweep, int tile, int memory, void* arranged, void* stream) {
+  return run<SingleBlockForward, false>(sweep, tile, memory, arranged, stream);
+}
+
+const char* single_block_backward(const BackwardSweep& sweep, int tile, int memory, void* arranged, void* stream) {
+  return run<SingleBlockBackward, true>(sweep, tile, memory, arranged, stream);
 }
 
 }  // namespace seqkernels

@@ -1,30 +1,27 @@
 // A sweep in one launch: a block takes up to 8 sequences through all their steps, with the recurrent weights in its
-// registers and shared memory. Blocks know nothing of each other; both directions run side by side (the second index of
-// a block). A thread keeps the same elements (unit, sequence) for all steps, and their states in registers; what the
-// other threads need of them goes through shared memory, in two buffers, so that one barrier a step is enough.
+// registers and shared memory, as far as these go. Blocks know nothing of each other; both directions run side by side
+// (the second index of a block). A thread keeps the same units and sequences for all steps, and their states in
+// registers; what the other threads need of them goes through shared memory, in two buffers, so that one barrier a step
+// is enough.
 #pragma once
 #include "layer.h"
 #include "product.h"
 
 namespace seqkernels::device {
 
-// Sizes of a kernel for layers of up to HIDDEN units (a multiple of a chunk): BLOCKS times 16 of them a warp.
-template <Cell CELL, class Product, int HIDDEN, int BLOCKS>
-struct Sizes {
+// A kernel for layers of up to HIDDEN units (a multiple of a chunk), of which a warp takes BLOCKS times 16, and a
+// thread holds HELD groups of fragments of the weights in registers. EVEN: the layer has an even number of units.
+template <Cell CELL_, class Product_, int HIDDEN_, int BLOCKS_, int HELD, bool EVEN_>
+struct Configuration {
+  using Product = Product_;
   using T = typename Product::T;
-  static constexpr int gates = gates_of(CELL);
+  static constexpr Cell CELL = CELL_;
+  static constexpr int G = gates_of(CELL), HIDDEN = HIDDEN_, BLOCKS = BLOCKS_;
+  static constexpr bool EVEN = EVEN_;
   static constexpr int threads = HIDDEN / kUnits / BLOCKS * 32;
   static constexpr int chunk = Factors<T>::chunk, chunks = HIDDEN / chunk;
-  static constexpr int fragments = BLOCKS * gates * chunks;
   static_assert(HIDDEN % chunk == 0 && HIDDEN % (kUnits * BLOCKS) == 0);
-
-  static DEVICE int first_unit(int block) { return (thread() / 32 * BLOCKS + block) * kUnits; }
-};
-
-template <class Arrays>
-struct Tiled {
-  Arrays arrays;
-  int sequences;  // that a block takes
+  using Held = Weights<G, BLOCKS, chunks, HELD, threads>;
 };
 
 // The steps of one block's sequences, in the order of a direction.
@@ -59,200 +56,218 @@ class Tile {
   int sequences_;
 };
 
-template <Cell CELL, class Product, int HIDDEN, int BLOCKS, int HELD>
-struct SingleBlockForward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
-  using Base = Sizes<CELL, Product, HIDDEN, BLOCKS>;
-  using T = typename Product::T;
-  using Parameters = Tiled<ForwardSweep>;
-  using Held = Weights<T, Base::fragments, HELD, Base::threads>;
-  static constexpr int G = Base::gates;
-  static constexpr int stride = Factors<T>::stride(HIDDEN), buffer = Factors<T>::bytes(HIDDEN);
-  static constexpr int shared_bytes = 2 * buffer + Held::bytes;
+// What a thread of either pass has: in each of its BLOCKS two units side by side, in two sequences. Element e of them
+// is unit e / 2 in sequence e % 2. WIDTH: how many factors of a sequence the threads exchange.
+template <class C, int WIDTH>
+struct Share {
+  using T = typename C::T;
+  static constexpr int stride = Factors<T>::stride(WIDTH), buffer = Factors<T>::bytes(WIDTH);
 
-  static DEVICE void run(const Parameters& p) {
-    const ForwardSweep& s = p.arrays;
-    const Tile tile(s, p.sequences);
-    const int d = tile.direction(), hidden = static_cast<int>(s.hidden);
-    const ForwardLayer<CELL, T> layer(s, d);
+  static DEVICE Shared<T> factors(int which) { return {which * buffer, buffer / static_cast<int>(sizeof(T))}; }
 
-    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[d]), G * s.hidden * s.hidden);
-    const Held weights(2 * buffer, [&](int fragment, int row, int column) {
-      const int gate = fragment % G, chunk = fragment / G % Base::chunks, block = fragment / G / Base::chunks;
-      const int unit = Base::first_unit(block) + row, of = chunk * Base::chunk + column;
-      const bool there = unit < hidden && of < hidden;
-      return Product::factor(there ? wide(w_hh.load((int64_t(gate) * hidden + unit) * hidden + of)) : 0);
-    });
+  const Tile& tile;
+  int64_t hidden, states;  // of all directions and sequences
+  int64_t first_state;     // where element 0 of block 0 is among them
+  Lane lane;               // its sequence and unit
+  int there[C::BLOCKS];    // units of a block that the layer has, 0 to 2
 
-    Lane lane{sequence_of(0), Base::first_unit(0) + unit_of(0)};
-    const int64_t states = s.directions * s.sequences * s.hidden;
-    const Global<const T> h_0(static_cast<const T*>(s.h_0), states), c_0(static_cast<const T*>(s.c_0), states);
-    const auto state_of = [&](int unit, int e) {
-      return (d * s.sequences + tile.first() + sequence_of(e)) * hidden + unit;
-    };
-    float h[BLOCKS][kElements] = {}, c[BLOCKS][kElements] = {}, b_hn[BLOCKS][2] = {};
-    each([&](int block, int e, int unit) {
-      if (unit < hidden && sequence_of(e) < tile.sequences()) {
-        h[block][e] = wide(h_0.load(state_of(unit, e)));
-        if (CELL == Cell::lstm) c[block][e] = wide(c_0.load(state_of(unit, e)));
-      }
-      if (unit < hidden && e % 2 == 0) b_hn[block][e / 2] = layer.b_hn(unit);
-      factors(0).store(sequence_of(e) * stride + unit, Product::factor(h[block][e]));
-    });
-
-    T x[BLOCKS][kElements][G];
-    typename Tile::Step now = tile.step(0);
-    const auto load = [&](const typename Tile::Step& step) {
-      each([&](int block, int e, int unit) {
+  DEVICE Share(const Sweep& s, const Tile& tile)
+      : tile(tile),
+        hidden(s.hidden),
+        states(s.directions * s.sequences * s.hidden),
+        lane{sequence_of_lane(), thread() / 32 * C::BLOCKS * kUnits + unit_of_lane()} {
+    first_state = (tile.direction() * s.sequences + tile.first() + lane.sequence) * hidden + lane.unit;
 #pragma unroll
-        for (int gate = 0; gate < G; gate++) x[block][e][gate] = Narrow<T>::of(0);
-        if (unit < hidden && sequence_of(e) < step.running)
-          layer.load_gates(step.row + e % 2, e / 2 * 8 + block * 16, lane, x[block][e]);
-      });
+    for (int block = 0; block < C::BLOCKS; block++) {
+      const int left = static_cast<int>(hidden) - lane.unit - block * kUnits;
+      there[block] = left < 0 ? 0 : left < 2 ? left : 2;
+    }
+  }
+
+  template <class Do>
+  DEVICE void each(Do act) const {
+#pragma unroll
+    for (int block = 0; block < C::BLOCKS; block++)
+#pragma unroll
+      for (int s = 0; s < 2; s++) act(block, s);
+  }
+
+  // How many of the two units take part, if so many sequences do.
+  DEVICE int count(int block, int s, int sequences) const { return lane.sequence + s < sequences ? there[block] : 0; }
+  DEVICE int place(int block, int s) const { return (lane.sequence + s) * stride + lane.unit + block * kUnits; }
+
+  DEVICE Pair<T> load_state(const void* array, int block, int s) const {
+    if (!array) return {};
+    const Global<const T> from(static_cast<const T*>(array), states);
+    return load_units<false>(from, state(block, s), count(block, s, tile.sequences()));
+  }
+  DEVICE void store_state(void* array, int block, int s, Pair<T> units) const {
+    const Global<T> to(static_cast<T*>(array), states);
+    store_units<false>(to, state(block, s), units, count(block, s, tile.sequences()));
+  }
+
+ private:
+  DEVICE int64_t state(int block, int s) const { return first_state + s * hidden + block * kUnits; }
+};
+
+template <class C>
+struct SingleBlockForward : C {
+  using T = typename C::T;
+  using Product = typename C::Product;
+  using Mine = Share<C, C::HIDDEN>;
+  using Parameters = SingleBlock<ForwardSweep>;
+  static constexpr int G = C::G, BLOCKS = C::BLOCKS, buffers = 2 * Mine::buffer;
+
+  static DEVICE void run(const Parameters& s) {
+    const Tile tile(s, s.tile);
+    const Mine mine(s, tile);
+    const ForwardLayer<C::CELL, T, C::EVEN> layer(s, tile.direction());
+    const typename C::Held weights(s.arranged, tile.direction(), buffers, s.shared);
+
+    Pair<T> h[BLOCKS][2];
+    float c[BLOCKS][2][2], b_hn[BLOCKS][2];
+    mine.each([&](int block, int s_) {
+      h[block][s_] = mine.load_state(s.h_0, block, s_);
+      widen(mine.load_state(s.c_0, block, s_), c[block][s_]);
+      if (s_ == 0) layer.load_b_hn(mine.lane.unit + block * kUnits, mine.there[block], b_hn[block]);
+      Mine::factors(0).store_pair(mine.place(block, s_), Product::factors(h[block][s_]));
+    });
+
+    // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
+    Pair<T> x[BLOCKS][2][G];
+    typename Tile::Step now = tile.step(0), next = tile.step(1);
+    const auto load = [&](int block, const typename Tile::Step& step) {
+#pragma unroll
+      for (int s_ = 0; s_ < 2; s_++)
+        layer.load_gates(step.row + s_, block * kUnits, mine.lane, mine.count(block, s_, step.running), x[block][s_]);
     };
-    load(now);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) load(block, now);
     synchronize();
 
     for (int64_t k = 0; k < tile.count(); k++) {
-      const Shared<T> before = factors(k % 2), after = factors((k + 1) % 2);
-      // One step ahead, so that reading overlaps with the products.
-      float sums[BLOCKS][G][kElements], x_n[BLOCKS][kElements];  // GRU's n has its sums apart
-      each([&](int block, int e, int) {
-#pragma unroll
-        for (int gate = 0; gate < G; gate++) sums[block][gate][e] = wide(x[block][e][gate]);
-        if (CELL == Cell::gru) x_n[block][e] = sums[block][G - 1][e], sums[block][G - 1][e] = b_hn[block][e / 2];
-      });
-      const typename Tile::Step next = tile.step(k + 1);
-      load(next);
+      const Shared<T> before = Mine::factors(k % 2), after = Mine::factors((k + 1) % 2);
+      const typename Tile::Step after_next = tile.step(k + 2);
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
-        multiply_all(weights, block, before, sums[block]);
+        float sums[G][kElements], x_n[kElements];  // GRU's n has its sums apart
 #pragma unroll
-        for (int e = 0; e < kElements; e++) {
-          const int unit = Base::first_unit(block) + unit_of(e), sequence = sequence_of(e);
-          float x_e[G] = {}, of_h[G], saved[4], h_e = h[block][e], c_e = c[block][e];
-          if (CELL == Cell::gru) x_e[G - 1] = x_n[block][e];
+        for (int s_ = 0; s_ < 2; s_++)
 #pragma unroll
-          for (int gate = 0; gate < G; gate++) of_h[gate] = sums[block][gate][e];
-          cell_forward<CELL>(x_e, of_h, h_e, c_e, saved);
-          // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
-          if (sequence < now.running) {
-            h[block][e] = wide(Narrow<T>::of(h_e)), c[block][e] = c_e;
-            if (unit < hidden) {
-              layer.store_y(now.row + e % 2, e / 2 * 8 + block * 16, lane, Narrow<T>::of(h_e));
-              layer.store_saved(now.row + e % 2, e / 2 * 8 + block * 16, lane, saved, c_e);
+          for (int gate = 0; gate < G; gate++) {
+            float units[2];
+            widen(x[block][s_][gate], units);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              const bool apart = C::CELL == Cell::gru && gate == G - 1;
+              sums[gate][i * 2 + s_] = apart ? b_hn[block][i] : units[i];
+              if (apart) x_n[i * 2 + s_] = units[i];
             }
           }
-          after.store(sequence * stride + unit, Product::factor(h[block][e]));
+        load(block, next);
+        multiply_all(weights, block, before, sums);
+#pragma unroll
+        for (int s_ = 0; s_ < 2; s_++) {
+          float saved[2][4], h_new[2], c_new[2] = {c[block][s_][0], c[block][s_][1]};
+          widen(h[block][s_], h_new);
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            float x_i[G] = {}, of_h[G];
+            if (C::CELL == Cell::gru) x_i[G - 1] = x_n[i * 2 + s_];
+#pragma unroll
+            for (int gate = 0; gate < G; gate++) of_h[gate] = sums[gate][i * 2 + s_];
+            cell_forward<C::CELL>(x_i, of_h, h_new[i], c_new[i], saved[i]);
+          }
+          // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
+          if (mine.lane.sequence + s_ < now.running) {
+            h[block][s_] = narrow<T>(h_new), c[block][s_][0] = c_new[0], c[block][s_][1] = c_new[1];
+            const int there = mine.there[block];
+            layer.store_y(now.row + s_, block * kUnits, mine.lane, there, h[block][s_]);
+            layer.store_saved(now.row + s_, block * kUnits, mine.lane, there, saved, c_new);
+          }
+          after.store_pair(mine.place(block, s_), Product::factors(h[block][s_]));
         }
       }
-      now = next;
+      now = next, next = after_next;
       synchronize();
     }
 
-    const Global<T> h_n(static_cast<T*>(s.h_n), states), c_n(static_cast<T*>(s.c_n), states);
-    each([&](int block, int e, int unit) {
-      if (unit >= hidden || sequence_of(e) >= tile.sequences()) return;
-      h_n.store(state_of(unit, e), Narrow<T>::of(h[block][e]));
-      if (CELL == Cell::lstm) c_n.store(state_of(unit, e), Narrow<T>::of(c[block][e]));
+    mine.each([&](int block, int s_) {
+      mine.store_state(s.h_n, block, s_, h[block][s_]);
+      if (C::CELL == Cell::lstm) mine.store_state(s.c_n, block, s_, narrow<T>(c[block][s_]));
     });
   }
 
  private:
-  static DEVICE Shared<T> factors(int which) { return {which * buffer, buffer / static_cast<int>(sizeof(T))}; }
-
-  template <class Do>
-  static DEVICE void each(Do act) {
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++)
-#pragma unroll
-      for (int e = 0; e < kElements; e++) act(block, e, Base::first_unit(block) + unit_of(e));
-  }
-
   // Adds the products to `result`.
-  static DEVICE void multiply_all(const Held& weights, int block, Shared<T> h, float (&result)[G][kElements]) {
+  static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> h,
+                                  float (&result)[G][kElements]) {
     float sum[G][Product::sums];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) Product::begin(result[gate], sum[gate]);
-#pragma unroll
-    for (int chunk = 0; chunk < Base::chunks; chunk++) {
-      Fragment of[G];
-#pragma unroll
-      for (int gate = 0; gate < G; gate++) of[gate] = weights[(block * Base::chunks + chunk) * G + gate];
-      Product::template add<G>(sum, of, h, stride, chunk * Base::chunk);
-    }
+    weights.each(block,
+                 [&](int chunk, auto of) { Product::template add<G>(sum, of, h, Mine::stride, chunk * C::chunk); });
 #pragma unroll
     for (int gate = 0; gate < G; gate++) Product::finish(sum[gate], result[gate]);
   }
 };
 
-template <Cell CELL, class Product, int HIDDEN, int BLOCKS, int HELD>
-struct SingleBlockBackward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
-  using Base = Sizes<CELL, Product, HIDDEN, BLOCKS>;
-  using T = typename Product::T;
-  using Parameters = Tiled<BackwardSweep>;
-  using Held = Weights<T, Base::fragments, HELD, Base::threads>;
-  static constexpr int G = Base::gates;
-  static constexpr int width = G * HIDDEN;
-  static constexpr int stride = Factors<T>::stride(width), buffer = Factors<T>::bytes(width);
-  static constexpr int shared_bytes = 2 * buffer + Held::bytes;
+template <class C>
+struct SingleBlockBackward : C {
+  using T = typename C::T;
+  using Product = typename C::Product;
+  using Mine = Share<C, C::G * C::HIDDEN>;
+  using Parameters = SingleBlock<BackwardSweep>;
+  static constexpr int G = C::G, BLOCKS = C::BLOCKS, buffers = 2 * Mine::buffer;
 
-  static DEVICE void run(const Parameters& p) {
-    const BackwardSweep& s = p.arrays;
-    const Tile tile(s, p.sequences);
-    const int d = tile.direction(), hidden = static_cast<int>(s.hidden);
-    const BackwardLayer<CELL, T> layer(s, d);
+  static DEVICE void run(const Parameters& s) {
+    const Tile tile(s, s.tile);
+    const Mine mine(s, tile);
+    const BackwardLayer<C::CELL, T, C::EVEN> layer(s, tile.direction());
+    const typename C::Held weights(s.arranged, tile.direction(), buffers, s.shared);  // transposed
 
-    // The transposed matrices of all gates, side by side.
-    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[d]), G * s.hidden * s.hidden);
-    const Held weights(2 * buffer, [&](int fragment, int row, int column) {
-      const int gate = fragment % G, chunk = fragment / G % Base::chunks, block = fragment / G / Base::chunks;
-      const int unit = Base::first_unit(block) + row, of = chunk * Base::chunk + column;
-      const bool there = unit < hidden && of < hidden;
-      return Product::factor(there ? wide(w_hh.load((int64_t(gate) * hidden + of) * hidden + unit)) : 0);
+    float grad_h[BLOCKS][kElements], grad_c[BLOCKS][2][2];
+    mine.each([&](int block, int s_) {
+      float units[2];
+      widen(mine.load_state(s.grad_h_n, block, s_), units);
+      grad_h[block][s_] = units[0], grad_h[block][2 + s_] = units[1];
+      widen(mine.load_state(s.grad_c_n, block, s_), grad_c[block][s_]);
     });
 
-    Lane lane{sequence_of(0), Base::first_unit(0) + unit_of(0)};
-    const int64_t states = s.directions * s.sequences * s.hidden;
-    const Global<const T> grad_h_n(static_cast<const T*>(s.grad_h_n), states);
-    const Global<const T> grad_c_n(static_cast<const T*>(s.grad_c_n), states);
-    const auto state_of = [&](int unit, int e) {
-      return (d * s.sequences + tile.first() + sequence_of(e)) * hidden + unit;
-    };
-    float grad_h[BLOCKS][kElements] = {}, grad_c[BLOCKS][kElements] = {};
-    each([&](int block, int e, int unit) {
-      if (unit >= hidden || sequence_of(e) >= tile.sequences()) return;
-      if (grad_h_n) grad_h[block][e] = wide(grad_h_n.load(state_of(unit, e)));
-      if (CELL == Cell::lstm && grad_c_n) grad_c[block][e] = wide(grad_c_n.load(state_of(unit, e)));
-    });
-
-    Past<T> past[BLOCKS][kElements];
-    typename Tile::Step now = tile.step(tile.count() - 1), before = tile.step(tile.count() - 2);
+    Past<T> past[BLOCKS][2];
+    const int64_t last = tile.count() - 1;
+    typename Tile::Step now = tile.step(last), before = tile.step(last - 1), earlier = tile.step(last - 2);
     const auto load = [&] {
-      each([&](int block, int e, int unit) {
-        const int sequence = sequence_of(e);
-        past[block][e] = {};
-        if (unit < hidden && sequence < now.running)
-          layer.load(now.row + e % 2, before.row + e % 2, sequence < before.running, tile.first() + e % 2,
-                     e / 2 * 8 + block * 16, lane, past[block][e]);
+      mine.each([&](int block, int s_) {
+        past[block][s_] = {};
+        const int count = mine.count(block, s_, now.running);
+        if (count)
+          layer.load(now.row + s_, before.row + s_, mine.lane.sequence + s_ < before.running, tile.first() + s_,
+                     block * kUnits, mine.lane, count, past[block][s_]);
       });
     };
     load();
 
-    for (int64_t k = tile.count() - 1; k >= 0; k--) {
-      const Shared<T> gradients = factors(k % 2);
-      each([&](int block, int e, int unit) {
-        const int sequence = sequence_of(e);
-        const bool running = sequence < now.running;
-        float grad[4] = {}, grad_h_e = grad_h[block][e], grad_c_e = grad_c[block][e];
-        layer.step(past[block][e], grad_h_e, grad_c_e, grad);
-        if (running) grad_h[block][e] = grad_h_e, grad_c[block][e] = grad_c_e;
-        if (running && unit < hidden) layer.store_gates(now.row + e % 2, e / 2 * 8 + block * 16, lane, grad);
+    for (int64_t k = last; k >= 0; k--) {
+      const Shared<T> gradients = Mine::factors(k % 2);
+      mine.each([&](int block, int s_) {
+        const bool running = mine.lane.sequence + s_ < now.running;
+        float grad[2][4] = {}, h_new[2] = {grad_h[block][s_], grad_h[block][2 + s_]};
+        float c_new[2] = {grad_c[block][s_][0], grad_c[block][s_][1]};
+        layer.step(past[block][s_], h_new, c_new, grad);
+        if (running) {
 #pragma unroll
-        for (int gate = 0; gate < G; gate++)
-          gradients.store(sequence * stride + gate * HIDDEN + unit, Product::factor(running ? grad[gate] : 0));
+          for (int i = 0; i < 2; i++) grad_h[block][i * 2 + s_] = h_new[i], grad_c[block][s_][i] = c_new[i];
+          layer.store_gates(now.row + s_, block * kUnits, mine.lane, mine.there[block], grad);
+        }
+#pragma unroll
+        for (int gate = 0; gate < G; gate++) {
+          const Pair<T> factors = running ? Product::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};
+          gradients.store_pair(mine.place(block, s_) + gate * C::HIDDEN, factors);
+        }
       });
       synchronize();
-      now = before, before = tile.step(k - 2);
+      now = before, before = earlier, earlier = tile.step(k - 3);
       load();  // while the matrix cores multiply
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
@@ -260,39 +275,29 @@ struct SingleBlockBackward : Sizes<CELL, Product, HIDDEN, BLOCKS> {
       }
     }
 
-    const Global<T> grad_h_0(static_cast<T*>(s.grad_h_0), states), grad_c_0(static_cast<T*>(s.grad_c_0), states);
-    each([&](int block, int e, int unit) {
-      if (unit >= hidden || sequence_of(e) >= tile.sequences()) return;
-      grad_h_0.store(state_of(unit, e), Narrow<T>::of(grad_h[block][e]));
-      if (CELL == Cell::lstm) grad_c_0.store(state_of(unit, e), Narrow<T>::of(grad_c[block][e]));
+    mine.each([&](int block, int s_) {
+      const float units[2] = {grad_h[block][s_], grad_h[block][2 + s_]};
+      mine.store_state(s.grad_h_0, block, s_, narrow<T>(units));
+      if (C::CELL == Cell::lstm) mine.store_state(s.grad_c_0, block, s_, narrow<T>(grad_c[block][s_]));
     });
   }
 
  private:
-  static DEVICE Shared<T> factors(int which) { return {which * buffer, buffer / static_cast<int>(sizeof(T))}; }
-
-  template <class Do>
-  static DEVICE void each(Do act) {
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++)
-#pragma unroll
-      for (int e = 0; e < kElements; e++) act(block, e, Base::first_unit(block) + unit_of(e));
-  }
-
   // Adds the products to `result`.
-  static DEVICE void multiply_all(const Held& weights, int block, Shared<T> gradients, float (&result)[kElements]) {
+  static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> gradients,
+                                  float (&result)[kElements]) {
     constexpr int sums = Product::splits_sums ? G : 1;
     float sum[sums][Product::sums], part[sums][kElements] = {};
     Product::begin(result, sum[0]);
 #pragma unroll
     for (int i = 1; i < sums; i++) Product::begin(part[i], sum[i]);
+    weights.each(block, [&](int chunk, auto of) {
 #pragma unroll
-    for (int chunk = 0; chunk < Base::chunks; chunk++)
-#pragma unroll
-      for (int gate = 0; gate < G; gate++) {
-        const Fragment of[1] = {weights[(block * Base::chunks + chunk) * G + gate]};
-        Product::template add<1>(sum + gate % sums, of, gradients, stride, gate * HIDDEN + chunk * Base::chunk);
-      }
+      for (int gate = 0; gate < G; gate++)
+        Product::template add<1>(
+            sum + gate % sums, [&](int) { return of(gate); }, gradients, Mine::stride,
+            gate * C::HIDDEN + chunk * C::chunk);
+    });
     Product::finish(sum[0], result);
 #pragma unroll
     for (int i = 1; i < sums; i++) {

@@ -19,9 +19,7 @@ const char* by_scalar(Scalar scalar, Call call) {
 }
 
 template <Cell CELL>
-struct OfCell {
-  static constexpr Cell cell = CELL;
-};
+using OfCell = std::integral_constant<Cell, CELL>;
 
 template <class Call>
 const char* by_cell(Cell cell, Call call) {
@@ -33,6 +31,16 @@ const char* by_cell(Cell cell, Call call) {
   }
 }
 
+// Call with the cell, a number of the scalar's type, and whether the number of hidden units is even.
+template <class Call>
+const char* by_layer(const Sweep& s, Call call) {
+  return by_cell(s.cell, [&](auto cell) {
+    return by_scalar(s.scalar, [&](auto zero) {
+      return s.hidden % 2 ? call(cell, zero, std::false_type{}) : call(cell, zero, std::true_type{});
+    });
+  });
+}
+
 // One thread for each of so many elements.
 template <class Kernel>
 const char* launch_for(int64_t elements, int directions, const typename Kernel::Parameters& p, void* stream) {
@@ -42,20 +50,16 @@ const char* launch_for(int64_t elements, int directions, const typename Kernel::
 }  // namespace
 
 const char* step_forward(const StepForward& p, void* stream) {
-  return by_cell(p.layer.cell, [&](auto of) {
-    return by_scalar(p.layer.scalar, [&](auto zero) {
-      using Kernel = StepForwardKernel<decltype(of)::cell, decltype(zero)>;
-      return launch_for<Kernel>(p.running * p.layer.hidden, p.layer.directions, p, stream);
-    });
+  return by_layer(p.layer, [&](auto cell, auto zero, auto even) {
+    using Kernel = StepForwardKernel<decltype(cell)::value, decltype(zero), decltype(even)::value>;
+    return launch_for<Kernel>(p.running * ((p.layer.hidden + 1) / 2), p.layer.directions, p, stream);
   });
 }
 
 const char* step_backward(const StepBackward& p, void* stream) {
-  return by_cell(p.layer.cell, [&](auto of) {
-    return by_scalar(p.layer.scalar, [&](auto zero) {
-      using Kernel = StepBackwardKernel<decltype(of)::cell, decltype(zero)>;
-      return launch_for<Kernel>(p.running * p.layer.hidden, p.layer.directions, p, stream);
-    });
+  return by_layer(p.layer, [&](auto cell, auto zero, auto even) {
+    using Kernel = StepBackwardKernel<decltype(cell)::value, decltype(zero), decltype(even)::value>;
+    return launch_for<Kernel>(p.running * ((p.layer.hidden + 1) / 2), p.layer.directions, p, stream);
   });
 }
 

@@ -1,5 +1,6 @@
 // A sweep step by step: between two matrix products, a kernel does the rest of a step, for both directions (the second
-// index of a block). And small kernels that prepare steps and gather rows. A thread has one element.
+// index of a block). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden
+// units side by side.
 #pragma once
 #include "layer.h"
 
@@ -19,76 +20,107 @@ DEVICE bool element(int64_t rows, int64_t width, Element& found) {
   return true;
 }
 
-template <Cell CELL, class T>
+// The i-th two units of an array [rows, hidden], and how many of them there are.
+struct TwoUnits {
+  int64_t row;
+  int unit, count;
+};
+DEVICE bool two_units(int64_t rows, int64_t hidden, TwoUnits& found) {
+  Element at;
+  if (!element(rows, (hidden + 1) / 2, at)) return false;
+  const int unit = at.column * 2;
+  found = {at.row, unit, unit + 1 < hidden ? 2 : 1};
+  return true;
+}
+
+template <Cell CELL, class T, bool EVEN>
 struct StepForwardKernel {
   static constexpr int threads = kThreads, G = gates_of(CELL);
   using Parameters = StepForward;
 
   static DEVICE void run(const StepForward& p) {
     const ForwardSweep& s = p.layer;
-    Element at;
-    if (!element(p.running, s.hidden, at)) return;
+    TwoUnits at;
+    if (!two_units(p.running, s.hidden, at)) return;
     const int d = block_y();
     const Steps steps(s);
     const int64_t t = step_of(p.k, s.steps, d);
     if (at.row >= steps.size(t)) return;
     const int64_t row = steps.start(t) + at.row, state = d * s.sequences + at.row;
-    const ForwardLayer<CELL, T> layer(s, d);
+    const ForwardLayer<CELL, T, EVEN> layer(s, d);
 
     const Global<const T> gates_h(static_cast<const T*>(p.gates_h), s.directions * s.sequences * G * s.hidden);
-    const int64_t states = s.directions * s.sequences * s.hidden, place = state * s.hidden + at.column;
+    const int64_t states = s.directions * s.sequences * s.hidden, place = state * s.hidden + at.unit;
     const Global<T> h(static_cast<T*>(p.h), states);
     const Global<Wide<T>> c(static_cast<Wide<T>*>(p.c), states);
-    T x[G];
-    layer.load_gates(row, at.column, {}, x);
-    Wide<T> wide_x[G], of_h[G], saved[4], h_now = 0, c_now = 0;
+    Pair<T> x[G];
+    layer.load_gates(row, at.unit, {}, at.count, x);
+    Wide<T> x_i[2][G], of_h[2][G], saved[2][4], h_now[2] = {}, c_now[2] = {}, b_hn[2];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
-      wide_x[gate] = wide(x[gate]);
-      of_h[gate] = wide(gates_h.load((state * G + gate) * s.hidden + at.column));
+      Wide<T> units[2];
+      widen(x[gate], units);
+      x_i[0][gate] = units[0], x_i[1][gate] = units[1];
+      widen(load_units<EVEN>(gates_h, (state * G + gate) * s.hidden + at.unit, at.count), units);
+      of_h[0][gate] = units[0], of_h[1][gate] = units[1];
     }
-    if (CELL == Cell::gru) of_h[G - 1] += layer.b_hn(at.column), h_now = wide(h.load(place));
-    if (CELL == Cell::lstm) c_now = c.load(place);
-    cell_forward<CELL>(wide_x, of_h, h_now, c_now, saved);
-    h.store(place, Narrow<T>::of(h_now));
-    if (CELL == Cell::lstm) c.store(place, c_now);
-    if (!p.has_projection) layer.store_y(row, at.column, {}, Narrow<T>::of(h_now));
-    layer.store_saved(row, at.column, {}, saved, c_now);
+    if (CELL == Cell::gru) {
+      layer.load_b_hn(at.unit, at.count, b_hn);
+      of_h[0][G - 1] += b_hn[0], of_h[1][G - 1] += b_hn[1];
+      widen(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (CELL == Cell::lstm && i < at.count) c_now[i] = c.load(place + i);
+      cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
+      if (CELL == Cell::lstm && i < at.count) c.store(place + i, c_now[i]);
+    }
+    store_units<EVEN>(h, place, narrow<T>(h_now), at.count);
+    if (!p.has_projection) layer.store_y(row, at.unit, {}, at.count, narrow<T>(h_now));
+    layer.store_saved(row, at.unit, {}, at.count, saved, c_now);
   }
 };
 
-template <Cell CELL, class T>
+template <Cell CELL, class T, bool EVEN>
 struct StepBackwardKernel {
   static constexpr int threads = kThreads, G = gates_of(CELL);
   using Parameters = StepBackward;
 
   static DEVICE void run(const StepBackward& p) {
     const BackwardSweep& s = p.layer;
-    Element at;
-    if (!element(p.running, s.hidden, at)) return;
+    TwoUnits at;
+    if (!two_units(p.running, s.hidden, at)) return;
     const int d = block_y();
     const Steps steps(s);
     const int64_t t = step_of(p.k, s.steps, d), t_before = d == 0 ? t - 1 : t + 1;
-    const int64_t state = d * s.sequences + at.row, place = state * s.hidden + at.column;
+    const int64_t state = d * s.sequences + at.row, place = state * s.hidden + at.unit;
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
     const Global<Wide<T>> grad_c(static_cast<Wide<T>*>(p.grad_c), states);
-    Wide<T> grad[4] = {};
+    Wide<T> grad[2][4] = {};
     if (at.row < steps.size(t)) {
-      const BackwardLayer<CELL, T> layer(s, d);
+      const BackwardLayer<CELL, T, EVEN> layer(s, d);
       const int64_t row = steps.start(t) + at.row;
       const bool ran = at.row < steps.size(t_before);
       Past<T> past = {};
-      layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.column, {}, past);
-      Wide<T> of_h = wide(grad_h.load(place)), of_c = CELL == Cell::lstm ? grad_c.load(place) : 0;
+      layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, past);
+      Wide<T> of_h[2], of_c[2] = {};
+      widen(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.grad_h), states), place, at.count), of_h);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (CELL == Cell::lstm && i < at.count) of_c[i] = grad_c.load(place + i);
       layer.step(past, of_h, of_c, grad);
-      layer.store_gates(row, at.column, {}, grad);
-      if (!p.has_projection) grad_h.store(place, Narrow<T>::of(of_h));
-      if (CELL == Cell::lstm) grad_c.store(place, of_c);
+      layer.store_gates(row, at.unit, {}, at.count, grad);
+      if (!p.has_projection) store_units<EVEN>(grad_h, place, narrow<T>(of_h), at.count);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (CELL == Cell::lstm && i < at.count) grad_c.store(place + i, of_c[i]);
     }
 #pragma unroll
-    for (int gate = 0; gate < G; gate++)
-      grad_step.store((state * G + gate) * s.hidden + at.column, Narrow<T>::of(grad[gate]));
+    for (int gate = 0; gate < G; gate++) {
+      const Wide<T> units[2] = {grad[0][gate], grad[1][gate]};
+      store_units<EVEN>(grad_step, (state * G + gate) * s.hidden + at.unit, narrow<T>(units), at.count);
+    }
   }
 };
 

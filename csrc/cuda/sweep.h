@@ -119,6 +119,25 @@ struct FoldBiases {
   int64_t size, folded;     // G*H, and how many of b_hh are added
 };
 
+// The recurrent weights as the threads of a single block hold them (product.h).
+struct Arrange {
+  const void* w_hh[2];  // [G*H, H]
+  void* result;         // [D, G, width, width] in that order
+  int gates, hidden;
+  int width;        // hidden units that the kernel is made for
+  int blocks;       // of 16 units that a warp takes
+  bool transposed;  // backward: each gate's matrix
+  bool tf32;        // rounded to TF32
+};
+
+// A sweep in one launch, what it needs besides.
+template <class Pass>
+struct SingleBlock : Pass {
+  const void* arranged;  // the weights
+  int tile;              // sequences that a block takes: 1 to 8
+  int shared;            // groups of the weights in shared memory
+};
+
 // What launches do: the text of an error, or null. A stream is a cudaStream_t.
 
 const char* step_forward(const StepForward&, void* stream);
@@ -130,8 +149,10 @@ const char* unprojected(const Unprojected&, void* stream);
 const char* fold_biases(const FoldBiases&, Scalar, void* stream);
 const char* write_steps(const WriteSteps&, void* stream);
 
-// All steps in one launch, for `sequences` (at most 8) a block, if the layer is no wider than there is a kernel for.
-const char* single_block_forward(const ForwardSweep&, int sequences, void* stream);
-const char* single_block_backward(const BackwardSweep&, int sequences, void* stream);
+// All steps in one launch, for `tile` sequences (at most 8) a block, which may have `memory` bytes of shared memory.
+// The weights go through `arranged`, [D, single_block_words()] times 16 bytes; none where no kernel takes the layer.
+int64_t single_block_words(Cell, Scalar, int64_t hidden);
+const char* single_block_forward(const ForwardSweep&, int tile, int memory, void* arranged, void* stream);
+const char* single_block_backward(const BackwardSweep&, int tile, int memory, void* arranged, void* stream);
 
 }  // namespace seqkernels

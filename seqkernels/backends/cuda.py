@@ -49,14 +49,14 @@ def backward(
     )
 
 
-def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple[bool, int]:
-    """Whether float32 factors may be rounded to TF32, and how many sequences a block takes; 0: stepwise."""
-    tf32 = x.dtype == torch.float32 and hardware.tf32(x.device)
+def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple[bool, int, int]:
+    """Whether float32 factors may be rounded to TF32, how many sequences a block takes (0: stepwise), and how many
+    bytes of shared memory it may have."""
+    tf32, gpu = x.dtype == torch.float32 and hardware.tf32(x.device), hardware.gpu_of(x.device)
     if h_0.dim() != 3 or len(weights) < 2 or weights[0].dim() != 2 or cell not in GATES:
-        return tf32, 0  # the operator says what is wrong
+        return tf32, 0, 0  # the operator says what is wrong
     hidden_size = weights[0].shape[0] // GATES[cell]
     projected = len(weights) // max(h_0.shape[0], 1) % 2 == 1
-    gpu = hardware.gpu_of(x.device)
     if not select.single_block(cell, hidden_size, projected, x.dtype, tf32, gpu, backward):
-        return tf32, 0
-    return tf32, select.sequences_of_block(h_0.shape[0] * h_0.shape[1], gpu)
+        return tf32, 0, 0
+    return tf32, select.sequences_of_block(h_0.shape[0] * h_0.shape[1], gpu), gpu.shared_memory

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define SEQKERNELS_ISA device
 #define DEVICE inline
@@ -20,6 +21,9 @@ enum class Access { read, write };
 
 // Check an access to element i of an array in global memory.
 void check_global(const void* data, int64_t count, int element_bytes, int64_t i, Access access);
+
+// Check that two elements from here on can be read or written at once.
+void check_pair(const void* at, int element_bytes);
 
 // Check an access to `bytes` bytes from `offset` on of an array of `size` bytes at byte `begin` of shared memory, and
 // return where they are.
@@ -54,6 +58,18 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
 template <class T>
 class Global {
  public:
@@ -67,6 +83,14 @@ class Global {
     host_run::check_global(data_, count_, sizeof(T), i, host_run::Access::write);
     data_[i] = value;
   }
+  Pair<std::remove_const_t<T>> load_pair(int64_t i) const {
+    host_run::check_pair(data_ + i, sizeof(T));
+    return {load(i), load(i + 1)};
+  }
+  void store_pair(int64_t i, Pair<T> pair) const {
+    host_run::check_pair(data_ + i, sizeof(T));
+    store(i, pair.first), store(i + 1, pair.second);
+  }
 
  private:
   T* data_;
@@ -79,6 +103,7 @@ class Shared {
   Shared(int byte, int count) : byte_(byte), count_(count) {}
   T load(int i) const { return load_as<T>(i); }
   void store(int i, T value) const { store_as(i, value); }
+  void store_pair(int i, Pair<T> pair) const { store_as(i, pair); }
   Words load_words(int i) const { return load_as<Words>(i); }
   void store_words(int i, Words words) const { store_as(i, words); }
 
@@ -104,18 +129,24 @@ class Shared {
 
 // ---- numbers
 
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-
 inline uint32_t bits(float x) { return host_run::bits_of<uint32_t>(x); }
 inline float from_bits(uint32_t x) { return host_run::bits_of<float>(x); }
+
 template <class T>
-inline uint32_t pair(T first, T second) {
-  return uint32_t{first.bits} | uint32_t{second.bits} << 16;
+inline Pair<T> pair(T first, T second) {
+  return {first, second};
+}
+template <class T>
+inline T first(Pair<T> pair) {
+  return pair.first;
+}
+template <class T>
+inline T second(Pair<T> pair) {
+  return pair.second;
+}
+template <class T>
+inline uint32_t bits(Pair<T> pair) {
+  return uint32_t{pair.first.bits} | uint32_t{pair.second.bits} << 16;
 }
 
 inline double wide(double x) { return x; }

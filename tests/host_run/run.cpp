@@ -275,6 +275,13 @@ void check_global(const void* data, int64_t count, int element_bytes, int64_t i,
   check_race(global_shadows[at / kPage][at % kPage / 2], access, launch_begin, place);
 }
 
+void check_pair(const void* at, int element_bytes) {
+  if (!at || reinterpret_cast<uintptr_t>(at) % (2 * element_bytes) == 0) return;  // null: check_global says so
+  failure = "misaligned: " + name(now) + " came to a pair of elements of " + std::to_string(element_bytes) +
+            " bytes each in global memory";
+  go_home();
+}
+
 unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, Access access) {
   const int64_t at = begin + offset;
   const bool inside = offset >= 0 && offset + bytes <= size && at >= 0 && at + bytes <= shared_bytes;
