@@ -89,6 +89,16 @@ def test_arguments_at_any_address(road, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_more_steps_than_a_grid_may_have_rows():
+    """65,535 is what cuDNN takes. A run that is cut there and carried on gives the same bits."""
+    cell, x, weights, h_0, *rest = Call("gru", 1, 1, 66000, 3, 1, dtype=torch.float32).arguments()
+    forward, _ = by_road(0)
+    y, h_n, *_ = forward(cell, x, weights, h_0, *rest)
+    before, carried, *_ = forward(cell, x[:65535], weights, h_0, *rest)
+    after, end, *_ = forward(cell, x[65535:], weights, carried, *rest)
+    assert torch.equal(y, torch.cat([before, after])) and torch.equal(h_n, end)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_rounds_factors_to_ten_bits(cell):
     call = Call(cell, 2, 5, 4, 40, dtype=torch.float32)
