@@ -224,7 +224,7 @@ def optional(package: str) -> Any:
 
 
 MOST_UNROLLED = 32  # steps
-OUR_BACKENDS = ("cpu", "cuda", "triton", "torch_eager")
+OUR_BACKENDS = ("cpu", "cuda", "triton", "cudnn", "torch_eager")
 CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "torch.nn": torch_nn,
     "seqkernels": seqkernels,
@@ -261,7 +261,10 @@ def errors(ours: list[Tensor], right: list[Tensor]) -> list[float]:
 def explain(case: Case) -> str:
     sk = require("seqkernels")
     module = module_of(case, sk).to(case.device, getattr(torch, case.dtype))
-    return str(sk.explain(module, data(case).to(module.weight_ih_l0)))
+    x = data(case).to(module.weight_ih_l0)
+    given = lengths(case.shape) if case.layout == "packed" else None
+    with torch.set_grad_enabled(case.mode == "train"):
+        return str(sk.explain(module, x, lengths=given))
 
 
 def add_case_options(parser: argparse.ArgumentParser) -> None:

@@ -109,19 +109,26 @@ def recurrent(
     else:
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
-    plan = _plan(cell, data, transformed, backend)
+    states = () if hx is None else (h_0, c_0)
+    layers = num_layers, directions
+    plan = plan_of(cell, rows.data, weights, states, rows.sequences, rows.batch_sizes, layers, backend)
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s rows %d sequences %d: %s", cell, rows.data.shape[0], rows.sequences, plan)
 
-    if num_layers == 1:
-        y, h_n, c_n, _ = ops.recurrence_forward(plan, cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed)
+    # cuDNN takes all layers at once, unless there is dropout between them: its own could not be differentiated twice.
+    drops = dropout > 0 and training
+    at_once = num_layers if plan.backend == "cudnn" and not drops else 1
+    if num_layers == at_once:
+        y, h_n, c_n = ops.recurrence_forward(
+            plan, cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers
+        )
     else:
         y, h_n, c_n = rows.data, [], []
         for layer in range(num_layers):
-            if layer and dropout and training:
+            if layer and drops:
                 y = F.dropout(y, dropout, training)
             here = slice(layer * directions, (layer + 1) * directions)
-            y, h, c, _ = ops.recurrence_forward(
+            y, h, c = ops.recurrence_forward(
                 plan,
                 cell,
                 y,
@@ -165,24 +172,66 @@ def recurrent_cell(
         _check_same(state, input)
     _check_same(w_ih, input, "parameter")
     transformed = ops.transformed()
-    plan = _plan(cell, input, transformed, backend)
+    plan = plan_of(cell, input, weights, (h_0, c_0), input.shape[0], None, None, backend)
     c_0 = None if c_0 is None else c_0.unsqueeze(0)
     # With a single step y is h.
-    y, _, c, _ = ops.recurrence_forward(plan, cell, input, weights, h_0.unsqueeze(0), c_0, None, transformed)
+    y, _, c = ops.recurrence_forward(plan, cell, input, weights, h_0.unsqueeze(0), c_0, None, transformed)
     return y, c.squeeze(0) if cell == "lstm" else c
 
 
-def _plan(cell: str, data: Tensor, transformed: bool, backend: str | None) -> select.Plan:
-    problem = cell, data.device, data.dtype, transformed, backend
-    return _chosen(*problem) if torch.compiler.is_compiling() else _cached_plan(*problem)
+def plan_of(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    sequences: int,
+    batch_sizes: Tensor | None,
+    layers: tuple[int, int] | None,
+    backend: str | None = None,
+) -> select.Plan:
+    """The plan of a call on rows x ``[N, I]``, kept for the next one like it; `layers`: their number and that of their
+    directions, None for one step of a cell."""
+    call, transformed = (cell, x.device), ops.transformed()
+    if torch.compiler.is_compiling():
+        return _chosen(*call, x.dtype, transformed, backend, compiled=True)
+    if not (x.is_cuda or (x.is_cpu and hardware.HERE.cudnn_on_cpu)):
+        return _cached_plan(*call, x.dtype, transformed, backend)  # on a CPU there is nothing to weigh
+    facts = _facts(cell, x, weights, states, sequences, batch_sizes, layers)
+    return _cached_plan(*call, ops.computed_dtype(x), transformed, backend, *facts)
 
 
-def _chosen(cell: str, device: torch.device, dtype, transformed: bool, backend: str | None) -> select.Plan:
-    problem = select.Problem(cell, device.type, dtype, transformed)
+def _facts(cell, x, weights, states, sequences, batch_sizes, layers) -> tuple:
+    """The fields of `select.Problem` that a choice on a GPU depends on."""
+    layout = "cell" if layers is None else "padded"
+    steps = 1 if layers is None else x.shape[0] // max(sequences, 1)
+    if batch_sizes is not None:
+        steps, layout = len(batch_sizes), "packed" if batch_sizes.device.type == "cpu" else "device"
+    number, directions = layers or (1, 1)
+    return (
+        weights[1].shape[0] // GATES[cell],
+        len(weights) // (number * directions) % 2 == 1,
+        hardware.tf32(x.device),
+        x.shape[1],
+        number,
+        directions,
+        select.class_of_sequences(sequences),
+        select.class_of_steps(steps),
+        layout,
+        ops.wants_gradients(x, *states, *weights),
+        torch.backends.cudnn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+        x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
+    )
+
+
+def _chosen(
+    cell: str, device: torch.device, dtype, transformed: bool, backend: str | None, *facts, compiled: bool = False
+) -> select.Plan:
+    problem = select.Problem(cell, device.type, dtype, transformed, *facts, compiled=compiled)
     return select.plan(problem, hardware.machine_of(device), backend)
 
 
-_cached_plan = functools.cache(_chosen)
+_cached_plan = functools.lru_cache(maxsize=4096)(_chosen)
 
 
 def _weights_of_direction(given: int, count: int, bias: bool, cell: str) -> int:

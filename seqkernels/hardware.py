@@ -32,6 +32,8 @@ class Machine(NamedTuple):
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
     cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
     host_run: bool = False  # SEQKERNELS_HOST_RUN: they are a build that runs them on the CPU, for tests
+    cudnn: int = 0  # the version of cuDNN that torch has for the GPU, as 91300 for 9.13; 0: none
+    cudnn_on_cpu: bool = False  # tests have given torch's cuDNN operators a stand-in on the CPU
     triton: bool = False  # Triton is installed
     interpreter: bool = False  # TRITON_INTERPRET: its kernels run step by step on the CPU
     gpu: GPU | None = None  # the one that the tensors are on
@@ -70,6 +72,7 @@ def _here() -> Machine:
         host_run=host_run is not None,
         native=not missing,
         native_missing=missing,
+        cudnn_on_cpu=torch._C._dispatch_has_kernel_for_dispatch_key("aten::_cudnn_rnn", "CPU"),
         forced_backend=os.environ.get("SEQKERNELS_BACKEND") or None,
         triton=importlib.util.find_spec("triton") is not None,  # which does not import it
         interpreter=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
@@ -84,7 +87,7 @@ INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, 0)
 
 def machine_of(device: torch.device) -> Machine:
     """This machine, with the GPU that tensors on `device` are on."""
-    return HERE._replace(gpu=gpu_of(device)) if device.type == "cuda" else HERE
+    return HERE._replace(gpu=gpu_of(device), cudnn=cudnn_version()) if device.type == "cuda" else HERE
 
 
 # torch.compile takes the answer for a constant: torch.compiler.assume_constant_result, without importing the compiler.
@@ -101,6 +104,11 @@ def gpu_of(device: torch.device) -> GPU:
     else:
         target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
     return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory)
+
+
+def cudnn_version() -> int:
+    """As `Machine.cudnn`; ROCm's MIOpen goes by torch.backends.cudnn as well, and is none."""
+    return 0 if torch.version.hip else torch.backends.cudnn.version() or 0
 
 
 def tf32(device: torch.device) -> bool:
@@ -124,6 +132,7 @@ def describe() -> list[tuple[str, str]]:
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
     rows.append(("CUDA kernels", f"none: {HERE.cuda_missing}" if HERE.cuda_missing else "loaded"))
+    rows.append(("cuDNN", str(cudnn_version() or "none: this torch has no cuDNN")))
     rows.append(("Triton kernels", _triton()))
     rows.append(("SEQKERNELS_BACKEND", HERE.forced_backend or "not set: chosen per call"))
     return rows

@@ -7,10 +7,11 @@ so parametrizations, weight tying, functional_call, deepcopy, pickle and plain a
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, hardware, select
+from seqkernels import functional, select
 from seqkernels.functional import State
 
 
@@ -207,18 +208,27 @@ class LSTMCell(_Cell):
         return self._step("lstm", input, hx)
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None = None) -> select.Plan:
+def explain(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: State | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+) -> select.Plan:
     """Which backend, and which of its kernels, would run `module` on `input`, and why not the others; nothing is run.
 
     Args:
         module: one of our modules or cells, or one of torch.nn's, for which the answer is that of its drop-in.
-        input, hx: what the module would be called with.
+        input, hx, lengths: what the module would be called with.
 
     Raises:
         TypeError: a module that is no RNN, GRU, LSTM or cell.
+        ValueError: as the module itself, where the backend that is forced cannot run.
     """
+    layers = None
     if isinstance(module, nn.RNNBase):
-        cell = module.mode.lower()
+        cell, weights = module.mode.lower(), module._flat_weights
+        layers = module.num_layers, 2 if module.bidirectional else 1
     elif isinstance(module, (nn.RNNCell, RNNCell)):
         cell = "rnn_" + module.nonlinearity
     elif isinstance(module, (nn.GRUCell, GRUCell)):
@@ -227,7 +237,18 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: State | None 
         cell = "lstm"
     else:
         raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
-    data = input.data if isinstance(input, PackedSequence) else input
-    sizes = module.hidden_size, getattr(module, "proj_size", 0) > 0, hardware.tf32(data.device)
-    problem = select.Problem(cell, data.device.type, data.dtype, False, *sizes)
-    return select.plan(problem, hardware.machine_of(data.device), getattr(module, "backend", None))
+    if layers is None:
+        weights = [module.weight_ih, module.weight_hh]
+    batch_sizes = None
+    if isinstance(input, PackedSequence):
+        rows, batch_sizes, sequences = input.data, input.batch_sizes, int(input.batch_sizes[0])
+    else:
+        rows, batched = input.reshape(-1, input.shape[-1]), input.dim() == (2 if layers is None else 3)
+        sequences = input.shape[0 if layers is None or module.batch_first else 1] if batched else 1
+    if lengths is not None:
+        steps = rows.shape[0] // max(sequences, 1)
+        where = lengths.device if isinstance(lengths, Tensor) else "cpu"
+        batch_sizes = torch.full((steps,), sequences, device=where)
+    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
+    backend = getattr(module, "backend", None)
+    return functional.plan_of(cell, rows, weights, states, sequences, batch_sizes, layers, backend)

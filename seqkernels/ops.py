@@ -21,6 +21,8 @@ W_hn h + b_hn; LSTM i, f, g, o and c; RNN nothing (y is enough). With ``save=Fal
 backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
 
+The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has its autograd function here.
+
 The input projection and the weight gradients belong to the operator, not to torch code around it, because where they
 run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
 """
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
 from seqkernels.backends import cuda as cuda_backend
+from seqkernels.backends import cudnn as cudnn_backend
 from seqkernels.backends import triton as triton_backend
 from seqkernels.hardware import HERE
 from seqkernels.select import Plan
@@ -173,6 +176,12 @@ def _cast_for_autocast(operator, device_type: str):
     return rule
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of x, or the one that autocast will give it."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+
 def _register(backend: str) -> None:
     """Everything about a backend's pair of operators that is the same for all backends."""
     forward, backward = f"seqkernels::recurrence_forward.{backend}", f"seqkernels::recurrence_backward.{backend}"
@@ -221,6 +230,64 @@ class _Recurrence(torch.autograd.Function):
         return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
+class _Cudnn(torch.autograd.Function):
+    """All layers by torch's own kernels, whose derivative torch cannot differentiate: where that is wanted, the first
+    derivative is that of torch_eager."""
+
+    @staticmethod
+    def forward(ctx, cell, directions, x, h_0, c_0, batch_sizes, *weights):
+        y, h_n, c_n, kept = cudnn_backend.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, True)
+        ctx.set_materialize_grads(False)
+        if cell != "lstm":
+            ctx.mark_non_differentiable(c_n)
+        ctx.cell, ctx.directions, ctx.weights = cell, directions, len(weights)
+        ctx.save_for_backward(x, h_0, c_0, batch_sizes, *weights, y, *kept)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, h_0, c_0, batch_sizes, *rest = ctx.saved_tensors
+        weights, (y, *kept) = rest[: ctx.weights], rest[ctx.weights :]
+        needs = ctx.needs_input_grad[2:]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            return None, None, *_Cudnn._differentiable(ctx, grads, needs, x, h_0, c_0, batch_sizes, *weights)
+        layers = x, weights, h_0, c_0, batch_sizes
+        wants = (*needs[:3], any(needs[4:]))
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        grad_x, grad_h_0, grad_c_0, grad_weights = cudnn_backend.backward(
+            ctx.cell, ctx.directions, *grads, *layers, y, kept, wants, again
+        )
+        return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+
+    @staticmethod
+    def _differentiable(ctx, grads, needs, *inputs):
+        """The gradients as functions of the gradients of the outputs and of all inputs."""
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        y, h_0, c_0, batch_sizes, *weights = inputs
+        each = ctx.directions * len(weights) // len(h_0)
+        h_n, c_n = [], []
+        for layer in range(len(h_0) // ctx.directions):
+            here = slice(layer * ctx.directions, (layer + 1) * ctx.directions)
+            states = h_0[here], None if c_0 is None else c_0[here]
+            of_layer = weights[layer * each : (layer + 1) * each]
+            y, h, c, _ = torch_eager.forward(ctx.cell, y, of_layer, *states, batch_sizes, False)
+            h_n.append(h)
+            c_n.append(c)
+        outputs = y, torch.cat(h_n), torch.cat(c_n)
+        outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+
+def _cudnn(cell, directions, save, x, h_0, c_0, batch_sizes, weights):
+    if save:
+        return _Cudnn.apply(cell, directions, x, h_0, c_0, batch_sizes, *weights)
+    return cudnn_backend.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, save)[:3]
+
+
 def _below_autograd(operator, *args):
     if torch.is_inference_mode_enabled():  # no autograd to pass by
         return operator(*args)
@@ -237,20 +304,29 @@ def recurrence_forward(
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
     transformed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the operator that `plan` says, by the shortest way there is.
+    layers: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
-    operations.
+    operations. The backend cudnn takes several `layers` at once, with the states and weights of all of them.
     """
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h_0, c_0, *weights))
+    save = wants_gradients(x, h_0, c_0, *weights)
+    if plan.backend == "cudnn":
+        autocast = torch.is_autocast_enabled(x.device.type)
+        run = _cast_for_autocast(_cudnn, x.device.type) if autocast else _cudnn
+        return run(cell, h_0.shape[0] // layers, save, x, h_0, c_0, batch_sizes, weights)
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return _FORWARD[plan.backend](cell, x, weights, h_0, c_0, batch_sizes, save)
+        return _FORWARD[plan.backend](cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
     if transformed:
-        return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save)
+        return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
     if save:
-        return _Recurrence.apply(plan.backend, cell, x, h_0, c_0, batch_sizes, *weights)
-    return _below_autograd(_FORWARD[plan.backend], cell, x, weights, h_0, c_0, batch_sizes, save)
+        return _Recurrence.apply(plan.backend, cell, x, h_0, c_0, batch_sizes, *weights)[:3]
+    return _below_autograd(_FORWARD[plan.backend], cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
+
+
+def wants_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def transformed() -> bool:

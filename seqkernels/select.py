@@ -4,18 +4,19 @@ from typing import NamedTuple
 
 import torch
 
+from seqkernels import costs
 from seqkernels.hardware import GPU, HERE, INTERPRETED, NO_TRITON, Machine
 
-# In order of preference; the last one takes everything.
-BACKENDS = ("cpu", "cuda", "triton", "torch_eager")
+# In order of preference, where no cost says otherwise; the last one takes everything.
+BACKENDS = ("cpu", "cuda", "triton", "cudnn", "torch_eager")
 
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Problem(NamedTuple):
-    """What a choice may depend on. The backend depends on nothing but the first four: a plan that reads no size puts no
-    guard on one under torch.compile. The others say which kernel of that backend runs, where they are given."""
+    """What a choice may depend on. Under torch.compile only the first four are given, as a plan that reads no size puts
+    no guard on one. The sizes let costs decide between backends, and say which kernel would run."""
 
     cell: str  # rnn_tanh, rnn_relu, gru, lstm
     device_type: str
@@ -24,10 +25,34 @@ class Problem(NamedTuple):
     hidden_size: int | None = None
     projected: bool = False
     tf32: bool = False  # torch lets recurrent layers round float32 factors to TF32
+    input_size: int = 0
+    layers: int = 1
+    directions: int = 1
+    sequences: int | None = None  # by `class_of_sequences`
+    steps: int | None = None  # by `class_of_steps`
+    layout: str = "padded"  # packed: steps differ in size; device: only the GPU knows how; cell: one step of a cell
+    training: bool = False  # gradients are wanted
+    cudnn: bool = True  # torch.backends.cudnn.enabled
+    deterministic: bool = False  # torch.use_deterministic_algorithms
+    capturing: bool = False  # a packed batch, into a CUDA graph
+    compiled: bool = False  # by torch.compile
+
+
+CUDNN_STEPS = 65535  # that cuDNN takes at most
+
+
+def class_of_sequences(sequences: int) -> int:
+    """As exact as costs need it, so that few plans have to be kept."""
+    return sequences if sequences <= 128 else -(-sequences // 128) * 128
+
+
+def class_of_steps(steps: int) -> int:
+    """The power of two above, but for what cuDNN does not take."""
+    return CUDNN_STEPS + 1 if steps > CUDNN_STEPS else min(1 << max(steps - 1, 0).bit_length(), CUDNN_STEPS)
 
 
 class Plan(NamedTuple):
-    """The backend that runs, the reason, and what speaks against each backend that was preferred to it."""
+    """The backend that runs, the reason, and what speaks against each other one."""
 
     backend: str
     reason: str
@@ -70,6 +95,8 @@ def reason_against(backend: str, problem: Problem, machine: Machine) -> str | No
         return _reason_against_cuda(problem, machine)
     if backend == "triton":
         return _reason_against_triton(problem, machine)
+    if backend == "cudnn":
+        return _reason_against_cudnn(problem, machine)
     return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
 
 
@@ -104,6 +131,35 @@ def _reason_against_triton(problem: Problem, machine: Machine) -> str | None:
     gpu = machine.gpu
     if gpu and not gpu.amd and int(gpu.target.removeprefix("sm_")) < 80:
         return f"Triton needs compute capability 8.0, {gpu.name} has {gpu.target}"
+    return None
+
+
+def _reason_against_cudnn(problem: Problem, machine: Machine) -> str | None:
+    if problem.device_type != "cuda" and not (problem.device_type == "cpu" and machine.cudnn_on_cpu):
+        return f"the tensors are on {problem.device_type}"
+    gpu = machine.gpu
+    if gpu and gpu.amd:
+        return f"{gpu.name} has MIOpen, not cuDNN"
+    if not machine.cudnn and not machine.cudnn_on_cpu:
+        return "this torch has no cuDNN"
+    if not problem.cudnn:
+        return "torch.backends.cudnn.enabled is False"
+    if problem.dtype not in NATIVE_DTYPES:
+        return f"cuDNN does not take {problem.dtype}"
+    if problem.dtype == torch.bfloat16 and gpu and (machine.cudnn < 91300 or int(gpu.target.removeprefix("sm_")) < 80):
+        return f"bfloat16 needs cuDNN 9.13 and compute capability 8.0, not cuDNN {machine.cudnn} and {gpu.target}"
+    if problem.transformed:
+        return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
+    if problem.compiled:
+        return "torch.compile needs an operator whose results have known sizes, and what cuDNN saves has not"
+    if problem.layout == "cell":
+        return "cuDNN has kernels for whole sequences, not for a cell"
+    if problem.layout == "device":
+        return "cuDNN must know on the CPU how long sequences are, and these lengths are on the GPU"
+    if problem.steps is not None and problem.steps > CUDNN_STEPS:
+        return f"cuDNN takes at most {CUDNN_STEPS} steps"
+    if problem.capturing:
+        return "cuDNN's kernels for packed batches are not known to survive in a CUDA graph"
     return None
 
 
@@ -224,43 +280,112 @@ def sequences_of_block(sequences: int, gpu: GPU) -> int:
 
 
 def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) -> Plan:
-    """Choose for `problem`; `backend` or SEQKERNELS_BACKEND forces one.
+    """Choose for `problem`: the backend of the least cost, and where costs say nothing the first that can run it.
+    `backend` or SEQKERNELS_BACKEND forces one.
 
     Raises:
         ValueError: the forced backend cannot run the problem, or none can; with each backend's reason.
     """
     forced = backend or machine.forced_backend
-    refusals = ()
-    for candidate in (forced,) if forced else BACKENDS:
-        against = reason_against(candidate, problem, machine)
-        if candidate == "triton" and not forced and machine.interpreter:
-            against = "Triton's interpreter runs for those who name it: backend='triton'"
-        if candidate == "cuda" and not forced and machine.host_run:
-            against = "CUDA kernels run on the CPU for those who name them: backend='cuda'"
-        if against is None:
-            why = "forced" if forced else _REASONS[candidate]
-            return Plan(candidate, why, refusals, _kernel(candidate, problem, machine))
-        refusals += ((candidate, against),)
-    raise ValueError(
-        f"no backend runs {problem.cell} in {problem.dtype} on {problem.device_type}: "
-        + "; ".join(f"{candidate}: {against}" for candidate, against in refusals)
-    )
+    candidates = (forced,) if forced else BACKENDS
+    against = {candidate: reason_against(candidate, problem, machine) for candidate in candidates}
+    if not forced:
+        for candidate, reason in against.items():
+            against[candidate] = reason or _reason_not_unasked(candidate, problem, machine)
+    able = [candidate for candidate in candidates if against[candidate] is None]
+    if not able:
+        raise ValueError(
+            f"no backend runs {problem.cell} in {problem.dtype} on {problem.device_type}: "
+            + "; ".join(f"{candidate}: {reason}" for candidate, reason in against.items())
+        )
+    if forced:
+        return Plan(forced, "forced", (), _kernel(forced, problem, machine))
+    cost = {candidate: _cost(candidate, problem, machine) for candidate in able}
+    known = [candidate for candidate in able if cost[candidate] is not None]
+    chosen = min(known, key=lambda candidate: cost[candidate]) if known else able[0]
+    ways = "a step forward and backward" if problem.training else "a step"
+    for candidate in able:
+        about = "" if cost[candidate] is None else f"by estimate about {cost[candidate]:.1f} us {ways}"
+        kernel = _kernel(candidate, problem, machine)
+        if candidate != chosen:
+            against[candidate] = f"{about} ({kernel})" if about else f"it could run, but {chosen} is preferred"
+        elif about:
+            reason = f"{_REASONS[chosen]}, {about}"
+    refusals = tuple((candidate, reason) for candidate, reason in against.items() if candidate != chosen)
+    return Plan(chosen, reason if known else _REASONS[chosen], refusals, _kernel(chosen, problem, machine))
+
+
+def _reason_not_unasked(backend: str, problem: Problem, machine: Machine) -> str | None:
+    """Why a backend that can run a problem is for those alone who name it."""
+    if backend == "triton" and machine.interpreter:
+        return "Triton's interpreter runs for those who name it: backend='triton'"
+    if backend == "cuda" and machine.host_run:
+        return "CUDA kernels run on the CPU for those who name them: backend='cuda'"
+    if backend == "cudnn" and problem.device_type == "cpu":
+        return "a stand-in for cuDNN runs on the CPU for those who name it: backend='cudnn'"
+    if backend == "cudnn" and problem.deterministic:
+        return "cuDNN does not promise the same bits on every run, which torch.use_deterministic_algorithms asks for"
+    return None
 
 
 def _kernel(backend: str, problem: Problem, machine: Machine) -> str:
-    if backend not in ("cuda", "triton") or problem.hidden_size is None:
+    """Which kernels of a backend would run, forward and backward."""
+    if problem.hidden_size is None or (backend == "cudnn" and problem.sequences is None):
         return ""
     gpu = machine.gpu or INTERPRETED
+    layer = problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu
     if backend == "cuda":
-        layer = problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu
-        forward, back = ("single block" if single_block(*layer, way) else "stepwise" for way in (False, True))
-        return forward if forward == back else f"forward {forward}, backward {back}"
-    return str(triton_tile(problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu))
+        ways = ["single block" if single_block(*layer, back) else "stepwise" for back in (False, True)]
+    elif backend == "cudnn":
+        ways = [_algorithm(problem, gpu, back) for back in (False, True)]
+    else:
+        return str(triton_tile(*layer)) if backend == "triton" else ""
+    return ways[0] if ways[0] == ways[1] else f"forward {ways[0]}, backward {ways[1]}"
+
+
+def _algorithm(problem: Problem, gpu: GPU, backward: bool) -> str:
+    padded = problem.layout == "padded"
+    return costs.cudnn_algorithm(_layer(problem), gpu, padded, problem.layers, problem.input_size, backward)
+
+
+def _layer(problem: Problem) -> costs.Layer:
+    gates, hidden = _GATES[problem.cell.partition("_")[0]], problem.hidden_size
+    sizes = problem.projected, problem.directions, problem.sequences
+    return costs.Layer(gates, hidden, *sizes, problem.dtype, problem.tf32)
+
+
+def _cost(backend: str, problem: Problem, machine: Machine) -> float | None:
+    """Microseconds of a step through all layers, forward and, in training, backward; None where nothing is known."""
+    gpu = machine.gpu
+    if problem.device_type != "cuda" or gpu is None or problem.hidden_size is None or problem.sequences is None:
+        return None
+    ways = (False, True) if problem.training else (False,)
+    layer, facts = _layer(problem), (problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32)
+    if backend == "cuda":
+        steps = [_cuda_step(layer, facts, gpu, back) for back in ways]
+    elif backend == "triton":
+        steps = [costs.triton(layer, gpu, *triton_tile(*facts, gpu)[:3], back) for back in ways]
+    elif backend == "cudnn":
+        steps = [costs.cudnn(layer, gpu, _algorithm(problem, gpu, back), back) for back in ways]
+        steps.append(costs.cudnn_call(layer, gpu, problem.input_size) / max(problem.steps, 1))
+    else:
+        return None
+    return problem.layers * sum(steps)
+
+
+def _cuda_step(layer: costs.Layer, facts: tuple, gpu: GPU, backward: bool) -> float:
+    # A road stands here beside the others.
+    if single_block(*facts, gpu, backward):
+        cell, hidden_size, _, dtype, tf32 = facts
+        memory = single_block_memory(cell, hidden_size, dtype, tf32, backward)
+        return costs.single_block(layer, gpu, memory, sequences_of_block(layer.directions * layer.sequences, gpu))
+    return costs.stepwise(layer, gpu)
 
 
 _REASONS = {
     "cpu": "compiled kernels for this CPU",
     "cuda": "compiled kernels for NVIDIA GPUs",
     "triton": "kernels that Triton compiles for this GPU",
+    "cudnn": "torch's own kernels for NVIDIA GPUs",
     "torch_eager": "plain torch operations run anywhere; slower than torch.nn where torch has a fused kernel",
 }

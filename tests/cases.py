@@ -1,5 +1,6 @@
 """Configurations of whole modules, and how ours, torch.nn and the specification each run one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -76,6 +77,11 @@ class Case:
         if self.cell == "lstm":
             states.append(random(rows, batch, self.hidden_size))
         return x.requires_grad_(), tuple(s.requires_grad_() for s in states)
+
+
+def on_device(lengths: Sequence[int], backend: str | None) -> Tensor:
+    """Lengths, or their sums, where the tests run; cuDNN takes them from the CPU only."""
+    return torch.tensor(lengths, device="cpu" if backend == "cudnn" else None)
 
 
 def _gradients(case: Case, outputs: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +162,7 @@ def run_ours(case: Case, backend: str | None = None) -> dict[str, Tensor]:
         output, final = _call(module, packed, hx, case)
         output = pad_packed_sequence(output)[0]
     elif case.layout == "cu_seqlens":
-        ends = torch.tensor((0, *case.lengths)).cumsum(0)
+        ends = on_device((0, *case.lengths), backend).cumsum(0)
         options = {k: v for k, v in case.module_options.items() if k not in ("dtype", "batch_first", "proj_size")}
         function = getattr(sk.functional, case.cell[:3] if case.cell.startswith("rnn") else case.cell)
         given = hx if case.cell == "lstm" or hx is None else hx[0]
@@ -165,7 +171,7 @@ def run_ours(case: Case, backend: str | None = None) -> dict[str, Tensor]:
         )
         final = final if case.cell == "lstm" else (final,)
     else:
-        lengths = torch.tensor(case.lengths) if case.layout == "lengths" else None
+        lengths = on_device(case.lengths, backend) if case.layout == "lengths" else None
         output, final = _call(module, _in_layout(x, case), hx, case, lengths)
         if case.layout == "unbatched":
             output, final = output.unsqueeze(1), tuple(f.unsqueeze(1) for f in final)

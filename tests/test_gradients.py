@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CELLS, Case
+from cases import CELLS, Case, on_device
 from torch.autograd import gradcheck, gradgradcheck
 
 import seqkernels as sk
@@ -18,7 +18,7 @@ def function_of(case: Case, backend: str):
     def function(x, *rest):
         states, weights = rest[: len(rest) - len(names)], rest[len(rest) - len(names) :]
         hx = states if case.cell == "lstm" else states[0]
-        lengths = torch.tensor(case.lengths) if case.layout == "lengths" else None
+        lengths = on_device(case.lengths, backend) if case.layout == "lengths" else None
         call = (x, hx), {"lengths": lengths}
         output, final = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), *call)
         return (output, *final) if case.cell == "lstm" else (output, final)

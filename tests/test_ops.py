@@ -14,6 +14,7 @@ MISSING = {
     "cpu": not HERE.native or torch.get_default_device().type != "cpu",
     "cuda": bool(HERE.cuda_missing),
     "triton": not HERE.triton,
+    "cudnn": True,  # it has no operators
 }
 BACKENDS = [backend for backend in select.BACKENDS if not MISSING.get(backend)]
 CELLS = tuple(ops.GATES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CELLS, Case
+from cases import CELLS, Case, on_device
 from torch.nn.utils.rnn import pack_sequence
 
 import seqkernels as sk
@@ -28,7 +28,7 @@ def close(ours, expected):
 @pytest.mark.parametrize("cell", CELLS)
 def test_ragged_equals_each_sequence_alone(cell, backend, dtype):
     module, x = module_of(cell, backend, dtype, bidirectional=True), torch.randn(7, 6, 4, dtype=dtype)
-    output, state = module(x, lengths=torch.tensor(LENGTHS))
+    output, state = module(x, lengths=on_device(LENGTHS, backend))
     for b, length in enumerate(LENGTHS):
         assert not output[length:, b].any()
         if length == 0:
@@ -42,9 +42,9 @@ def test_ragged_equals_each_sequence_alone(cell, backend, dtype):
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_lies_behind_a_sequence_is_never_read(cell, backend, dtype):
     module, x = module_of(cell, backend, dtype, bidirectional=True), torch.randn(7, 6, 4, dtype=dtype)
-    lengths = torch.tensor(LENGTHS)
+    lengths = on_device(LENGTHS, backend)
     expected = module(x, lengths=lengths)[0]
-    x[torch.arange(7).unsqueeze(1) >= lengths] = float("nan")
+    x[torch.arange(7).unsqueeze(1) >= torch.tensor(LENGTHS)] = float("nan")
     x.requires_grad_()
     output = module(x, lengths=lengths)[0]
     assert torch.equal(output, expected)
@@ -65,9 +65,9 @@ def test_cut_and_carry_equals_one_run(cell, backend, dtype):
 @pytest.mark.parametrize("cell", CELLS)
 def test_permuted_batch_gives_permuted_result(cell, backend, dtype):
     module, x = module_of(cell, backend, dtype, bidirectional=True), torch.randn(7, 6, 4, dtype=dtype)
-    order, lengths = torch.randperm(6), torch.tensor(LENGTHS)
+    order, lengths = torch.randperm(6), on_device(LENGTHS, backend)
     output, state = module(x, lengths=lengths)
-    permuted, permuted_state = module(x[:, order], lengths=lengths[order])
+    permuted, permuted_state = module(x[:, order], lengths=lengths[order.to(lengths.device)])
     close(permuted, output[:, order])
     close(only_h(permuted_state), only_h(state)[:, order])
 
@@ -90,7 +90,7 @@ def test_packed_lengths_and_cu_seqlens_are_one(cell, backend, dtype):
     module = module_of(cell, backend, dtype, bidirectional=True)
     sequences = [torch.randn(n, 4, dtype=dtype) for n in (5, 2, 6, 2)]
     padded = torch.nn.utils.rnn.pad_sequence(sequences)
-    lengths = torch.tensor([5, 2, 6, 2])
+    lengths = on_device([5, 2, 6, 2], backend)
     output, state = module(padded, lengths=lengths)
     packed, packed_state = module(pack_sequence(sequences, enforce_sorted=False))
     close(torch.nn.utils.rnn.pad_packed_sequence(packed)[0], output)
@@ -114,7 +114,7 @@ def test_every_run_gives_the_same_bits(cell, threads, backend):
     module = Case(cell, hidden_size=70, num_layers=2, bidirectional=True).module(sk)
     module.backend = backend
     x = torch.randn(5, 33, 4)
-    lengths = torch.randint(0, 6, (33,))
+    lengths = torch.randint(0, 6, (33,), device="cpu" if backend == "cudnn" else None)
 
     def run():
         module.zero_grad()

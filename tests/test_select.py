@@ -1,11 +1,16 @@
 """The choice of a backend as a table: problems and machines, those that are not here as well."""
 
+import itertools
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from gpus import GPUS
 
+import seqkernels as sk
 from seqkernels.hardware import Machine
-from seqkernels.select import BACKENDS, Problem, plan
+from seqkernels.select import BACKENDS, Problem, class_of_sequences, class_of_steps, plan
 
 HERE = Machine()
 TRITON = Machine(triton=True)
@@ -40,7 +45,7 @@ def test_plan(row):
     device, dtype, transformed, machine, backend = row
     chosen = plan(Problem("gru", device, dtype, transformed), machine)
     assert chosen.backend == backend
-    assert [refused for refused, _ in chosen.refusals] == list(BACKENDS[: BACKENDS.index(backend)])
+    assert [refused for refused, _ in chosen.refusals] == [other for other in BACKENDS if other != backend]
     assert all(reason for _, reason in chosen.refusals)
 
 
@@ -52,7 +57,7 @@ def test_a_forced_backend_runs_or_is_refused_with_its_reason():
         plan(problem, PURE, "cpu")
     with pytest.raises(ValueError, match="tensors are on cuda"):
         plan(Problem("gru", "cuda", torch.float32), HERE, "cpu")
-    with pytest.raises(ValueError, match="choose one of cpu, cuda, triton, torch_eager"):
+    with pytest.raises(ValueError, match="choose one of cpu, cuda, triton, cudnn, torch_eager"):
         plan(problem, Machine(forced_backend="gpu"))
 
 
@@ -85,6 +90,136 @@ def test_the_road_on_gpus_that_are_not_here(row):
         assert chosen.backend == "triton"
         assert chosen.kernel.startswith(f"resident, 16 sequences by {units} units" if units else "stepwise"), gpu
         assert chosen.kernel in str(chosen)
+
+
+FULL = Machine(cuda_missing="", triton=True, cudnn=91300)  # CUDA kernels, Triton and cuDNN
+PLACES = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "Tesla T4", "AMD Instinct MI300X")
+DOUBLE = torch.float64
+# cell, H, I, T, B, dtype, layouts, and what is chosen at each of PLACES, in inference and in training alike. Where two
+# launches a step stand against two of cuDNN's, cuDNN is chosen until ours are measured.
+CHOICES = [
+    # One block holds the layer: faster than cuDNN's block a sequence, and than its launches of packed batches. No
+    # kernel of ours takes 16-bit products to sm_75 in one block, and cuDNN there no bfloat16.
+    ("gru", 100, 100, 20, 64, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    ("gru", 128, 100, 50, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
+    ("lstm", 128, 100, 50, 32, torch.float16, "padded packed", "cuda cuda cuda cudnn triton"),
+    ("rnn_tanh", 128, 100, 50, 8, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    ("lstm", 64, 64, 50, 512, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    # Wider: stepwise against whatever cuDNN has.
+    ("gru", 257, 128, 200, 32, HALF, "padded packed", "cudnn cudnn cudnn cuda triton"),
+    ("gru", 160, 64, 1000, 16, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
+    ("rnn_relu", 384, 64, 100, 32, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
+    ("lstm", 768, 768, 1024, 16, torch.float16, "padded packed", "cudnn cudnn cudnn cudnn triton"),
+    ("lstm", 1024, 1024, 64, 256, SINGLE, "padded", "cudnn cudnn cudnn cudnn triton"),
+    # No kernel of Triton's takes float64.
+    ("gru", 64, 64, 50, 64, DOUBLE, "padded packed", "cudnn cudnn cudnn cudnn torch_eager"),
+    # What cuDNN does not take: lengths on the GPU, cells, many steps.
+    ("gru", 512, 128, 200, 32, HALF, "device", "cuda cuda cuda cuda triton"),
+    ("lstm", 512, 128, 200, 32, DOUBLE, "device", "cuda cuda cuda cuda torch_eager"),
+    ("lstm", 512, 128, 1, 32, SINGLE, "cell", "cuda cuda cuda cuda triton"),
+    ("gru", 512, 128, 65536, 2, torch.float16, "padded packed", "cuda cuda cuda cuda triton"),
+]
+WITHOUT_CUDA_KERNELS = [
+    # A resident Triton kernel beats cuDNN's launches, not its block a sequence; a Triton launch a step beats neither.
+    ("gru", 100, 100, 20, 64, HALF, "packed", "triton cudnn cudnn torch_eager triton"),
+    ("gru", 100, 100, 20, 64, HALF, "padded", "cudnn cudnn cudnn torch_eager triton"),
+    ("gru", 64, 64, 20, 4096, SINGLE, "padded", "triton triton triton cudnn triton"),
+    ("gru", 512, 64, 20, 64, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
+    ("gru", 512, 64, 20, 64, SINGLE, "device", "triton triton triton torch_eager triton"),
+]
+
+
+def problem_of(cell, hidden, input, steps, sequences, dtype, layout, training, gpu, layers=1, tf32=True) -> Problem:
+    sizes = input, layers, 1, class_of_sequences(sequences), class_of_steps(steps)
+    tf32 = tf32 and dtype == SINGLE and not gpu.amd
+    return Problem(cell, "cuda", dtype, False, hidden, False, tf32, *sizes, layout, training)
+
+
+@pytest.mark.parametrize(
+    ("row", "machine"),
+    [(row, FULL) for row in CHOICES] + [(row, FULL._replace(cuda_missing="none")) for row in WITHOUT_CUDA_KERNELS],
+    ids=lambda value: str(value) if isinstance(value, tuple) and not isinstance(value, Machine) else "",
+)
+def test_the_choice_on_gpus_that_are_not_here(row, machine):
+    *sizes, layouts, expected = row
+    for layout, training in itertools.product(layouts.split(), (False, True)):
+        found = []
+        for name in PLACES:
+            chosen = plan(problem_of(*sizes, layout, training, GPUS[name]), machine._replace(gpu=GPUS[name]))
+            assert {refused for refused, reason in chosen.refusals if reason} == set(BACKENDS) - {chosen.backend}
+            found.append(chosen.backend)
+        assert " ".join(found) == expected, (layout, training)
+
+
+def test_a_plan_says_what_it_weighed():
+    gpu = GPUS["NVIDIA H200"]
+    said = str(plan(problem_of("gru", 128, 128, 50, 32, HALF, "padded", True, gpu), FULL._replace(gpu=gpu)))
+    assert "cuda: compiled kernels" in said and "us a step forward and backward" in said
+    assert "not cudnn: by estimate about" in said and "PERSIST_STATIC_SMALL_H" in said
+    assert "not triton: by estimate about" in said and "not torch_eager" in said and "not cpu" in said
+
+
+REFUSALS = [
+    ({"cudnn": False}, {}, "torch.backends.cudnn.enabled is False"),
+    ({"compiled": True}, {}, "torch.compile"),
+    ({"transformed": True}, {}, "torch.func transforms"),
+    ({"layout": "cell"}, {}, "not for a cell"),
+    ({"layout": "device"}, {}, "lengths are on the GPU"),
+    ({"steps": class_of_steps(65536)}, {}, "at most 65535 steps"),
+    ({"capturing": True}, {}, "CUDA graph"),
+    ({}, {"cudnn": 0}, "no cuDNN"),
+    ({}, {"cudnn": 91200}, "not cuDNN 91200"),
+    ({}, {"gpu": GPUS["Tesla T4"]}, "compute capability 8.0"),
+    ({}, {"gpu": GPUS["AMD Instinct MI300X"]}, "MIOpen, not cuDNN"),
+    ({"device_type": "cpu"}, {}, "tensors are on cpu"),
+    ({"dtype": torch.float8_e4m3fn}, {}, "does not take torch.float8_e4m3fn"),
+]
+
+
+@pytest.mark.parametrize(("change", "machine", "reason"), REFUSALS, ids=[reason for *_, reason in REFUSALS])
+def test_cudnn_is_refused_with_a_reason(change, machine, reason):
+    gpu = GPUS["NVIDIA H200"]
+    problem = problem_of("gru", 512, 128, 200, 32, HALF, "padded", True, gpu)
+    assert plan(problem, FULL._replace(gpu=gpu), "cudnn").backend == "cudnn"
+    with pytest.raises(ValueError, match=reason):
+        plan(problem._replace(**change), FULL._replace(gpu=gpu)._replace(**machine), "cudnn")
+
+
+def test_cudnn_that_may_not_repeat_its_bits_is_for_those_who_name_it():
+    machine = FULL._replace(gpu=GPUS["NVIDIA H200"])
+    problem = problem_of("gru", 512, 128, 200, 32, HALF, "padded", True, machine.gpu)._replace(deterministic=True)
+    assert plan(problem, machine).backend == "cuda" and "the same bits" in str(plan(problem, machine))
+    assert plan(problem, machine, "cudnn").backend == "cudnn"
+
+
+def test_sizes_have_few_classes():
+    assert len({class_of_steps(steps) for steps in range(1, 70000)}) == 18
+    assert class_of_steps(65535) == 65535 < class_of_steps(65536)
+    assert [class_of_sequences(n) for n in (1, 127, 128, 129, 1000)] == [1, 127, 128, 256, 1024]
+
+
+def test_measured_rows_do_not_speak_against_the_choice():
+    """Where rows were measured on a GPU they are right, and the estimates wrong: nothing that would be chosen is slower
+    than 0.98 of another backend or of torch.nn."""
+    rows = map(json.loads, (Path(__file__).parent.parent / "benchmarks/results/kernels.jsonl").open())
+    rows = [row for row in rows if row["gpu"] in GPUS and row["right"] and row["seqkernels"] == sk.__version__]
+    if not rows:
+        pytest.skip("no row of this version was measured on a GPU of tests/gpus.py yet")
+    same = ("run", "gpu", "tf32", "problem", "cell", "mode", "layout", "dtype")
+    rows.sort(key=lambda row: [str(row[name]) for name in same])
+    for _, group in itertools.groupby(rows, key=lambda row: [row[name] for name in same]):
+        group = list(group)
+        first, gpu = group[0], GPUS[group[0]["gpu"]]
+        cell = {"RNN": "rnn_tanh"}.get(first["cell"], first["cell"].lower())
+        sizes = (first[letter] for letter in "HITB")
+        given = getattr(torch, first["dtype"]), first["layout"], first["mode"] == "train", gpu, first["layers"]
+        chosen = plan(problem_of(cell, *sizes, *given, bool(first["tf32"])), FULL._replace(gpu=gpu)).backend
+        times = {row["contender"]: row["median_ms"] for row in group if row["contender"] in MEASURED}
+        if f"seqkernels {chosen}" in times:
+            assert 0.98 * times[f"seqkernels {chosen}"] <= min(times.values()), (first["problem"], chosen, times)
+
+
+MEASURED = ("torch.nn", *(f"seqkernels {backend}" for backend in BACKENDS))
 
 
 def test_what_has_no_triton_says_how_to_get_it():

@@ -9,7 +9,10 @@ from closeness import assert_as_close_as_torch
 from hypothesis import HealthCheck, given, settings
 
 from seqkernels import select
-from seqkernels.hardware import HERE, NO_TRITON
+from seqkernels.hardware import HERE, NO_TRITON, machine_of
+
+DEVICE = torch.empty(0).device
+NO_CUDNN = select.reason_against("cudnn", select.Problem("gru", DEVICE.type, torch.float32), machine_of(DEVICE))
 
 
 def judged(results: dict, case: Case) -> dict:
@@ -39,6 +42,13 @@ def test_generated_configuration_is_as_close_as_torch(case):
 @settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_generated_configuration_on_torch_eager_is_as_close_as_torch(case):
     assert_right(case, "torch_eager")
+
+
+@pytest.mark.skipif(bool(NO_CUDNN), reason=str(NO_CUDNN))
+@given(case=generated())
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
+def test_generated_configuration_on_cudnn_is_as_close_as_torch(case):
+    assert_right(case, "cudnn")
 
 
 @pytest.mark.skipif(not HERE.triton, reason=NO_TRITON)
