@@ -68,11 +68,13 @@ class Layer(NamedTuple):
         return double if self.dtype == torch.float64 else tf32 if self.tf32 and tf32 else single
 
 
-def single_block(layer: Layer, gpu: GPU, shared_memory: int, sequences: int) -> float:
-    """A block walks `sequences` through all steps; what it holds in shared memory it reads once a step."""
+def single_block(layer: Layer, gpu: GPU, shared_memory: int, l2: int, sequences: int) -> float:
+    """A block walks `sequences` through all steps, and in each reads the weights that its registers do not hold: so many
+    bytes from shared memory, so many from L2."""
     matrix_cores = layer.dtype.itemsize == 2 or layer.tf32
     rows = 8 if matrix_cores else sequences
-    clocks = _LATENCY + max(shared_memory / _SHARED, rows * layer.weights / layer.products(gpu))
+    read = shared_memory / _SHARED + l2 / _L2
+    clocks = _LATENCY + max(read, rows * layer.weights / layer.products(gpu))
     return _waves(layer, gpu, sequences) * clocks / _CLOCK
 
 

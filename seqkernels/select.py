@@ -377,8 +377,8 @@ def _cuda_step(layer: costs.Layer, facts: tuple, gpu: GPU, backward: bool) -> fl
     # A road stands here beside the others.
     if single_block(*facts, gpu, backward):
         cell, hidden_size, _, dtype, tf32 = facts
-        memory = single_block_memory(cell, hidden_size, dtype, tf32, backward)
-        return costs.single_block(layer, gpu, memory, sequences_of_block(layer.directions * layer.sequences, gpu))
+        _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
+        return costs.single_block(layer, gpu, shared, l2, sequences_of_block(layer.directions * layer.sequences, gpu))
     return costs.stepwise(layer, gpu)
 
 

@@ -105,6 +105,9 @@ CHOICES = [
     ("lstm", 128, 100, 50, 32, torch.float16, "padded packed", "cuda cuda cuda cudnn triton"),
     ("rnn_tanh", 128, 100, 50, 8, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
     ("lstm", 64, 64, 50, 512, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    # In 16 bits up to 256, part of it read from L2.
+    ("gru", 256, 128, 200, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
+    ("lstm", 256, 128, 200, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
     # Wider: stepwise against whatever cuDNN has.
     ("gru", 257, 128, 200, 32, HALF, "padded packed", "cudnn cudnn cudnn cuda triton"),
     ("gru", 160, 64, 1000, 16, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
