@@ -320,6 +320,33 @@ def but(k: int, change):
     return lambda weights: [change(w) if i == k else w for i, w in enumerate(weights)]
 
 
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_no_step_uses_is_never_read(cell, backend, projected):
+    """Rows behind the last step, and states of sequences that never run, may hold NaN."""
+    if projected and cell != "lstm":
+        pytest.skip("only an LSTM is projected")
+    call = Call(cell, 2, 4, batch_sizes=(2, 1), spare_rows=3, projected=2 if projected else None, dtype=torch.float32)
+
+    def results(*values: float) -> list[Tensor]:
+        cell, x, weights, h_0, c_0, batch_sizes, save = call.arguments()
+        for value, unused in zip(values, (x[3:], h_0[:, 2:], None if c_0 is None else c_0[:, 2:]), strict=True):
+            if unused is not None:
+                unused.fill_(value)
+        layer = x, weights, h_0, c_0, batch_sizes
+        y, h_n, c_n, saved = forward(backend)(cell, *layer, save)
+        grad_c_n = None if c_0 is None else torch.ones_like(c_n)
+        grads = torch.ones_like(y), torch.ones_like(h_n), grad_c_n
+        grad_x, grad_weights, *_ = backward(backend)(cell, *grads, *layer, y, saved, True, True)
+        return [y, grad_x, *grad_weights]
+
+    nan = float("nan")
+    for found, expected in zip(results(nan, nan, nan), results(0, 0, 0), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected)
+
+
 BAD = {
     "unknown cell": (0, lambda cell: "gruu", "unknown cell 'gruu'"),
     "x of three dimensions": (1, lambda x: x[None], "x is .rows, input size., got 3 dimensions"),

@@ -194,3 +194,13 @@ def test_too_large_a_problem_runs_out_of_memory_with_an_error_and_no_harm():
     with pytest.raises(RuntimeError, match="memory"):
         rnn(torch.zeros(1, 1, 1).expand(1 << 40, 1, 1))
     assert rnn(torch.randn(2, 1, 1))[0].isfinite().all()
+
+
+def test_rows_behind_the_last_step_are_zeros_whatever_lies_behind_a_sequence():
+    """So that what multiplies them by zero may: where lengths are on a GPU, nobody knows how many rows are used."""
+    rows = torch.tensor([[1.0], [float("nan")], [2.0], [float("inf")]], requires_grad=True)
+    index, inverse = torch.tensor([2, 0, -1, -1]), torch.tensor([1, -1, 0, -1])
+    gathered = torch.ops.seqkernels.gather_rows(rows, index, inverse)
+    assert gathered.tolist() == [[2.0], [1.0], [0.0], [0.0]]
+    gathered.backward(torch.tensor([[3.0], [4.0], [float("nan")], [float("nan")]]))
+    assert rows.grad.tolist() == [[4.0], [0.0], [3.0], [0.0]]

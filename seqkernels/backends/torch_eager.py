@@ -63,7 +63,7 @@ def backward(
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights
     )
     steps = _steps(batch_sizes, rows, h_0.shape[1])
-    projected = h_0.shape[2]
+    projected, used = h_0.shape[2], sum(size for _, size in steps)
     grad_x, grad_weights, grads_h_0, grads_c_0 = 0, [], [], []
     for d, w in enumerate(by_direction(weights, directions)):
         columns = slice(d * projected, (d + 1) * projected)
@@ -84,7 +84,7 @@ def backward(
             grad_x = grad_x + grad_gates_x @ w.w_ih
         if wants_weights:
             h_prev = _all_previous(steps, d == 1, y[:, columns], h_0[d])
-            grad_weights += [grad_gates_x.T @ x, grad_gates_h.T @ h_prev]
+            grad_weights += [grad_gates_x[:used].T @ x[:used], grad_gates_h.T @ h_prev]
             if w.b_ih is not None:
                 grad_weights += [grad_gates_x.sum(0), grad_gates_h.sum(0)]
             if w.w_hr is not None:

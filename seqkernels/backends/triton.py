@@ -114,12 +114,14 @@ class _Layer:
         )
         self.ragged = batch_sizes is not None
         self.T = len(batch_sizes) if self.ragged else self.N // max(self.B, 1)
+        self.used = self.N  # rows that steps use, as far as that is known without asking the device
         self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
         # How many sequences run in each step, as far as that is known without asking the device.
         self.known = [self.B] * self.T
         if self.ragged:
             if batch_sizes.device.type == "cpu":
                 self.known = batch_sizes.tolist()
+                self.used = sum(self.known)
             self.starts, self.sizes = _starts_and_sizes(batch_sizes, x.device)
 
     def guard(self) -> contextlib.AbstractContextManager:
@@ -235,22 +237,22 @@ def _grad_x(layer: _Layer, grad_gates: Tensor) -> Tensor:
 
 
 def _grad_weights(layer: _Layer, x, h_0, y, saved, grad_gates, grad_projected) -> list[Tensor]:
-    """The gradients of the weights, in their order: products and sums over all rows."""
-    H, P = layer.H, layer.P
+    """The gradients of the weights, in their order: products and sums over all rows that steps use."""
+    H, P, used = layer.H, layer.P, layer.used
     of_h = slice(0, layer.G * H)
     found = []
-    for d, (w, grads) in enumerate(zip(layer.weights, grad_gates, strict=True)):
+    for d, (w, grads) in enumerate(zip(layer.weights, grad_gates[:, :used], strict=True)):
         grad_w_ih = torch.empty_like(w.w_ih, memory_format=torch.contiguous_format)
         for columns, rows in _blocks_of_x(layer):
-            torch.mm(grads[:, columns].t(), x, out=grad_w_ih[rows])
-        h_prev = _previous(layer, y[:, d * P : (d + 1) * P], h_0[d], reverse=d == 1)
+            torch.mm(grads[:, columns].t(), x[:used], out=grad_w_ih[rows])
+        h_prev = _previous(layer, y[:, d * P : (d + 1) * P], h_0[d], reverse=d == 1)[:used]
         found += [grad_w_ih, grads[:, of_h].t() @ h_prev]
         if layer.bias:
             found.append(torch.cat([grads[:, columns].sum(0) for columns, _ in _blocks_of_x(layer)]))
             found.append(grads[:, of_h].sum(0))
         if layer.projected:
-            o, c = saved[:, d, 3 * H : 4 * H], saved[:, d, 4 * H :]
-            found.append(grad_projected[d].t() @ (o.float() * torch.tanh(c.float())).to(x.dtype))
+            o, c = saved[:used, d, 3 * H : 4 * H], saved[:used, d, 4 * H :]
+            found.append(grad_projected[d, :used].t() @ (o.float() * torch.tanh(c.float())).to(x.dtype))
     return found
 
 
@@ -263,7 +265,7 @@ def _blocks_of_x(layer: _Layer) -> list[tuple[slice, slice]]:
 
 
 def _previous(layer: _Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
-    """For every row ``[N]`` the h that it started from; anything for rows that no step uses, which have no gradient."""
+    """For every row ``[N]`` the h that it started from; zeros for rows that no step uses, which have no gradient."""
     if y.numel() == 0:
         return y
     if not layer.ragged:
@@ -275,7 +277,9 @@ def _previous(layer: _Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
     before = t + 1 if reverse else t - 1
     there = before.clamp(0, layer.T - 1)
     ran = (before == there) & (sequence < sizes[there])
-    return torch.cat([h_0, y])[torch.where(ran, layer.B + starts[there] + sequence, sequence)]
+    source = torch.where(ran, layer.B + starts[there] + sequence, sequence)
+    source = torch.where(row < starts[-1] + sizes[-1], source, layer.B + layer.N)
+    return torch.cat([h_0, y, y.new_zeros(1, layer.P)])[source]
 
 
 # ---- small things
