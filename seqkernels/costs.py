@@ -69,8 +69,8 @@ class Layer(NamedTuple):
 
 
 def single_block(layer: Layer, gpu: GPU, shared_memory: int, l2: int, sequences: int) -> float:
-    """A block walks `sequences` through all steps, and in each reads the weights that its registers do not hold: so many
-    bytes from shared memory, so many from L2."""
+    """A block walks `sequences` through all steps, and in each reads the weights that its registers do not hold, so
+    many bytes from shared memory and so many from L2."""
     matrix_cores = layer.dtype.itemsize == 2 or layer.tf32
     rows = 8 if matrix_cores else sequences
     read = shared_memory / _SHARED + l2 / _L2

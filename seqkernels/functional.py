@@ -109,9 +109,8 @@ def recurrent(
     else:
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
-    states = () if hx is None else (h_0, c_0)
     layers = num_layers, directions
-    plan = plan_of(cell, rows.data, weights, states, rows.sequences, rows.batch_sizes, layers, backend)
+    plan = plan_of(cell, rows.data, weights, (h_0, c_0), rows.sequences, rows.batch_sizes, layers, transformed, backend)
     if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s rows %d sequences %d: %s", cell, rows.data.shape[0], rows.sequences, plan)
 
@@ -172,7 +171,7 @@ def recurrent_cell(
         _check_same(state, input)
     _check_same(w_ih, input, "parameter")
     transformed = ops.transformed()
-    plan = plan_of(cell, input, weights, (h_0, c_0), input.shape[0], None, None, backend)
+    plan = plan_of(cell, input, weights, (h_0, c_0), input.shape[0], None, None, transformed, backend)
     c_0 = None if c_0 is None else c_0.unsqueeze(0)
     # With a single step y is h.
     y, _, c = ops.recurrence_forward(plan, cell, input, weights, h_0.unsqueeze(0), c_0, None, transformed)
@@ -187,17 +186,17 @@ def plan_of(
     sequences: int,
     batch_sizes: Tensor | None,
     layers: tuple[int, int] | None,
-    backend: str | None = None,
+    transformed: bool,
+    backend: str | None,
 ) -> select.Plan:
     """The plan of a call on rows x ``[N, I]``, kept for the next one like it; `layers`: their number and that of their
     directions, None for one step of a cell."""
-    call, transformed = (cell, x.device), ops.transformed()
     if torch.compiler.is_compiling():
-        return _chosen(*call, x.dtype, transformed, backend, compiled=True)
-    if not (x.is_cuda or (x.is_cpu and hardware.HERE.cudnn_on_cpu)):
-        return _cached_plan(*call, x.dtype, transformed, backend)  # on a CPU there is nothing to weigh
+        return _chosen(cell, x.device, x.dtype, transformed, backend, compiled=True)
+    if not (x.is_cuda or (hardware.HERE.cudnn_on_cpu and x.is_cpu)):
+        return _cached_plan(cell, x.device, x.dtype, transformed, backend)  # on a CPU there is nothing to weigh
     facts = _facts(cell, x, weights, states, sequences, batch_sizes, layers)
-    return _cached_plan(*call, ops.computed_dtype(x), transformed, backend, *facts)
+    return _cached_plan(cell, x.device, ops.computed_dtype(x), transformed, backend, *facts)
 
 
 def _facts(cell, x, weights, states, sequences, batch_sizes, layers) -> tuple:

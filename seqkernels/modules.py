@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, select
+from seqkernels import functional, ops, select
 from seqkernels.functional import State
 
 
@@ -251,4 +251,5 @@ def explain(
         batch_sizes = torch.full((steps,), sequences, device=where)
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
     backend = getattr(module, "backend", None)
-    return functional.plan_of(cell, rows, weights, states, sequences, batch_sizes, layers, backend)
+    transformed = ops.transformed()
+    return functional.plan_of(cell, rows, weights, states, sequences, batch_sizes, layers, transformed, backend)

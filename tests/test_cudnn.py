@@ -153,3 +153,16 @@ def test_torchs_operators_take_what_they_are_given():
         ),
     ):
         assert [argument.name for argument in operator.default._schema.arguments] == names.split()
+
+
+@pytest.mark.parametrize("batch_sizes", [None, (3, 2, 2)], ids=str)
+@pytest.mark.parametrize("projected", [0, 2])
+def test_torchs_own_rule_of_shapes_is_met(projected, batch_sizes, monkeypatch):
+    """torch describes its operator for tensors without memory; the backward it describes nowhere."""
+    module = Case("lstm", hidden_size=6, num_layers=2, bidirectional=True, proj_size=projected).module(sk).to("meta")
+    x = torch.empty(9 if batch_sizes is None else sum(batch_sizes), 4, device="meta")
+    h_0, c_0 = (torch.empty(4, 3, size, device="meta") for size in (projected or 6, 6))
+    sizes = None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu")
+    monkeypatch.setattr(cudnn, "_flat", lambda weights, *layout: weights[0].new_empty(1))
+    y, h_n, c_n, _ = cudnn.forward("lstm", 2, x, module._flat_weights, h_0, c_0, sizes, True)
+    assert (y.shape, h_n.shape, c_n.shape) == ((len(x), 2 * (projected or 6)), h_0.shape, c_0.shape)

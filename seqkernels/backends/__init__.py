@@ -1,4 +1,4 @@
-"""The implementations of the operator pair, one module each, registered by ``seqkernels.ops``.
+"""The implementations of the operator pair, one module each, registered by ``seqkernels.ops``; and torch's cuDNN.
 
 Here stands what they share: the sizes of cells, and the order of a direction's weights.
 """
