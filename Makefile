@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-CUDA_SOURCES := $(wildcard csrc/cuda/* tests/host_run/*.cpp tests/host_run/*.h)
-CHECKED_SOURCES := $(NATIVE_SOURCES) $(CUDA_SOURCES) $(wildcard tests/*.cpp)
+NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
+HOST_RUN_SOURCES := $(wildcard tests/host_run/*.cpp tests/host_run/*.h)
+CHECKED_SOURCES := $(NATIVE_SOURCES) $(HOST_RUN_SOURCES) $(wildcard tests/*.cpp)
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
@@ -45,7 +45,7 @@ demo: $(READY)
 
 # The CUDA kernels, compiled to run on the CPU with every access checked: tests/host_run.
 HOST_RUN := build/host_run/host_run.so
-$(HOST_RUN): $(READY) $(NATIVE_SOURCES) $(CUDA_SOURCES)
+$(HOST_RUN): $(READY) $(NATIVE_SOURCES) $(HOST_RUN_SOURCES)
 	SEQKERNELS_BUILD=host_run $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/host_run-objects
 	mv $(@D)/host_run.*.so $@
 
@@ -77,7 +77,7 @@ lint: $(READY)
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
-	CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_ops.py
@@ -88,7 +88,7 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/native_check.cpp csrc/cpu/dispatch.cpp csrc/cpu/schedule.cpp
 arm: $(READY)
 	mkdir -p build/arm
-	$(BIN)/python setup.py -q build_ext --build-lib build/arm --build-temp build/arm/objects
+	SEQKERNELS_BUILD=cpu $(BIN)/python setup.py -q build_ext --build-lib build/arm --build-temp build/arm/objects
 	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp -o build/arm/check
 	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/arm/objects/kernels_*.o -o build/arm/check-here
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt

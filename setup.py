@@ -1,30 +1,33 @@
-"""Builds the compiled part, seqkernels/_C.abi3.so; everything else about the package stands in pyproject.toml.
+"""Builds the compiled parts, seqkernels/_C.abi3.so for the CPU and seqkernels/_cuda.so for NVIDIA GPUs; everything else
+about the package stands in pyproject.toml.
 
-SEQKERNELS_BUILD=cpu (default) builds the CPU kernels, =none makes a pure Python package, and =host_run builds for tests
-host_run.so, the CUDA kernels compiled for the CPU (tests/host_run), and nothing else. CXX, CXXFLAGS, LDFLAGS and
-MAX_JOBS mean what they always mean. The library stands on LibTorch's stable ABI: torch's headers are needed to build,
-but the result runs with every torch from 2.10 on, so nothing depends on which torch, with or without CUDA, that is.
+SEQKERNELS_BUILD=cpu builds the first, =cuda both; unset means cuda where there is an nvcc, and else cpu. =none makes a
+pure Python package, and =host_run builds for tests host_run.so, the CUDA kernels compiled for the CPU (tests/host_run),
+and nothing else. Whether a GPU is here is never asked.
+
+nvcc is that of CUDA_HOME or CUDA_PATH, or else of PATH. TORCH_CUDA_ARCH_LIST, in torch's syntax ("8.0;9.0a+PTX"), names
+what it compiles for. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The libraries stand on LibTorch's
+stable ABI: torch's headers are needed to build, but the result runs with every torch from 2.10 on, so nothing depends
+on which torch, with or without CUDA, that is.
 """
 
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
-BUILD = os.environ.get("SEQKERNELS_BUILD") or "cpu"
-if BUILD not in ("cpu", "none", "host_run"):
-    sys.exit(
-        f"SEQKERNELS_BUILD={BUILD} is not known; it may be cpu (the default), none (pure Python) or host_run (tests)"
-    )
+ROOT = Path(__file__).parent.resolve()
 
 # Run-time dispatch (csrc/cpu/dispatch.cpp) tests for just these flags.
 INSTRUCTION_SETS = {"baseline": ""}
@@ -34,6 +37,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # -Wno-maybe-uninitialized: GCC 12 warns about its own AVX-512 header.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Wno-deprecated-gpu-targets"
 
 
 def compiler() -> str:
@@ -59,46 +63,196 @@ def torch_directory() -> Path:
     return Path(spec.origin).parent
 
 
+# ---- what to build
+
+
+def parts_of(build: str | None, nvcc: str | None) -> list[str]:
+    """The names of the parts that SEQKERNELS_BUILD asks for; `nvcc` is the one that was found."""
+    parts = {
+        "": ["cpu", "cuda"] if nvcc else ["cpu"],
+        "cpu": ["cpu"],
+        "cuda": ["cpu", "cuda"],
+        "none": [],
+        "host_run": ["host_run"],
+    }
+    if (build or "") in parts:
+        return parts[build or ""]
+    sys.exit(
+        f"SEQKERNELS_BUILD={build} is not known; it may be cpu, cuda, none (pure Python) or host_run (tests); unset, "
+        "it is cuda where there is an nvcc, and else cpu"
+    )
+
+
+def find_nvcc(environment: Mapping[str, str]) -> str | None:
+    home = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    return shutil.which("nvcc", path=str(Path(home) / "bin") if home else environment.get("PATH", ""))
+
+
+class Nvcc(NamedTuple):
+    """A compiler for GPUs."""
+
+    path: str
+    version: tuple[int, int]
+    capabilities: tuple[int, ...]  # that it compiles for: 75 is 7.5
+    includes: tuple[str, ...]  # directories of CUDA's headers and libraries
+    libraries: tuple[str, ...]
+
+
+OLDEST_NVCC = (12, 0)  # the first that compiles for 9.0a
+
+
+def examine(path: str | None) -> Nvcc:
+    """Facts about the nvcc at `path`; ends with a sentence where there is none, or one that is too old."""
+    if not path:
+        sys.exit(
+            "SEQKERNELS_BUILD=cuda needs nvcc, which is neither at CUDA_HOME or CUDA_PATH nor on the PATH; install "
+            "NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
+        )
+
+    def ask(*arguments: str) -> str:
+        done = subprocess.run([path, *arguments], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    found = re.search(r"release (\d+)\.(\d+)", ask("--version"))
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if version < OLDEST_NVCC:
+        sys.exit(
+            f"seqkernels needs nvcc {dotted(OLDEST_NVCC)} or newer, and {path} is {dotted(version)}; name another by "
+            "CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
+        )
+    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))})
+    steps = ask("--dryrun", "-x", "cu", "/dev/null")
+    includes, libraries = (re.search(rf"{what}=(.*)", steps) for what in (" INCLUDES", " LIBRARIES"))
+    return Nvcc(
+        path,
+        version,
+        tuple(capabilities),
+        tuple(re.findall(r"-I([^\s\"]+)", includes[1] if includes else "")),
+        tuple(re.findall(r"-L([^\s\"]+)", libraries[1] if libraries else "")),
+    )
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+# The lowest compute capability that a file's kernels can be compiled for.
+CUDA_SOURCES = {"stepwise": 70, "single_block": 80}
+
+
+def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
+    """What to compile for: machine code for sm_*, and PTX, which newer GPUs' drivers compile, for compute_*.
+
+    The default is A100 with its relatives, H100, and PTX for all that comes after them; and, for the kernels that can,
+    the oldest GPU that nvcc knows. `wanted` is TORCH_CUDA_ARCH_LIST."""
+    if not wanted:
+        oldest = [capability for capability in nvcc.capabilities if 70 <= capability < 80][:1]
+        return [*(f"sm_{capability}" for capability in oldest), "sm_80", "sm_90a", "compute_80"]
+    targets, ptx = [], []
+    for name in wanted.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if not found:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST={wanted}: {name} is no compute capability like 8.0, 9.0a or 8.0+PTX")
+        capability = int(found[1] + found[2])
+        if capability < min(CUDA_SOURCES.values()) or capability not in nvcc.capabilities:
+            known = [dotted(divmod(one, 10)) for one in nvcc.capabilities]
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST={wanted}: {name} is not to be had; the kernels need 7.0 or more, and nvcc "
+                f"{dotted(nvcc.version)} ({nvcc.path}) compiles for {', '.join(known)}"
+            )
+        targets.append(f"sm_{capability}{found[3]}")
+        if found[4]:
+            ptx.append(f"compute_{capability}{found[3]}")
+    return list(dict.fromkeys(targets + ptx))
+
+
+def targets_from(lowest: int, targets: list[str]) -> list[str]:
+    """Those of `targets` that a file can be compiled for which needs `lowest`, so that every GPU from there on that the
+    others have code for has that file's as well."""
+    able = []
+    for target in targets:
+        kind, number = re.match(r"(sm|compute)_(\d+)", target).groups()
+        if int(number) >= lowest:
+            able.append(target)
+        elif kind == "compute":
+            able.append(f"compute_{lowest}")
+    return list(dict.fromkeys(able)) or [f"compute_{lowest}"]
+
+
+# ---- how to build it
+
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
-def native_objects(includes: str) -> list[tuple[str, str, str]]:
-    """(source, object, flags) of seqkernels._C."""
+class Object(NamedTuple):
+    source: str
+    name: str
+    flags: str
+    rule: str = "compile"
+
+
+class Library(NamedTuple):
+    objects: list[Object]
+    flags: str = "-ltorch_cpu"
+
+
+def cpu_library(includes: str) -> Library:
     objects = [
-        ("csrc/library.cpp", "library.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
-        ("csrc/cpu/dispatch.cpp", "dispatch.o", ""),
-        ("csrc/cpu/schedule.cpp", "schedule.o", ""),
+        Object("csrc/library.cpp", "library.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/cpu/dispatch.cpp", "dispatch.o", ""),
+        Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
-        objects.append(("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
-    return objects
+        objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
+    return Library(objects)
 
 
-def host_run_objects(includes: str) -> list[tuple[str, str, str]]:
-    """(source, object, flags) of host_run. -O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
+def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
+    """Built against any torch, but loaded by one with CUDA only."""
+    includes += "".join(f" -isystem {directory}" for directory in nvcc.includes)
+    objects = []
+    for name, lowest in CUDA_SOURCES.items():
+        codes = (f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in targets_from(lowest, targets))
+        objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
+    built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
+    objects.append(Object("csrc/cuda/library.cpp", "cuda_library.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
+    # The runtime's names stay inside, so that they are never another version's that torch has loaded.
+    directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
+    return Library(
+        objects, f"{directories} -lcudart_static -Wl,--exclude-libs,ALL -lpthread -ldl -lrt -ltorch -ltorch_cpu -lc10"
+    )
+
+
+def host_run_library(includes: str) -> Library:
+    """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
     import pybind11
 
-    flags = f"-DSEQKERNELS_HOST_RUN -O1 -I{ROOT.resolve() / 'tests'} -Wno-unknown-pragmas"
-    kernels = [(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in ("stepwise", "single_block")]
-    return [
-        *kernels,
-        ("csrc/cuda/library.cpp", "library.o", f"{flags} {includes} {STABLE}"),
-        ("tests/host_run/run.cpp", "run.o", f"{flags} -O2"),
-        ("tests/host_run/module.cpp", "module.o", f"{flags} {includes} -isystem {pybind11.get_include()}"),
-    ]
+    flags = f"-DSEQKERNELS_HOST_RUN -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
+    kernels = [Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in CUDA_SOURCES]
+    return Library(
+        [
+            *kernels,
+            Object("csrc/cuda/library.cpp", "library.o", f"{flags} {includes} {STABLE}"),
+            Object("tests/host_run/run.cpp", "run.o", f"{flags} -O2"),
+            Object("tests/host_run/module.cpp", "module.o", f"{flags} {includes} -isystem {pybind11.get_include()}"),
+        ]
+    )
 
 
 class BuildNative(build_ext):
-    """Writes one build.ninja and runs it."""
+    """Writes one build.ninja for all libraries and runs it."""
 
-    def build_extension(self, extension: Extension) -> None:
+    def get_ext_filename(self, name: str) -> str:
+        # No Python module: torch loads it.
+        path = name.replace(".", os.sep)
+        return f"{path}.so" if path.endswith("_cuda") else super().get_ext_filename(name)
+
+    def build_extensions(self) -> None:
         cxx, torch = compiler(), torch_directory()
-        temporary = Path(self.build_temp).resolve()
+        # Of an editable install pip throws build_temp away; objects that are kept need not be compiled again.
+        temporary = ROOT / "build/editable" if self.editable_mode else Path(self.build_temp).resolve()
         temporary.mkdir(parents=True, exist_ok=True)
-        target = Path(self.get_ext_fullpath(extension.name)).resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
         includes = f"-isystem {torch}/include -isystem {sysconfig.get_paths()['include']}"
-        objects = (host_run_objects if extension is HOST_RUN else native_objects)(includes)
         lines = [
             f"flags = {FLAGS} {os.environ.get('CXXFLAGS', '')}",
             "rule compile",
@@ -106,31 +260,65 @@ class BuildNative(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {cxx} -shared $in -o $out -L{torch}/lib -Wl,--no-as-needed -ltorch_cpu "
+            f"  command = {cxx} -shared $in -o $out -L{torch}/lib -Wl,--no-as-needed $more "
             f"{os.environ.get('LDFLAGS', '')}",
         ]
-        for source, target_object, more in objects:
-            lines += [f"build {target_object}: compile {ROOT.resolve() / source}", f"  more = {more}"]
-        lines += [f"build {target}: link {' '.join(name for _, name, _ in objects)}", ""]
-        (temporary / "build.ninja").write_text("\n".join(lines))
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([ninja(), "-C", str(temporary), *jobs]).returncode:
-            sys.exit("seqkernels: compiling failed, see above; SEQKERNELS_BUILD=none installs the pure Python package")
+        jobs = os.environ.get("MAX_JOBS")
+        without = ""
+        for extension in self.extensions:
+            if extension is CUDA:
+                nvcc = examine(NVCC)
+                targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+                print(f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})")
+                library, without = cuda_library(includes, nvcc, targets), "SEQKERNELS_BUILD=cpu builds without CUDA, "
+                lines += [
+                    "rule compile_cuda",
+                    f"  command = {nvcc.path} {CUDA_FLAGS} --threads {jobs or 0} $more -MMD -MF $out.d -c $in -o $out",
+                    "  depfile = $out.d",
+                    "  deps = gcc",
+                ]
+            else:
+                library = (host_run_library if extension is HOST_RUN else cpu_library)(includes)
+            for of in library.objects:
+                lines += [f"build {of.name}: {of.rule} {ROOT / of.source}", f"  more = {of.flags}"]
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lines += [
+                f"build {target}: link {' '.join(of.name for of in library.objects)}",
+                f"  more = {library.flags}",
+            ]
+        (temporary / "build.ninja").write_text("\n".join([*lines, ""]))
+        if subprocess.run([ninja(), "-C", str(temporary), *(["-j", jobs] if jobs else [])]).returncode:
+            sys.exit(
+                f"seqkernels: compiling failed, see above; {without}SEQKERNELS_BUILD=none installs the pure Python "
+                "package"
+            )
+
+
+def headers() -> list[str]:
+    return [str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.h"))]
 
 
 NATIVE = Extension(
     "seqkernels._C",
     sources=["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
-    depends=[str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.h"))],
+    depends=headers(),
     py_limited_api=True,
 )
-
-HOST_RUN = Extension("host_run", sources=["tests/host_run/module.cpp"])
-
-setup(
-    ext_modules={"none": [], "cpu": [NATIVE], "host_run": [HOST_RUN]}[BUILD],
-    cmdclass={"build_ext": BuildNative},
-    # What pip puts into an isolated build; a pure Python build needs no torch.
-    setup_requires=[] if BUILD == "none" else ["torch>=2.10", "ninja"],
-    options={} if BUILD == "none" else {"bdist_wheel": {"py_limited_api": "cp310"}},
+CUDA = Extension(
+    "seqkernels._cuda",
+    sources=["csrc/cuda/library.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
+    depends=headers(),
 )
+HOST_RUN = Extension("host_run", sources=["tests/host_run/module.cpp"])
+NVCC = find_nvcc(os.environ)
+
+if __name__ == "__main__":
+    parts = parts_of(os.environ.get("SEQKERNELS_BUILD"), NVCC)
+    setup(
+        ext_modules=[{"cpu": NATIVE, "cuda": CUDA, "host_run": HOST_RUN}[part] for part in parts],
+        cmdclass={"build_ext": BuildNative},
+        # What pip puts into an isolated build; a pure Python build needs no torch.
+        setup_requires=["torch>=2.10", "ninja"] if parts else [],
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if parts else {},
+    )

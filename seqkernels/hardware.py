@@ -18,10 +18,18 @@ class GPU(NamedTuple):
     shared_memory: int  # bytes that one program may have
     multiprocessors: int
     memory: int  # bytes
+    driver: tuple[int, int] | None = None  # the newest CUDA that its driver knows; None: nobody has asked
 
     @property
     def amd(self) -> bool:
         return self.target.startswith("gfx")
+
+
+class CudaBuild(NamedTuple):
+    """What the library of CUDA kernels was built by and for."""
+
+    nvcc: tuple[int, int] = (13, 0)
+    targets: tuple[str, ...] = ("sm_75", "sm_80", "sm_90a", "compute_80")  # compute_*: PTX, for the driver to compile
 
 
 class Machine(NamedTuple):
@@ -31,6 +39,7 @@ class Machine(NamedTuple):
     native_missing: str = ""  # if not, why
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
     cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
+    cuda_build: CudaBuild = CudaBuild()  # if they are
     host_run: bool = False  # SEQKERNELS_HOST_RUN: they are a build that runs them on the CPU, for tests
     cudnn: int = 0  # the version of cuDNN that torch has for the GPU, as 91300 for 9.13; 0: none
     cudnn_on_cpu: bool = False  # tests have given torch's cuDNN operators a stand-in on the CPU
@@ -56,7 +65,7 @@ def _load_cuda(host_run: str | None) -> str:
     if not host_run and torch.version.cuda is None:
         return "this torch has no CUDA"
     if not library.exists():
-        return "this version installs no CUDA kernels yet; CUDA tensors run on Triton's or on torch_eager"
+        return "this install has no CUDA kernels (it was built without nvcc)"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -64,11 +73,19 @@ def _load_cuda(host_run: str | None) -> str:
     return ""
 
 
+def _cuda_build() -> CudaBuild:
+    version, *targets = torch.ops.seqkernels.cuda_build().split()
+    major, minor = map(int, version.split("."))
+    return CudaBuild((major, minor), tuple(targets))
+
+
 def _here() -> Machine:
     missing = _load_native()
     host_run = os.environ.get("SEQKERNELS_HOST_RUN") or None
+    cuda_missing = _load_cuda(host_run)
     return Machine(
-        cuda_missing=_load_cuda(host_run),
+        cuda_missing=cuda_missing,
+        cuda_build=CudaBuild() if cuda_missing or host_run else _cuda_build(),
         host_run=host_run is not None,
         native=not missing,
         native_missing=missing,
@@ -103,7 +120,11 @@ def gpu_of(device: torch.device) -> GPU:
         target, shared = facts.gcnArchName.split(":")[0], facts.shared_memory_per_block
     else:
         target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
-    return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory)
+    driver = None
+    if not HERE.cuda_missing and not HERE.host_run:
+        version = torch.ops.seqkernels.cuda_driver()
+        driver = version // 1000, version % 1000 // 10
+    return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory, driver)
 
 
 def cudnn_version() -> int:
@@ -131,7 +152,7 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("CPU kernels", f"none: {HERE.native_missing}. Remedy: a C++ compiler, then pip install again"))
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
-    rows.append(("CUDA kernels", f"none: {HERE.cuda_missing}" if HERE.cuda_missing else "loaded"))
+    rows.append(("CUDA kernels", _cuda_kernels()))
     rows.append(("cuDNN", str(cudnn_version() or "none: this torch has no cuDNN")))
     rows.append(("Triton kernels", _triton()))
     rows.append(("SEQKERNELS_BACKEND", HERE.forced_backend or "not set: chosen per call"))
@@ -145,6 +166,17 @@ def _cuda() -> str:
         return f"torch is built for CUDA {torch.version.cuda}; no GPU is visible"
     names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     return f"torch is built for CUDA {torch.version.cuda}; {', '.join(names)}"
+
+
+def _cuda_kernels() -> str:
+    if torch.version.cuda is None and not HERE.host_run:
+        return f"none: {HERE.cuda_missing}"
+    if HERE.cuda_missing:
+        return f"none: {HERE.cuda_missing}. Remedy: nvcc (NVIDIA's CUDA toolkit) on the PATH, then pip install again"
+    if HERE.host_run:
+        return "run on the CPU, every access checked (SEQKERNELS_HOST_RUN), for backend='cuda' only"
+    nvcc, targets = HERE.cuda_build
+    return f"built for {', '.join(targets)} by nvcc {nvcc[0]}.{nvcc[1]}"
 
 
 def _triton() -> str:

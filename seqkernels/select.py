@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from seqkernels import costs
-from seqkernels.hardware import GPU, HERE, INTERPRETED, NO_TRITON, Machine
+from seqkernels.hardware import GPU, HERE, INTERPRETED, NO_TRITON, CudaBuild, Machine
 
 # In order of preference, where no cost says otherwise; the last one takes everything.
 BACKENDS = ("cpu", "cuda", "triton", "cudnn", "torch_eager")
@@ -109,12 +109,37 @@ def _reason_against_cuda(problem: Problem, machine: Machine) -> str | None:
         return f"no CUDA kernel for {problem.dtype}"
     if problem.transformed:
         return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
-    gpu = machine.gpu
-    if gpu and gpu.amd:
+    return _reason_against_code(machine.cuda_build, machine.gpu) if machine.gpu else None
+
+
+def _reason_against_code(build: CudaBuild, gpu: GPU) -> str | None:
+    """Why nothing that was built runs on `gpu`."""
+    if gpu.amd:
         return f"{gpu.name} does not run CUDA"
-    if gpu and int(gpu.target.removeprefix("sm_")) < 75:
-        return f"the CUDA kernels need compute capability 7.5, {gpu.name} has {gpu.target}"
+    running = [target for target in build.targets if _runs(target, gpu)]
+    if not running:
+        return (
+            f"the CUDA kernels here are built for {', '.join(build.targets)}, none of which {gpu.name} ({gpu.target}) "
+            "runs. Remedy: build them with TORCH_CUDA_ARCH_LIST naming it"
+        )
+    # Machine code needs a driver for its major version of CUDA, PTX one that is no older than nvcc.
+    needed = (build.nvcc[0], 0) if any(target.startswith("sm_") for target in running) else build.nvcc
+    if gpu.driver and gpu.driver < needed:
+        return (
+            f"the CUDA kernels here need a driver for CUDA {needed[0]}.{needed[1]}, and this one is for "
+            f"{gpu.driver[0]}.{gpu.driver[1]}. Remedy: a newer driver, or build them with an older nvcc"
+        )
     return None
+
+
+def _runs(target: str, gpu: GPU) -> bool:
+    """Whether `gpu` runs code for `target`: machine code that of its generation, and no newer than it is, PTX all that
+    is no newer; with an a at the end that of its own alone, with an f its generation's."""
+    kind, _, number = target.partition("_")
+    built, own = int(number.rstrip("af")), int(gpu.target.removeprefix("sm_"))
+    if number.endswith("a"):
+        return built == own
+    return built <= own and (built // 10 == own // 10 or (kind == "compute" and not number.endswith("f")))
 
 
 def _reason_against_triton(problem: Problem, machine: Machine) -> str | None:

@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -182,13 +183,28 @@ __global__ void __launch_bounds__(Kernel::threads, 1) entry(const __grid_constan
   Kernel::run(p);
 }
 
-// Start a kernel on a stream; the error's text if that fails, else null. blocks_y is at most 65,535.
+// Let the blocks of a kernel have as much shared memory as there is on the current GPU; asked for once on each.
+template <class Kernel>
+cudaError_t allow_shared_memory() {
+  static std::atomic<bool> allowed[64];
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < 64 && allowed[device].load(std::memory_order_relaxed))) return error;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < 64) allowed[device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
+// Start a kernel on a stream of the current GPU; the error's text if that fails, or if work before has failed, else
+// null. blocks_y is at most 65,535.
 template <class Kernel>
 const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
                    const typename Kernel::Parameters& parameters) {
+  if (blocks > INT32_MAX) return "more blocks than a grid can have";
   if (shared_bytes > 48 << 10) {  // what a block may have without being asked for
-    const cudaError_t error =
-        cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error = allow_shared_memory<Kernel>();
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   cudaLaunchConfig_t config{};

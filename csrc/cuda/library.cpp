@@ -13,6 +13,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #define SHIM(operation) aoti_torch_cpu_##operation
 #else
+#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
 #define SHIM(operation) aoti_torch_cuda_##operation
@@ -87,6 +88,10 @@ class Gpu {
 #endif
   void* stream_ = nullptr;
 };
+
+#ifndef SEQKERNELS_HOST_RUN
+const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+#endif
 
 void must(const char* error) { check(!error, "a CUDA kernel of seqkernels failed: ", error ? error : ""); }
 
@@ -449,6 +454,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
 #ifdef SEQKERNELS_HOST_RUN
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
 #else
+// nvcc's version, and what it compiled for: sm_80, compute_80, ...
+static std::string cuda_build() { return SEQKERNELS_CUDA_BUILD; }
+
+// The newest CUDA that the driver knows: 1000 times its major and 10 times its minor number; 0 without a driver.
+static int64_t cuda_driver() {
+  int version = 0;
+  must(text_of(cudaDriverGetVersion(&version)));
+  return version;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
+  m.def("cuda_build() -> str");
+  m.def("cuda_driver() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_build", TORCH_BOX(&cuda_build));
+  m.impl("cuda_driver", TORCH_BOX(&cuda_driver));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CUDA, m) {
 #endif
   m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
