@@ -1,0 +1,196 @@
+"""Every CUDA kernel as it was compiled for GPUs that are not here: nothing spills, the instructions are those that were
+meant, and there is a kernel for all that `select` chooses and for nothing else."""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from gpus import GPUS
+
+import seqkernels
+from seqkernels import select
+
+LIBRARY = Path(seqkernels.__file__).with_name("_cuda.so")
+NVIDIA = [gpu for gpu in GPUS.values() if not gpu.amd]
+
+
+def _tool() -> str | None:
+    """cuobjdump, with the nvdisasm that it needs: that of a CUDA toolkit, else Triton's."""
+    triton = importlib.util.find_spec("triton")
+    brought = Path(triton.origin).parent / "backends/nvidia/bin" if triton else None
+    return shutil.which("cuobjdump") or (brought and shutil.which("cuobjdump", path=str(brought)))
+
+
+def _missing() -> str:
+    if not LIBRARY.exists():
+        return "this install has no CUDA kernels: no nvcc when built"
+    if not _tool():
+        return "no cuobjdump here: Triton's wheel brings it (pip install triton)"
+    return "" if shutil.which("c++filt") else "no c++filt here: binutils bring it"
+
+
+pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
+
+
+class Kernel(NamedTuple):
+    """What the compiler made of a kernel."""
+
+    name: str
+    registers: int
+    stack: int  # bytes a thread: spilled registers, and arrays that are not in registers
+    local: int
+    instructions: dict[str, int]  # of each kind that the tests ask for, how often
+
+
+@functools.cache
+def built() -> list[str]:
+    """What the library has machine code for."""
+    said = subprocess.run([_tool(), "--list-elf", LIBRARY], check=True, capture_output=True, text=True).stdout
+    return sorted(set(re.findall(r"\.(sm_\d+[af]?)\.cubin", said)))
+
+
+KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL")
+
+
+@functools.cache
+def compiled(target: str) -> tuple[Kernel, ...]:
+    """All kernels of the library that were compiled for `target`, by their C++ names."""
+
+    def dump(what: str) -> str:
+        command = [_tool(), "--gpu-architecture", target, what, LIBRARY]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    code = {}
+    for function in dump("--dump-sass").split("\t\tFunction : ")[1:]:
+        name, _, text = function.partition("\n")
+        found = re.findall(rf"\*/ +(?:@!?U?P\w+ +)?({'|'.join(KINDS)})\b", text)
+        code[name] = {kind: found.count(kind) for kind in KINDS}
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump("--dump-resource-usage"))
+    assert {name for name, *_ in usage} == set(code)
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(name for name, *_ in usage), check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    return tuple(
+        Kernel(name, int(registers), int(stack), int(local), code[mangled])
+        for name, (mangled, registers, stack, local) in zip(names, usage, strict=True)
+    )
+
+
+class SingleBlock(NamedTuple):
+    """A single-block kernel, as its template arguments name it."""
+
+    cell: str
+    dtype: torch.dtype
+    tf32: bool
+    backward: bool
+    width: int
+    even: bool | None  # for even or odd numbers of hidden units; None: for both
+    blocks: int  # of 16 units that a warp has
+
+    @property
+    def threads(self) -> int:
+        return self.width // 16 // self.blocks * 32
+
+    def serves(self, hidden_size: int) -> bool:
+        return hidden_size <= self.width and self.even in (None, hidden_size % 2 == 0)
+
+
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # as csrc/params.h numbers them
+PRODUCTS = {
+    "MatrixCores<__nv_bfloat16>": (torch.bfloat16, False),
+    "MatrixCores<__half>": (torch.float16, False),
+    "Tf32": (torch.float32, True),
+    "Exact": (torch.float32, False),
+}
+NAME = re.compile(
+    r"SingleBlock(?P<pass>Forward|Backward)<.*?\(seqkernels::Cell\)(?P<cell>\d), seqkernels::device::"
+    rf"(?P<product>{'|'.join(PRODUCTS)}), (?P<width>\d+), (?P<blocks>\d+), \d+(?:, (?P<even>true|false))?>"
+)
+
+
+def single_blocks(target: str) -> dict[SingleBlock, Kernel]:
+    found = {}
+    for kernel in compiled(target):
+        if "SingleBlock" not in kernel.name:
+            continue
+        name = NAME.search(kernel.name)
+        assert name, f"no configuration can be read from {kernel.name}"
+        even = None if name["even"] is None else name["even"] == "true"
+        layer = CELLS[int(name["cell"])], *PRODUCTS[name["product"]], name["pass"] == "Backward"
+        key = SingleBlock(*layer, int(name["width"]), even, int(name["blocks"]))
+        assert key not in found, f"two kernels for {key}"
+        found[key] = kernel
+    return found
+
+
+def chosen() -> set[tuple[str, torch.dtype, bool, bool, int]]:
+    """(cell, dtype, TF32, backward, hidden size) of all layers that `select` gives to a single block on any GPU."""
+    return {
+        (cell, dtype, tf32, backward, hidden)
+        for cell in CELLS
+        for dtype, tf32 in PRODUCTS.values()
+        for backward in (False, True)
+        for hidden in range(1, 513)
+        if any(select.single_block(cell, hidden, False, dtype, tf32, gpu, backward) for gpu in NVIDIA)
+    }
+
+
+@pytest.fixture(params=["sm_80", "sm_90a"])
+def target(request) -> str:
+    if request.param not in built():
+        pytest.skip(f"the CUDA kernels here are built for {', '.join(built())} only")
+    return request.param
+
+
+def test_no_kernel_spills(target):
+    spilling = [
+        f"{kernel.name}: {kernel.stack} bytes of stack, {kernel.local} of local memory"
+        for kernel in compiled(target)
+        if kernel.stack or kernel.local or kernel.instructions["LDL"] or kernel.instructions["STL"]
+    ]
+    assert not spilling, "\n".join(spilling)
+
+
+def test_the_registers_of_a_block_are_there(target):
+    for configuration, kernel in single_blocks(target).items():
+        assert kernel.registers * configuration.threads <= 65536, kernel
+
+
+def test_matrix_cores_multiply_where_they_are_meant_to(target):
+    for kernel in compiled(target):
+        if "SingleBlock" not in kernel.name:
+            assert kernel.instructions["HMMA"] == 0, kernel
+    for configuration, kernel in single_blocks(target).items():
+        exact = configuration.dtype == torch.float32 and not configuration.tf32
+        assert (kernel.instructions["HMMA"] == 0) == exact, kernel
+        assert kernel.instructions["DFMA"] == 0, kernel
+        if exact:  # a product of a step is one instruction for each weight and sequence that a thread has
+            gates = select._GATES[configuration.cell.partition("_")[0]]
+            products = gates * configuration.width**2 * select.SEQUENCES // configuration.threads
+            assert kernel.instructions["FFMA"] >= products, kernel
+
+
+def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(target):
+    there, used = set(single_blocks(target)), set()
+    for *layer, hidden in sorted(chosen(), key=str):
+        serving = [one for one in there if list(one[:4]) == layer and one.serves(hidden)]
+        assert serving, f"no kernel for {layer} of {hidden} units"
+        used.add(min(serving, key=lambda one: one.width))
+    assert there == used, f"never chosen: {sorted(there - used, key=str)}"
+
+
+def test_the_oldest_gpu_has_all_but_the_single_block():
+    """Those of a single block need matrix cores of compute capability 8.0."""
+    older = [target for target in built() if int(re.match(r"sm_(\d+)", target)[1]) < 80]
+    if not older or "sm_80" not in built():
+        pytest.skip(f"the CUDA kernels here are built for {', '.join(built())} only")
+    names = {kernel.name for kernel in compiled("sm_80") if "SingleBlock" not in kernel.name}
+    for target in older:
+        assert {kernel.name for kernel in compiled(target)} == names
+        assert not any(kernel.stack or kernel.local for kernel in compiled(target))
