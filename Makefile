@@ -16,7 +16,7 @@ CHECKED_SOURCES := $(NATIVE_SOURCES) $(HOST_RUN_SOURCES) $(wildcard tests/*.cpp)
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
-	@echo "make gpu-check run the tests on a GPU, then time the kernels beside cuDNN; OUT=... for the rows"
+	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench (beside cuDNN), gpu-profile"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style and import directions"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
@@ -52,15 +52,41 @@ $(HOST_RUN): $(READY) $(NATIVE_SOURCES) $(HOST_RUN_SOURCES)
 test: $(READY) $(HOST_RUN)
 	$(BIN)/python -m pytest
 
-# On a machine with a GPU, a torch for it and pytest: nothing is installed. Rows go to $(OUT).
+# On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
+# one that fails keeps none of the others from running. Rows, and what Nsight Compute saw, go to $(OUT).
 OUT ?= benchmarks/results
-GPU_TESTS := $(addprefix tests/test_,triton.py ops.py specification.py properties.py gradients.py compile.py)
-GPU_PROBLEMS := names names256 news charlm long cliff129 cliff256 flashrnn kernelbench
-gpu-check:
-	$(PYTHON) setup.py -q build_ext --inplace
-	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(GPU_TESTS)
-	$(PYTHON) -m benchmarks kernels --device cuda --problem $(GPU_PROBLEMS) --dtype float32 bfloat16 float16 \
-	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels torch_eager" --turns 9 --out $(OUT)
+GPU_LEFT_OUT := $(addprefix tests/test_,benchmarks.py tasks.py kernels_benchmark.py triton_compiled.py)
+GPU_PROBLEMS ?= names256 news charlm cliff256 long
+GPU_CELLS ?= GRU LSTM
+GPU_DTYPES ?= bfloat16 float32
+gpu-check: gpu-build
+	$(MAKE) --keep-going gpu-test gpu-sanitize gpu-bench gpu-profile
+
+gpu-build:
+	SEQKERNELS_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m seqkernels
+
+gpu-test:
+	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(addprefix --ignore=,$(GPU_LEFT_OUT)) \
+	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+
+# Without torch's allocator, so that what lies outside of a tensor lies outside of all.
+gpu-sanitize:
+	for tool in memcheck racecheck synccheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=seqkernels \
+	    --error-exitcode 1 $(PYTHON) tests/gpu_run.py || failed=1; \
+	done; exit $${failed:-0}
+
+gpu-bench:
+	$(PYTHON) -m benchmarks kernels --device cuda --problem $(GPU_PROBLEMS) --cell $(GPU_CELLS) --dtype $(GPU_DTYPES) \
+	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --turns 9 --out $(OUT)
+
+GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demangled
+gpu-profile:
+	$(GPU_PROFILE) --kernel-name regex:SingleBlock --launch-count 8 \
+	  $(PYTHON) tests/gpu_run.py --problem news --cell GRU LSTM --dtype bfloat16 > $(OUT)/profile.txt
+	$(GPU_PROFILE) --kernel-name regex:Step --launch-skip 20 --launch-count 2 \
+	  $(PYTHON) tests/gpu_run.py --problem charlm1 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
@@ -100,4 +126,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test gpu-check bench wheel lint sanitize arm clean
+.PHONY: help demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-profile bench wheel lint sanitize arm clean

@@ -248,9 +248,12 @@ class BuildNative(build_ext):
         return f"{path}.so" if path.endswith("_cuda") else super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
+        if CUDA not in self.extensions:  # one of a build before would be taken along
+            Path(self.get_ext_fullpath(CUDA.name)).unlink(missing_ok=True)
         cxx, torch = compiler(), torch_directory()
-        # Of an editable install pip throws build_temp away; objects that are kept need not be compiled again.
-        temporary = ROOT / "build/editable" if self.editable_mode else Path(self.build_temp).resolve()
+        temporary = Path(self.build_temp).resolve()
+        if self.editable_mode:  # whose own is thrown away; objects that are kept, as a wheel's are, are compiled once
+            temporary = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         temporary.mkdir(parents=True, exist_ok=True)
         includes = f"-isystem {torch}/include -isystem {sysconfig.get_paths()['include']}"
         lines = [

@@ -1,5 +1,5 @@
-"""The CUDA kernels, run on the CPU: every road, cell and dtype, in random orders of threads and blocks; and the checks
-themselves, by planted faults."""
+"""The CUDA kernels, every road, cell and dtype: on a GPU, or run on the CPU, there in random orders of threads and
+blocks; and the checks of that run themselves, by planted faults."""
 
 import importlib.util
 import os
@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 from gpus import GPUS
-from test_ops import CELLS, SHAPES, Call, assert_rounding_alone_of, both_passes
+from test_ops import BACKENDS, CELLS, SHAPES, Call, assert_rounding_alone_of, both_passes
 
 from seqkernels import select
 from seqkernels.hardware import HERE
 
-pytestmark = pytest.mark.skipif(not HERE.host_run, reason="no host run here: `make test` builds build/host_run")
+pytestmark = pytest.mark.skipif(
+    "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor a host run, which `make test` builds"
+)
 
 ROADS = {"single block": 8, "single block of 2": 2, "stepwise": 0}
 
@@ -21,6 +23,8 @@ ROADS = {"single block": 8, "single block of 2": 2, "stepwise": 0}
 @pytest.fixture(scope="module")
 def host_run():
     """Control of the runs: tests/host_run/run.h."""
+    if not HERE.host_run:
+        pytest.skip("these kernels run on a GPU, and not on the CPU")
     spec = importlib.util.spec_from_file_location("host_run", os.environ["SEQKERNELS_HOST_RUN"])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

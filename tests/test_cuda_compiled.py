@@ -20,6 +20,10 @@ LIBRARY = Path(seqkernels.__file__).with_name("_cuda.so")
 NVIDIA = [gpu for gpu in GPUS.values() if not gpu.amd]
 
 
+def run(*command: str | Path, given: str | None = None) -> str:
+    return subprocess.run(command, input=given, check=True, capture_output=True, text=True).stdout
+
+
 def _tool() -> str | None:
     """cuobjdump, with the nvdisasm that it needs: that of a CUDA toolkit, else Triton's."""
     triton = importlib.util.find_spec("triton")
@@ -27,12 +31,25 @@ def _tool() -> str | None:
     return shutil.which("cuobjdump") or (brought and shutil.which("cuobjdump", path=str(brought)))
 
 
+@functools.cache
+def _build() -> tuple[str, list[str]]:
+    """nvcc's version, and what the library was built for, as `cuda_build` in csrc/cuda/library.cpp says it; a torch
+    without CUDA cannot load it to ask."""
+    said = re.search(rb"(\d+\.\d+)((?: (?:sm|compute)_\d+[af]?)+)\0", LIBRARY.read_bytes())
+    return said[1].decode(), said[2].decode().split()
+
+
 def _missing() -> str:
     if not LIBRARY.exists():
         return "this install has no CUDA kernels: no nvcc when built"
     if not _tool():
         return "no cuobjdump here: Triton's wheel brings it (pip install triton)"
-    return "" if shutil.which("c++filt") else "no c++filt here: binutils bring it"
+    if not shutil.which("c++filt"):
+        return "no c++filt here: binutils bring it"
+    version = re.search(r"release (\d+\.\d+)", run(_tool(), "--version"))[1]
+    if [*map(int, version.split("."))] < [*map(int, _build()[0].split("."))]:
+        return f"the cuobjdump here, {version}, is older than the nvcc that compiled the library, {_build()[0]}"
+    return ""
 
 
 pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
@@ -48,13 +65,6 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]  # of each kind that the tests ask for, how often
 
 
-@functools.cache
-def built() -> list[str]:
-    """What the library has machine code for."""
-    said = subprocess.run([_tool(), "--list-elf", LIBRARY], check=True, capture_output=True, text=True).stdout
-    return sorted(set(re.findall(r"\.(sm_\d+[af]?)\.cubin", said)))
-
-
 KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL")
 
 
@@ -62,20 +72,15 @@ KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL")
 def compiled(target: str) -> tuple[Kernel, ...]:
     """All kernels of the library that were compiled for `target`, by their C++ names."""
 
-    def dump(what: str) -> str:
-        command = [_tool(), "--gpu-architecture", target, what, LIBRARY]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
     code = {}
-    for function in dump("--dump-sass").split("\t\tFunction : ")[1:]:
+    for function in run(_tool(), "--gpu-architecture", target, "--dump-sass", LIBRARY).split("\t\tFunction : ")[1:]:
         name, _, text = function.partition("\n")
         found = re.findall(rf"\*/ +(?:@!?U?P\w+ +)?({'|'.join(KINDS)})\b", text)
         code[name] = {kind: found.count(kind) for kind in KINDS}
-    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", dump("--dump-resource-usage"))
+    usage = run(_tool(), "--gpu-architecture", target, "--dump-resource-usage", LIBRARY)
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     assert {name for name, *_ in usage} == set(code)
-    names = subprocess.run(
-        ["c++filt"], input="\n".join(name for name, *_ in usage), check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+    names = run("c++filt", given="\n".join(name for name, *_ in usage)).splitlines()
     return tuple(
         Kernel(name, int(registers), int(stack), int(local), code[mangled])
         for name, (mangled, registers, stack, local) in zip(names, usage, strict=True)
@@ -143,8 +148,8 @@ def chosen() -> set[tuple[str, torch.dtype, bool, bool, int]]:
 
 @pytest.fixture(params=["sm_80", "sm_90a"])
 def target(request) -> str:
-    if request.param not in built():
-        pytest.skip(f"the CUDA kernels here are built for {', '.join(built())} only")
+    if request.param not in _build()[1]:
+        pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
     return request.param
 
 
@@ -187,9 +192,9 @@ def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(targ
 
 def test_the_oldest_gpu_has_all_but_the_single_block():
     """Those of a single block need matrix cores of compute capability 8.0."""
-    older = [target for target in built() if int(re.match(r"sm_(\d+)", target)[1]) < 80]
-    if not older or "sm_80" not in built():
-        pytest.skip(f"the CUDA kernels here are built for {', '.join(built())} only")
+    older = [target for target in _build()[1] if target in ("sm_70", "sm_75")]
+    if not older or "sm_80" not in _build()[1]:
+        pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
     names = {kernel.name for kernel in compiled("sm_80") if "SingleBlock" not in kernel.name}
     for target in older:
         assert {kernel.name for kernel in compiled(target)} == names

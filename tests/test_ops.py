@@ -12,7 +12,7 @@ from seqkernels.hardware import HERE
 
 MISSING = {
     "cpu": not HERE.native or torch.get_default_device().type != "cpu",
-    "cuda": bool(HERE.cuda_missing),
+    "cuda": HERE.cuda_missing or HERE.host_run != (torch.get_default_device().type == "cpu"),
     "triton": not HERE.triton,
     "cudnn": True,  # it has no operators
 }

@@ -454,8 +454,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
 #ifdef SEQKERNELS_HOST_RUN
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
 #else
-// nvcc's version, and what it compiled for: sm_80, compute_80, ...
-static std::string cuda_build() { return SEQKERNELS_CUDA_BUILD; }
+// nvcc's version, and what it compiled for: sm_80, compute_80, ...; to be read as well where the library does not load.
+__attribute__((used)) static const char kBuild[] = SEQKERNELS_CUDA_BUILD;
+static std::string cuda_build() { return kBuild; }
 
 // The newest CUDA that the driver knows: 1000 times its major and 10 times its minor number; 0 without a driver.
 static int64_t cuda_driver() {
