@@ -87,6 +87,9 @@ def compiled(target: str) -> tuple[Kernel, ...]:
     )
 
 
+SINGLE_BLOCK = ("SingleBlock", "ArrangeKernel")  # the kernels of that road; the others are those of stepwise
+
+
 class SingleBlock(NamedTuple):
     """A single-block kernel, as its template arguments name it."""
 
@@ -101,6 +104,12 @@ class SingleBlock(NamedTuple):
     @property
     def threads(self) -> int:
         return self.width // 16 // self.blocks * 32
+
+    def held(self) -> int:
+        """Bytes of the weights in a block's registers, as `select` has it."""
+        hidden = self.width if self.even is not False else self.width - 1
+        gpu = GPUS["NVIDIA H200"]
+        return select.residency(self.cell, hidden, self.dtype, self.tf32, gpu, self.backward).registers
 
     def serves(self, hidden_size: int) -> bool:
         return hidden_size <= self.width and self.even in (None, hidden_size % 2 == 0)
@@ -162,23 +171,28 @@ def test_no_kernel_spills(target):
     assert not spilling, "\n".join(spilling)
 
 
-def test_the_registers_of_a_block_are_there(target):
+def test_registers_hold_what_select_says_of_them(target):
+    """A block has 65,536; those that hold weights, of 4 bytes each, leave some for all else."""
     for configuration, kernel in single_blocks(target).items():
         assert kernel.registers * configuration.threads <= 65536, kernel
+        assert configuration.held() // 4 < kernel.registers * configuration.threads, kernel
 
 
 def test_matrix_cores_multiply_where_they_are_meant_to(target):
     for kernel in compiled(target):
-        if "SingleBlock" not in kernel.name:
+        if not any(name in kernel.name for name in SINGLE_BLOCK):
             assert kernel.instructions["HMMA"] == 0, kernel
     for configuration, kernel in single_blocks(target).items():
         exact = configuration.dtype == torch.float32 and not configuration.tf32
         assert (kernel.instructions["HMMA"] == 0) == exact, kernel
         assert kernel.instructions["DFMA"] == 0, kernel
-        if exact:  # a product of a step is one instruction for each weight and sequence that a thread has
-            gates = select._GATES[configuration.cell.partition("_")[0]]
-            products = gates * configuration.width**2 * select.SEQUENCES // configuration.threads
+        # What registers hold is multiplied without a loop: a weight by a sequence, or 512 bytes of them by 8 at once.
+        if exact:
+            products = configuration.held() // 4 * select.SEQUENCES // configuration.threads
             assert kernel.instructions["FFMA"] >= products, kernel
+        else:
+            products = configuration.held() // 512 // (configuration.threads // 32)
+            assert kernel.instructions["HMMA"] >= products, kernel
 
 
 def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(target):
@@ -195,7 +209,7 @@ def test_the_oldest_gpu_has_all_but_the_single_block():
     older = [target for target in _build()[1] if target in ("sm_70", "sm_75")]
     if not older or "sm_80" not in _build()[1]:
         pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
-    names = {kernel.name for kernel in compiled("sm_80") if "SingleBlock" not in kernel.name}
+    names = {kernel.name for kernel in compiled("sm_80") if not any(name in kernel.name for name in SINGLE_BLOCK)}
     for target in older:
         assert {kernel.name for kernel in compiled(target)} == names
         assert not any(kernel.stack or kernel.local for kernel in compiled(target))
