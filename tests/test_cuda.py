@@ -193,6 +193,28 @@ def test_where_the_weights_of_a_block_lie(row):
     assert tuple(size / KIB for size in found) == expected
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA L4"])
+@pytest.mark.parametrize("hidden", [31, 64, 128, 200, 256])
+@pytest.mark.parametrize(("dtype", "tf32"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hidden, gpu, host_run):
+    if hidden > 128 and dtype == torch.float32:
+        pytest.skip("there is no single-block kernel for it")
+    gpu = GPUS[gpu]
+    layer, save = Call(cell, 1, 1, 1, hidden, dtype=dtype).arguments()[1:-1], True
+    forward, backward = by_road(8, tf32, gpu.shared_memory)
+    taken = []
+    before = host_run.counts()["shared_bytes"]
+    y, h_n, c_n, saved = forward(cell, *layer, save)
+    taken.append(host_run.counts()["shared_bytes"] - before)
+    backward(cell, y, h_n, c_n if cell == "lstm" else None, *layer, y, saved, True, True)
+    taken.append(host_run.counts()["shared_bytes"] - before - taken[0])
+    assert taken == [
+        select._buffers(cell, hidden, dtype, way) + select.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
+        for way in (False, True)
+    ]
+
+
 def test_small_batches_are_spread_over_the_gpu():
     gpu = GPUS["NVIDIA H200"]
     assert [select.sequences_of_block(n, gpu) for n in (1, 132, 133, 1056, 5000)] == [1, 1, 2, 8, 8]

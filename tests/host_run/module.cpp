@@ -12,6 +12,6 @@ PYBIND11_MODULE(host_run, m) {
   m.def("counts", [] {
     const Counts c = counts();
     return pybind11::dict("launches"_a = c.launches, "blocks"_a = c.blocks, "barriers"_a = c.barriers,
-                          "switches"_a = c.switches);
+                          "switches"_a = c.switches, "shared_bytes"_a = c.shared_bytes);
   });
 }

@@ -307,7 +307,7 @@ const char* launch(int64_t blocks, int blocks_y, int threads_, int shared_bytes_
                    const void* parameters) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  counted.launches++;
+  counted.launches++, counted.shared_bytes += shared_bytes_;
   failure.clear();
   kernel = kernel_, kernel_parameters = parameters, threads = threads_, shared_bytes = shared_bytes_;
   if (blocks < 1 || blocks > INT32_MAX || blocks_y < 1 || blocks_y > 65535 || threads < 1 || threads > kMostThreads)

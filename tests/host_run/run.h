@@ -12,6 +12,7 @@ void skip_barrier(int n);
 
 struct Counts {
   int64_t launches, blocks, barriers, switches;  // barriers: that a block has passed; switches: from fiber to fiber
+  int64_t shared_bytes;                          // that launches asked for, for a block of each
 };
 Counts counts();  // since the program started
 
