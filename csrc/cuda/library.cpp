@@ -36,6 +36,11 @@ class Gpu {
   {
 #ifndef SEQKERNELS_HOST_RUN
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &stream_));
+    // The guard has told the driver, by torch's copy of the CUDA runtime; ours asks the driver.
+    int current = -1;
+    const cudaError_t error = cudaGetDevice(&current);
+    check(error == cudaSuccess, "CUDA does not say which GPU is the current one: ", cudaGetErrorString(error));
+    check(current == device_.index(), "the kernels would run on GPU ", current, ", but x is on GPU ", device_.index());
 #endif
   }
 
@@ -46,9 +51,10 @@ class Gpu {
   Tensor allocate(const Shape& shape, ScalarType type) const {
     const Shape strides = contiguous(shape);
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                    number_of(type), number_of(device_.type()), device_.index(),
-                                                    &handle));
+    const auto error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                number_of(type), number_of(device_.type()), device_.index(), &handle);
+    // The stable ABI passes no reason on; torch has printed its own.
+    check(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", text_of(shape.data(), shape.size()));
     Tensor tensor(handle);
 #ifdef SEQKERNELS_HOST_RUN  // all memory starts as NaN
     if (tensor.numel()) memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
@@ -93,20 +99,22 @@ class Gpu {
 const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 #endif
 
-void must(const char* error) { check(!error, "a CUDA kernel of seqkernels failed: ", error ? error : ""); }
+void must(const char* error) { check(!error, "a CUDA kernel of seqkernels was not started: ", error ? error : ""); }
 
 // ---- products; with `add` to what the result holds
 
+void must(AOTITorchError error) {
+  check(error == AOTI_TORCH_SUCCESS, "a matrix product of seqkernels failed for the reason that torch has printed");
+}
+
 void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
-  const auto error = add ? SHIM(addmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
-                         : SHIM(mm_out)(result.get(), a.get(), b.get());
-  TORCH_ERROR_CODE_CHECK(error);
+  must(add ? SHIM(addmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
+           : SHIM(mm_out)(result.get(), a.get(), b.get()));
 }
 
 void multiply_each(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
-  const auto error = add ? SHIM(baddbmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
-                         : SHIM(bmm_out)(result.get(), a.get(), b.get());
-  TORCH_ERROR_CODE_CHECK(error);
+  must(add ? SHIM(baddbmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
+           : SHIM(bmm_out)(result.get(), a.get(), b.get()));
 }
 
 void copy(Tensor& to, const Tensor& from) { torch::stable::copy_(to, from); }
@@ -189,10 +197,27 @@ Tensor stacked(const Gpu& gpu, const Problem& p, const void* const WeightsOf<con
   return both;
 }
 
-// The first `rows` of each of the D matrices of an array [D, B, width].
-Tensor first_rows(const Gpu& gpu, const Problem& p, const Tensor& array, int64_t rows, int64_t width) {
-  return gpu.view(array.const_data_ptr(), {p.directions, rows, width}, {p.sequences * width, width, 1});
-}
+// The first rows of each of the D matrices of an array [D, B, width]; a step mostly has as many as the one before, and
+// then their view.
+class FirstRows {
+ public:
+  FirstRows(const Gpu& gpu, const Problem& p, const Tensor& array, int64_t width)
+      : gpu_(gpu), p_(p), data_(array.const_data_ptr()), width_(width) {}
+
+  const Tensor& operator()(int64_t rows) {
+    if (!view_ || rows != rows_)
+      view_ = gpu_.view(data_, {p_.directions, rows, width_}, {p_.sequences * width_, width_, 1});
+    rows_ = rows;
+    return *view_;
+  }
+
+ private:
+  const Gpu& gpu_;
+  const Problem& p_;
+  const void* data_;
+  int64_t width_, rows_ = 0;
+  Optional view_;
+};
 
 Tensor transposed(const Gpu& gpu, const Problem& p, const Tensor& array, int64_t rows, int64_t columns) {
   return gpu.view(array.const_data_ptr(), {p.directions, columns, rows}, {rows * columns, 1, columns});
@@ -230,7 +255,7 @@ Tensor project_input(const Gpu& gpu, const Problem& p, int64_t rows) {
     Tensor bias = gpu.allocate({GH});
     const int64_t folded = p.cell == Cell::gru ? 2 * p.hidden : GH;
     must(fold_biases({w.b_ih, w.b_hh, bias.mutable_data_ptr(), GH, folded}, p.scalar, gpu.stream()));
-    TORCH_ERROR_CODE_CHECK(SHIM(addmm_out)(result.get(), bias.get(), inputs.get(), w_ih.get(), 1, 1));
+    must(SHIM(addmm_out)(result.get(), bias.get(), inputs.get(), w_ih.get(), 1, 1));
   }
   return gates;
 }
@@ -244,13 +269,14 @@ void stepwise_forward(const Gpu& gpu, const Problem& p, const Timetable& steps, 
     h = gpu.allocate({D, B, H}), result = gpu.allocate({D, B, P});
     w_hr = stacked(gpu, p, &WeightsOf<const void*>::w_hr, P, H), w_hr_t = transposed(gpu, p, w_hr, P, H);
   }
+  FirstRows of_gates(gpu, p, gates_h, GH), of_h_n(gpu, p, h_n, P), of_result(gpu, p, result, P), of_h(gpu, p, h, H);
   for (int64_t k = 0; k < p.steps; k++) {
     const int64_t rows = steps.running(k);
-    multiply_each(first_rows(gpu, p, gates_h, rows, GH), first_rows(gpu, p, h_n, rows, P), w_hh_t);
+    multiply_each(of_gates(rows), of_h_n(rows), w_hh_t);
     must(step_forward({sweep, k, rows, gates_h.const_data_ptr(), h.mutable_data_ptr(), pointer(c), p.has_projection},
                       gpu.stream()));
     if (!p.has_projection) continue;
-    multiply_each(first_rows(gpu, p, result, rows, P), first_rows(gpu, p, h, rows, H), w_hr_t);
+    multiply_each(of_result(rows), of_h(rows), w_hr_t);
     must(step_project({sweep, k, rows, result.const_data_ptr(), h_n.mutable_data_ptr(), sweep.y}, gpu.stream()));
   }
 }
@@ -306,18 +332,20 @@ void stepwise_backward(const Gpu& gpu, const Problem& p, const Timetable& steps,
     of_step = gpu.allocate({D, B, H}), result = gpu.allocate({D, B, P});
     w_hr = stacked(gpu, p, &WeightsOf<const void*>::w_hr, P, H);
   }
+  FirstRows of_gates(gpu, p, grad_step, GH), of_grad_h(gpu, p, grad_h, P), of_result(gpu, p, result, P);
+  FirstRows of_h(gpu, p, of_step, H);
   for (int64_t k = p.steps; k-- > 0;) {
     const int64_t rows = steps.running(k);
     if (p.has_projection) {
       must(step_project_backward(
           {sweep, k, rows, sweep.grad_y, grad_h.mutable_data_ptr(), result.mutable_data_ptr(), grad_projected},
           gpu.stream()));
-      multiply_each(first_rows(gpu, p, of_step, rows, H), first_rows(gpu, p, result, rows, P), w_hr);
+      multiply_each(of_h(rows), of_result(rows), w_hr);
     }
     must(step_backward(
         {inner, k, rows, of_step.mutable_data_ptr(), pointer(grad_c), grad_step.mutable_data_ptr(), p.has_projection},
         gpu.stream()));
-    multiply_each(first_rows(gpu, p, grad_h, rows, P), first_rows(gpu, p, grad_step, rows, GH), w_hh, true);
+    multiply_each(of_grad_h(rows), of_gates(rows), w_hh, true);
   }
 }
 
