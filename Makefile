@@ -85,7 +85,7 @@ GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demang
 gpu-profile:
 	$(GPU_PROFILE) --kernel-name regex:SingleBlock --launch-count 8 \
 	  $(PYTHON) tests/gpu_run.py --problem news --cell GRU LSTM --dtype bfloat16 > $(OUT)/profile.txt
-	$(GPU_PROFILE) --kernel-name regex:Step --launch-skip 20 --launch-count 2 \
+	$(GPU_PROFILE) --kernel-name "regex:Step(Forward|Backward)" --launch-skip 20 --launch-count 2 \
 	  $(PYTHON) tests/gpu_run.py --problem charlm1 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
 
 bench: $(READY)
