@@ -15,6 +15,7 @@ from gpus import GPUS
 
 import seqkernels
 from seqkernels import select
+from seqkernels.backends import GATES
 
 LIBRARY = Path(seqkernels.__file__).with_name("_cuda.so")
 NVIDIA = [gpu for gpu in GPUS.values() if not gpu.amd]
@@ -87,9 +88,6 @@ def compiled(target: str) -> tuple[Kernel, ...]:
     )
 
 
-SINGLE_BLOCK = ("SingleBlock", "ArrangeKernel")  # the kernels of that road; the others are those of stepwise
-
-
 class SingleBlock(NamedTuple):
     """A single-block kernel, as its template arguments name it."""
 
@@ -98,21 +96,21 @@ class SingleBlock(NamedTuple):
     tf32: bool
     backward: bool
     width: int
-    even: bool | None  # for even or odd numbers of hidden units; None: for both
+    even: bool  # for an even number of hidden units, or for an odd one
     blocks: int  # of 16 units that a warp has
+    held: int  # groups of fragments that a thread holds in registers
 
     @property
     def threads(self) -> int:
         return self.width // 16 // self.blocks * 32
 
-    def held(self) -> int:
-        """Bytes of the weights in a block's registers, as `select` has it."""
-        hidden = self.width if self.even is not False else self.width - 1
-        gpu = GPUS["NVIDIA H200"]
-        return select.residency(self.cell, hidden, self.dtype, self.tf32, gpu, self.backward).registers
+    @property
+    def fragments(self) -> int:
+        """32 bytes of the weights each, in a thread's registers."""
+        return GATES[self.cell] * min(self.held, self.width * self.dtype.itemsize // 64 * self.blocks)
 
     def serves(self, hidden_size: int) -> bool:
-        return hidden_size <= self.width and self.even in (None, hidden_size % 2 == 0)
+        return hidden_size <= self.width and self.even == (hidden_size % 2 == 0)
 
 
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # as csrc/params.h numbers them
@@ -124,7 +122,7 @@ PRODUCTS = {
 }
 NAME = re.compile(
     r"SingleBlock(?P<pass>Forward|Backward)<.*?\(seqkernels::Cell\)(?P<cell>\d), seqkernels::device::"
-    rf"(?P<product>{'|'.join(PRODUCTS)}), (?P<width>\d+), (?P<blocks>\d+), \d+(?:, (?P<even>true|false))?>"
+    rf"(?P<product>{'|'.join(PRODUCTS)}), (?P<width>\d+), (?P<blocks>\d+), (?P<held>\d+), (?P<even>true|false)>"
 )
 
 
@@ -135,9 +133,9 @@ def single_blocks(target: str) -> dict[SingleBlock, Kernel]:
             continue
         name = NAME.search(kernel.name)
         assert name, f"no configuration can be read from {kernel.name}"
-        even = None if name["even"] is None else name["even"] == "true"
         layer = CELLS[int(name["cell"])], *PRODUCTS[name["product"]], name["pass"] == "Backward"
-        key = SingleBlock(*layer, int(name["width"]), even, int(name["blocks"]))
+        sizes = int(name["width"]), name["even"] == "true", int(name["blocks"]), int(name["held"])
+        key = SingleBlock(*layer, *sizes)
         assert key not in found, f"two kernels for {key}"
         found[key] = kernel
     return found
@@ -171,28 +169,31 @@ def test_no_kernel_spills(target):
     assert not spilling, "\n".join(spilling)
 
 
-def test_registers_hold_what_select_says_of_them(target):
-    """A block has 65,536; those that hold weights, of 4 bytes each, leave some for all else."""
+def test_weights_lie_where_select_says(target):
     for configuration, kernel in single_blocks(target).items():
+        cell, dtype, tf32, backward, width, even, *_ = configuration
+        gates, hidden = GATES[cell], width - (0 if even else 1)
+        assert kernel.registers >= configuration.fragments * 8, kernel
         assert kernel.registers * configuration.threads <= 65536, kernel
-        assert configuration.held() // 4 < kernel.registers * configuration.threads, kernel
+        for gpu in NVIDIA:
+            if select.single_block(cell, hidden, False, dtype, tf32, gpu, backward):
+                found = select.residency(cell, hidden, dtype, tf32, gpu, backward)
+                assert found.registers == configuration.fragments * 32 * configuration.threads
+                assert sum(found) == gates * width * width * dtype.itemsize
 
 
 def test_matrix_cores_multiply_where_they_are_meant_to(target):
     for kernel in compiled(target):
-        if not any(name in kernel.name for name in SINGLE_BLOCK):
+        if "SingleBlock" not in kernel.name:
             assert kernel.instructions["HMMA"] == 0, kernel
     for configuration, kernel in single_blocks(target).items():
         exact = configuration.dtype == torch.float32 and not configuration.tf32
         assert (kernel.instructions["HMMA"] == 0) == exact, kernel
         assert kernel.instructions["DFMA"] == 0, kernel
         # What registers hold is multiplied without a loop: a weight by a sequence, or 512 bytes of them by 8 at once.
-        if exact:
-            products = configuration.held() // 4 * select.SEQUENCES // configuration.threads
-            assert kernel.instructions["FFMA"] >= products, kernel
-        else:
-            products = configuration.held() // 512 // (configuration.threads // 32)
-            assert kernel.instructions["HMMA"] >= products, kernel
+        weights = configuration.fragments * 8
+        products = weights * select.SEQUENCES if exact else weights * 4 * 32 // 512
+        assert kernel.instructions["FFMA" if exact else "HMMA"] >= products, kernel
 
 
 def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(target):
@@ -209,7 +210,8 @@ def test_the_oldest_gpu_has_all_but_the_single_block():
     older = [target for target in _build()[1] if target in ("sm_70", "sm_75")]
     if not older or "sm_80" not in _build()[1]:
         pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
-    names = {kernel.name for kernel in compiled("sm_80") if not any(name in kernel.name for name in SINGLE_BLOCK)}
+    of_one_block = re.compile("SingleBlock|ArrangeKernel")
+    names = {kernel.name for kernel in compiled("sm_80") if not of_one_block.search(kernel.name)}
     for target in older:
         assert {kernel.name for kernel in compiled(target)} == names
         assert not any(kernel.stack or kernel.local for kernel in compiled(target))
