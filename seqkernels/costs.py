@@ -28,8 +28,8 @@ _L2 = 64  # bytes a clock and multiprocessor from the L2 cache (GA100 white pape
 # One of the dependent launches of a step, where the GPU has little to do in it: 383 ms on an A100 for 8,000 steps of
 # four layers, a GRU of H = 130 forward and backward, are 128,000 launches (seen by nsys; cuDNN 9.1 in torch 2.6).
 _LAUNCH = 3.0
-# What our own stepwise roads add to each step: an operator through torch's dispatcher takes 4 us (measured on a CPU),
-# Triton's launcher in Python with torch.bmm some 30 (as its users report).
+# What our own stepwise roads add to each step: an operator through torch's dispatcher takes 4 us (measured on a CPU).
+# Triton's launcher in Python beside torch.bmm is taken for 30, on no measurement: several operators' worth of Python.
 _THROUGH_TORCH, _THROUGH_PYTHON = 4.0, 30.0
 # Clocks of a step in one block besides products: two barriers of 16 warps, and the latency of shared memory, of the
 # matrix cores' chain and of the activations.
