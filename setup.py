@@ -234,6 +234,7 @@ def host_run_library(includes: str) -> Library:
             *kernels,
             Object("csrc/cuda/library.cpp", "library.o", f"{flags} {includes} {STABLE}"),
             Object("tests/host_run/run.cpp", "run.o", f"{flags} -O2"),
+            Object("tests/host_run/exchange.cpp", "exchange.o", flags),
             Object("tests/host_run/module.cpp", "module.o", f"{flags} {includes} -isystem {pybind11.get_include()}"),
         ]
     )

@@ -1,5 +1,6 @@
 """One fixture runs a test on every backend that is here; a backend that is not says why."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -42,6 +43,17 @@ def backend(request) -> str:
 def dtype(backend) -> torch.dtype:
     """In which a backend's properties show most clearly."""
     return torch.float32 if backend == "triton" else torch.float64
+
+
+@pytest.fixture(scope="session")
+def host_run():
+    """Control of the runs: tests/host_run/run.h."""
+    if not HERE.host_run:
+        pytest.skip("these kernels run on a GPU, and not on the CPU")
+    spec = importlib.util.spec_from_file_location("host_run", os.environ["SEQKERNELS_HOST_RUN"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,6 @@
 """The CUDA kernels, every road, cell and dtype: on a GPU, or run on the CPU, there in random orders of threads and
 blocks; and the checks of that run themselves, by planted faults."""
 
-import importlib.util
-import os
 from dataclasses import replace
 
 import pytest
@@ -18,18 +16,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 ROADS = {"single block": 8, "single block of 2": 2, "stepwise": 0}
-
-
-@pytest.fixture(scope="module")
-def host_run():
-    """Control of the runs: tests/host_run/run.h."""
-    if not HERE.host_run:
-        pytest.skip("these kernels run on a GPU, and not on the CPU")
-    spec = importlib.util.spec_from_file_location("host_run", os.environ["SEQKERNELS_HOST_RUN"])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    module.skip_barrier(-1)
 
 
 def by_road(tile: int, tf32: bool = False, memory: int = 227 << 10):
@@ -139,11 +125,11 @@ def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, host_run):
 
     def faulty(run):
         def with_fault(*args):
-            host_run.skip_barrier(barrier)
+            host_run.plant(host_run.Fault.barrier, barrier)
             try:
                 return run(*args)
             finally:
-                host_run.skip_barrier(-1)
+                host_run.plant(host_run.Fault.none)
 
         return with_fault
 

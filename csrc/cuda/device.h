@@ -1,6 +1,6 @@
 // All that kernels know of a GPU: where a thread stands, memory, barriers, exchange in a warp, matrix cores, rounding.
 // Kernels use nothing else, so that tests can compile them for the host, where tests/host_run/device.h says the same of
-// threads that are fibers, with every access checked.
+// threads that are fibers, with every access checked. Clusters need compute capability 9.0.
 #pragma once
 #ifdef SEQKERNELS_HOST_RUN
 #include "host_run/device.h"
@@ -31,6 +31,22 @@ DEVICE void synchronize() { __syncthreads(); }
 
 // The value of the lane whose number differs in the bits of `mask`; all lanes of a warp take part.
 DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+
+// This block's number in its cluster, and how many blocks the cluster has.
+DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+DEVICE int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// A barrier of all threads of the cluster, in two halves: after `wait` they see what was written before `arrive`.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // ---- memory
 
@@ -68,6 +84,50 @@ struct Global {
   DEVICE void store_pair(int64_t i, Pair<T> pair) const { *reinterpret_cast<Pair<T>*>(data + i) = pair; }
 };
 
+// Counts, in 8 bytes of shared memory, the bytes that a block's peers push to it. A phase ends, and the next begins,
+// when one thread has said how many bytes the phase brings and these have come, in any order.
+class Mbarrier {
+ public:
+  DEVICE explicit Mbarrier(int byte) {
+    extern __shared__ Words memory[];
+    at_ = static_cast<uint32_t>(__cvta_generic_to_shared(memory)) + byte;
+  }
+
+  // By one thread; a barrier of the cluster makes it known.
+  DEVICE void init() const {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(at_)
+                 : "memory");
+  }
+
+  // Say how many bytes the phase brings; once a phase, by one thread.
+  DEVICE void expect(int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at_), "r"(bytes) : "memory");
+  }
+
+  // Until the present phase has ended, if its number (from 0) has this parity; then the caller sees what it brought,
+  // and what those who pushed had seen.
+  DEVICE void wait(int parity) const {
+    asm volatile(
+        "{\n\t.reg .pred ended;\n"
+        "waiting:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n\t"
+        "@!ended bra waiting;\n\t}" ::"r"(at_),
+        "r"(parity)
+        : "memory");
+  }
+
+  DEVICE uint32_t of_peer(int rank) const { return at_peer(at_, rank); }
+
+  // Where a peer has what this block has at an address of its shared memory.
+  static DEVICE uint32_t at_peer(uint32_t address, int rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+  }
+
+ private:
+  uint32_t at_;
+};
+
 // An array in the block's shared memory, at a multiple of 16 bytes from its begin.
 template <class T>
 struct Shared {
@@ -82,6 +142,36 @@ struct Shared {
   // From element i on, which lies at a multiple of 16 bytes.
   DEVICE Words load_words(int i) const { return *reinterpret_cast<const Words*>(data + i); }
   DEVICE void store_words(int i, Words words) const { *reinterpret_cast<Words*>(data + i) = words; }
+  // Into the same array of a peer (or of this block), at a time of its own: the peer's `arrivals` count it.
+  DEVICE void push_words(int i, Words words, int peer, Mbarrier arrivals) const {
+    const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            Mbarrier::at_peer(at, peer)),
+        "r"(words.word[0]), "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3]), "r"(arrivals.of_peer(peer))
+        : "memory");
+  }
+};
+
+// Numbers in the GPU's memory, by which blocks that run at the same time wait for each other.
+class Flags {
+ public:
+  DEVICE Flags(uint32_t* data, int64_t /*count*/) : data_(data) {}
+
+  // Who waits for the value sees what the caller has seen and done.
+  DEVICE void raise(int64_t i, uint32_t value) const {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(data_ + i), "r"(value) : "memory");
+  }
+
+  // Until flag i has at least this value.
+  DEVICE void wait(int64_t i, uint32_t value) const {
+    uint32_t found;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(data_ + i) : "memory");
+    while (found < value);
+  }
+
+ private:
+  uint32_t* data_;
 };
 
 // ---- numbers
@@ -183,9 +273,16 @@ __global__ void __launch_bounds__(Kernel::threads, 1) entry(const __grid_constan
   Kernel::run(p);
 }
 
-// Let the blocks of a kernel have as much shared memory as there is on the current GPU; asked for once on each.
+// Which blocks run at the same time: those of a cluster, along the first index of a block, or all.
+struct Together {
+  int cluster = 1;
+  bool all = false;
+};
+
+// Let the blocks of a kernel have as much shared memory as there is on the current GPU, and clusters up to 16 blocks,
+// where some GPUs have 8; asked for once on each.
 template <class Kernel>
-cudaError_t allow_shared_memory() {
+cudaError_t allow_more(bool large_cluster) {
   static std::atomic<bool> allowed[64];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -193,6 +290,8 @@ cudaError_t allow_shared_memory() {
   error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && large_cluster)
+    error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess && device < 64) allowed[device].store(true, std::memory_order_relaxed);
   return error;
 }
@@ -201,18 +300,28 @@ cudaError_t allow_shared_memory() {
 // null. blocks_y is at most 65,535.
 template <class Kernel>
 const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
-                   const typename Kernel::Parameters& parameters) {
+                   const typename Kernel::Parameters& parameters, Together together = {}) {
   if (blocks > INT32_MAX) return "more blocks than a grid can have";
-  if (shared_bytes > 48 << 10) {  // what a block may have without being asked for
-    const cudaError_t error = allow_shared_memory<Kernel>();
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-  }
+  cudaError_t error = cudaSuccess;
+  // What a block or a cluster may have without being asked for.
+  if (shared_bytes > 48 << 10 || together.cluster > 8) error = allow_more<Kernel>(together.cluster > 1);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks), blocks_y);
   config.blockDim = dim3(Kernel::threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, entry<Kernel>, parameters);
+  config.attrs = attributes;
+  if (together.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(together.cluster), 1, 1};
+  }
+  if (together.all) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  error = cudaLaunchKernelEx(&config, entry<Kernel>, parameters);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

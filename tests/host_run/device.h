@@ -1,5 +1,6 @@
-// The names of csrc/cuda/device.h for the host: a block's threads are fibers of the calling thread, in random order,
-// and run.cpp checks every access. What goes wrong ends the launch, which returns a description.
+// The names of csrc/cuda/device.h for the host: the threads of a block, or of blocks that run at the same time, are
+// fibers of the calling thread, in random order, and run.cpp checks every access. What goes wrong ends the launch,
+// which returns a description.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,7 +14,7 @@ namespace seqkernels::host_run {
 
 struct Here {
   int64_t block;
-  int block_y, thread;
+  int block_y, thread, rank;
 };
 extern Here here;
 
@@ -29,8 +30,15 @@ void check_pair(const void* at, int element_bytes);
 // return where they are.
 unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, Access access);
 
-const char* launch(int64_t blocks, int blocks_y, int threads, int shared_bytes, void (*kernel)(const void* parameters),
-                   const void* parameters);
+// Copy 16 bytes to the same place of a peer's shared memory, some time.
+void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier);
+
+struct Grid {
+  int64_t blocks;
+  int blocks_y, threads, shared_bytes, cluster;  // cluster: blocks that run at the same time
+  bool all;                                      // or all of them do
+};
+const char* launch(const Grid& grid, void (*kernel)(const void* parameters), const void* parameters);
 
 template <class To, class From>
 inline To bits_of(From from) {
@@ -51,6 +59,10 @@ inline int64_t block() { return host_run::here.block; }
 inline int block_y() { return host_run::here.block_y; }
 void synchronize();
 float exchange(float value, int mask);
+inline int cluster_rank() { return host_run::here.rank; }
+int cluster_size();
+void cluster_arrive();
+void cluster_wait();
 
 // ---- memory
 
@@ -97,15 +109,31 @@ class Global {
   int64_t count_;
 };
 
+class Mbarrier {
+ public:
+  explicit Mbarrier(int byte) : byte_(byte) {}
+  void init() const;
+  void expect(int bytes) const;
+  void wait(int parity) const;
+  int byte() const { return byte_; }
+
+ private:
+  int byte_;
+};
+
 template <class T>
 class Shared {
  public:
-  Shared(int byte, int count) : byte_(byte), count_(count) {}
+  Shared(int byte, int count) : byte_(byte), count_(count) { static_assert(sizeof(T) >= 2); }
   T load(int i) const { return load_as<T>(i); }
   void store(int i, T value) const { store_as(i, value); }
   void store_pair(int i, Pair<T> pair) const { store_as(i, pair); }
   Words load_words(int i) const { return load_as<Words>(i); }
   void store_words(int i, Words words) const { store_as(i, words); }
+  void push_words(int i, Words words, int peer, Mbarrier arrivals) const {
+    constexpr int64_t size = sizeof(T);
+    host_run::push(byte_, count_ * size, i * size, &words, peer, arrivals.byte());
+  }
 
  private:
   template <class As>
@@ -125,6 +153,17 @@ class Shared {
   }
 
   int byte_, count_;
+};
+
+class Flags {
+ public:
+  Flags(uint32_t* data, int64_t count) : data_(data), count_(count) {}
+  void raise(int64_t i, uint32_t value) const;
+  void wait(int64_t i, uint32_t value) const;
+
+ private:
+  uint32_t* data_;
+  int64_t count_;
 };
 
 // ---- numbers
@@ -209,11 +248,17 @@ void multiply(float, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t 
 
 // ---- launches
 
+struct Together {
+  int cluster = 1;
+  bool all = false;
+};
+
 template <class Kernel>
 const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* /*stream*/,
-                   const typename Kernel::Parameters& parameters) {
+                   const typename Kernel::Parameters& parameters, Together together = {}) {
   const auto run = [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Parameters*>(p)); };
-  return host_run::launch(blocks, blocks_y, Kernel::threads, shared_bytes, run, &parameters);
+  return host_run::launch({blocks, blocks_y, Kernel::threads, shared_bytes, together.cluster, together.all}, run,
+                          &parameters);
 }
 
 }  // namespace seqkernels::device

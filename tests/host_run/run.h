@@ -7,12 +7,18 @@ namespace seqkernels::host_run {
 // Draw the order of blocks and threads from here on.
 void seed(uint64_t seed);
 
-// Plant a fault: threads pass their n-th barrier (from 0) of a launch as if it were not there. -1: none.
-void skip_barrier(int n);
+// What can be made to go wrong, for tests that it is caught: a barrier, the barrier of a cluster, or a wait for pushes
+// or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are expected
+// than come; a push or a raised flag gets lost.
+enum class Fault { none, barrier, cluster_barrier, wait, parity, more_bytes, fewer_bytes, push, flag, count };
+
+// Of each thread the n-th (from 0) of a launch.
+void plant(Fault fault, int n);
 
 struct Counts {
   int64_t launches, blocks, barriers, switches;  // barriers: that a block has passed; switches: from fiber to fiber
   int64_t shared_bytes;                          // that launches asked for, for a block of each
+  int64_t pushes, waits;                         // of 16 bytes; for pushes
 };
 Counts counts();  // since the program started
 

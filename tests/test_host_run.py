@@ -1,0 +1,105 @@
+"""The host run itself: blocks that exchange numbers, right in every order of threads and arrivals, and every fault
+found, whatever the order."""
+
+import re
+
+import pytest
+import torch
+
+from seqkernels.hardware import HERE
+
+pytestmark = pytest.mark.skipif(not HERE.host_run, reason="no host run here: `make test` builds build/host_run")
+
+NUMBERS = 64  # of a block: tests/host_run/exchange.h
+STEPS = 6
+
+
+def exchanged(blocks: int, cluster: int) -> torch.Tensor:
+    x = torch.arange(blocks * NUMBERS, dtype=torch.float32).view(-1, cluster, NUMBERS)
+    for _ in range(STEPS):
+        total = torch.zeros_like(x[:, 0])
+        for rank in range(cluster):  # in the kernels' order
+            total = total + x[:, rank]
+        x = (total / cluster)[:, None] + torch.arange(cluster)[:, None]
+    return x.flatten()
+
+
+@pytest.mark.parametrize(("blocks", "cluster"), [(2, 1), (2, 2), (12, 4), (32, 16)])
+@pytest.mark.parametrize("seed", range(3))
+def test_pushes_within_clusters(blocks, cluster, seed, host_run):
+    host_run.seed(seed)
+    error, numbers = host_run.exchange_by_pushes(blocks, cluster, STEPS)
+    assert not error
+    assert torch.equal(torch.tensor(numbers), exchanged(blocks, cluster))
+
+
+@pytest.mark.parametrize("blocks", [1, 13])
+@pytest.mark.parametrize("seed", range(3))
+def test_flags_between_all_blocks(blocks, seed, host_run):
+    host_run.seed(seed)
+    error, numbers = host_run.exchange_by_flags(blocks, STEPS)
+    assert not error
+    assert torch.equal(torch.tensor(numbers), exchanged(blocks, blocks))
+
+
+SEEDS = pytest.mark.parametrize("seed", range(20))
+
+
+@pytest.mark.parametrize(
+    ("fault", "event", "error"),
+    [
+        ("wait", 0, "unwritten"),
+        ("wait", 3, "race"),
+        ("parity", 0, "unwritten"),
+        ("parity", 3, "race|deadlock"),
+        ("more_bytes", 2, "deadlock .* awaits 16 bytes"),
+        ("fewer_bytes", 2, "race|overrun"),
+        ("push", 2, "deadlock .* waiting for pushes"),
+        ("cluster_barrier", 0, "no mbarrier"),
+        ("barrier", 1, "race"),
+    ],
+)
+@SEEDS
+def test_faulty_pushes_are_caught(fault, event, error, seed, host_run):
+    host_run.seed(seed)
+    host_run.plant(getattr(host_run.Fault, fault), event)
+    found, _ = host_run.exchange_by_pushes(8, 4, STEPS)
+    host_run.plant(host_run.Fault.none)
+    assert re.match(error, found)
+
+
+@pytest.mark.parametrize(
+    ("fault", "event", "error"),
+    [
+        ("wait", 2, "race"),
+        ("flag", 2, "deadlock .* waiting for a flag"),
+        ("barrier", 4, "race"),
+        ("barrier", 5, "race"),
+    ],
+)
+@SEEDS
+def test_faulty_flags_are_caught(fault, event, error, seed, host_run):
+    host_run.seed(seed)
+    host_run.plant(getattr(host_run.Fault, fault), event)
+    found, _ = host_run.exchange_by_flags(5, STEPS)
+    host_run.plant(host_run.Fault.none)
+    assert re.match(error, found)
+
+
+@SEEDS
+def test_a_buffer_that_is_pushed_to_while_it_is_read_is_caught(seed, host_run):
+    host_run.seed(seed)
+    assert host_run.exchange_by_pushes(4, 4, STEPS, buffers=1)[0].startswith("race")
+    assert host_run.exchange_by_flags(4, STEPS, buffers=1)[0].startswith("race")
+
+
+@SEEDS
+def test_a_block_that_ends_before_the_last_push_to_it_is_caught(seed, host_run):
+    host_run.seed(seed)
+    assert host_run.exchange_by_pushes(4, 4, STEPS, waits=False)[0].startswith("exit")
+
+
+def test_launches_that_a_gpu_refuses_are_refused(host_run):
+    assert "no such cluster" in host_run.exchange_by_pushes(6, 4, 1)[0]
+    assert "no such cluster" in host_run.exchange_by_pushes(32, 32, 1)[0]
+    assert "at the same time" in host_run.exchange_by_flags(133, 1)[0]
