@@ -34,6 +34,10 @@ _THROUGH_TORCH, _THROUGH_PYTHON = 4.0, 30.0
 # Clocks of a step in one block besides products: two barriers of 16 warps, and the latency of shared memory, of the
 # matrix cores' chain and of the activations.
 _LATENCY = 400
+# Clocks of an exchange between the blocks of a cluster besides its bytes, and bytes a clock that peers push to a block:
+# remote shared memory answers after 180 to 213 clocks (arXiv 2402.13499), the rest is for the mbarrier; one block
+# writes 21 bytes a clock to another (arXiv 2609.01864).
+_EXCHANGE, _PUSHED = 300, 20
 # A Triton program that walks 16 sequences, by its units: FlashRNN's fused Triton kernels on an H100, B = 16, bfloat16.
 _TRITON_RESIDENT = {32: 1.4, 64: 2.0, 128: 3.2}
 # cuDNN's kernel for small H, one block a sequence: GRU of H = 128 1.1 us a step, of H = 160 3.1 (A100, nsys), LSTM of
@@ -76,6 +80,17 @@ def single_block(layer: Layer, gpu: GPU, shared_memory: int, l2: int, sequences:
     read = shared_memory / _SHARED + l2 / _L2
     clocks = _LATENCY + max(read, rows * layer.weights / layer.products(gpu))
     return _waves(layer, gpu, sequences) * clocks / _CLOCK
+
+
+def cluster(
+    layer: Layer, gpu: GPU, blocks: int, shared_memory: int, sequences: int, at_once: int, backward: bool
+) -> float:
+    """Each of `blocks` blocks has a part of the weights, so many bytes of it in shared memory; what it gets from its
+    peers in a step are the states of `sequences`, or their gradients in float32."""
+    got = sequences * layer.hidden * (4 if backward else layer.dtype.itemsize)
+    clocks = max(shared_memory / _SHARED, 8 * layer.weights / blocks / layer.products(gpu))
+    waves = -(-layer.directions * -(-layer.sequences // sequences) // at_once)
+    return max(1, waves) * (_LATENCY + _EXCHANGE + got / _PUSHED + clocks) / _CLOCK
 
 
 def stepwise(layer: Layer, gpu: GPU) -> float:

@@ -1,5 +1,6 @@
 """Which backend runs a problem, and why the others do not: a pure function of the problem and the machine."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -299,9 +300,108 @@ def _held(gates: int, width: int, dtype: torch.dtype, tf32: bool, backward: bool
     return (2 if backward or not even else 4) if gates == 4 else 4 if backward else 5
 
 
-def sequences_of_block(sequences: int, gpu: GPU) -> int:
-    """As few as let all blocks run at once: a step of a block lasts the longer, the more it has to read and write."""
-    return max(1, min(SEQUENCES, -(-sequences // gpu.multiprocessors)))
+class Cluster(NamedTuple):
+    """How a cluster takes a layer: so many blocks of so many hidden units each; of a block's shared memory, bytes of
+    weights and of all."""
+
+    blocks: int
+    units: int
+    weights: int
+    memory: int
+
+    def at_once(self, gpu: GPU) -> int:
+        """Clusters that run at the same time: all blocks of one are in the same group of 16 multiprocessors."""
+        return max(1, gpu.multiprocessors // 16 * (16 // self.blocks))
+
+
+def clusters(
+    cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
+) -> tuple[list[Cluster], str]:
+    """The clusters that can take a layer, those of most blocks first; if there are none, why."""
+    if gpu.target != "sm_90":
+        return [], f"clusters are for compute capability 9.0, {gpu.name} has {gpu.target}"
+    if projected:
+        return [], "there is no cluster kernel with a projection"
+    if dtype == torch.float64:
+        return [], "there is no cluster kernel in float64"
+    gates, fits = _GATES[cell.partition("_")[0]], []
+    for units in (32,) if hidden_size % 2 else (32, 48, 64):
+        blocks = -(-hidden_size // units)
+        weights, others = _cluster_memory(gates, hidden_size, units, dtype, tf32, backward)
+        if blocks <= 16 and weights + others <= gpu.shared_memory:
+            fits.append(Cluster(blocks, units, weights, weights + others))
+    reason = f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
+    return fits, "" if fits else reason
+
+
+def _cluster_memory(
+    gates: int, hidden_size: int, units: int, dtype: torch.dtype, tf32: bool, backward: bool
+) -> tuple[int, int]:
+    """Bytes of shared memory of a block: of the weights that its registers do not hold; and of two mbarriers, two
+    buffers of what the product multiplies, and what threads or blocks exchange. csrc/cuda/cluster.h and .cu say the
+    same."""
+    blocks, chunk = -(-hidden_size // units), 64 // dtype.itemsize
+    exact = dtype.itemsize == 4 and not tf32
+    if backward:
+        warps, chunks = 8, -(-gates * units // chunk)
+        exchanged = 2 * blocks * SEQUENCES * units * 4
+        fragments = 2 * chunks * -(-hidden_size // (32 * warps))
+        held = 12 if exact else 18
+    else:
+        warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
+        parts = warps * 16 // units
+        exchanged = parts * gates * SEQUENCES * (units + 4) * 4
+        fragments = gates * -(-hidden_size // (chunk * parts))
+        held = {1: 17, 3: 12, 4: 11}[gates] if exact else {1: 22, 3: 18, 4: 18}[gates]
+    factors = 2 * SEQUENCES * 64 * (chunks + (chunks + 1) % 2)
+    return max(0, fragments - held) * warps * 32 * 32, 16 + factors + exchanged
+
+
+class Road(NamedTuple):
+    """How the CUDA backend sweeps a layer."""
+
+    name: str = "stepwise"  # or single block, or cluster
+    tile: int = 0  # sequences that a block or a cluster takes
+    memory: int = 0  # bytes of shared memory that a block may have
+    units: int = 0  # hidden units of a cluster's blocks
+
+    def __str__(self) -> str:
+        return self.name + (f" with {self.units} units a block" if self.units else "")
+
+
+@functools.lru_cache(1024)
+def road(
+    cell: str,
+    hidden_size: int,
+    projected: bool,
+    dtype: torch.dtype,
+    tf32: bool,
+    gpu: GPU,
+    backward: bool,
+    directions: int,
+    sequences: int,
+) -> tuple[Road, float]:
+    """The quickest road of one pass, and the microseconds of a step on it."""
+    facts = cell, hidden_size, projected, dtype, tf32, gpu, backward
+    gates = _GATES[cell.partition("_")[0]]
+    layer = costs.Layer(gates, hidden_size, projected, directions, sequences, dtype, tf32)
+    roads = [(Road(), costs.stepwise(layer, gpu))]
+    if single_block(*facts):
+        _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
+        tile = sequences_of_tile(directions * sequences, gpu.multiprocessors)
+        cost = costs.single_block(layer, gpu, shared, l2, tile)
+        roads.append((Road("single block", tile, gpu.shared_memory), cost))
+    for found in clusters(*facts)[0]:
+        at_once = found.at_once(gpu)
+        tile = sequences_of_tile(directions * sequences, at_once)
+        cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, at_once, backward)
+        roads.append((Road("cluster", tile, gpu.shared_memory, found.units), cost))
+    return min(roads, key=lambda one: one[1])
+
+
+def sequences_of_tile(sequences: int, at_once: int) -> int:
+    """As few as let all tiles run at once: a step lasts the longer, the more there is to read and write."""
+    return max(1, min(SEQUENCES, -(-sequences // at_once)))
 
 
 def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) -> Plan:
@@ -360,7 +460,8 @@ def _kernel(backend: str, problem: Problem, machine: Machine) -> str:
     gpu = machine.gpu or INTERPRETED
     layer = problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu
     if backend == "cuda":
-        ways = ["single block" if single_block(*layer, back) else "stepwise" for back in (False, True)]
+        sizes = problem.directions, problem.sequences or 1
+        ways = [str(road(*layer, back, *sizes)[0]) for back in (False, True)]
     elif backend == "cudnn":
         ways = [_algorithm(problem, gpu, back) for back in (False, True)]
     else:
@@ -387,7 +488,7 @@ def _cost(backend: str, problem: Problem, machine: Machine) -> float | None:
     ways = (False, True) if problem.training else (False,)
     layer, facts = _layer(problem), (problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32)
     if backend == "cuda":
-        steps = [_cuda_step(layer, facts, gpu, back) for back in ways]
+        steps = [road(*facts, gpu, back, problem.directions, problem.sequences)[1] for back in ways]
     elif backend == "triton":
         steps = [costs.triton(layer, gpu, *triton_tile(*facts, gpu)[:3], back) for back in ways]
     elif backend == "cudnn":
@@ -396,15 +497,6 @@ def _cost(backend: str, problem: Problem, machine: Machine) -> float | None:
     else:
         return None
     return problem.layers * sum(steps)
-
-
-def _cuda_step(layer: costs.Layer, facts: tuple, gpu: GPU, backward: bool) -> float:
-    # A road stands here beside the others.
-    if single_block(*facts, gpu, backward):
-        cell, hidden_size, _, dtype, tf32 = facts
-        _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
-        return costs.single_block(layer, gpu, shared, l2, sequences_of_block(layer.directions * layer.sequences, gpu))
-    return costs.stepwise(layer, gpu)
 
 
 _REASONS = {

@@ -21,7 +21,7 @@ if torch.get_default_device().type == "cpu":
     import cudnn_stand_in  # noqa: F401
 
 from seqkernels import select  # noqa: E402
-from seqkernels.hardware import machine_of  # noqa: E402
+from seqkernels.hardware import HERE, machine_of  # noqa: E402
 
 # Every run on CI tries the same cases; at home they change.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)

@@ -9,22 +9,42 @@ from gpus import GPUS
 from test_ops import BACKENDS, CELLS, SHAPES, Call, assert_rounding_alone_of, both_passes
 
 from seqkernels import select
-from seqkernels.hardware import HERE
+from seqkernels.select import Road
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor a host run, which `make test` builds"
 )
 
-ROADS = {"single block": 8, "single block of 2": 2, "stepwise": 0}
+SHARED = 227 << 10
+SINGLE_BLOCK = Road("single block", 8, SHARED)
+ROADS = {
+    "single block": SINGLE_BLOCK,
+    "single block of 2": SINGLE_BLOCK._replace(tile=2),
+    "cluster": Road("cluster", 8, SHARED, 32),
+    "stepwise": Road(),
+}
 
 
-def by_road(tile: int, tf32: bool = False, memory: int = 227 << 10):
-    """Both operators, which take `tile` sequences a block, 0 stepwise, and so many bytes of shared memory."""
+def by_road(road: Road, tf32: bool = False):
+    """Both operators."""
     operators = torch.ops.seqkernels
     return (
-        lambda *args: operators.cuda_forward(*args, tf32, tile, memory),
-        lambda *args: operators.cuda_backward(*args, tf32, tile, memory),
+        lambda *args: operators.cuda_forward(*args, tf32, *road),
+        lambda *args: operators.cuda_backward(*args, tf32, *road),
     )
+
+
+def faulty(host_run, run, fault: str, event: int = 0):
+    """The operator with a fault planted (tests/host_run/run.h)."""
+
+    def with_fault(*args):
+        host_run.plant(getattr(host_run.Fault, fault), event)
+        try:
+            return run(*args)
+        finally:
+            host_run.plant(host_run.Fault.none)
+
+    return with_fault
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -33,9 +53,10 @@ def by_road(tile: int, tf32: bool = False, memory: int = 227 << 10):
 @pytest.mark.parametrize("road", ROADS)
 def test_every_road_errs_by_rounding_alone(road, cell, shape, dtype):
     call = Call(cell, dtype=dtype, **SHAPES[shape])
-    widest = {torch.float32: 128, torch.float64: 0}.get(dtype, 256)
-    if ROADS[road] and call.hidden > widest:
-        pytest.skip("there is no single-block kernel for it")
+    single_block = {torch.float32: 128, torch.float64: 0}.get(dtype, 256)
+    widest = {"cluster": 512 if dtype != torch.float64 else 0, "stepwise": 1 << 30}.get(road, single_block)
+    if call.hidden > widest:
+        pytest.skip("there is no such kernel for it")
     assert_rounding_alone_of(call, *by_road(ROADS[road]))
 
 
@@ -46,7 +67,7 @@ def test_every_width_of_a_single_block(cell, dtype, hidden):
     if hidden > 128 and dtype == torch.float32:
         pytest.skip("there is no single-block kernel for it")
     call = Call(cell, 2, 9, 3, hidden, batch_sizes=(9, 5, 1), bias=False, dtype=dtype)
-    assert_rounding_alone_of(call, *by_road(8))
+    assert_rounding_alone_of(call, *by_road(SINGLE_BLOCK))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +77,9 @@ def test_every_width_of_a_single_block(cell, dtype, hidden):
 def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype):
     """With less shared memory a block reads more of the weights from global memory in each step."""
     call = Call(cell, 1, 3, 2, hidden, dtype=dtype)
-    first, *others = (both_passes(call, *by_road(8, memory=memory << 10)) for memory in (227, 163, 99, 64))
+    first, *others = (
+        both_passes(call, *by_road(SINGLE_BLOCK._replace(memory=memory << 10))) for memory in (227, 163, 99, 64)
+    )
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -82,7 +105,7 @@ def test_arguments_at_any_address(road, dtype):
 def test_more_steps_than_a_grid_may_have_rows():
     """65,535 is what cuDNN takes. A run that is cut there and carried on gives the same bits."""
     cell, x, weights, h_0, *rest = Call("gru", 1, 1, 66000, 3, 1, dtype=torch.float32).arguments()
-    forward, _ = by_road(0)
+    forward, _ = by_road(ROADS["stepwise"])
     y, h_n, *_ = forward(cell, x, weights, h_0, *rest)
     before, carried, *_ = forward(cell, x[:65535], weights, h_0, *rest)
     after, end, *_ = forward(cell, x[65535:], weights, carried, *rest)
@@ -92,7 +115,7 @@ def test_more_steps_than_a_grid_may_have_rows():
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_rounds_factors_to_ten_bits(cell):
     call = Call(cell, 2, 5, 4, 40, dtype=torch.float32)
-    exact, rounded = (both_passes(call, *by_road(8, tf32)) for tf32 in (False, True))
+    exact, rounded = (both_passes(call, *by_road(SINGLE_BLOCK, tf32)) for tf32 in (False, True))
     # A relu input that rounds across zero has another gradient, which is no error.
     compared = slice(2) if cell == "rnn_relu" else slice(None)
     pairs = zip(rounded[compared], exact[compared], strict=True)
@@ -120,21 +143,15 @@ def test_no_order_of_threads_changes_a_bit(cell, road, host_run):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, host_run):
     call = Call(cell, 1, 3, 4, 40, dtype=torch.float32)
-    forward, back = by_road(8)
+    forward, back = by_road(SINGLE_BLOCK)
     host_run.seed(seed)
-
-    def faulty(run):
-        def with_fault(*args):
-            host_run.plant(host_run.Fault.barrier, barrier)
-            try:
-                return run(*args)
-            finally:
-                host_run.plant(host_run.Fault.none)
-
-        return with_fault
-
+    passes = (
+        (forward, faulty(host_run, back, "barrier", barrier))
+        if backward
+        else (faulty(host_run, forward, "barrier", barrier), back)
+    )
     with pytest.raises(RuntimeError, match=r"race|unwritten"):
-        both_passes(call, forward if backward else faulty(forward), faulty(back) if backward else back)
+        both_passes(call, *passes)
     both_passes(call, forward, back)
 
 
@@ -188,7 +205,7 @@ def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hid
         pytest.skip("there is no single-block kernel for it")
     gpu = GPUS[gpu]
     layer, save = Call(cell, 1, 1, 1, hidden, dtype=dtype).arguments()[1:-1], True
-    forward, backward = by_road(8, tf32, gpu.shared_memory)
+    forward, backward = by_road(SINGLE_BLOCK._replace(memory=gpu.shared_memory), tf32)
     taken = []
     before = host_run.counts()["shared_bytes"]
     y, h_n, c_n, saved = forward(cell, *layer, save)
@@ -203,11 +220,11 @@ def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hid
 
 def test_small_batches_are_spread_over_the_gpu():
     gpu = GPUS["NVIDIA H200"]
-    assert [select.sequences_of_block(n, gpu) for n in (1, 132, 133, 1056, 5000)] == [1, 1, 2, 8, 8]
+    assert [select.sequences_of_tile(n, gpu.multiprocessors) for n in (1, 132, 133, 1056, 5000)] == [1, 1, 2, 8, 8]
 
 
 def test_dtypes_and_sizes_without_a_kernel_say_so():
     wide = (129, torch.float32), (257, torch.bfloat16)
     for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in wide)):
         with pytest.raises(RuntimeError, match="no single-block kernel"):
-            both_passes(replace(call), *by_road(8))
+            both_passes(replace(call), *by_road(SINGLE_BLOCK))

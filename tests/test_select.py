@@ -108,11 +108,11 @@ CHOICES = [
     # In 16 bits up to 256, part of it read from L2.
     ("gru", 256, 128, 200, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
     ("lstm", 256, 128, 200, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
-    # Wider: stepwise against whatever cuDNN has.
-    ("gru", 257, 128, 200, 32, HALF, "padded packed", "cudnn cudnn cudnn cuda triton"),
-    ("gru", 160, 64, 1000, 16, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
-    ("rnn_relu", 384, 64, 100, 32, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
-    ("lstm", 768, 768, 1024, 16, torch.float16, "padded packed", "cudnn cudnn cudnn cudnn triton"),
+    # Wider: a cluster where there are clusters, else stepwise against whatever cuDNN has.
+    ("gru", 257, 128, 200, 32, HALF, "padded packed", "cuda cudnn cudnn cuda triton"),
+    ("gru", 160, 64, 1000, 16, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("rnn_relu", 384, 64, 100, 32, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 768, 768, 1024, 16, torch.float16, "padded packed", "cuda cudnn cudnn cudnn triton"),
     ("lstm", 1024, 1024, 64, 256, SINGLE, "padded", "cudnn cudnn cudnn cudnn triton"),
     # No kernel of Triton's takes float64.
     ("gru", 64, 64, 50, 64, DOUBLE, "padded packed", "cudnn cudnn cudnn cudnn torch_eager"),

@@ -29,6 +29,9 @@ DEVICE int block_y() { return blockIdx.y; }
 // All threads of the block wait for each other, and see what the others have written.
 DEVICE void synchronize() { __syncthreads(); }
 
+// The same for the lanes of a warp, all of which take part.
+DEVICE void synchronize_warp() { __syncwarp(); }
+
 // The value of the lane whose number differs in the bits of `mask`; all lanes of a warp take part.
 DEVICE float exchange(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 
@@ -138,6 +141,7 @@ struct Shared {
   }
   DEVICE T load(int i) const { return data[i]; }
   DEVICE void store(int i, T value) const { data[i] = value; }
+  DEVICE Pair<T> load_pair(int i) const { return *reinterpret_cast<const Pair<T>*>(data + i); }
   DEVICE void store_pair(int i, Pair<T> pair) const { *reinterpret_cast<Pair<T>*>(data + i) = pair; }
   // From element i on, which lies at a multiple of 16 bytes.
   DEVICE Words load_words(int i) const { return *reinterpret_cast<const Words*>(data + i); }

@@ -237,6 +237,26 @@ Tensor arranged(const Gpu& gpu, const Problem& p) {
   return gpu.allocate({p.directions, single_block_words(p.cell, p.scalar, p.hidden), 4}, ScalarType::Int);
 }
 
+// How a layer is swept: "stepwise", by a "single block" for every tile of sequences, or by a "cluster" of blocks, each
+// of so many hidden units. seqkernels/select.py chooses.
+struct Road {
+  bool tf32, single_block, cluster;
+  int tile, memory;
+  Clusters clusters;
+
+  Road(bool tf32, const std::string& name, int64_t tile, int64_t memory, int64_t units)
+      : tf32(tf32),
+        single_block(name == "single block"),
+        cluster(name == "cluster"),
+        tile(static_cast<int>(tile)),
+        memory(static_cast<int>(memory)),
+        clusters{static_cast<int>(units), this->tile, this->memory} {
+    check(single_block || cluster || name == "stepwise", "unknown road '", name,
+          "'; the roads are stepwise, single block and cluster");
+    check(name == "stepwise" || (tile >= 1 && tile <= 8), "a block takes 1 to 8 sequences, got ", tile);
+  }
+};
+
 // ---- forward
 
 // The input projections [D, N, G*H], with all biases but GRU's b_hn.
@@ -283,7 +303,9 @@ void stepwise_forward(const Gpu& gpu, const Problem& p, const Timetable& steps, 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, bool save, bool tf32,
-                                                        int64_t tile, int64_t memory) {
+                                                        std::string road_name, int64_t tile, int64_t memory,
+                                                        int64_t units) {
+  const Road road(tf32, road_name, tile, memory, units);
   Forward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2);
   const Gpu gpu(x);
@@ -294,8 +316,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
   zero_rows(gpu, p, y, ragged);
   zero_rows(gpu, p, saved, ragged);
   if (!h_n.numel()) return {y, h_n, c_n, saved};
-  const bool walks = p.steps && p.rows, single_block = walks && tile;
-  if (!single_block) copy(h_n, h_0);
+  const bool walks = p.steps && p.rows, one_launch = walks && (road.single_block || road.cluster);
+  if (!one_launch) copy(h_n, h_0);
   if (!walks) {
     if (c_0) copy(c_n, *c_0);
     return {y, h_n, c_n, saved};
@@ -307,9 +329,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
   for (int d = 0; d < D; d++)
     sweep.b_hn[d] = p.cell == Cell::gru && p.weights[d].b_hh ? gpu.at(p.weights[d].b_hh, 2 * H) : nullptr;
   sweep.y = pointer(y), sweep.h_n = pointer(h_n), sweep.c_n = pointer(c_n), sweep.saved = pointer(saved);
-  if (single_block) {
-    must(single_block_forward(sweep, static_cast<int>(tile), static_cast<int>(memory),
-                              arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
+  if (road.single_block) {
+    must(single_block_forward(sweep, road.tile, road.memory, arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
+  } else if (road.cluster) {
+    must(cluster_forward(sweep, road.clusters, gpu.stream()));
   } else {
     Tensor c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
     if (c_0) copy(c, *c_0);
@@ -362,8 +385,10 @@ std::vector<Block> blocks_of_x(const Problem& p) {
 std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Optional grad_y, Optional grad_h_n,
                                                           Optional grad_c_n, Tensor x, Tensors weights, Tensor h_0,
                                                           Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
-                                                          bool wants_x, bool wants_weights, bool tf32, int64_t tile,
-                                                          int64_t memory) {
+                                                          bool wants_x, bool wants_weights, bool tf32,
+                                                          std::string road_name, int64_t tile, int64_t memory,
+                                                          int64_t units) {
+  const Road road(tf32, road_name, tile, memory, units);
   Backward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2);
   const Gpu gpu(x);
@@ -410,9 +435,10 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
   sweep.grad_y = given_y, sweep.grad_h_n = given_h, sweep.grad_c_n = given_c;
   sweep.y = kept_y, sweep.saved = kept_saved, sweep.grad_gates = grad_gates.mutable_data_ptr();
   sweep.grad_h_0 = pointer(grad_h_0), sweep.grad_c_0 = pointer(grad_c_0);
-  if (tile) {
-    must(single_block_backward(sweep, static_cast<int>(tile), static_cast<int>(memory),
-                               arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
+  if (road.single_block) {
+    must(single_block_backward(sweep, road.tile, road.memory, arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
+  } else if (road.cluster) {
+    must(cluster_backward(sweep, road.clusters, gpu.stream()));
   } else {
     begin(grad_h_0, given_h, P);
     Tensor grad_c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
@@ -467,16 +493,18 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
 }  // namespace
 
 // What seqkernels/backends/cuda.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
-// factors may be rounded to TF32, how many sequences a block takes, 0 for stepwise, and how many bytes of shared
-// memory.
+// factors may be rounded to TF32, the road, how many sequences a block or a cluster takes, how many bytes of shared
+// memory a block may have, and how many hidden units of a cluster's.
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
-      "bool tf32, int tile, int memory) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool tf32, str road, int tile, int memory, int units) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor "
+      "saved)");
   m.def(
       "cuda_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-      "bool tf32, int tile, int memory) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+      "bool tf32, str road, int tile, int memory, int units) -> (Tensor grad_x, Tensor[] grad_weights, "
+      "Tensor grad_h_0, Tensor grad_c_0)");
 }
 
 #ifdef SEQKERNELS_HOST_RUN

@@ -1,8 +1,9 @@
 """The operator pair by CUDA kernels (csrc/cuda): NVIDIA GPUs, in every dtype.
 
-Two roads, chosen by `select.single_block`: *single block*, one launch in which a block of threads takes up to 8
-sequences through all steps with the recurrent weights in its registers and shared memory, and *stepwise*, for each step
-a cuBLAS product and a kernel. Nothing waits for the GPU, so both can be captured in a CUDA graph.
+Three roads, chosen by `select.road`: *single block*, one launch in which a block of threads takes up to 8 sequences
+through all steps with the recurrent weights in its registers and shared memory; *cluster*, the same by up to 16 blocks
+that share the hidden units and push new states to each other; and *stepwise*, for each step a cuBLAS product and a
+kernel. Nothing waits for the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
 cuBLAS multiplies torch.backends.cuda.matmul.
@@ -49,14 +50,12 @@ def backward(
     )
 
 
-def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple[bool, int, int]:
-    """Whether float32 factors may be rounded to TF32, how many sequences a block takes (0: stepwise), and how many
-    bytes of shared memory it may have."""
+def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple:
+    """Whether float32 factors may be rounded to TF32, and the road."""
     tf32, gpu = x.dtype == torch.float32 and hardware.tf32(x.device), hardware.gpu_of(x.device)
     if h_0.dim() != 3 or len(weights) < 2 or weights[0].dim() != 2 or cell not in GATES:
-        return tf32, 0, 0  # the operator says what is wrong
+        return tf32, *select.Road()  # the operator says what is wrong
     hidden_size = weights[0].shape[0] // GATES[cell]
     projected = len(weights) // max(h_0.shape[0], 1) % 2 == 1
-    if not select.single_block(cell, hidden_size, projected, x.dtype, tf32, gpu, backward):
-        return tf32, 0, 0
-    return tf32, select.sequences_of_block(h_0.shape[0] * h_0.shape[1], gpu), gpu.shared_memory
+    road, _ = select.road(cell, hidden_size, projected, x.dtype, tf32, gpu, backward, *h_0.shape[:2])
+    return tf32, *road

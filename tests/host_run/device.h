@@ -58,6 +58,7 @@ inline int thread() { return host_run::here.thread; }
 inline int64_t block() { return host_run::here.block; }
 inline int block_y() { return host_run::here.block_y; }
 void synchronize();
+void synchronize_warp();
 float exchange(float value, int mask);
 inline int cluster_rank() { return host_run::here.rank; }
 int cluster_size();
@@ -127,6 +128,7 @@ class Shared {
   Shared(int byte, int count) : byte_(byte), count_(count) { static_assert(sizeof(T) >= 2); }
   T load(int i) const { return load_as<T>(i); }
   void store(int i, T value) const { store_as(i, value); }
+  Pair<T> load_pair(int i) const { return load_as<Pair<T>>(i); }
   void store_pair(int i, Pair<T> pair) const { store_as(i, pair); }
   Words load_words(int i) const { return load_as<Words>(i); }
   void store_words(int i, Words words) const { store_as(i, words); }

@@ -13,6 +13,7 @@ PYBIND11_MODULE(host_run, m) {
   pybind11::enum_<Fault>(m, "Fault")
       .value("none", Fault::none)
       .value("barrier", Fault::barrier)
+      .value("warp_barrier", Fault::warp_barrier)
       .value("cluster_barrier", Fault::cluster_barrier)
       .value("wait", Fault::wait)
       .value("parity", Fault::parity)

@@ -124,6 +124,7 @@ struct Warp {
   float given[kWarp], received[kWarp];
   int from[kWarp];
   float a[16][16], b[16][8], sum[16][8];
+  Gathering barrier;
 };
 
 // An access is told by time << kActorBits | actor: a thread, a push, several threads of a block, or those of several.
@@ -331,7 +332,7 @@ void meet(const char* operation, Act act) {
     if (index != mine->index) ready.push_back(index);
 }
 
-constexpr char kExchange[] = "exchange";
+constexpr char kExchange[] = "exchange", kSynchronize[] = "synchronize_warp";
 
 template <class T>
 struct Factor;
@@ -525,9 +526,9 @@ void run_group(const Grid& grid, int64_t first) {
   begun[group_begin] = {first % grid.blocks, grid.all ? grid.blocks : blocks, static_cast<int>(first / grid.blocks)};
   if (static_cast<int>(running.size()) < blocks) running.resize(blocks);
   if (static_cast<int>(fibers.size()) < blocks * threads) fibers.resize(blocks * threads);
-  if (static_cast<int>(warps.size()) < (blocks * threads + kWarp - 1) / kWarp)
-    warps.resize((blocks * threads + kWarp - 1) / kWarp);
-  for (Warp& warp : warps) warp.arrived = 0;
+  const int warps_here = (blocks * threads + kWarp - 1) / kWarp;
+  if (static_cast<int>(warps.size()) < warps_here) warps.resize(warps_here);
+  for (int warp = 0; warp < warps_here; warp++) warps[warp].arrived = 0, warps[warp].barrier = {};
   cluster = {};
   flags.clear();
   pushes.clear();
@@ -613,7 +614,7 @@ void push(int begin, int64_t size, int64_t offset, const void* words, int peer, 
 const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* parameters) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  counted.launches++, counted.shared_bytes += shared_bytes_;
+  counted.launches++, counted.shared_bytes += grid.shared_bytes;
   failure.clear();
   kernel = kernel_, kernel_parameters = parameters, threads = grid.threads, shared_bytes = grid.shared_bytes;
   const int64_t all = grid.blocks * grid.blocks_y;
@@ -672,6 +673,15 @@ void synchronize() {
   }
   mine->known = mine->block->barrier.give(mine->known);
   set_time(mine->block->time);
+}
+
+void synchronize_warp() {
+  if (goes_wrong(Fault::warp_barrier)) return;
+  Warp& warp = warps[mine->index / kWarp];
+  warp.barrier.bring(mine->known, mine->index, mine->time);
+  meet(kSynchronize, [](Warp& warp) { warp.barrier.close(); });
+  mine->known = warp.barrier.give(mine->known);
+  set_time(++latest);
 }
 
 int cluster_size() { return blocks; }

@@ -7,10 +7,22 @@ namespace seqkernels::host_run {
 // Draw the order of blocks and threads from here on.
 void seed(uint64_t seed);
 
-// What can be made to go wrong, for tests that it is caught: a barrier, the barrier of a cluster, or a wait for pushes
-// or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are expected
-// than come; a push or a raised flag gets lost.
-enum class Fault { none, barrier, cluster_barrier, wait, parity, more_bytes, fewer_bytes, push, flag, count };
+// What can be made to go wrong, for tests that it is caught: a barrier of a block, of a warp or of a cluster, or a wait
+// for pushes or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are
+// expected than come; a push or a raised flag gets lost.
+enum class Fault {
+  none,
+  barrier,
+  warp_barrier,
+  cluster_barrier,
+  wait,
+  parity,
+  more_bytes,
+  fewer_bytes,
+  push,
+  flag,
+  count
+};
 
 // Of each thread the n-th (from 0) of a launch.
 void plant(Fault fault, int n);

@@ -1,0 +1,78 @@
+// Launches of the cluster kernels: which there are, and how much of the weights each holds in registers.
+#include "cluster.h"
+
+namespace seqkernels {
+
+using namespace device;
+
+namespace {
+
+// Fragments of the weights that a thread can hold in registers beside all else without spilling, as the compiler's code
+// for sm_90a has it; tests/test_cuda_compiled.py reads it there.
+template <class Product>
+constexpr int held(Cell cell, bool backward) {
+  const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
+  if (std::is_same_v<Product, Exact>) return rnn && !backward ? 17 : lstm && !backward ? 11 : 12;
+  return rnn && !backward ? 22 : 18;
+}
+
+template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, int UNITS, bool EVEN, class Arrays>
+const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, void* stream) {
+  constexpr int WARPS = UNITS == 48 && !BACKWARD ? 6 : 8;
+  using Kernel = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BACKWARD), EVEN>>;
+  const auto p = Kernel::of(arrays, clusters.tile);
+  if (p.bytes > clusters.memory)
+    return "the weights do not fit into the registers and the shared memory of the cluster";
+  const int64_t tiles = (arrays.sequences + clusters.tile - 1) / clusters.tile;
+  const int blocks = ceiling(arrays.hidden, UNITS);
+  if (blocks > 16) return "a cluster has at most 16 blocks, too few for so many hidden units";
+  return launch<Kernel>(tiles * blocks, arrays.directions, p.bytes, stream, p, {blocks, false});
+}
+
+template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, class Arrays>
+const char* by_units(const Arrays& arrays, const Clusters& clusters, void* stream) {
+  if (arrays.hidden % 2 == 0) {
+    switch (clusters.units) {
+      case 32: return launch_kernel<Pass, BACKWARD, CELL, Product, 32, true>(arrays, clusters, stream);
+      case 48: return launch_kernel<Pass, BACKWARD, CELL, Product, 48, true>(arrays, clusters, stream);
+      case 64: return launch_kernel<Pass, BACKWARD, CELL, Product, 64, true>(arrays, clusters, stream);
+    }
+  } else if (clusters.units == 32) {
+    return launch_kernel<Pass, BACKWARD, CELL, Product, 32, false>(arrays, clusters, stream);
+  }
+  return "no cluster kernel with so many units a block";
+}
+
+template <template <class> class Pass, bool BACKWARD, class Product, class Arrays>
+const char* by_cell(const Arrays& arrays, const Clusters& clusters, void* stream) {
+  switch (arrays.cell) {
+    case Cell::rnn_tanh: return by_units<Pass, BACKWARD, Cell::rnn_tanh, Product>(arrays, clusters, stream);
+    case Cell::rnn_relu: return by_units<Pass, BACKWARD, Cell::rnn_relu, Product>(arrays, clusters, stream);
+    case Cell::gru: return by_units<Pass, BACKWARD, Cell::gru, Product>(arrays, clusters, stream);
+    default: return by_units<Pass, BACKWARD, Cell::lstm, Product>(arrays, clusters, stream);
+  }
+}
+
+template <template <class> class Pass, bool BACKWARD, class Arrays>
+const char* by_product(const Arrays& arrays, const Clusters& clusters, void* stream) {
+  switch (arrays.scalar) {
+    case Scalar::bfloat16: return by_cell<Pass, BACKWARD, MatrixCores<bfloat16>>(arrays, clusters, stream);
+    case Scalar::float16: return by_cell<Pass, BACKWARD, MatrixCores<float16>>(arrays, clusters, stream);
+    case Scalar::float32:
+      return arrays.tf32 ? by_cell<Pass, BACKWARD, Tf32>(arrays, clusters, stream)
+                         : by_cell<Pass, BACKWARD, Exact>(arrays, clusters, stream);
+    default: return "no cluster kernel for float64";
+  }
+}
+
+}  // namespace
+
+const char* cluster_forward(const ForwardSweep& sweep, const Clusters& clusters, void* stream) {
+  return by_product<ClusterForward, false>(sweep, clusters, stream);
+}
+
+const char* cluster_backward(const BackwardSweep& sweep, const Clusters& clusters, void* stream) {
+  return by_product<ClusterBackward, true>(sweep, clusters, stream);
+}
+
+}  // namespace seqkernels

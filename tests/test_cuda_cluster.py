@@ -1,0 +1,192 @@
+"""The kernels for clusters of blocks, run on the CPU: every slice, cell and dtype, and every fault found."""
+
+import pytest
+import torch
+from gpus import GPUS
+from test_cuda import SHARED, by_road, faulty
+from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
+
+from seqkernels import select
+from seqkernels.hardware import HERE
+from seqkernels.select import Road
+
+pytestmark = pytest.mark.skipif(not HERE.host_run, reason="no host run here: `make test` builds build/host_run")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+H200 = GPUS["NVIDIA H200"]
+
+
+def cluster(units: int, tile: int = 8, memory: int = SHARED) -> Road:
+    return Road("cluster", tile, memory, units)
+
+
+@pytest.mark.parametrize(
+    ("units", "hidden"), [(32, 31), (32, 32), (32, 129), (32, 200), (48, 130), (48, 240), (64, 192), (64, 256)]
+)
+@DTYPES
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_slice(cell, dtype, units, hidden):
+    call = Call(cell, 1, 9, 3, hidden, batch_sizes=(9, 5, 1), bias=False, dtype=dtype)
+    assert_rounding_alone_of(call, *by_road(cluster(units)))
+
+
+@pytest.mark.parametrize("tile", [1, 3, 5])
+@DTYPES
+@pytest.mark.parametrize("cell", CELLS)
+def test_both_directions_in_tiles_of_every_size(cell, dtype, tile):
+    """Sequences that end early, and so begin late in the other direction, in tiles of which the last is not full."""
+    call = Call(cell, 2, 7, 5, 129, batch_sizes=(7, 7, 4, 2, 1), dtype=dtype)
+    assert_rounding_alone_of(call, *by_road(cluster(32, tile)))
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "dtype", "units"),
+    [
+        ("gru", 512, torch.float32, 32),
+        ("lstm", 511, torch.float32, 32),
+        ("gru", 768, torch.bfloat16, 48),
+        ("lstm", 768, torch.float16, 48),
+        ("rnn_tanh", 1024, torch.bfloat16, 64),
+    ],
+    ids=str,
+)
+def test_the_largest_clusters(cell, hidden, dtype, units):
+    call = Call(cell, 1, 3, 2, hidden, batch_sizes=(3, 2), dtype=dtype)
+    assert_rounding_alone_of(call, *by_road(cluster(units)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_rounds_factors_to_ten_bits(cell):
+    call = Call(cell, 1, 5, 4, 140, dtype=torch.float32)
+    exact, rounded = (both_passes(call, *by_road(cluster(64), tf32)) for tf32 in (False, True))
+    # A relu input that rounds across zero has another gradient, which is no error.
+    compared = slice(2) if cell == "rnn_relu" else slice(None)
+    pairs = zip(rounded[compared], exact[compared], strict=True)
+    gaps = [float((a - b).norm() / b.norm()) for a, b in pairs if b.numel()]
+    assert 1e-5 < max(gaps) < 3e-3
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_order_of_threads_and_pushes_changes_a_bit(cell, host_run):
+    call = Call(cell, 1, 8, 4, 130, batch_sizes=(8, 6, 6, 2), dtype=torch.bfloat16)
+    expected = both_passes(call, *by_road(cluster(32)))
+    for seed in range(5):
+        host_run.seed(seed)
+        for ours, first in zip(both_passes(call, *by_road(cluster(32))), expected, strict=True):
+            assert torch.equal(ours, first)
+
+
+STEPS = 4
+FAULTS = [
+    # pass, fault, which of a thread's, what is said
+    ("forward", "cluster_barrier", 0, "no mbarrier|unwritten|race"),
+    ("forward", "barrier", 0, "unwritten|race"),
+    ("forward", "barrier", 2, "race"),
+    ("forward", "warp_barrier", 1, "race"),
+    ("forward", "wait", 0, "race"),
+    ("forward", "wait", STEPS - 2, "race|exit"),
+    ("forward", "parity", 1, "race|deadlock"),
+    ("forward", "more_bytes", 1, "deadlock .* awaits 16 bytes"),
+    ("forward", "fewer_bytes", 1, "race|overrun"),
+    ("forward", "push", 2, "deadlock .* waiting for pushes"),
+    ("backward", "cluster_barrier", 0, "no mbarrier|unwritten|race"),
+    ("backward", "barrier", 1, "race"),
+    ("backward", "wait", 0, "unwritten|race"),
+    ("backward", "wait", 2, "race"),
+    ("backward", "wait", STEPS - 1, "race|exit"),
+    ("backward", "parity", 1, "unwritten|race|deadlock"),
+    ("backward", "more_bytes", 1, "deadlock .* awaits 16 bytes"),
+    ("backward", "fewer_bytes", 1, "race|overrun"),
+    ("backward", "push", 0, "deadlock .* waiting for pushes"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(map(str, fault[:3])))
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_every_fault_is_caught(cell, fault, host_run):
+    which, kind, event, message = fault
+    call = Call(cell, 1, 8, STEPS, 90, dtype=torch.bfloat16)
+    forward, back = by_road(cluster(32))
+    for seed in range(8):
+        host_run.seed(seed)
+        passes = {"forward": forward, "backward": back}
+        passes[which] = faulty(host_run, passes[which], kind, event)
+        with pytest.raises(RuntimeError, match=message):
+            both_passes(call, *passes.values())
+    both_passes(call, forward, back)
+
+
+LARGEST = [
+    # cell, dtype, TF32, and the most hidden units of a cluster forward, backward
+    ("rnn_tanh", torch.bfloat16, False, (1024, 1024)),
+    ("gru", torch.bfloat16, False, (832, 768)),
+    ("lstm", torch.float16, False, (768, 768)),
+    ("rnn_relu", torch.float32, True, (1024, 1024)),
+    ("gru", torch.float32, True, (512, 512)),
+    ("lstm", torch.float32, True, (512, 512)),
+    ("rnn_tanh", torch.float32, False, (1024, 960)),
+    ("gru", torch.float32, False, (512, 512)),
+    ("lstm", torch.float32, False, (512, 512)),
+]
+
+
+@pytest.mark.parametrize("row", LARGEST, ids=str)
+def test_select_knows_which_layers_fit(row):
+    cell, dtype, tf32, expected = row
+
+    def fits(hidden: int, backward: bool) -> bool:
+        found, against = select.clusters(cell, hidden, False, dtype, tf32, H200, backward)
+        assert bool(found) != bool(against)
+        return bool(found)
+
+    found = tuple(max(h for h in range(130, 1153, 2) if fits(h, backward)) for backward in (False, True))
+    assert found == expected
+    assert all(fits(h, backward) for backward in (False, True) for h in range(129, 513))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+@DTYPES
+@pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
+def test_select_knows_the_memory_of_a_block(cell, dtype, tf32, backward):
+    for hidden in (129, 200, 256, 320):
+        for found in select.clusters(cell, hidden, False, dtype, tf32, H200, backward)[0]:
+            call = Call(cell, 1, 1, 1, hidden, dtype=dtype)
+            forward, back = by_road(Road())
+            tight, tighter = (by_road(cluster(found.units, 1, found.memory - i), tf32)[backward] for i in (0, 1))
+            both_passes(call, *((forward, tight) if backward else (tight, back)))
+            with pytest.raises(RuntimeError, match="do not fit"):
+                both_passes(call, *((forward, tighter) if backward else (tighter, back)))
+
+
+def test_a_road_for_every_batch():
+    def roads(hidden, sequences, dtype=torch.bfloat16, gpu=H200):
+        road, step = select.road("lstm", hidden, False, dtype, False, gpu, False, 1, sequences)
+        assert 0.1 < step < 1000
+        return road
+
+    few, many = roads(512, 1), roads(512, 128)
+    assert (few.name, few.tile, few.units) == ("cluster", 1, 32)
+    assert (many.name, many.tile, many.units) == ("cluster", 8, 64)  # of the other slices, half would have to wait
+    assert roads(512, 10000).name == "stepwise"
+    assert roads(64, 1).name == "single block"
+    assert roads(2048, 1).name == "stepwise"
+    assert roads(512, 1, gpu=GPUS["NVIDIA A100-SXM4-80GB"]).name == "stepwise"
+    assert "cluster with 32 units a block" in str(few)
+
+
+def test_what_has_no_cluster_kernel_says_why():
+    layer = "gru", 256, False, torch.bfloat16, False
+    assert "compute capability 9.0" in select.clusters(*layer, GPUS["NVIDIA A100-SXM4-80GB"], False)[1]
+    assert "projection" in select.clusters("lstm", 256, True, torch.bfloat16, False, H200, False)[1]
+    assert "float64" in select.clusters("gru", 256, False, torch.float64, False, H200, False)[1]
+    assert "hold the weights" in select.clusters("gru", 1000, False, torch.float32, False, H200, False)[1]
+    for call, road, reason in (
+        (Call("gru", hidden=129, dtype=torch.float32), cluster(64), "so many units a block"),
+        (Call("gru", hidden=514, dtype=torch.float32), cluster(32), "at most 16 blocks"),
+        (Call("gru", dtype=torch.float64), cluster(32), "no cluster kernel for float64"),
+        (Call("gru", dtype=torch.float32), cluster(32, tile=9), "takes 1 to 8 sequences"),
+        (Call("gru", dtype=torch.float32), Road("clusters"), "unknown road"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            both_passes(call, *by_road(road))
