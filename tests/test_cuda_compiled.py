@@ -66,7 +66,7 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]  # of each kind that the tests ask for, how often
 
 
-KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL")
+KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL", "STAS", "SYNCS")  # the last: asynchronous stores, mbarriers
 
 
 @functools.cache
@@ -141,6 +141,39 @@ def single_blocks(target: str) -> dict[SingleBlock, Kernel]:
     return found
 
 
+class OfCluster(NamedTuple):
+    """A cluster kernel, as its template arguments name it."""
+
+    cell: str
+    dtype: torch.dtype
+    tf32: bool
+    backward: bool
+    units: int
+    even: bool
+    warps: int
+    fragments: int  # of 32 bytes that a thread holds in registers
+
+
+SLICE = re.compile(
+    r"Cluster(?P<pass>Forward|Backward)<.*?\(seqkernels::Cell\)(?P<cell>\d), seqkernels::device::"
+    rf"(?P<product>{'|'.join(PRODUCTS)}), (?P<units>\d+), (?P<warps>\d+), (?P<held>\d+), (?P<even>true|false)>"
+)
+
+
+def of_clusters(target: str) -> dict[OfCluster, Kernel]:
+    found = {}
+    for kernel in compiled(target):
+        if "Cluster" not in kernel.name:
+            continue
+        name = SLICE.search(kernel.name)
+        assert name, f"no configuration can be read from {kernel.name}"
+        layer = CELLS[int(name["cell"])], *PRODUCTS[name["product"]], name["pass"] == "Backward"
+        key = OfCluster(*layer, int(name["units"]), name["even"] == "true", int(name["warps"]), int(name["held"]))
+        assert key not in found, f"two kernels for {key}"
+        found[key] = kernel
+    return found
+
+
 def chosen() -> set[tuple[str, torch.dtype, bool, bool, int]]:
     """(cell, dtype, TF32, backward, hidden size) of all layers that `select` gives to a single block on any GPU."""
     return {
@@ -180,12 +213,19 @@ def test_weights_lie_where_select_says(target):
                 found = select.residency(cell, hidden, dtype, tf32, gpu, backward)
                 assert found.registers == configuration.fragments * 32 * configuration.threads
                 assert sum(found) == gates * width * width * dtype.itemsize
+    for configuration, kernel in of_clusters(target).items():
+        assert kernel.registers >= configuration.fragments * 8, kernel
+        assert kernel.registers * configuration.warps * 32 <= 65536, kernel
 
 
 def test_matrix_cores_multiply_where_they_are_meant_to(target):
     for kernel in compiled(target):
-        if "SingleBlock" not in kernel.name:
+        if "SingleBlock" not in kernel.name and "Cluster" not in kernel.name:
             assert kernel.instructions["HMMA"] == 0, kernel
+    for configuration, kernel in of_clusters(target).items():
+        exact = configuration.dtype == torch.float32 and not configuration.tf32
+        assert (kernel.instructions["HMMA"] == 0) == exact, kernel
+        assert kernel.instructions["DFMA"] == 0, kernel
     for configuration, kernel in single_blocks(target).items():
         exact = configuration.dtype == torch.float32 and not configuration.tf32
         assert (kernel.instructions["HMMA"] == 0) == exact, kernel
@@ -203,6 +243,23 @@ def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(targ
         assert serving, f"no kernel for {layer} of {hidden} units"
         used.add(min(serving, key=lambda one: one.width))
     assert there == used, f"never chosen: {sorted(there - used, key=str)}"
+
+
+def test_clusters_push_and_count_and_are_all_of_use():
+    if "sm_90a" not in _build()[1]:
+        pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
+    there = of_clusters("sm_90a")
+    for kernel in there.values():
+        assert kernel.instructions["STAS"] and kernel.instructions["SYNCS"], kernel
+    used = {
+        (cell, dtype, tf32, backward, found.units, hidden % 2 == 0)
+        for cell in CELLS
+        for dtype, tf32 in PRODUCTS.values()
+        for backward in (False, True)
+        for hidden in range(1, 1025)
+        for found in select.clusters(cell, hidden, False, dtype, tf32, GPUS["NVIDIA H200"], backward)[0]
+    }
+    assert {configuration[:6] for configuration in there} == used
 
 
 def test_the_oldest_gpu_has_all_but_the_single_block():
