@@ -350,9 +350,9 @@ def _cluster_memory(
     else:
         warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
         parts = warps * 16 // units
-        exchanged = parts * gates * SEQUENCES * (units + 4) * 4
+        exchanged = parts * gates * SEQUENCES * (units + 4) * 4 - 16
         fragments = gates * -(-hidden_size // (chunk * parts))
-        held = {1: 17, 3: 12, 4: 11}[gates] if exact else {1: 22, 3: 18, 4: 18}[gates]
+        held = {1: 17, 3: 12, 4: 10}[gates] if exact else {1: 22, 3: 18, 4: 18}[gates]
     factors = 2 * SEQUENCES * 64 * (chunks + (chunks + 1) % 2)
     return max(0, fragments - held) * warps * 32 * 32, 16 + factors + exchanged
 

@@ -61,7 +61,7 @@ class Stationary {
     return others > 0 ? others * THREADS * static_cast<int>(sizeof(Fragment)) : 0;
   }
 
-  // at(group, i, row of 16, column of a chunk) is an element of fragment i of a group.
+  // at(group, i, row of 16, column of a chunk) are two elements of fragment i of a group: of the column and the next.
   template <class At>
   DEVICE Stationary(int count, int begin, int end, At at) : others_(begin, (end - begin) / 4), count_(count) {
 #pragma unroll
@@ -96,11 +96,12 @@ class Stationary {
     Fragment fragment;
 #pragma unroll
     for (int word = 0; word < 8; word++) {
-      const int row = row_of_word(lane(), word), column = column_of_word<T>(lane(), word);
+      if (sizeof(T) == 4 && word % 4 >= 2) continue;  // it came with the word two before
+      const Pair<T> columns = at(i / N, i % N, row_of_word(lane(), word), column_of_word<T>(lane(), word));
       if constexpr (sizeof(T) == 2)
-        fragment.word[word] = bits(pair(at(i / N, i % N, row, column), at(i / N, i % N, row, column + 1)));
+        fragment.word[word] = bits(columns);
       else
-        fragment.word[word] = bits(at(i / N, i % N, row, column));
+        fragment.word[word] = bits(first(columns)), fragment.word[word + 2] = bits(second(columns));
     }
     return fragment;
   }
@@ -161,8 +162,8 @@ struct Own {
         sequence(thread() / pairs),
         at(thread() % pairs * 2),
         unit(rank * C::UNITS + at),
-        states_(s.directions * s.sequences * s.hidden),
-        state_((tile.direction() * s.sequences + tile.first() + sequence) * s.hidden + unit) {
+        sweep_(s),
+        tile_(tile) {
     there = sequence < tile.sequences() ? two_of(static_cast<int>(s.hidden) - unit) : 0;
   }
 
@@ -170,14 +171,21 @@ struct Own {
 
   DEVICE Pair<T> load_state(const void* array) const {
     if (!array) return {};
-    return load_units<false>(Global<const T>(static_cast<const T*>(array), states_), state_, there);
+    return load_units<false>(Global<const T>(static_cast<const T*>(array), states()), state(), there);
   }
   DEVICE void store_state(void* array, Pair<T> units) const {
-    store_units<false>(Global<T>(static_cast<T*>(array), states_), state_, units, there);
+    store_units<false>(Global<T>(static_cast<T*>(array), states()), state(), units, there);
   }
 
  private:
-  int64_t states_, state_;
+  // Computed where they are used, so that no register holds them through the steps.
+  DEVICE int64_t states() const { return sweep_.directions * sweep_.sequences * sweep_.hidden; }
+  DEVICE int64_t state() const {
+    return (tile_.direction() * sweep_.sequences + tile_.first() + sequence) * sweep_.hidden + unit;
+  }
+
+  const Sweep& sweep_;
+  const Tile& tile_;
 };
 
 // The arrivals of the n-th exchange: two mbarriers, at the begin of shared memory, take turns.
@@ -207,12 +215,13 @@ struct ClusterForward : C {
   using Held = Stationary<T, G, C::HELD, C::threads>;
 
   // Of a part the sums of all gates and sequences; rows so far apart that 16 lanes store two each to different banks.
-  static constexpr int sums_stride = UNITS + 4, part_sums = G * kSequences * sums_stride;
+  static constexpr int sums_stride = UNITS + 4, part_sums = G * kSequences * sums_stride,
+                       all_sums = PARTS * part_sums - 4;
 
   static Parameters of(const ForwardSweep& s, int tile) {
     const int chunks = ceiling(ceiling(s.hidden, UNITS) * UNITS, C::chunk);
     const int stride = Factors<T>::stride(chunks * C::chunk), exchanged = 16 + 2 * kSequences * stride * size;
-    const int weights = exchanged + PARTS * part_sums * 4;
+    const int weights = exchanged + all_sums * 4;
     return {s, tile, stride, exchanged, weights, weights + Held::bytes(ceiling(ceiling(s.hidden, C::chunk), PARTS))};
   }
 
@@ -224,7 +233,7 @@ struct ClusterForward : C {
     const auto states = [&](int64_t k) {
       return Shared<T>(16 + static_cast<int>(k % 2) * kSequences * stride * size, kSequences * stride);
     };
-    const Shared<float> sums(s.exchanged, PARTS * part_sums);
+    const Shared<float> sums(s.exchanged, all_sums);
 
     const int warp = thread() / 32, part = warp % PARTS, first_row = warp / PARTS * kUnits;
     const int chunks = (hidden + C::chunk - 1) / C::chunk;
@@ -242,13 +251,12 @@ struct ClusterForward : C {
     };
     const Held weights = begin_cluster(prepare, [&] {
       const Global<const T> w_hh(static_cast<const T*>(s.w_hh[tile.direction()]), G * s.hidden * s.hidden);
-      return Held(
-          (chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes, [&](int group, int gate, int row, int column) {
-            const int unit = rank * UNITS + first_row + row, of = (part + group * PARTS) * C::chunk + column;
-            const bool there = unit < hidden && of < hidden;
-            const T weight = there ? w_hh.load((int64_t(gate) * hidden + unit) * hidden + of) : Narrow<T>::of(0);
-            return first(Product::factors(pair(weight, weight)));
-          });
+      return Held((chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes,
+                  [&](int group, int gate, int row, int column) {
+                    const int unit = rank * UNITS + first_row + row, of = (part + group * PARTS) * C::chunk + column;
+                    const int at = (gate * hidden + unit) * hidden + of;  // of at most 4 matrices of 1024 by 1024
+                    return Product::factors(load_units<C::EVEN>(w_hh, at, unit < hidden ? two_of(hidden - of) : 0));
+                  });
     });
 
     Pair<T> h = mine.load_state(s.h_0), x[G];
@@ -263,7 +271,6 @@ struct ClusterForward : C {
 
     for (int64_t k = 0; k < tile.count(); k++) {
       const bool last = k + 1 == tile.count();
-      const typename Tile::Step after_next = tile.step(k + 2);
       if (thread() == 0 && !last) arrivals(k).expect(now.running * blocks * UNITS * size);
       if (k > 0) arrivals(k - 1).wait(phase(k - 1));
       float result[G][kElements];
@@ -295,7 +302,7 @@ struct ClusterForward : C {
         }
       }
       load(next);
-      now = next, next = after_next;
+      now = next, next = tile.step(k + 2);  // asked for a step before it is used
     }
 
     if (!mine.any) return;
@@ -403,9 +410,10 @@ struct ClusterBackward : C {
       return Held(count, s.weights, s.bytes, [&](int group, int i, int row, int column) {
         const int unit = (warp + group * C::warps) * rows + i % 2 * kUnits + row, of = i / 2 * C::chunk + column;
         const int gate = of / UNITS, own = rank * UNITS + of % UNITS;
-        const bool there = unit < hidden && own < hidden && gate < G;
-        const T weight = there ? w_hh.load((int64_t(gate) * hidden + own) * hidden + unit) : Narrow<T>::of(0);
-        return first(Product::factors(pair(weight, weight)));
+        const int there = unit < hidden && gate < G ? two_of(hidden - own) : 0;
+        const int at = (gate * hidden + own) * hidden + unit;
+        const T zero = Narrow<T>::of(0);
+        return Product::factors(pair(there > 0 ? w_hh.load(at) : zero, there > 1 ? w_hh.load(at + hidden) : zero));
       });
     });
 
