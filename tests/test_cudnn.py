@@ -73,6 +73,17 @@ def test_weights_that_lie_as_cudnn_reads_them_are_not_copied(cell):
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_what_lies_behind_weights_in_their_memory_is_not_taken_for_biases(cell):
+    """torch.nn.utils.vector_to_parameters lets a model's parameters lie one behind the other."""
+    module, x = module_of(cell, bias=False), torch.randn(5, 3, 4, dtype=torch.float64)
+    parameters = [*module.parameters(), nn.Parameter(torch.ones(99, dtype=torch.float64))]
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(parameters), parameters)
+    found = results(module, x)
+    module.backend = "torch_eager"
+    torch.testing.assert_close(found, results(module, x))
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_a_graph_that_is_kept_can_be_gone_through_again(cell):
     """cuDNN's backward spoils what its forward has saved."""
     module, x = module_of(cell), torch.randn(5, 3, 4, dtype=torch.float64)

@@ -116,11 +116,14 @@ class _Call:
 
 
 def _flat(weights: Sequence[Tensor], *layout) -> Tensor:
-    """The weights in cuDNN's one buffer: the memory they lie in, if it is one, else a copy."""
+    """The weights in cuDNN's one buffer: the memory they lie in, if it is one, else a copy.
+
+    Without biases it is a copy: cuDNN reads zeros in their place, and who knows what lies there in the user's memory.
+    """
     total, places = _layout(*layout)
     first, size = weights[0], weights[0].element_size()
-    memory = first.untyped_storage()
-    if memory.nbytes() >= total * size and all(
+    memory, biases = first.untyped_storage(), layout[5] >= 4
+    if biases and memory.nbytes() >= total * size and all(
         w.is_contiguous() and w.data_ptr() == memory.data_ptr() + place * size
         for w, place in zip(weights, places, strict=True)
     ):
