@@ -292,7 +292,9 @@ def _held(gates: int, width: int, dtype: torch.dtype, tf32: bool, backward: bool
     if gates == 1:
         return 16
     if dtype.itemsize == 4 and not tf32:
-        return (3 if width > 64 else 2) if backward and gates == 4 else 4 if backward else 1 if gates == 4 else 3
+        if gates == 4:
+            return (3 if width > 64 and even else 2) if backward else 1
+        return 4 if backward else 3
     if dtype.itemsize == 4:
         return (3 if backward else 4) if gates == 4 else 5 if backward else 6
     if width <= 128:

@@ -16,7 +16,7 @@ constexpr int held(Cell cell, int width, bool backward, bool even) {
   const bool lstm = cell == Cell::lstm;
   if (gates_of(cell) == 1) return 16;
   if (std::is_same_v<Product, Exact>) {
-    if (lstm) return !backward ? 1 : width > 64 ? 3 : 2;
+    if (lstm) return !backward ? 1 : width > 64 && even ? 3 : 2;
     return backward ? 4 : 3;
   }
   if (std::is_same_v<Product, Tf32>) return lstm ? (backward ? 3 : 4) : backward ? 5 : 6;

@@ -189,13 +189,14 @@ struct PreviousKernel {
       (steps.start(middle) <= at.row ? low : high) = middle;
     }
     const int64_t sequence = at.row - steps.start(low), before = p.direction == 0 ? low - 1 : low + 1;
+    const Global<const T> y(static_cast<const T*>(p.y), s.rows * s.directions * s.projected);
+    const Global<const T> h_0(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected);
     T h = Narrow<T>::of(0);
-    if (sequence < steps.size(before))
-      h = Global<const T>(static_cast<const T*>(p.y), s.rows * s.directions * s.projected)
-              .load(((steps.start(before) + sequence) * s.directions + p.direction) * s.projected + at.column);
-    else if (sequence < steps.size(low))
-      h = Global<const T>(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected)
-              .load((p.direction * s.sequences + sequence) * s.projected + at.column);
+    if (sequence < steps.size(low)) {
+      h = sequence < steps.size(before)
+              ? y.load(((steps.start(before) + sequence) * s.directions + p.direction) * s.projected + at.column)
+              : h_0.load((p.direction * s.sequences + sequence) * s.projected + at.column);
+    }
     Global<T>(static_cast<T*>(p.result), s.rows * s.projected).store(at.row * s.projected + at.column, h);
   }
 };

@@ -123,9 +123,13 @@ def _flat(weights: Sequence[Tensor], *layout) -> Tensor:
     total, places = _layout(*layout)
     first, size = weights[0], weights[0].element_size()
     memory, biases = first.untyped_storage(), layout[5] >= 4
-    if biases and memory.nbytes() >= total * size and all(
-        w.is_contiguous() and w.data_ptr() == memory.data_ptr() + place * size
-        for w, place in zip(weights, places, strict=True)
+    if (
+        biases
+        and memory.nbytes() >= total * size
+        and all(
+            w.is_contiguous() and w.data_ptr() == memory.data_ptr() + place * size
+            for w, place in zip(weights, places, strict=True)
+        )
     ):
         return first.detach().as_strided((total,), (1,), 0)
     pieces, end = [], 0
