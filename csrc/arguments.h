@@ -59,11 +59,11 @@ inline Scalar scalar_of(ScalarType type) {
 }
 
 // The arguments that both operators share: checked, contiguous, and kept alive as long as their pointers are used.
-// `alignment`: at a multiple of so many elements.
+// `alignment`: at a multiple of so many elements. `looks`: into batch_sizes that are on the CPU.
 class Arguments {
  public:
   Arguments(Problem& p, const std::string& cell, const Tensor& x, const Tensors& weights, const Tensor& h_0,
-            const Optional& c_0, const Optional& batch_sizes, int alignment = 1)
+            const Optional& c_0, const Optional& batch_sizes, int alignment = 1, bool looks = true)
       : type_(x.scalar_type()), device_(x.device()), alignment_(alignment * x.element_size()) {
     p.cell = cell_of(cell);
     p.scalar = scalar_of(type_);
@@ -96,7 +96,7 @@ class Arguments {
     }
     p.h_0 = keep(h_0, "h_0", {D, B, P});
     p.c_0 = c_0 ? keep(*c_0, "c_0", {D, B, H}) : nullptr;
-    set_steps(p, N, batch_sizes);
+    set_steps(p, N, batch_sizes, looks);
   }
 
   const void* keep(const Tensor& tensor, const char* name, const Shape& shape) {
@@ -117,8 +117,8 @@ class Arguments {
   }
 
  private:
-  void set_steps(Problem& p, int64_t rows, const Optional& batch_sizes) {
-    if (batch_sizes && !batch_sizes->is_cpu()) {  // nobody looks into them, as that would wait for the GPU
+  void set_steps(Problem& p, int64_t rows, const Optional& batch_sizes, bool looks) {
+    if (batch_sizes && !(looks && batch_sizes->is_cpu())) {  // nobody looks into them, as that would wait for the GPU
       check(
           batch_sizes->device() == device_ && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
           "batch_sizes is [steps], int64, on the CPU or where x is");

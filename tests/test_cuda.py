@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from gpus import GPUS
-from test_ops import BACKENDS, CELLS, SHAPES, Call, assert_rounding_alone_of, both_passes
+from test_ops import (
+    BACKENDS,
+    CELLS,
+    SHAPES,
+    Call,
+    assert_an_infinite_last_state_is_no_factor,
+    assert_rounding_alone_of,
+    both_passes,
+)
 
 from seqkernels import select
 from seqkernels.select import Road
@@ -58,6 +66,31 @@ def test_every_road_errs_by_rounding_alone(road, cell, shape, dtype):
     if call.hidden > widest:
         pytest.skip("there is no such kernel for it")
     assert_rounding_alone_of(call, *by_road(ROADS[road]))
+
+
+@pytest.fixture
+def sizes_on_gpu(host_run):
+    host_run.sizes_on_gpu(True)
+    yield
+    host_run.sizes_on_gpu(False)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(
+    "shape", ["ragged", "ragged both ways", "empty sequences", "steps in which nothing runs", "spare rows"]
+)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("road", ROADS)
+def test_sizes_that_only_the_gpu_knows(road, cell, shape, projected, sizes_on_gpu):
+    if projected and (cell, road) != ("lstm", "stepwise"):
+        pytest.skip("only an LSTM is projected, and only step by step")
+    call = Call(cell, projected=2 if projected else None, dtype=torch.float32, **SHAPES[shape])
+    assert_rounding_alone_of(call, *by_road(ROADS[road]))
+
+
+def test_an_infinite_last_state_is_no_factor_of_a_weight_gradient(sizes_on_gpu):
+    """That of test_ops, where the host does not know which rows no step uses."""
+    assert_an_infinite_last_state_is_no_factor(*by_road(Road()))
 
 
 @pytest.mark.parametrize("hidden", [31, 64, 65, 90, 100, 127, 128, 130, 192, 201, 255, 256])

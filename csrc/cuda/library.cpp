@@ -11,11 +11,15 @@
 
 #ifdef SEQKERNELS_HOST_RUN
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "host_run/run.h"
+#define LOOKS_INTO_SIZES !host_run::sizes_on_gpu
 #define SHIM(operation) aoti_torch_cpu_##operation
 #else
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 #include <torch/csrc/stable/accelerator.h>
+#define LOOKS_INTO_SIZES true
 #define SHIM(operation) aoti_torch_cuda_##operation
 #endif
 
@@ -131,10 +135,15 @@ class Timetable {
     if (!ragged_ || p.steps == 0) return;
     if (!p.batch_sizes) {
       sizes_ = torch::stable::contiguous(*batch_sizes);
-      std::array<StableIValue, 3> stack{torch::stable::detail::from(*sizes_), torch::stable::detail::from(int64_t{0}),
+      // The sums of the sizes before: of a zero and the sizes. (The stable ABI subtracts no integers.)
+      Tensor before = gpu.allocate({p.steps + 1}, ScalarType::Long);
+      torch::stable::zero_(before);
+      Tensor behind_zero = torch::stable::narrow(before, 0, 1, p.steps);
+      copy(behind_zero, *sizes_);
+      std::array<StableIValue, 3> stack{torch::stable::detail::from(before), torch::stable::detail::from(int64_t{0}),
                                         torch::stable::detail::from(std::optional<ScalarType>())};
       TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-      starts_ = torch::stable::subtract(torch::stable::detail::to<Tensor>(stack[0]), *sizes_);
+      starts_ = torch::stable::detail::to<Tensor>(stack[0]);
       return;
     }
     starts_ = gpu.allocate({p.steps}, ScalarType::Long);
@@ -307,7 +316,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
                                                         int64_t units) {
   const Road road(tf32, road_name, tile, memory, units);
   Forward p{};
-  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2);
+  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2, LOOKS_INTO_SIZES);
   const Gpu gpu(x);
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, H = p.hidden, P = p.projected;
   const bool ragged = batch_sizes.has_value();
@@ -390,7 +399,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
                                                           int64_t units) {
   const Road road(tf32, road_name, tile, memory, units);
   Backward p{};
-  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2);
+  Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2, LOOKS_INTO_SIZES);
   const Gpu gpu(x);
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, I = p.input, H = p.hidden, P = p.projected;
   const int64_t GH = gates_of(p.cell) * H, FH = gradient_blocks_of(p.cell) * H, K = saved_blocks_of(p.cell);

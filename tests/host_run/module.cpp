@@ -10,6 +10,9 @@ PYBIND11_MODULE(host_run, m) {
   using namespace seqkernels::host_run;
   using namespace pybind11::literals;
   m.def("seed", &seed, "Draw the order of blocks and threads from here on.");
+  m.def(
+      "sizes_on_gpu", [](bool are) { sizes_on_gpu = are; }, "are"_a,
+      "Whether batch_sizes are taken for ones on a GPU, into which the host does not look.");
   pybind11::enum_<Fault>(m, "Fault")
       .value("none", Fault::none)
       .value("barrier", Fault::barrier)

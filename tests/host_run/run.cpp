@@ -23,6 +23,7 @@
 namespace seqkernels::host_run {
 
 Here here;
+bool sizes_on_gpu = false;
 
 namespace {
 

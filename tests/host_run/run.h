@@ -7,6 +7,9 @@ namespace seqkernels::host_run {
 // Draw the order of blocks and threads from here on.
 void seed(uint64_t seed);
 
+// Whether batch_sizes are taken for ones on a GPU, into which the host does not look.
+extern bool sizes_on_gpu;
+
 // What can be made to go wrong, for tests that it is caught: a barrier of a block, of a warp or of a cluster, or a wait
 // for pushes or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are
 // expected than come; a push or a raised flag gets lost.
