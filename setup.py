@@ -110,16 +110,20 @@ def examine(path: str | None) -> Nvcc:
         )
 
     def ask(*arguments: str) -> str:
-        done = subprocess.run([path, *arguments], capture_output=True, text=True)
+        try:
+            done = subprocess.run([path, *arguments], capture_output=True, text=True)
+        except OSError as error:
+            return str(error)
         return done.stdout + done.stderr
 
-    found = re.search(r"release (\d+)\.(\d+)", ask("--version"))
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
+    said = ask("--version").strip()
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if not found:
+        sys.exit(f"{path} does not say its version, but {said or 'nothing'}; {another}")
+    version = int(found[1]), int(found[2])
     if version < OLDEST_NVCC:
-        sys.exit(
-            f"seqkernels needs nvcc {dotted(OLDEST_NVCC)} or newer, and {path} is {dotted(version)}; name another by "
-            "CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
-        )
+        sys.exit(f"seqkernels needs nvcc {dotted(OLDEST_NVCC)} or newer, and {path} is {dotted(version)}; {another}")
     capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))})
     steps = ask("--dryrun", "-x", "cu", "/dev/null")
     includes, libraries = (re.search(rf"{what}=(.*)", steps) for what in (" INCLUDES", " LIBRARIES"))

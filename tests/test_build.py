@@ -99,11 +99,17 @@ def test_what_an_nvcc_says_of_itself(setup, tmp_path):
 
 
 @needs_setup
-def test_no_nvcc_and_one_too_old_are_refused_in_a_sentence(setup, tmp_path):
+def test_no_nvcc_one_too_old_and_one_that_is_broken_are_refused_in_a_sentence(setup, tmp_path):
     with pytest.raises(SystemExit, match=r"needs nvcc, which is neither at CUDA_HOME .* SEQKERNELS_BUILD=cpu"):
         setup.examine(None)
     with pytest.raises(SystemExit, match=r"needs nvcc 12\.0 or newer, and .*nvcc is 11\.8; .*SEQKERNELS_BUILD=cpu"):
         setup.examine(str(fake_nvcc(tmp_path, "11.8")))
+    for name, script, said in (("silent", "#!/bin/sh\nexit 1", "nothing"), ("lost", "#!/no/shell", "No such file")):
+        broken = tmp_path / name
+        broken.write_text(script)
+        broken.chmod(0o755)
+        with pytest.raises(SystemExit, match=rf"{name} does not say its version, but .*{said}.*SEQKERNELS_BUILD=cpu"):
+            setup.examine(str(broken))
 
 
 CUDA_12, CUDA_13 = (50, 60, 70, 72, 75, 80, 86, 87, 89, 90), (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)

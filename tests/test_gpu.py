@@ -212,7 +212,8 @@ def test_more_than_65535(steps, sequences, form, hidden):
     y, *grads = both_passes(caller(module, form, lengths), module, x)
 
     def specified(x: Tensor) -> Tensor:
-        return spec(x)[0] * runs.to(x)
+        with torch.backends.cudnn.flags(enabled=False):  # it takes no more than 65,535 steps
+            return spec(x)[0] * runs.to(x)
 
     right, *rights = both_passes(specified, spec, x.to(spec.weight_hh_l0))
     assert relative_error(y, right) < 1e-5
