@@ -172,7 +172,8 @@ def _cuda_kernels() -> str:
     if torch.version.cuda is None and not HERE.host_run:
         return f"none: {HERE.cuda_missing}"
     if HERE.cuda_missing:
-        return f"none: {HERE.cuda_missing}. Remedy: nvcc (NVIDIA's CUDA toolkit) on the PATH, then pip install again"
+        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then pip install again"
+        return f"none: {HERE.cuda_missing}. Remedy: {remedy}"
     if HERE.host_run:
         return "run on the CPU, every access checked (SEQKERNELS_HOST_RUN), for backend='cuda' only"
     nvcc, targets = HERE.cuda_build

@@ -16,19 +16,20 @@ from test_ops import (
     both_passes,
 )
 
-from seqkernels import select
+from seqkernels import hardware, select
 from seqkernels.select import Road
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor a host run, which `make test` builds"
 )
 
-SHARED = 227 << 10
+GPU = hardware.gpu_of(torch.empty(0).device)
+SHARED = GPU.shared_memory
 SINGLE_BLOCK = Road("single block", 8, SHARED)
 ROADS = {
     "single block": SINGLE_BLOCK,
     "single block of 2": SINGLE_BLOCK._replace(tile=2),
-    "cluster": Road("cluster", 8, SHARED, 32),
+    **({"cluster": Road("cluster", 8, SHARED, 32)} if GPU.target == "sm_90" else {}),
     "stepwise": Road(),
 }
 
@@ -111,7 +112,7 @@ def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype):
     """With less shared memory a block reads more of the weights from global memory in each step."""
     call = Call(cell, 1, 3, 2, hidden, dtype=dtype)
     first, *others = (
-        both_passes(call, *by_road(SINGLE_BLOCK._replace(memory=memory << 10))) for memory in (227, 163, 99, 64)
+        both_passes(call, *by_road(SINGLE_BLOCK._replace(memory=memory << 10))) for memory in (SHARED >> 10, 99, 80, 64)
     )
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 

@@ -287,7 +287,8 @@ struct Together {
 // where some GPUs have 8; asked for once on each.
 template <class Kernel>
 cudaError_t allow_more(bool large_cluster) {
-  static std::atomic<bool> allowed[64];
+  static std::atomic<bool> all_allowed[2][64];
+  std::atomic<bool>(&allowed)[64] = all_allowed[large_cluster];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess || (device < 64 && allowed[device].load(std::memory_order_relaxed))) return error;
