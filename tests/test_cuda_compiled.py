@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,19 +127,26 @@ NAME = re.compile(
 )
 
 
-def single_blocks(target: str) -> dict[SingleBlock, Kernel]:
+def configurations(target: str, road: str, pattern: re.Pattern, make: Callable[..., NamedTuple]) -> dict:
+    """The kernels of a road by the configuration that `make` has from the layer and the sizes in their names."""
     found = {}
     for kernel in compiled(target):
-        if "SingleBlock" not in kernel.name:
+        if road not in kernel.name:
             continue
-        name = NAME.search(kernel.name)
+        name = pattern.search(kernel.name)
         assert name, f"no configuration can be read from {kernel.name}"
         layer = CELLS[int(name["cell"])], *PRODUCTS[name["product"]], name["pass"] == "Backward"
-        sizes = int(name["width"]), name["even"] == "true", int(name["blocks"]), int(name["held"])
-        key = SingleBlock(*layer, *sizes)
+        key = make(layer, name)
         assert key not in found, f"two kernels for {key}"
         found[key] = kernel
     return found
+
+
+def single_blocks(target: str) -> dict[SingleBlock, Kernel]:
+    def make(layer, name):
+        return SingleBlock(*layer, int(name["width"]), name["even"] == "true", int(name["blocks"]), int(name["held"]))
+
+    return configurations(target, "SingleBlock", NAME, make)
 
 
 class OfCluster(NamedTuple):
@@ -161,17 +169,10 @@ SLICE = re.compile(
 
 
 def of_clusters(target: str) -> dict[OfCluster, Kernel]:
-    found = {}
-    for kernel in compiled(target):
-        if "Cluster" not in kernel.name:
-            continue
-        name = SLICE.search(kernel.name)
-        assert name, f"no configuration can be read from {kernel.name}"
-        layer = CELLS[int(name["cell"])], *PRODUCTS[name["product"]], name["pass"] == "Backward"
-        key = OfCluster(*layer, int(name["units"]), name["even"] == "true", int(name["warps"]), int(name["held"]))
-        assert key not in found, f"two kernels for {key}"
-        found[key] = kernel
-    return found
+    def make(layer, name):
+        return OfCluster(*layer, int(name["units"]), name["even"] == "true", int(name["warps"]), int(name["held"]))
+
+    return configurations(target, "Cluster", SLICE, make)
 
 
 def chosen() -> set[tuple[str, torch.dtype, bool, bool, int]]:

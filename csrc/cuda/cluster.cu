@@ -1,5 +1,7 @@
 // Launches of the cluster kernels: which there are, and how much of the weights each holds in registers.
 #include "cluster.h"
+//
+#include "dispatch.h"
 
 namespace seqkernels {
 
@@ -43,36 +45,24 @@ const char* by_units(const Arrays& arrays, const Clusters& clusters, void* strea
   return "no cluster kernel with so many units a block";
 }
 
-template <template <class> class Pass, bool BACKWARD, class Product, class Arrays>
-const char* by_cell(const Arrays& arrays, const Clusters& clusters, void* stream) {
-  switch (arrays.cell) {
-    case Cell::rnn_tanh: return by_units<Pass, BACKWARD, Cell::rnn_tanh, Product>(arrays, clusters, stream);
-    case Cell::rnn_relu: return by_units<Pass, BACKWARD, Cell::rnn_relu, Product>(arrays, clusters, stream);
-    case Cell::gru: return by_units<Pass, BACKWARD, Cell::gru, Product>(arrays, clusters, stream);
-    default: return by_units<Pass, BACKWARD, Cell::lstm, Product>(arrays, clusters, stream);
-  }
-}
-
 template <template <class> class Pass, bool BACKWARD, class Arrays>
-const char* by_product(const Arrays& arrays, const Clusters& clusters, void* stream) {
-  switch (arrays.scalar) {
-    case Scalar::bfloat16: return by_cell<Pass, BACKWARD, MatrixCores<bfloat16>>(arrays, clusters, stream);
-    case Scalar::float16: return by_cell<Pass, BACKWARD, MatrixCores<float16>>(arrays, clusters, stream);
-    case Scalar::float32:
-      return arrays.tf32 ? by_cell<Pass, BACKWARD, Tf32>(arrays, clusters, stream)
-                         : by_cell<Pass, BACKWARD, Exact>(arrays, clusters, stream);
-    default: return "no cluster kernel for float64";
-  }
+const char* by_layer(const Arrays& arrays, const Clusters& clusters, void* stream) {
+  if (arrays.scalar == Scalar::float64) return "no cluster kernel for float64";
+  return by_cell(arrays.cell, [&](auto cell) {
+    return by_product(arrays, [&](auto product) {
+      return by_units<Pass, BACKWARD, decltype(cell)::value, decltype(product)>(arrays, clusters, stream);
+    });
+  });
 }
 
 }  // namespace
 
 const char* cluster_forward(const ForwardSweep& sweep, const Clusters& clusters, void* stream) {
-  return by_product<ClusterForward, false>(sweep, clusters, stream);
+  return by_layer<ClusterForward, false>(sweep, clusters, stream);
 }
 
 const char* cluster_backward(const BackwardSweep& sweep, const Clusters& clusters, void* stream) {
-  return by_product<ClusterBackward, true>(sweep, clusters, stream);
+  return by_layer<ClusterBackward, true>(sweep, clusters, stream);
 }
 
 }  // namespace seqkernels

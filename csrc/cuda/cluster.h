@@ -107,9 +107,7 @@ class Stationary {
   }
 
   DEVICE Fragment other(int i) const {
-    const Words first = others_.load_words(place(i, 0)), second = others_.load_words(place(i, 1));
-    return {{first.word[0], first.word[1], first.word[2], first.word[3], second.word[0], second.word[1], second.word[2],
-             second.word[3]}};
+    return fragment_of(others_.load_words(place(i, 0)), others_.load_words(place(i, 1)));
   }
 
   Fragment held_[HELD];
@@ -142,9 +140,6 @@ DEVICE Words gather(Pair<T> mine) {
   }
   return all;
 }
-
-// How many of two units there are, if so many are left.
-DEVICE int two_of(int left) { return left < 0 ? 0 : left < 2 ? left : 2; }
 
 // What a thread has of either pass: two units side by side of one sequence. Threads beyond these have none, by warps.
 template <class C>

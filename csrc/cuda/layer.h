@@ -67,6 +67,9 @@ DEVICE void cell_forward(const T* x, const T* of_h, T& h, T& c, T* saved) {
   }
 }
 
+// How many of two units there are, if so many are left.
+DEVICE int two_of(int left) { return left < 0 ? 0 : left < 2 ? left : 2; }
+
 // Two hidden units side by side are what a thread takes: in one access where rows have an even length (EVEN), else one
 // by one. `count` of them are there: 0, 1 or 2.
 template <bool EVEN, class T>

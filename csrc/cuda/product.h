@@ -20,6 +20,12 @@ DEVICE int sequence_of_lane() { return lane() % 4 * 2; }
 struct Fragment {
   uint32_t word[8];
 };
+DEVICE Fragment fragment_of(Words first, Words second) {
+  Fragment fragment;
+#pragma unroll
+  for (int i = 0; i < 4; i++) fragment.word[i] = first.word[i], fragment.word[4 + i] = second.word[i];
+  return fragment;
+}
 
 // Which of a chunk's columns a word of a lane's fragment holds, and which of the 16 rows; with 16-bit factors a word
 // holds a column and the next. The matrix cores take rows and columns in any order, as long as columns have the same in
@@ -177,20 +183,12 @@ class Weights {
     const auto half = [&](int half) {
       return shared_.load_words(((group - held) * group_words + place(gate, half)) * 4);
     };
-    return fragment(half(0), half(1));
+    return fragment_of(half(0), half(1));
   }
   DEVICE Fragment from_global(int group, int gate) const {
     const auto half = [&](int half) { return all_.load(group * group_words + place(gate, half)); };
-    return fragment(half(0), half(1));
+    return fragment_of(half(0), half(1));
   }
-  static DEVICE Fragment fragment(Words first, Words second) {
-    Fragment fragment;
-#pragma unroll
-    for (int word = 0; word < 4; word++)
-      fragment.word[word] = first.word[word], fragment.word[4 + word] = second.word[word];
-    return fragment;
-  }
-
   Global<const Words> all_;
   Shared<uint32_t> shared_;
   int end_of_shared_;

@@ -1,5 +1,7 @@
 // Launches of the single-block kernels: which there are, and how much of the weights each holds in registers.
 #include "single_block.h"
+//
+#include "dispatch.h"
 
 #include <algorithm>
 
@@ -35,60 +37,46 @@ int width_of(Scalar scalar, int64_t hidden) {
   return 0;
 }
 
-// Calls `act` with the type of the configuration of a layer's kernel.
-template <bool BACKWARD>
-struct ByLayer {
-  template <Cell CELL, class Product, int WIDTH, bool EVEN, class Act>
-  static auto with(Act act) {
-    constexpr int BLOCKS = WIDTH > 128 ? 2 : 1, HELD = held<Product>(CELL, WIDTH, BACKWARD, EVEN);
-    return act(Configuration<CELL, Product, WIDTH, BLOCKS, HELD, EVEN>{});
-  }
+// Call with the type of the configuration of a layer's kernel.
+template <bool BACKWARD, Cell CELL, class Product, int WIDTH, bool EVEN, class Call>
+const char* with(Call call) {
+  constexpr int BLOCKS = WIDTH > 128 ? 2 : 1, HELD = held<Product>(CELL, WIDTH, BACKWARD, EVEN);
+  return call(Configuration<CELL, Product, WIDTH, BLOCKS, HELD, EVEN>{});
+}
 
-  template <Cell CELL, class Product, class Act>
-  static auto by_width(const Sweep& s, Act act) {
-    constexpr bool wide = sizeof(typename Product::T) == 2;
-    constexpr int W192 = wide ? 192 : 128, W256 = wide ? 256 : 128;  // of float32 there are none
-    if (s.hidden % 2) {
-      switch (width_of(s.scalar, s.hidden)) {
-        case 64: return with<CELL, Product, 64, false>(act);
-        case 128: return with<CELL, Product, 128, false>(act);
-        default: return with<CELL, Product, W256, false>(act);
-      }
-    }
+template <bool BACKWARD, Cell CELL, class Product, class Call>
+const char* by_width(const Sweep& s, Call call) {
+  constexpr bool wide = sizeof(typename Product::T) == 2;
+  constexpr int W192 = wide ? 192 : 128, W256 = wide ? 256 : 128;  // of float32 there are none
+  if (s.hidden % 2) {
     switch (width_of(s.scalar, s.hidden)) {
-      case 32: return with<CELL, Product, 32, true>(act);
-      case 64: return with<CELL, Product, 64, true>(act);
-      case 96: return with<CELL, Product, 96, true>(act);
-      case 128: return with<CELL, Product, 128, true>(act);
-      case 192: return with<CELL, Product, W192, true>(act);
-      default: return with<CELL, Product, W256, true>(act);
+      case 64: return with<BACKWARD, CELL, Product, 64, false>(call);
+      case 128: return with<BACKWARD, CELL, Product, 128, false>(call);
+      default: return with<BACKWARD, CELL, Product, W256, false>(call);
     }
   }
+  switch (width_of(s.scalar, s.hidden)) {
+    case 32: return with<BACKWARD, CELL, Product, 32, true>(call);
+    case 64: return with<BACKWARD, CELL, Product, 64, true>(call);
+    case 96: return with<BACKWARD, CELL, Product, 96, true>(call);
+    case 128: return with<BACKWARD, CELL, Product, 128, true>(call);
+    case 192: return with<BACKWARD, CELL, Product, W192, true>(call);
+    default: return with<BACKWARD, CELL, Product, W256, true>(call);
+  }
+}
 
-  template <class Product, class Act>
-  static auto by_cell(const Sweep& s, Act act) {
-    switch (s.cell) {
-      case Cell::rnn_tanh: return by_width<Cell::rnn_tanh, Product>(s, act);
-      case Cell::rnn_relu: return by_width<Cell::rnn_relu, Product>(s, act);
-      case Cell::gru: return by_width<Cell::gru, Product>(s, act);
-      default: return by_width<Cell::lstm, Product>(s, act);
-    }
-  }
-
-  template <class Act>
-  static auto by_product(const Sweep& s, Act act) {
-    switch (s.scalar) {
-      case Scalar::bfloat16: return by_cell<MatrixCores<bfloat16>>(s, act);
-      case Scalar::float16: return by_cell<MatrixCores<float16>>(s, act);
-      default: return s.tf32 ? by_cell<Tf32>(s, act) : by_cell<Exact>(s, act);
-    }
-  }
-};
+template <bool BACKWARD, class Call>
+const char* by_layer(const Sweep& s, Call call) {
+  return by_cell(s.cell, [&](auto cell) {
+    return by_product(
+        s, [&](auto product) { return by_width<BACKWARD, decltype(cell)::value, decltype(product)>(s, call); });
+  });
+}
 
 template <template <class> class Pass, bool BACKWARD, class Arrays>
 const char* run(const Arrays& arrays, int tile, int memory, void* arranged, void* stream) {
   if (!width_of(arrays.scalar, arrays.hidden)) return "no single-block kernel for so many hidden units in this dtype";
-  return ByLayer<BACKWARD>::by_product(arrays, [&](auto configuration) -> const char* {
+  return by_layer<BACKWARD>(arrays, [&](auto configuration) -> const char* {
     using C = decltype(configuration);
     using Kernel = Pass<C>;
     using Arranging = ArrangeKernel<typename C::T>;

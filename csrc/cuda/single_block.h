@@ -78,10 +78,8 @@ struct Share {
         lane{sequence_of_lane(), thread() / 32 * C::BLOCKS * kUnits + unit_of_lane()} {
     first_state = (tile.direction() * s.sequences + tile.first() + lane.sequence) * hidden + lane.unit;
 #pragma unroll
-    for (int block = 0; block < C::BLOCKS; block++) {
-      const int left = static_cast<int>(hidden) - lane.unit - block * kUnits;
-      there[block] = left < 0 ? 0 : left < 2 ? left : 2;
-    }
+    for (int block = 0; block < C::BLOCKS; block++)
+      there[block] = two_of(static_cast<int>(hidden) - lane.unit - block * kUnits);
   }
 
   template <class Do>

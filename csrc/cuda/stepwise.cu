@@ -1,35 +1,13 @@
 // Launches of the stepwise kernels.
 #include "stepwise.h"
+//
+#include "dispatch.h"
 
 namespace seqkernels {
 
 using namespace device;
 
 namespace {
-
-// Call with a number of the scalar's type.
-template <class Call>
-const char* by_scalar(Scalar scalar, Call call) {
-  switch (scalar) {
-    case Scalar::float64: return call(double{});
-    case Scalar::float32: return call(float{});
-    case Scalar::bfloat16: return call(bfloat16{});
-    default: return call(float16{});
-  }
-}
-
-template <Cell CELL>
-using OfCell = std::integral_constant<Cell, CELL>;
-
-template <class Call>
-const char* by_cell(Cell cell, Call call) {
-  switch (cell) {
-    case Cell::rnn_tanh: return call(OfCell<Cell::rnn_tanh>{});
-    case Cell::rnn_relu: return call(OfCell<Cell::rnn_relu>{});
-    case Cell::gru: return call(OfCell<Cell::gru>{});
-    default: return call(OfCell<Cell::lstm>{});
-  }
-}
 
 // Call with the cell, a number of the scalar's type, and whether the number of hidden units is even.
 template <class Call>
