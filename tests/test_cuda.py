@@ -13,7 +13,9 @@ from test_ops import (
     Call,
     assert_an_infinite_last_state_is_no_factor,
     assert_rounding_alone_of,
+    backward,
     both_passes,
+    forward,
 )
 
 from seqkernels import hardware, select
@@ -144,6 +146,19 @@ def test_more_steps_than_a_grid_may_have_rows():
     before, carried, *_ = forward(cell, x[:65535], weights, h_0, *rest)
     after, end, *_ = forward(cell, x[65535:], weights, carried, *rest)
     assert torch.equal(y, torch.cat([before, after])) and torch.equal(h_n, end)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_follows_torchs_switch(cell, monkeypatch):
+    call = Call(cell, 2, 5, 4, 40, dtype=torch.float32)
+    for allowed in (False, True):
+        monkeypatch.setattr(hardware, "tf32", lambda device, allowed=allowed: allowed)
+        layer = cell, call.hidden, False, call.dtype, allowed, GPU
+        roads = [select.road(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
+        runs = by_road(roads[0], allowed)[0], by_road(roads[1], allowed)[1]
+        found = both_passes(call, forward("cuda"), backward("cuda"))
+        for ours, expected in zip(found, both_passes(call, *runs), strict=True):
+            assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("cell", CELLS)

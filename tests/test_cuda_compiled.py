@@ -67,7 +67,8 @@ class Kernel(NamedTuple):
     instructions: dict[str, int]  # of each kind that the tests ask for, how often
 
 
-KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL", "STAS", "SYNCS")  # the last: asynchronous stores, mbarriers
+ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG")
+KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL", "STAS", "SYNCS", *ATOMICS)  # STAS, SYNCS: pushes to peers, mbarriers
 
 
 @functools.cache
@@ -201,6 +202,11 @@ def test_no_kernel_spills(target):
         if kernel.stack or kernel.local or kernel.instructions["LDL"] or kernel.instructions["STL"]
     ]
     assert not spilling, "\n".join(spilling)
+
+
+def test_no_kernel_adds_in_an_order_of_chance(target):
+    """Atomic additions come in whatever order blocks and threads do: another one, other bits."""
+    assert not [kernel.name for kernel in compiled(target) if any(kernel.instructions[kind] for kind in ATOMICS)]
 
 
 def test_weights_lie_where_select_says(target):
