@@ -141,7 +141,7 @@ def dotted(version: tuple[int, int]) -> str:
 
 
 # The lowest compute capability that a file's kernels can be compiled for.
-CUDA_SOURCES = {"stepwise": 70, "single_block": 80, "cluster": 90}
+CUDA_SOURCES = {"stepwise": 70, "single_block": 80, "cluster": 90, "whole_gpu": 90}
 
 
 def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:

@@ -348,7 +348,7 @@ def _cluster_memory(
         warps, chunks = 8, -(-gates * units // chunk)
         exchanged = 2 * blocks * SEQUENCES * units * 4
         fragments = 2 * chunks * -(-hidden_size // (32 * warps))
-        held = 12 if exact else 18
+        held = {1: 12, 3: 12, 4: 11}[gates] if exact else 18
     else:
         warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
         parts = warps * 16 // units

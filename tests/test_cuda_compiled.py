@@ -150,8 +150,8 @@ def single_blocks(target: str) -> dict[SingleBlock, Kernel]:
     return configurations(target, "SingleBlock", NAME, make)
 
 
-class OfCluster(NamedTuple):
-    """A cluster kernel, as its template arguments name it."""
+class Slices(NamedTuple):
+    """A kernel for a cluster or for the whole GPU, as its template arguments name it."""
 
     cell: str
     dtype: torch.dtype
@@ -164,16 +164,22 @@ class OfCluster(NamedTuple):
 
 
 SLICE = re.compile(
-    r"Cluster(?P<pass>Forward|Backward)<.*?\(seqkernels::Cell\)(?P<cell>\d), seqkernels::device::"
+    r"Slice(?P<pass>Forward|Backward)<.*?\(seqkernels::Cell\)(?P<cell>\d), seqkernels::device::"
     rf"(?P<product>{'|'.join(PRODUCTS)}), (?P<units>\d+), (?P<warps>\d+), (?P<held>\d+), (?P<even>true|false)>"
 )
 
 
-def of_clusters(target: str) -> dict[OfCluster, Kernel]:
-    def make(layer, name):
-        return OfCluster(*layer, int(name["units"]), name["even"] == "true", int(name["warps"]), int(name["held"]))
+def slices(target: str, road: str) -> dict[Slices, Kernel]:
+    """Of the road "Cluster" or "WholeGpu"."""
 
-    return configurations(target, "Cluster", SLICE, make)
+    def make(layer, name):
+        return Slices(*layer, int(name["units"]), name["even"] == "true", int(name["warps"]), int(name["held"]))
+
+    return configurations(target, f"::{road}S", SLICE, make)
+
+
+def all_slices(target: str) -> list[tuple[Slices, Kernel]]:
+    return [one for road in ("Cluster", "WholeGpu") for one in slices(target, road).items()]
 
 
 def chosen() -> set[tuple[str, torch.dtype, bool, bool, int]]:
@@ -220,16 +226,16 @@ def test_weights_lie_where_select_says(target):
                 found = select.residency(cell, hidden, dtype, tf32, gpu, backward)
                 assert found.registers == configuration.fragments * 32 * configuration.threads
                 assert sum(found) == gates * width * width * dtype.itemsize
-    for configuration, kernel in of_clusters(target).items():
+    for configuration, kernel in all_slices(target):
         assert kernel.registers >= configuration.fragments * 8, kernel
         assert kernel.registers * configuration.warps * 32 <= 65536, kernel
 
 
 def test_matrix_cores_multiply_where_they_are_meant_to(target):
     for kernel in compiled(target):
-        if "SingleBlock" not in kernel.name and "Cluster" not in kernel.name:
+        if "SingleBlock" not in kernel.name and "Slice" not in kernel.name:
             assert kernel.instructions["HMMA"] == 0, kernel
-    for configuration, kernel in of_clusters(target).items():
+    for configuration, kernel in all_slices(target):
         exact = configuration.dtype == torch.float32 and not configuration.tf32
         assert (kernel.instructions["HMMA"] == 0) == exact, kernel
         assert kernel.instructions["DFMA"] == 0, kernel
@@ -255,7 +261,7 @@ def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(targ
 def test_clusters_push_and_count_and_are_all_of_use():
     if "sm_90a" not in _build()[1]:
         pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
-    there = of_clusters("sm_90a")
+    there = slices("sm_90a", "Cluster")
     for kernel in there.values():
         assert kernel.instructions["STAS"] and kernel.instructions["SYNCS"], kernel
     used = {

@@ -14,7 +14,7 @@ namespace {
 template <class Product>
 constexpr int held(Cell cell, bool backward) {
   const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
-  if (std::is_same_v<Product, Exact>) return rnn && !backward ? 17 : lstm && !backward ? 10 : 12;
+  if (std::is_same_v<Product, Exact>) return rnn && !backward ? 17 : lstm ? (backward ? 11 : 10) : 12;
   return rnn && !backward ? 22 : 18;
 }
 
@@ -22,11 +22,11 @@ template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, 
 const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, void* stream) {
   constexpr int WARPS = UNITS == 48 && !BACKWARD ? 6 : 8;
   using Kernel = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BACKWARD), EVEN>>;
-  const auto p = Kernel::of(arrays, clusters.tile);
+  const int blocks = ceiling(arrays.hidden, UNITS);
+  const auto p = Kernel::of(arrays, clusters.tile, blocks, blocks);
   if (p.bytes > clusters.memory)
     return "the weights do not fit into the registers and the shared memory of the cluster";
   const int64_t tiles = (arrays.sequences + clusters.tile - 1) / clusters.tile;
-  const int blocks = ceiling(arrays.hidden, UNITS);
   if (blocks > 16) return "a cluster has at most 16 blocks, too few for so many hidden units";
   return launch<Kernel>(tiles * blocks, arrays.directions, p.bytes, stream, p, {blocks, false});
 }

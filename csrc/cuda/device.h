@@ -118,6 +118,7 @@ class Mbarrier {
         : "memory");
   }
 
+  DEVICE uint32_t address() const { return at_; }
   DEVICE uint32_t of_peer(int rank) const { return at_peer(at_, rank); }
 
   // Where a peer has what this block has at an address of its shared memory.
@@ -155,7 +156,22 @@ struct Shared {
         "r"(words.word[0]), "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3]), "r"(arrivals.of_peer(peer))
         : "memory");
   }
+  // `count` elements of global memory, a multiple of 16 bytes, into the same array of all blocks of the cluster, read
+  // once for all of them; the `arrivals` of each count the bytes. What is copied, and where it goes, is written and read
+  // in other ways as well: `before_copies` comes between.
+  DEVICE void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
+    const auto all = static_cast<uint16_t>((1 << cluster_size()) - 1);
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(to),
+        "l"(from.data + at), "r"(count * static_cast<int>(sizeof(T))), "r"(arrivals.address()), "h"(all)
+        : "memory");
+  }
 };
+
+// Copies that follow see what the caller has written, or knows of.
+DEVICE void before_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Numbers in the GPU's memory, by which blocks that run at the same time wait for each other.
 class Flags {
@@ -299,6 +315,33 @@ cudaError_t allow_more(bool large_cluster) {
     error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess && device < 64) allowed[device].store(true, std::memory_order_relaxed);
   return error;
+}
+
+// How many clusters of so many blocks of a kernel the current GPU runs at the same time, if a block has the GPU's shared
+// memory for itself; asked for once on each GPU. Null, or the text of an error.
+template <class Kernel>
+const char* count_clusters(int cluster, int& clusters) {
+  static std::atomic<int> all_known[17][64];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  std::atomic<int>* known = cluster <= 16 && device < 64 ? &all_known[cluster][device] : nullptr;
+  if (known && (clusters = known->load(std::memory_order_relaxed))) return nullptr;
+  error = allow_more<Kernel>(cluster > 8);
+  cudaLaunchAttribute of_cluster;
+  of_cluster.id = cudaLaunchAttributeClusterDimension;
+  of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(Kernel::threads);
+  config.attrs = &of_cluster;
+  config.numAttrs = 1;
+  int bytes = 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  config.dynamicSmemBytes = bytes;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, entry<Kernel>, &config);
+  if (error == cudaSuccess && known) known->store(clusters, std::memory_order_relaxed);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 // Start a kernel on a stream of the current GPU; the error's text if that fails, or if work before has failed, else

@@ -246,23 +246,45 @@ Tensor arranged(const Gpu& gpu, const Problem& p) {
   return gpu.allocate({p.directions, single_block_words(p.cell, p.scalar, p.hidden), 4}, ScalarType::Int);
 }
 
-// How a layer is swept: "stepwise", by a "single block" for every tile of sequences, or by a "cluster" of blocks, each
-// of so many hidden units. seqkernels/select.py chooses.
+// How a layer is swept: "stepwise", by a "single block" for every tile of sequences, by a "cluster" of blocks, each of
+// so many hidden units, or by the "whole GPU", whose clusters have so many. seqkernels/select.py chooses.
 struct Road {
-  bool tf32, single_block, cluster;
+  bool tf32, single_block, cluster, whole_gpu;
   int tile, memory;
   Clusters clusters;
+  WholeGpu whole;
 
   Road(bool tf32, const std::string& name, int64_t tile, int64_t memory, int64_t units)
       : tf32(tf32),
         single_block(name == "single block"),
         cluster(name == "cluster"),
+        whole_gpu(name == "whole GPU"),
         tile(static_cast<int>(tile)),
         memory(static_cast<int>(memory)),
-        clusters{static_cast<int>(units), this->tile, this->memory} {
-    check(single_block || cluster || name == "stepwise", "unknown road '", name,
-          "'; the roads are stepwise, single block and cluster");
-    check(name == "stepwise" || (tile >= 1 && tile <= 8), "a block takes 1 to 8 sequences, got ", tile);
+        clusters{static_cast<int>(units), this->tile, this->memory},
+        whole{static_cast<int>(units / 16), this->tile, this->memory} {
+    check(in_one_launch() || name == "stepwise", "unknown road '", name,
+          "'; the roads are stepwise, single block, cluster and whole GPU");
+    check(!in_one_launch() || (tile >= 1 && tile <= 8), "a block takes 1 to 8 sequences, got ", tile);
+  }
+
+  bool in_one_launch() const { return single_block || cluster || whole_gpu; }
+};
+
+// What the blocks of the whole GPU share, and where they exchange.
+struct Room {
+  Groups groups{};
+  Tensor exchange, flags;
+
+  Room(const Gpu& gpu, const Sweep& sweep, const WholeGpu& whole, bool backward)
+      : exchange(allocate(gpu, sweep, whole, backward)), flags(gpu.allocate({groups.flags}, ScalarType::Int)) {
+    torch::stable::zero_(flags);
+  }
+
+ private:
+  Tensor allocate(const Gpu& gpu, const Sweep& sweep, const WholeGpu& whole, bool backward) {
+    must(whole_gpu_groups(sweep, whole, backward, groups));
+    return gpu.allocate({groups.bytes}, ScalarType::Byte);
   }
 };
 
@@ -325,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
   zero_rows(gpu, p, y, ragged);
   zero_rows(gpu, p, saved, ragged);
   if (!h_n.numel()) return {y, h_n, c_n, saved};
-  const bool walks = p.steps && p.rows, one_launch = walks && (road.single_block || road.cluster);
+  const bool walks = p.steps && p.rows, one_launch = walks && road.in_one_launch();
   if (!one_launch) copy(h_n, h_0);
   if (!walks) {
     if (c_0) copy(c_n, *c_0);
@@ -342,6 +364,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
     must(single_block_forward(sweep, road.tile, road.memory, arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
   } else if (road.cluster) {
     must(cluster_forward(sweep, road.clusters, gpu.stream()));
+  } else if (road.whole_gpu) {
+    Room room(gpu, sweep, road.whole, false);
+    must(whole_gpu_forward(sweep, road.whole, room.groups, room.exchange.mutable_data_ptr(),
+                           room.flags.mutable_data_ptr(), gpu.stream()));
   } else {
     Tensor c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
     if (c_0) copy(c, *c_0);
@@ -448,6 +474,10 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
     must(single_block_backward(sweep, road.tile, road.memory, arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
   } else if (road.cluster) {
     must(cluster_backward(sweep, road.clusters, gpu.stream()));
+  } else if (road.whole_gpu) {
+    Room room(gpu, sweep, road.whole, true);
+    must(whole_gpu_backward(sweep, road.whole, room.groups, room.exchange.mutable_data_ptr(),
+                            room.flags.mutable_data_ptr(), gpu.stream()));
   } else {
     begin(grad_h_0, given_h, P);
     Tensor grad_c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
@@ -503,7 +533,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
 
 // What seqkernels/backends/cuda.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
 // factors may be rounded to TF32, the road, how many sequences a block or a cluster takes, how many bytes of shared
-// memory a block may have, and how many hidden units of a cluster's.
+// memory a block may have, and how many hidden units (the block of a cluster, or a cluster of the whole GPU).
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "

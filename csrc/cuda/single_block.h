@@ -27,8 +27,8 @@ struct Configuration {
 // The steps of one block's sequences, in the order of a direction.
 class Tile {
  public:
-  DEVICE Tile(const Sweep& s, int sequences, int64_t number = block())
-      : steps_(s), direction_(block_y()), first_(number * sequences), count_(steps_.count(first_)) {
+  DEVICE Tile(const Sweep& s, int sequences, int64_t number = block(), int direction = block_y())
+      : steps_(s), direction_(direction), first_(number * sequences), count_(steps_.count(first_)) {
     const int64_t left = s.sequences - first_;
     sequences_ = left < sequences ? static_cast<int>(left) : sequences;
   }

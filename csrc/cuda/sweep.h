@@ -164,4 +164,23 @@ struct Clusters {
 const char* cluster_forward(const ForwardSweep&, const Clusters&, void* stream);
 const char* cluster_backward(const BackwardSweep&, const Clusters&, void* stream);
 
+// All steps in one launch by groups of blocks that run at the same time and may be the whole GPU, with 16 hidden units a
+// block, in clusters of 2 or 4 blocks. A group takes `tile` sequences (at most 8) at once; a block may have `memory`
+// bytes of shared memory.
+struct WholeGpu {
+  int cluster, tile, memory;
+};
+
+// How the groups share a layer: so many of so many blocks for each direction, of which so many run at once; and what
+// they need in the GPU's memory to exchange: bytes, and flags that begin as zero.
+struct Groups {
+  int directions, groups, blocks;
+  int64_t numbers, bytes, flags;  // numbers: that an exchange of a group holds
+};
+const char* whole_gpu_groups(const Sweep&, const WholeGpu&, bool backward, Groups&);
+const char* whole_gpu_forward(const ForwardSweep&, const WholeGpu&, const Groups&, void* exchange, void* flags,
+                              void* stream);
+const char* whole_gpu_backward(const BackwardSweep&, const WholeGpu&, const Groups&, void* exchange, void* flags,
+                               void* stream);
+
 }  // namespace seqkernels

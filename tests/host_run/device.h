@@ -33,6 +33,12 @@ unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, 
 // Copy 16 bytes to the same place of a peer's shared memory, some time.
 void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier);
 
+// Copy global memory to the same place of the shared memory of all blocks of the cluster, some time.
+void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier);
+
+// Blocks that run at the same time.
+extern int multiprocessors;
+
 struct Grid {
   int64_t blocks;
   int blocks_y, threads, shared_bytes, cluster;  // cluster: blocks that run at the same time
@@ -104,6 +110,7 @@ class Global {
     host_run::check_pair(data_ + i, sizeof(T));
     store(i, pair.first), store(i + 1, pair.second);
   }
+  T* data() const { return data_; }
 
  private:
   T* data_;
@@ -136,6 +143,11 @@ class Shared {
     constexpr int64_t size = sizeof(T);
     host_run::push(byte_, count_ * size, i * size, &words, peer, arrivals.byte());
   }
+  void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
+    constexpr int64_t size = sizeof(T);
+    for (int64_t of = at; of < at + count; of++) from.load(of);
+    host_run::copy_to_cluster(byte_, count_ * size, i * size, from.data() + at, count * size, arrivals.byte());
+  }
 
  private:
   template <class As>
@@ -156,6 +168,8 @@ class Shared {
 
   int byte_, count_;
 };
+
+void before_copies();
 
 class Flags {
  public:
@@ -254,6 +268,12 @@ struct Together {
   int cluster = 1;
   bool all = false;
 };
+
+template <class Kernel>
+const char* count_clusters(int cluster, int& clusters) {
+  clusters = host_run::multiprocessors / cluster;
+  return nullptr;
+}
 
 template <class Kernel>
 const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* /*stream*/,

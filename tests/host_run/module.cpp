@@ -23,7 +23,11 @@ PYBIND11_MODULE(host_run, m) {
       .value("more_bytes", Fault::more_bytes)
       .value("fewer_bytes", Fault::fewer_bytes)
       .value("push", Fault::push)
-      .value("flag", Fault::flag);
+      .value("flag", Fault::flag)
+      .value("fence", Fault::fence);
+  m.def(
+      "multiprocessors", [](int count) { multiprocessors = count; }, "count"_a,
+      "How many blocks run at the same time, 132 to begin with.");
   m.def("plant", &plant, "fault"_a, "n"_a = 0, "Let the n-th event of each thread go wrong, in every launch.");
   m.def("exchange_by_pushes", &exchange_by_pushes, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
         "waits"_a = true, "The error, or none, and the result of the kernel of exchange.h.");

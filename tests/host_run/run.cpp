@@ -24,10 +24,11 @@ namespace seqkernels::host_run {
 
 Here here;
 bool sizes_on_gpu = false;
+int multiprocessors = 132;
 
 namespace {
 
-constexpr int kMostThreads = 1024, kWarp = 32, kMostShared = 232448, kMostCluster = 16, kMostTogether = 132;
+constexpr int kMostThreads = 1024, kWarp = 32, kMostShared = 232448, kMostCluster = 16;
 constexpr int kMostMbarriers = 4;  // of a block
 constexpr int kStackBytes = 128 << 10, kGuardBytes = 64;
 constexpr unsigned char kGuard = 0xa5;
@@ -116,6 +117,8 @@ struct Fiber {
   Known known;
   int64_t clusters;    // barriers of the cluster that it has arrived at
   bool skips_cluster;  // the last of them, by a planted fault
+  uint64_t fenced;     // before copies, the last time; and what it knew then
+  Known known_to_copies;
   std::array<int, int(Fault::count)> events;
 };
 
@@ -167,6 +170,7 @@ struct Push {
   Phases* phases;
   int at;
   std::array<unsigned char, 16> words;
+  const unsigned char* from;  // if it is a part of a copy
   Known known;
   int actor;
   uint64_t time;
@@ -180,7 +184,7 @@ struct Flag {
 // What runs. Between groups of blocks all fibers are finished: each waits to run the kernel again.
 void (*kernel)(const void*);
 const void* kernel_parameters;
-int threads, shared_bytes, blocks;  // of a block, and blocks that run at the same time
+int threads, shared_bytes, blocks, cluster_blocks;  // of a block, and blocks that run at the same time, in clusters
 jmp_buf home;                       // where the launch goes on when no fiber can
 std::deque<Fiber> fibers;
 std::deque<Warp> warps;
@@ -189,11 +193,14 @@ Fiber* mine;
 std::vector<int> ready;
 std::vector<Push> pushes;
 std::unordered_map<const void*, Flag> flags;
-struct {
-  int64_t arrived, ended;
+struct Cluster {
+  int64_t arrived, ended;  // threads at the barrier; barriers
   Gathering gathering;
   std::vector<int> waiting;
-} cluster;
+};
+std::deque<Cluster> clusters;
+Cluster& cluster_of(const Block& block) { return clusters[block.rank / cluster_blocks]; }
+Block& peer_of(const Block& block, int peer) { return running[block.rank / cluster_blocks * cluster_blocks + peer]; }
 
 Stamp now;
 uint64_t group_begin, launch_begin;
@@ -472,6 +479,8 @@ void end_phase(Phases& phases, const Block& block) {
 }
 
 void arrive(Push push) {
+  if (push.from && !std::equal(push.words.begin(), push.words.end(), push.from))
+    fail("race: what " + name(push.time << kActorBits | push.actor) + " copies was overwritten under way");
   std::copy(push.words.begin(), push.words.end(), push.to->memory.get() + push.at);
   for (int half = push.at / 2; half < (push.at + 16) / 2; half++)
     push.to->shadows[half].write = push.phases->time << kActorBits | push.phases->actor;
@@ -530,7 +539,7 @@ void run_group(const Grid& grid, int64_t first) {
   const int warps_here = (blocks * threads + kWarp - 1) / kWarp;
   if (static_cast<int>(warps.size()) < warps_here) warps.resize(warps_here);
   for (int warp = 0; warp < warps_here; warp++) warps[warp].arrived = 0, warps[warp].barrier = {};
-  cluster = {};
+  clusters.clear(), clusters.resize(blocks / cluster_blocks);
   flags.clear();
   pushes.clear();
   ready.clear();
@@ -549,9 +558,10 @@ void run_group(const Grid& grid, int64_t first) {
     for (int thread = 0; thread < threads; thread++) {
       const int index = rank * threads + thread;
       Fiber& fiber = fibers[index];
-      fiber.place = {block.x, block.y, thread, rank};
+      fiber.place = {block.x, block.y, thread, rank % cluster_blocks};
       fiber.block = &block, fiber.index = index, fiber.time = group_begin, fiber.known = nothing;
       fiber.clusters = 0, fiber.skips_cluster = false;
+      fiber.fenced = 0, fiber.known_to_copies = nullptr;
       fiber.events = {};
       ready.push_back(index);
     }
@@ -593,22 +603,50 @@ unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, 
   return block.memory.get() + at;
 }
 
-void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier) {
+namespace {
+
+// Send 16 bytes on their way: `words`, or a part of a copy, `from` where it is read.
+void send(int begin, int64_t size, int64_t offset, const void* words, const void* from, Block& to, int mbarrier) {
   counted.pushes++;
-  if (goes_wrong(Fault::push)) return;
-  if (peer < 0 || peer >= blocks)
-    fail("out of bounds: " + name(now) + " pushed to block " + std::to_string(peer) + " of " + std::to_string(blocks));
-  Block& to = running[peer];
-  const int at = at_in(to, begin, size, offset, 16, " pushed ");
+  const int at = at_in(to, begin, size, offset, 16, from ? " copied " : " pushed ");
   if (to.finished == threads) fail("exit: " + name(now) + " pushed to " + name(to) + ", which has ended");
   Phases& phases = phases_of(to, mbarrier, " pushed with ");
   for (int half = at / 2; half < (at + 16) / 2; half++) {
-    check_race(to.shadows[half], Access::write, group_begin, [&] { return place_in(to, half * 2); });
-    to.shadows[half].write = kUnderWay << kActorBits | phases.actor;
+    Shadow& shadow = to.shadows[half];
+    const Stamp before = shadow.write, actor = before & kActors;
+    check_race(shadow, Access::write, group_begin, [&] { return place_in(to, half * 2); });
+    if (from && before >> kActorBits >= group_begin && actor < Stamp(blocks * threads) &&
+        fibers[actor].fenced <= before >> kActorBits)
+      fail("no fence: " + name(before) + " wrote " + place_in(to, half * 2) + ", to which " + name(now) + " copies");
+    shadow.write = kUnderWay << kActorBits | phases.actor;
   }
   phases.under_way++;
-  pushes.push_back({&to, &phases, at, {}, mine->known, mine->index, mine->time});
+  pushes.push_back({&to, &phases, at, {}, static_cast<const unsigned char*>(from), mine->known, mine->index, mine->time});
   std::memcpy(pushes.back().words.data(), words, 16);
+}
+
+}  // namespace
+
+void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier) {
+  if (goes_wrong(Fault::push)) return;
+  if (peer < 0 || peer >= cluster_blocks)
+    fail("out of bounds: " + name(now) + " pushed to block " + std::to_string(peer) + " of " +
+         std::to_string(cluster_blocks));
+  send(begin, size, offset, words, nullptr, peer_of(*mine->block, peer), mbarrier);
+  set_time(++latest);
+}
+
+void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier) {
+  if (goes_wrong(Fault::push)) return;
+  if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    fail("misaligned: " + name(now) + " copied " + std::to_string(bytes) + " bytes");
+  if (!mine->known_to_copies || mine->known_to_copies != mine->known)
+    fail("no fence: " + name(now) + " copied what it may have learnt of since");
+  for (int peer = 0; peer < cluster_blocks; peer++)
+    for (int64_t i = 0; i < bytes; i += 16) {
+      const auto* words = static_cast<const unsigned char*>(from) + i;
+      send(begin, size, offset + i, words, words, peer_of(*mine->block, peer), mbarrier);
+    }
   set_time(++latest);
 }
 
@@ -627,11 +665,11 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
     failure = "no such block: " + std::to_string(shared_bytes) + " bytes of shared memory";
   else if (grid.cluster < 1 || grid.cluster > kMostCluster || grid.blocks % grid.cluster)
     failure = "no such cluster: " + std::to_string(grid.cluster) + " of " + std::to_string(grid.blocks) + " blocks";
-  else if (grid.all && all > kMostTogether)
+  else if (grid.all && all > multiprocessors)
     failure = std::to_string(all) + " blocks do not run at the same time";
   if (!failure.empty()) return failure.c_str();
 
-  blocks = static_cast<int>(grid.all ? all : grid.cluster);
+  blocks = static_cast<int>(grid.all ? all : grid.cluster), cluster_blocks = grid.cluster;
   launch_begin = latest + 1;
   begun.clear();
   global_shadows.clear();
@@ -685,16 +723,17 @@ void synchronize_warp() {
   set_time(++latest);
 }
 
-int cluster_size() { return blocks; }
+int cluster_size() { return cluster_blocks; }
 
 void cluster_arrive() {
   mine->skips_cluster = goes_wrong(Fault::cluster_barrier);
   if (mine->skips_cluster) return;
+  Cluster& cluster = cluster_of(*mine->block);
   if (mine->clusters > cluster.ended) fail("divergence: " + name(now) + " arrived twice at a barrier of the cluster");
   mine->clusters++;
   cluster.gathering.bring(mine->known, mine->index, mine->time);
   set_time(++latest);
-  if (++cluster.arrived < blocks * threads) return;
+  if (++cluster.arrived < cluster_blocks * threads) return;
   cluster.arrived = 0;
   cluster.ended++;
   cluster.gathering.close();
@@ -703,9 +742,16 @@ void cluster_arrive() {
 
 void cluster_wait() {
   if (mine->skips_cluster) return;
+  Cluster& cluster = cluster_of(*mine->block);
   while (mine->clusters > cluster.ended) wait_among(cluster.waiting, State::in_cluster);
   mine->known = cluster.gathering.give(mine->known);
   set_time(++latest);
+}
+
+void before_copies() {
+  if (goes_wrong(Fault::fence)) return;
+  set_time(++latest);
+  mine->fenced = mine->time, mine->known_to_copies = mine->known;
 }
 
 void Mbarrier::init() const {

@@ -10,9 +10,12 @@ void seed(uint64_t seed);
 // Whether batch_sizes are taken for ones on a GPU, into which the host does not look.
 extern bool sizes_on_gpu;
 
+// Of the GPU whose place the CPU takes: so many blocks run at the same time.
+extern int multiprocessors;
+
 // What can be made to go wrong, for tests that it is caught: a barrier of a block, of a warp or of a cluster, or a wait
 // for pushes or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are
-// expected than come; a push or a raised flag gets lost.
+// expected than come; a push, a copy or a raised flag gets lost; copies do not see what was written before.
 enum class Fault {
   none,
   barrier,
@@ -24,6 +27,7 @@ enum class Fault {
   fewer_bytes,
   push,
   flag,
+  fence,
   count
 };
 

@@ -1,0 +1,89 @@
+// Launches of the kernels for the whole GPU: which there are, how much of the weights each holds in registers, and how
+// many groups of blocks run at the same time.
+#include "whole_gpu.h"
+//
+#include "dispatch.h"
+
+namespace seqkernels {
+
+using namespace device;
+
+namespace {
+
+constexpr int UNITS = 16, WARPS = 8;
+
+// Fragments of the weights that a thread can hold in registers beside all else without spilling, as the compiler's code
+// for sm_90a has it; tests/test_cuda_compiled.py reads it there.
+template <class Product>
+constexpr int held(Cell cell, bool backward) {
+  const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
+  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : lstm && !backward ? 8 : backward ? 9 : 10;
+  return rnn && !backward ? 22 : 18;
+}
+
+template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, bool EVEN>
+using KernelOf = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BACKWARD), EVEN>>;
+
+template <class Kernel, class Arrays>
+const char* launch_kernel(const Arrays& arrays, const WholeGpu& whole, const Groups& groups, void* exchange,
+                          void* flags, void* stream) {
+  typename Kernel::Parameters p{Kernel::of(arrays, whole.tile, groups.blocks, whole.cluster), 0, groups.groups,
+                                groups.blocks, exchange, groups.numbers, static_cast<uint32_t*>(flags)};
+  if (p.bytes > whole.memory) return "the weights do not fit into the registers and the shared memory of the blocks";
+  for (; p.first_direction < arrays.directions; p.first_direction += groups.directions) {
+    const char* error = launch<Kernel>(groups.groups * groups.blocks, groups.directions, p.bytes, stream, p,
+                                       {whole.cluster, true});
+    if (error) return error;
+  }
+  return nullptr;
+}
+
+template <template <class> class Pass, bool BACKWARD, class Arrays, class... Rest>
+const char* by_layer(const Arrays& arrays, Rest... rest) {
+  return by_cell(arrays.cell, [&](auto cell) {
+    return by_product(arrays, [&](auto product) {
+      constexpr Cell CELL = decltype(cell)::value;
+      using Product = decltype(product);
+      return arrays.hidden % 2 ? launch_kernel<KernelOf<Pass, BACKWARD, CELL, Product, false>>(arrays, rest...)
+                               : launch_kernel<KernelOf<Pass, BACKWARD, CELL, Product, true>>(arrays, rest...);
+    });
+  });
+}
+
+}  // namespace
+
+const char* whole_gpu_groups(const Sweep& s, const WholeGpu& whole, bool backward, Groups& groups) {
+  if (s.scalar == Scalar::float64) return "no kernel for the whole GPU in float64";
+  if (whole.cluster != 2 && whole.cluster != 4) return "no kernel for the whole GPU by clusters of so many blocks";
+  // In all that matters here, the kernels are like any of them.
+  using Forward = KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>::Exchange;
+  using Backward = KernelOf<WholeGpuBackward, true, Cell::lstm, Exact, true>::Exchange;
+  int clusters = 0;
+  const char* error = count_clusters<KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>>(whole.cluster, clusters);
+  if (error) return error;
+  groups.blocks = ceiling(s.hidden, UNITS * whole.cluster) * whole.cluster;
+  const int at_once = clusters * whole.cluster / groups.blocks;
+  if (at_once == 0) return "the GPU does not run as many blocks at the same time as the hidden units need";
+  groups.directions = at_once < s.directions ? 1 : s.directions;
+  const int64_t tiles = (s.sequences + whole.tile - 1) / whole.tile;
+  const int room = at_once / groups.directions;
+  groups.groups = tiles < room ? static_cast<int>(tiles) : room;
+  const auto numbers = backward ? Backward::numbers : Forward::numbers;
+  groups.numbers = numbers(groups.blocks, whole.cluster);
+  const int64_t all = int64_t{s.directions} * groups.groups;
+  groups.bytes = all * 2 * groups.numbers * (backward || s.scalar == Scalar::float32 ? 4 : 2);
+  groups.flags = all * groups.blocks * (backward ? Backward::FLAGS : Forward::FLAGS);
+  return nullptr;
+}
+
+const char* whole_gpu_forward(const ForwardSweep& sweep, const WholeGpu& whole, const Groups& groups, void* exchange,
+                              void* flags, void* stream) {
+  return by_layer<WholeGpuForward, false>(sweep, whole, groups, exchange, flags, stream);
+}
+
+const char* whole_gpu_backward(const BackwardSweep& sweep, const WholeGpu& whole, const Groups& groups, void* exchange,
+                               void* flags, void* stream) {
+  return by_layer<WholeGpuBackward, true>(sweep, whole, groups, exchange, flags, stream);
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,207 @@
+// The exchange of a group of blocks that may be the whole GPU, more than a cluster can be, through the L2 cache. All
+// blocks of the grid run at the same time. What a block has computed in a step it writes to global memory, and raises a
+// flag of its own; others wait for the flags of just those blocks that they need something of, and no barrier goes
+// across the grid. A flag only ever grows, by one with every exchange. Blocks of a cluster (of 2 or 4) share the work:
+//
+// Forward, a step's new states go to all blocks, and reading them from L2 is what would cost most: with 128 blocks of 16
+// units, H = 2048 and 8 sequences in 16 bits each of them needs 32 KB, 4 MB a step together. So a block reads its part of
+// them alone, for the whole cluster: a bulk copy writes them to the shared memory of all its blocks, where an mbarrier
+// counts the bytes.
+//
+// Backward, as in cluster.h, shares of the states' gradients go to the blocks that own these, not the gates' gradients
+// to all. But first the blocks of a cluster push their gates' gradients to each other, and each multiplies those of all
+// of them for its part of the states. A share then comes from a cluster, not from a block, and there are 2 or 4 times
+// fewer: for the layer above 16 KB a block to write and to read, with clusters of 4.
+//
+// Either exchange has two buffers, both in global and in shared memory, which is enough. Forward, a block gives the
+// states of exchange n + 1 after it has all of exchange n, that is after all blocks have given these, and so have read
+// exchange n - 1, whose buffer it overwrites; and it copies a part of exchange n + 1 to its peers after it has got a part
+// of exchange n from each of them, who copy it after reading exchange n - 1. Backward, shares of exchange n + 1 follow
+// upon the gates' gradients of all blocks of a cluster, each of which has before collected exchange n from every cluster;
+// and what a cluster gives of exchange n follows upon the gates' gradients of all its blocks, each of which has before
+// collected exchange n - 1.
+#pragma once
+#include "slice.h"
+
+namespace seqkernels::device {
+
+template <class Pass>
+struct OnWholeGpu : Sliced<Pass> {
+  int first_direction;  // of the blocks with second index 0
+  int groups;           // of a direction; they take turns at the tiles
+  int blocks;           // of a group
+  void* exchange;       // [D, groups, 2, numbers]
+  int64_t numbers;      // that an exchange holds
+  uint32_t* flags;      // [D, groups, blocks, flags of a block], which begin as 0
+};
+
+// FLAGS: how many a block has.
+template <class C, class Pass, int FLAGS_>
+class InGroup {
+ public:
+  static constexpr int FLAGS = FLAGS_;
+  template <class Of>
+  using Parameters = OnWholeGpu<Of>;
+
+  DEVICE explicit InGroup(const OnWholeGpu<Pass>& s)
+      : s(s), rank_(static_cast<int>(block() % s.blocks)), cluster_(cluster_size()) {}
+
+  DEVICE int direction() const { return s.first_direction + block_y(); }
+  DEVICE int rank() const { return rank_; }
+  DEVICE int blocks() const { return s.blocks; }
+
+  template <class Do>
+  DEVICE void each_tile(const Sweep&, Do act) const {
+    for (int64_t i = block() / s.blocks; i * s.tile < s.sequences; i += s.groups) act(Tile(s, s.tile, i, direction()));
+  }
+
+ protected:
+  DEVICE int cluster() const { return cluster_; }              // blocks of a cluster
+  DEVICE int clusters() const { return s.blocks / cluster_; }  // of the group
+  DEVICE int width() const { return s.blocks * C::UNITS; }
+
+  DEVICE Flags flags() const { return {s.flags + group() * s.blocks * FLAGS, s.blocks * FLAGS}; }
+
+  // What the n-th exchange holds.
+  template <class T>
+  DEVICE Global<T> buffer(int64_t n) const {
+    return {static_cast<T*>(s.exchange) + (group() * 2 + n % 2) * s.numbers, s.numbers};
+  }
+
+  const OnWholeGpu<Pass>& s;
+
+ private:
+  DEVICE int64_t group() const { return int64_t{direction()} * s.groups + block() / s.blocks; }
+
+  int rank_, cluster_;
+};
+
+// Each warp that owns states has a flag.
+template <class C>
+struct WholeGpuStates : InGroup<C, ForwardSweep, C::owners> {
+  using T = typename C::T;
+  static constexpr int owners = C::owners;
+  using InGroup<C, ForwardSweep, owners>::InGroup;
+
+  // [sequence, unit]
+  static constexpr int64_t numbers(int blocks, int /*cluster*/) { return kSequences * blocks * C::UNITS; }
+
+  // A block's initial states are in its shared memory, before copies may follow.
+  static DEVICE void prepared() { before_copies(); }
+
+  // The states of two units of each lane, after the n-th exchange; all lanes of a warp take part.
+  DEVICE void give(Shared<T>, int, const Own<C>& mine, Pair<T> h, bool runs, int64_t n) const {
+    if (runs) states(n).store_pair(mine.sequence * this->width() + mine.unit, h);
+    synchronize_warp();
+    if (lane() == 0) this->flags().raise(this->rank() * owners + thread() / 32, static_cast<uint32_t>(n + 1));
+  }
+
+  // By a warp that owns nothing: copy what this block's part of the blocks gives to all blocks of the cluster.
+  DEVICE void pass_on(Shared<T> copies, int stride, int running, int64_t n) const {
+    static_assert(C::warps > owners);
+    if (thread() / 32 != C::warps - 1) return;
+    const int blocks = this->clusters(), first = cluster_rank() * blocks;
+    for (int i = lane(); i < blocks * owners; i += 32)
+      if (i % owners * (kSequences / owners) < running)
+        this->flags().wait(first * owners + i, static_cast<uint32_t>(n + 1));
+    synchronize_warp();
+    if (lane() >= running) return;
+    before_copies();
+    copies.copy_to_cluster(lane() * stride + first * C::UNITS, states(n), lane() * this->width() + first * C::UNITS,
+                           blocks * C::UNITS, arrivals(n));
+  }
+
+ private:
+  DEVICE Global<T> states(int64_t n) const { return this->template buffer<T>(n); }
+};
+
+template <class C>
+struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
+  using T = typename C::T;
+  using InGroup<C, BackwardSweep, 1>::InGroup;
+
+  // A block multiplies the gates' gradients of its cluster, those of two blocks at once, for its part of the states.
+  static constexpr int of_units = 2 * C::UNITS;
+  static constexpr int sets_of(int cluster) { return cluster / 2; }
+  static constexpr int states_of(int64_t /*hidden*/, int blocks, int cluster) { return blocks / cluster * C::UNITS; }
+  static constexpr int shares_bytes(int /*blocks*/) { return 0; }
+
+  // [cluster, sequence, unit]
+  static constexpr int64_t numbers(int blocks, int cluster) {
+    return int64_t{blocks / cluster} * kSequences * blocks * C::UNITS;
+  }
+
+  DEVICE int sets() const { return this->cluster() / 2; }
+  DEVICE int first_of_set(int set) const { return (this->rank() - cluster_rank() + set * 2) * C::UNITS; }
+  DEVICE int first_state() const { return cluster_rank() * this->clusters() * C::UNITS; }
+  DEVICE int states() const {
+    const int part = this->clusters() * C::UNITS, left = static_cast<int>(this->s.hidden) - first_state();
+    return left < 0 ? 0 : left < part ? left : part;
+  }
+
+  DEVICE void expect(int64_t n, int running) const {
+    arrivals(n).expect(running * this->cluster() * C::G * C::UNITS * static_cast<int>(sizeof(T)));
+  }
+
+  // Add to a thread's gradients of states what the n-th exchange has, in which so many sequences ran. Of each cluster
+  // the same block has the states of this one.
+  DEVICE void collect(int64_t n, int ran, const Own<C>& mine, float (&grad_h)[2]) const {
+    if (!mine.any || thread() / 32 * (kSequences / C::owners) >= ran) return;
+    const int clusters = this->clusters(), from = this->rank() / clusters;
+    for (int i = lane(); i < clusters; i += 32)
+      this->flags().wait(i * this->cluster() + from, static_cast<uint32_t>(n + 1));
+    synchronize_warp();
+    if (mine.sequence >= ran || mine.there == 0) return;
+#pragma unroll 4
+    for (int of = 0; of < clusters; of++) {
+      const Pair<float> share = shares(n).load_pair(place(of, mine.sequence) + mine.unit);
+      grad_h[0] += first(share), grad_h[1] += second(share);
+    }
+  }
+
+  // To all blocks of the cluster; all lanes of a warp take part.
+  DEVICE void give(Shared<T> gradients, int stride, const Own<C>& mine, const float (&grad)[2][4], bool runs,
+                   int64_t n) const {
+    if (!mine.any) return;
+    synchronize_warp();  // all have collected, before a push lets others overwrite what they read
+    constexpr int together = 16 / sizeof(T);
+    const int set = cluster_rank() / 2, at = cluster_rank() % 2 * C::UNITS + mine.at / together * together;
+#pragma unroll
+    for (int gate = 0; gate < C::G; gate++) {
+      const Words words = gather(C::Product::factors(grad[0][gate], grad[1][gate]));
+      if (runs)
+        push_to_all(gradients, mine.sequence * stride + (set * C::G + gate) * of_units + at, words, cluster_rank(),
+                    this->cluster(), arrivals(n));
+    }
+  }
+
+  static DEVICE void receive(int64_t n) { arrivals(n).wait(phase(n)); }
+
+  // 16 units of the block's part.
+  DEVICE void share(int64_t n, int unit, int running, const float (&result)[kElements]) const {
+    if (unit >= states()) return;
+#pragma unroll
+    for (int s_ = 0; s_ < 2; s_++) {
+      const int sequence = sequence_of_lane() + s_;
+      if (sequence < running)
+        shares(n).store_pair(place(this->rank() / this->cluster(), sequence) + first_state() + unit + unit_of_lane(),
+                             pair(result[s_], result[2 + s_]));
+    }
+  }
+
+  DEVICE void shared(int64_t n) const {
+    synchronize();
+    if (thread() == 0) this->flags().raise(this->rank(), static_cast<uint32_t>(n + 1));
+  }
+
+ private:
+  DEVICE Global<float> shares(int64_t n) const { return this->template buffer<float>(n); }
+  DEVICE int place(int cluster, int sequence) const { return (cluster * kSequences + sequence) * this->width(); }
+};
+
+template <class C>
+using WholeGpuForward = SliceForward<C, WholeGpuStates>;
+template <class C>
+using WholeGpuBackward = SliceBackward<C, WholeGpuShares>;
+
+}  // namespace seqkernels::device
