@@ -16,7 +16,8 @@ CHECKED_SOURCES := $(NATIVE_SOURCES) $(HOST_RUN_SOURCES) $(wildcard tests/*.cpp)
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
-	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench (beside cuDNN), gpu-profile"
+	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench and"
+	@echo "               gpu-bench-large (beside cuDNN), gpu-profile"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style and import directions"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
@@ -56,11 +57,12 @@ test: $(READY) $(HOST_RUN)
 # one that fails keeps none of the others from running. Rows, and what Nsight Compute saw, go to $(OUT).
 OUT ?= benchmarks/results
 GPU_LEFT_OUT := $(addprefix tests/test_,benchmarks.py tasks.py kernels_benchmark.py triton_compiled.py)
-GPU_PROBLEMS ?= names256 news charlm cliff256 long
+GPU_PROBLEMS ?= names256 news charlm cliff129 cliff256 long
+GPU_LARGE_PROBLEMS ?= charlm1 big1024 flashrnn kernelbench
 GPU_CELLS ?= GRU LSTM
 GPU_DTYPES ?= bfloat16 float32
 gpu-check: gpu-build
-	$(MAKE) --keep-going gpu-test gpu-sanitize gpu-bench gpu-profile
+	$(MAKE) --keep-going gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile
 
 gpu-build:
 	SEQKERNELS_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
@@ -77,16 +79,20 @@ gpu-sanitize:
 	    --error-exitcode 1 $(PYTHON) tests/gpu_run.py || failed=1; \
 	done; exit $${failed:-0}
 
-gpu-bench:
-	$(PYTHON) -m benchmarks kernels --device cuda --problem $(GPU_PROBLEMS) --cell $(GPU_CELLS) --dtype $(GPU_DTYPES) \
+gpu-bench: MEASURED := $(GPU_PROBLEMS)
+gpu-bench-large: MEASURED := $(GPU_LARGE_PROBLEMS)
+gpu-bench gpu-bench-large:
+	$(PYTHON) -m benchmarks kernels --device cuda --problem $(MEASURED) --cell $(GPU_CELLS) --dtype $(GPU_DTYPES) \
 	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --turns 9 --out $(OUT)
 
 GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demangled
 gpu-profile:
 	$(GPU_PROFILE) --kernel-name regex:SingleBlock --launch-count 8 \
 	  $(PYTHON) tests/gpu_run.py --problem news --cell GRU LSTM --dtype bfloat16 > $(OUT)/profile.txt
+	$(GPU_PROFILE) --kernel-name regex:Slice --launch-count 16 \
+	  $(PYTHON) tests/gpu_run.py --problem charlm big1024 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
 	$(GPU_PROFILE) --kernel-name "regex:Step(Forward|Backward)" --launch-skip 20 --launch-count 2 \
-	  $(PYTHON) tests/gpu_run.py --problem charlm1 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
+	  $(PYTHON) tests/gpu_run.py --problem big1024 --cell GRU LSTM --dtype float64 >> $(OUT)/profile.txt
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
@@ -126,4 +132,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-profile bench wheel lint sanitize arm clean
+.PHONY: help demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean

@@ -17,7 +17,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--problem", nargs="+", default=[], metavar="NAME", help="of benchmarks/problems.py")
 parser.add_argument("--cell", nargs="+", default=["RNN", "GRU", "LSTM"])
 parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16", "float64"])
-parser.add_argument("--hidden", nargs="+", type=int, default=[31, 64, 100, 300], help="of the small layers")
+parser.add_argument("--hidden", nargs="+", type=int, default=[31, 64, 100, 300, 800], help="of the small layers")
 parser.add_argument("--host-run", type=Path, help="the library of a host run: on the CPU, for trying this out")
 options = parser.parse_args()
 if options.host_run:

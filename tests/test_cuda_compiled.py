@@ -68,7 +68,8 @@ class Kernel(NamedTuple):
 
 
 ATOMICS = ("ATOM", "ATOMG", "ATOMS", "RED", "REDG")
-KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL", "STAS", "SYNCS", *ATOMICS)  # STAS, SYNCS: pushes to peers, mbarriers
+# STAS, SYNCS: pushes to peers, mbarriers; UBLKCP: copies to a cluster.
+KINDS = ("HMMA", "FFMA", "DFMA", "LDL", "STL", "STAS", "SYNCS", "UBLKCP", *ATOMICS)
 
 
 @functools.cache
@@ -258,21 +259,39 @@ def test_there_is_a_kernel_for_all_that_select_chooses_and_for_nothing_else(targ
     assert there == used, f"never chosen: {sorted(there - used, key=str)}"
 
 
-def test_clusters_push_and_count_and_are_all_of_use():
+@pytest.fixture
+def hopper() -> str:
     if "sm_90a" not in _build()[1]:
         pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")
-    there = slices("sm_90a", "Cluster")
-    for kernel in there.values():
-        assert kernel.instructions["STAS"] and kernel.instructions["SYNCS"], kernel
-    used = {
+    return "sm_90a"
+
+
+def fitting(find: Callable, widest: int) -> set[tuple]:
+    """(cell, dtype, TF32, backward, units, even) of all that `find`, of `select`, has for layers on an H200."""
+    return {
         (cell, dtype, tf32, backward, found.units, hidden % 2 == 0)
         for cell in CELLS
         for dtype, tf32 in PRODUCTS.values()
         for backward in (False, True)
-        for hidden in range(1, 1025)
-        for found in select.clusters(cell, hidden, False, dtype, tf32, GPUS["NVIDIA H200"], backward)[0]
+        for hidden in range(1, widest + 1)
+        for found in find(cell, hidden, False, dtype, tf32, GPUS["NVIDIA H200"], backward)[0]
     }
-    assert {configuration[:6] for configuration in there} == used
+
+
+def test_clusters_push_and_count_and_are_all_of_use(hopper):
+    there = slices(hopper, "Cluster")
+    for kernel in there.values():
+        assert kernel.instructions["STAS"] and kernel.instructions["SYNCS"], kernel
+    assert {configuration[:6] for configuration in there} == fitting(select.clusters, 1024)
+
+
+def test_the_whole_gpu_copies_states_and_pushes_gradients_of_gates(hopper):
+    there = slices(hopper, "WholeGpu")
+    for configuration, kernel in there.items():
+        assert kernel.instructions["STAS" if configuration.backward else "UBLKCP"], kernel
+        assert kernel.instructions["SYNCS"], kernel
+    used = {(*layer, even) for *layer, _, even in fitting(select.whole_gpu, 2112)}
+    assert {(*configuration[:4], configuration.even) for configuration in there} == used
 
 
 def test_the_oldest_gpu_has_all_but_the_single_block():

@@ -1,31 +1,139 @@
-import pytest, torch
+"""The kernels for the whole GPU, run on the CPU: blocks that exchange through global memory, in clusters of 2 and 4,
+every cell and dtype, and every fault found."""
+
+import pytest
+import torch
 from test_cuda import SHARED, by_road, faulty
 from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
+
+from seqkernels.hardware import HERE
 from seqkernels.select import Road
 
-def whole(cluster=4, tile=8, memory=SHARED):
-    return Road("whole GPU", tile, memory, 16*cluster)
+pytestmark = pytest.mark.skipif(not HERE.host_run, reason="no host run here: `make test` builds build/host_run")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+CLUSTERS = pytest.mark.parametrize("blocks", [2, 4])
 
-@pytest.mark.parametrize("cluster", [2, 4])
-@DTYPES
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("hidden", [5, 64, 129, 200])
-def test_basic(cell, dtype, cluster, hidden):
-    call = Call(cell, 1, 9, 3, hidden, batch_sizes=(9, 5, 1), bias=False, dtype=dtype)
-    assert_rounding_alone_of(call, *by_road(whole(cluster)))
 
-@pytest.mark.parametrize("tile", [1, 3, 5, 8])
-@pytest.mark.parametrize("few", [4, 8, 16, 132])
-@pytest.mark.parametrize("cell", CELLS)
-def test_both(cell, tile, few, host_run):
-    host_run.multiprocessors(few)
-    call = Call(cell, 2, 17, 5, 50, batch_sizes=(17, 7, 7, 7, 4, 2, 1), dtype=torch.bfloat16)
-    assert_rounding_alone_of(call, *by_road(whole(2, tile)))
+def whole_gpu(blocks: int, tile: int = 8, memory: int = SHARED) -> Road:
+    """In clusters of so many blocks, of 16 hidden units each."""
+    return Road("whole GPU", tile, memory, 16 * blocks)
+
+
+@pytest.fixture
+def multiprocessors(host_run):
+    yield host_run.multiprocessors
     host_run.multiprocessors(132)
 
+
+@pytest.mark.parametrize("hidden", [5, 64, 129, 200])
+@CLUSTERS
+@DTYPES
 @pytest.mark.parametrize("cell", CELLS)
-def test_large(cell, host_run):
-    call = Call(cell, 1, 8, 5, 512, batch_sizes=(8, 7, 4, 2), dtype=torch.bfloat16)
-    assert_rounding_alone_of(call, *by_road(whole(4)))
+def test_every_cell_in_clusters_of_either_size(cell, dtype, blocks, hidden):
+    call = Call(cell, 1, 9, 3, hidden, batch_sizes=(9, 5, 1), bias=False, dtype=dtype)
+    assert_rounding_alone_of(call, *by_road(whole_gpu(blocks)))
+
+
+@pytest.mark.parametrize("at_once", [4, 8, 16, 132])
+@pytest.mark.parametrize("tile", [1, 3, 5, 8])
+@pytest.mark.parametrize("cell", CELLS)
+def test_groups_take_turns_at_tiles_and_directions(cell, tile, at_once, multiprocessors):
+    """Of 4 blocks each: from one group for everything to one for each tile of either direction."""
+    multiprocessors(at_once)
+    call = Call(cell, 2, 17, 5, 50, batch_sizes=(17, 7, 7, 7, 4, 2, 1), dtype=torch.bfloat16)
+    assert_rounding_alone_of(call, *by_road(whole_gpu(2, tile)))
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "dtype", "blocks"),
+    [
+        ("gru", 1024, torch.float32, 4),
+        ("lstm", 767, torch.float32, 2),
+        ("gru", 2047, torch.float16, 2),
+        ("lstm", 2048, torch.bfloat16, 4),
+    ],
+    ids=str,
+)
+def test_the_largest_layers(cell, hidden, dtype, blocks):
+    call = Call(cell, 1, 2, 2, hidden, batch_sizes=(2, 1), dtype=dtype)
+    assert_rounding_alone_of(call, *by_road(whole_gpu(blocks)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_rounds_factors_to_ten_bits(cell):
+    call = Call(cell, 1, 5, 4, 140, dtype=torch.float32)
+    exact, rounded = (both_passes(call, *by_road(whole_gpu(4), tf32)) for tf32 in (False, True))
+    # A relu input that rounds across zero has another gradient, which is no error.
+    compared = slice(2) if cell == "rnn_relu" else slice(None)
+    pairs = zip(rounded[compared], exact[compared], strict=True)
+    gaps = [float((a - b).norm() / b.norm()) for a, b in pairs if b.numel()]
+    assert 1e-5 < max(gaps) < 3e-3
+
+
+@CLUSTERS
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_order_of_threads_copies_and_flags_changes_a_bit(cell, blocks, host_run, multiprocessors):
+    multiprocessors(24)
+    call = Call(cell, 2, 9, 4, 90, batch_sizes=(9, 6, 6, 2), dtype=torch.bfloat16)
+    expected = both_passes(call, *by_road(whole_gpu(blocks)))
+    for seed in range(5):
+        host_run.seed(seed)
+        for ours, first in zip(both_passes(call, *by_road(whole_gpu(blocks))), expected, strict=True):
+            assert torch.equal(ours, first)
+
+
+STEPS = 4
+FAULTS = [
+    # pass, fault, which of a thread's, what is said
+    ("forward", "cluster_barrier", 0, "no mbarrier|unwritten|race"),
+    ("forward", "barrier", 0, "unwritten|race"),
+    ("forward", "barrier", 2, "race"),
+    ("forward", "warp_barrier", 0, "race|no fence"),
+    ("forward", "wait", 1, "race"),
+    ("forward", "parity", 1, "race|deadlock"),
+    ("forward", "more_bytes", 1, "deadlock .* awaits 16 bytes"),
+    ("forward", "fewer_bytes", 1, "race|overrun"),
+    ("forward", "push", 1, "deadlock .* waiting for pushes"),
+    ("forward", "flag", 1, "deadlock .* waiting for a flag"),
+    ("forward", "fence", 0, "no fence"),
+    ("forward", "fence", 1, "no fence"),
+    ("backward", "cluster_barrier", 0, "no mbarrier|unwritten|race"),
+    ("backward", "barrier", 0, "race"),
+    ("backward", "warp_barrier", 1, "race"),
+    ("backward", "wait", 0, "unwritten|race"),
+    ("backward", "wait", 2, "race"),
+    ("backward", "parity", 1, "unwritten|race|deadlock"),
+    ("backward", "more_bytes", 1, "deadlock .* awaits 16 bytes"),
+    ("backward", "fewer_bytes", 1, "race|overrun"),
+    ("backward", "push", 0, "deadlock .* waiting for pushes"),
+    ("backward", "flag", 2, "deadlock .* waiting for a flag"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(map(str, fault[:3])))
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_every_fault_is_caught(cell, fault, host_run):
+    which, kind, event, message = fault
+    call = Call(cell, 1, 8, STEPS, 90, dtype=torch.bfloat16)
+    forward, back = by_road(whole_gpu(2))
+    for seed in range(8):
+        host_run.seed(seed)
+        passes = {"forward": forward, "backward": back}
+        passes[which] = faulty(host_run, passes[which], kind, event)
+        with pytest.raises(RuntimeError, match=message):
+            both_passes(call, *passes.values())
+    both_passes(call, forward, back)
+
+
+def test_what_has_no_kernel_says_why(multiprocessors):
+    multiprocessors(60)
+    for call, road, reason in (
+        (Call("gru", hidden=1000, dtype=torch.float32), whole_gpu(4), "as many blocks at the same time"),
+        (Call("gru", dtype=torch.float64), whole_gpu(4), "float64"),
+        (Call("gru", dtype=torch.float32), whole_gpu(3), "clusters of so many blocks"),
+        (Call("gru", dtype=torch.float32), whole_gpu(4, tile=9), "takes 1 to 8 sequences"),
+        (Call("lstm", hidden=900, dtype=torch.float32), whole_gpu(4, memory=99 << 10), "do not fit"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            both_passes(call, *by_road(road))

@@ -157,8 +157,8 @@ struct Shared {
         : "memory");
   }
   // `count` elements of global memory, a multiple of 16 bytes, into the same array of all blocks of the cluster, read
-  // once for all of them; the `arrivals` of each count the bytes. What is copied, and where it goes, is written and read
-  // in other ways as well: `before_copies` comes between.
+  // once for all of them; the `arrivals` of each count the bytes. Copies go another way than loads and stores: one of
+  // the fences below comes between what is stored and a copy of it, or to the same place.
   DEVICE void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
     const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
     const auto all = static_cast<uint16_t>((1 << cluster_size()) - 1);
@@ -170,8 +170,11 @@ struct Shared {
   }
 };
 
-// Copies that follow see what the caller has written, or knows of.
-DEVICE void before_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// The caller's copies from global memory that follow see what others have stored there, as far as it knows of that.
+DEVICE void fence_copies_from_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// Copies to the block's shared memory that follow, anyone's, come after what the caller has stored there.
+DEVICE void fence_copies_to_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Numbers in the GPU's memory, by which blocks that run at the same time wait for each other.
 class Flags {
@@ -317,8 +320,8 @@ cudaError_t allow_more(bool large_cluster) {
   return error;
 }
 
-// How many clusters of so many blocks of a kernel the current GPU runs at the same time, if a block has the GPU's shared
-// memory for itself; asked for once on each GPU. Null, or the text of an error.
+// How many clusters of so many blocks of a kernel the current GPU runs at the same time, if a block has the GPU's
+// shared memory for itself; asked for once on each GPU. Null, or the text of an error.
 template <class Kernel>
 const char* count_clusters(int cluster, int& clusters) {
   static std::atomic<int> all_known[17][64];

@@ -1,8 +1,9 @@
 // A sweep in one launch by groups of blocks (compute capability 9.0): a group takes up to 8 sequences at a time through
 // all their steps, each of its blocks a slice of the hidden units, with the recurrent weights of all gates of these in
 // its registers and shared memory. Groups know nothing of each other; both directions run side by side (the second
-// index of a block). Here is what a block does with its slice; how the blocks of a group tell each other of a step, once
-// a step, is an Exchange: through the shared memory of a cluster (cluster.h), or through the L2 cache (whole_gpu.h).
+// index of a block). Here is what a block does with its slice; how the blocks of a group tell each other of a step,
+// once a step, is an Exchange: through the shared memory of a cluster (cluster.h), or through the L2 cache
+// (whole_gpu.h).
 #pragma once
 #include "layer.h"
 #include "product.h"
@@ -171,7 +172,6 @@ struct Own {
 // The arrivals of the n-th exchange: two mbarriers, at the begin of shared memory, take turns.
 DEVICE Mbarrier arrivals(int64_t n) { return Mbarrier(static_cast<int>(n % 2) * 8); }
 DEVICE int phase(int64_t n) { return static_cast<int>(n / 2 % 2); }
-
 
 // To the same place of so many peers of a cluster, the first of them `first`: the lanes that have the same 16 bytes (4
 // side by side, 2 of float32) share the peers, and each begins with another one.
@@ -347,9 +347,9 @@ struct SliceBackward : C {
   using Exchange = Exchange_<C>;
   using Parameters = typename Exchange::template Parameters<BackwardSweep>;
   static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
-  static constexpr int OF = Exchange::of_units;              // units whose gates' gradients are multiplied at once,
+  static constexpr int OF = Exchange::of_units;             // units whose gates' gradients are multiplied at once,
   static constexpr int chunks = ceiling(G * OF, C::chunk);  // in so many chunks,
-  static constexpr int rows = 2 * kUnits;                   // for so many states, so that factors are read half as often
+  static constexpr int rows = 2 * kUnits;  // for so many states, so that factors are read half as often
   using Held = Stationary<T, 2 * chunks, C::HELD, C::threads>;
 
   // For a group of so many blocks, in clusters of so many.
@@ -357,8 +357,8 @@ struct SliceBackward : C {
     const int sets = Exchange::sets_of(cluster), states = Exchange::states_of(s.hidden, blocks, cluster);
     const int stride = Factors<T>::stride(sets * chunks * C::chunk);
     const int exchanged = 16 + 2 * kSequences * stride * size, weights = exchanged + Exchange::shares_bytes(blocks);
-    return {s, tile, stride, exchanged, weights,
-            weights + Held::bytes(ceiling(ceiling(states, rows), C::warps) * sets)};
+    return {s,         tile,    stride,
+            exchanged, weights, weights + Held::bytes(ceiling(ceiling(states, rows), C::warps) * sets)};
   }
 
   static DEVICE void run(const Parameters& s) {
@@ -378,17 +378,17 @@ struct SliceBackward : C {
     const auto first_row = [&](int group) { return (warp + group / sets * C::warps) * rows; };
     const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
     const int row_groups = (exchange.states() + rows - 1) / rows;
-    const Held weights((row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
-                       [&](int group, int i, int row, int column) {
-                         const int of = i / 2 * C::chunk + column, gate = of / OF;
-                         const int own = exchange.first_of_set(group % sets) + of % OF;
-                         const int state = first_row(group) + i % 2 * kUnits + row;
-                         const int there = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
-                         const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
-                         const T zero = Narrow<T>::of(0);
-                         return Product::factors(pair(there > 0 ? w_hh.load(at) : zero,
-                                                      there > 1 ? w_hh.load(at + hidden) : zero));
-                       });
+    const Held weights(
+        (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
+        [&](int group, int i, int row, int column) {
+          const int of = i / 2 * C::chunk + column, gate = of / OF;
+          const int own = exchange.first_of_set(group % sets) + of % OF;
+          const int state = first_row(group) + i % 2 * kUnits + row;
+          const int there = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
+          const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
+          const T zero = Narrow<T>::of(0);
+          return Product::factors(pair(there > 0 ? w_hh.load(at) : zero, there > 1 ? w_hh.load(at + hidden) : zero));
+        });
     cluster_wait();
 
     int64_t before_all = 0;  // exchanges, for other tiles

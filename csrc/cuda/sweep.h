@@ -164,8 +164,8 @@ struct Clusters {
 const char* cluster_forward(const ForwardSweep&, const Clusters&, void* stream);
 const char* cluster_backward(const BackwardSweep&, const Clusters&, void* stream);
 
-// All steps in one launch by groups of blocks that run at the same time and may be the whole GPU, with 16 hidden units a
-// block, in clusters of 2 or 4 blocks. A group takes `tile` sequences (at most 8) at once; a block may have `memory`
+// All steps in one launch by groups of blocks that run at the same time and may be the whole GPU, with 16 hidden units
+// a block, in clusters of 2 or 4 blocks. A group takes `tile` sequences (at most 8) at once; a block may have `memory`
 // bytes of shared memory.
 struct WholeGpu {
   int cluster, tile, memory;

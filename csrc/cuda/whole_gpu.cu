@@ -27,12 +27,17 @@ using KernelOf = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BAC
 template <class Kernel, class Arrays>
 const char* launch_kernel(const Arrays& arrays, const WholeGpu& whole, const Groups& groups, void* exchange,
                           void* flags, void* stream) {
-  typename Kernel::Parameters p{Kernel::of(arrays, whole.tile, groups.blocks, whole.cluster), 0, groups.groups,
-                                groups.blocks, exchange, groups.numbers, static_cast<uint32_t*>(flags)};
+  typename Kernel::Parameters p{Kernel::of(arrays, whole.tile, groups.blocks, whole.cluster),
+                                0,
+                                groups.groups,
+                                groups.blocks,
+                                exchange,
+                                groups.numbers,
+                                static_cast<uint32_t*>(flags)};
   if (p.bytes > whole.memory) return "the weights do not fit into the registers and the shared memory of the blocks";
   for (; p.first_direction < arrays.directions; p.first_direction += groups.directions) {
-    const char* error = launch<Kernel>(groups.groups * groups.blocks, groups.directions, p.bytes, stream, p,
-                                       {whole.cluster, true});
+    const char* error =
+        launch<Kernel>(groups.groups * groups.blocks, groups.directions, p.bytes, stream, p, {whole.cluster, true});
     if (error) return error;
   }
   return nullptr;
@@ -59,7 +64,8 @@ const char* whole_gpu_groups(const Sweep& s, const WholeGpu& whole, bool backwar
   using Forward = KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>::Exchange;
   using Backward = KernelOf<WholeGpuBackward, true, Cell::lstm, Exact, true>::Exchange;
   int clusters = 0;
-  const char* error = count_clusters<KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>>(whole.cluster, clusters);
+  const char* error =
+      count_clusters<KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>>(whole.cluster, clusters);
   if (error) return error;
   groups.blocks = ceiling(s.hidden, UNITS * whole.cluster) * whole.cluster;
   const int at_once = clusters * whole.cluster / groups.blocks;

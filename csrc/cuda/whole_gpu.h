@@ -3,10 +3,10 @@
 // flag of its own; others wait for the flags of just those blocks that they need something of, and no barrier goes
 // across the grid. A flag only ever grows, by one with every exchange. Blocks of a cluster (of 2 or 4) share the work:
 //
-// Forward, a step's new states go to all blocks, and reading them from L2 is what would cost most: with 128 blocks of 16
-// units, H = 2048 and 8 sequences in 16 bits each of them needs 32 KB, 4 MB a step together. So a block reads its part of
-// them alone, for the whole cluster: a bulk copy writes them to the shared memory of all its blocks, where an mbarrier
-// counts the bytes.
+// Forward, a step's new states go to all blocks, and reading them from L2 is what would cost most: with 128 blocks of
+// 16 units, H = 2048 and 8 sequences in 16 bits each of them needs 32 KB, 4 MB a step together. So a block reads its
+// part of them alone, for the whole cluster: a bulk copy writes them to the shared memory of all its blocks, where an
+// mbarrier counts the bytes.
 //
 // Backward, as in cluster.h, shares of the states' gradients go to the blocks that own these, not the gates' gradients
 // to all. But first the blocks of a cluster push their gates' gradients to each other, and each multiplies those of all
@@ -15,11 +15,11 @@
 //
 // Either exchange has two buffers, both in global and in shared memory, which is enough. Forward, a block gives the
 // states of exchange n + 1 after it has all of exchange n, that is after all blocks have given these, and so have read
-// exchange n - 1, whose buffer it overwrites; and it copies a part of exchange n + 1 to its peers after it has got a part
-// of exchange n from each of them, who copy it after reading exchange n - 1. Backward, shares of exchange n + 1 follow
-// upon the gates' gradients of all blocks of a cluster, each of which has before collected exchange n from every cluster;
-// and what a cluster gives of exchange n follows upon the gates' gradients of all its blocks, each of which has before
-// collected exchange n - 1.
+// exchange n - 1, whose buffer it overwrites; and it copies a part of exchange n + 1 to its peers after it has got a
+// part of exchange n from each of them, who copy it after reading exchange n - 1. Backward, shares of exchange n + 1
+// follow upon the gates' gradients of all blocks of a cluster, each of which has before collected exchange n from every
+// cluster; and what a cluster gives of exchange n follows upon the gates' gradients of all its blocks, each of which
+// has before collected exchange n - 1.
 #pragma once
 #include "slice.h"
 
@@ -87,7 +87,7 @@ struct WholeGpuStates : InGroup<C, ForwardSweep, C::owners> {
   static constexpr int64_t numbers(int blocks, int /*cluster*/) { return kSequences * blocks * C::UNITS; }
 
   // A block's initial states are in its shared memory, before copies may follow.
-  static DEVICE void prepared() { before_copies(); }
+  static DEVICE void prepared() { fence_copies_to_shared(); }
 
   // The states of two units of each lane, after the n-th exchange; all lanes of a warp take part.
   DEVICE void give(Shared<T>, int, const Own<C>& mine, Pair<T> h, bool runs, int64_t n) const {
@@ -106,7 +106,7 @@ struct WholeGpuStates : InGroup<C, ForwardSweep, C::owners> {
         this->flags().wait(first * owners + i, static_cast<uint32_t>(n + 1));
     synchronize_warp();
     if (lane() >= running) return;
-    before_copies();
+    fence_copies_from_global();
     copies.copy_to_cluster(lane() * stride + first * C::UNITS, states(n), lane() * this->width() + first * C::UNITS,
                            blocks * C::UNITS, arrivals(n));
   }

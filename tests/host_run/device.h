@@ -169,7 +169,8 @@ class Shared {
   int byte_, count_;
 };
 
-void before_copies();
+void fence_copies_from_global();
+void fence_copies_to_shared();
 
 class Flags {
  public:

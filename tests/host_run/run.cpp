@@ -115,10 +115,10 @@ struct Fiber {
   int index;  // among all that run
   uint64_t time;
   Known known;
-  int64_t clusters;    // barriers of the cluster that it has arrived at
-  bool skips_cluster;  // the last of them, by a planted fault
-  uint64_t fenced;     // before copies, the last time; and what it knew then
-  Known known_to_copies;
+  int64_t clusters;       // barriers of the cluster that it has arrived at
+  bool skips_cluster;     // the last of them, by a planted fault
+  uint64_t fenced;        // when it let copies to shared memory come after its stores
+  Known known_to_copies;  // from global memory: what it knew then
   std::array<int, int(Fault::count)> events;
 };
 
@@ -185,7 +185,7 @@ struct Flag {
 void (*kernel)(const void*);
 const void* kernel_parameters;
 int threads, shared_bytes, blocks, cluster_blocks;  // of a block, and blocks that run at the same time, in clusters
-jmp_buf home;                       // where the launch goes on when no fiber can
+jmp_buf home;                                       // where the launch goes on when no fiber can
 std::deque<Fiber> fibers;
 std::deque<Warp> warps;
 std::deque<Block> running;
@@ -621,7 +621,8 @@ void send(int begin, int64_t size, int64_t offset, const void* words, const void
     shadow.write = kUnderWay << kActorBits | phases.actor;
   }
   phases.under_way++;
-  pushes.push_back({&to, &phases, at, {}, static_cast<const unsigned char*>(from), mine->known, mine->index, mine->time});
+  pushes.push_back(
+      {&to, &phases, at, {}, static_cast<const unsigned char*>(from), mine->known, mine->index, mine->time});
   std::memcpy(pushes.back().words.data(), words, 16);
 }
 
@@ -748,10 +749,14 @@ void cluster_wait() {
   set_time(++latest);
 }
 
-void before_copies() {
+void fence_copies_from_global() {
+  if (!goes_wrong(Fault::fence)) mine->known_to_copies = mine->known;
+}
+
+void fence_copies_to_shared() {
   if (goes_wrong(Fault::fence)) return;
   set_time(++latest);
-  mine->fenced = mine->time, mine->known_to_copies = mine->known;
+  mine->fenced = mine->time;
 }
 
 void Mbarrier::init() const {
