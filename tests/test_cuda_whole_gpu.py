@@ -1,6 +1,8 @@
 """The kernels for the whole GPU, run on the CPU: blocks that exchange through global memory, in clusters of 2 and 4,
 every cell and dtype, and every fault found."""
 
+import random
+
 import pytest
 import torch
 from test_cuda import SHARED, by_road, faulty
@@ -43,6 +45,30 @@ def test_groups_take_turns_at_tiles_and_directions(cell, tile, at_once, multipro
     multiprocessors(at_once)
     call = Call(cell, 2, 17, 5, 50, batch_sizes=(17, 7, 7, 7, 4, 2, 1), dtype=torch.bfloat16)
     assert_rounding_alone_of(call, *by_road(whole_gpu(2, tile)))
+
+
+@pytest.mark.parametrize(
+    ("directions", "sizes"), [(2, (16, 4)), (2, (16, 16, 4)), (2, (13, 4)), (2, (16, 12, 4)), (1, (16, 12, 4))], ids=str
+)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_tile_begins_while_warps_are_behind_with_another(cell, directions, sizes, host_run, multiprocessors):
+    """A warp whose sequences have ended, or not begun, must have read what the others are about to overwrite."""
+    multiprocessors(8)
+    call = Call(cell, directions, sizes[0], len(sizes), 90, batch_sizes=sizes, dtype=torch.bfloat16)
+    for seed in range(3):
+        host_run.seed(seed)
+        assert_rounding_alone_of(call, *by_road(whole_gpu(2)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_lengths_in_any_tiles(seed, host_run, multiprocessors):
+    draw = random.Random(seed)
+    host_run.seed(seed)
+    multiprocessors(draw.choice([8, 16, 24, 132]))
+    sizes = sorted((draw.randint(1, 24) for _ in range(draw.randint(1, 6))), reverse=True)
+    cell, directions, hidden = draw.choice(CELLS), draw.randint(1, 2), draw.choice([20, 33, 90])
+    call = Call(cell, directions, sizes[0], len(sizes), hidden, batch_sizes=tuple(sizes), dtype=torch.bfloat16)
+    assert_rounding_alone_of(call, *by_road(whole_gpu(draw.choice([2, 4]), draw.randint(1, 8))))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,15 @@ def test_flags_between_all_blocks(blocks, seed, host_run):
     assert torch.equal(torch.tensor(numbers), exchanged(blocks, blocks))
 
 
+@pytest.mark.parametrize(("blocks", "cluster"), [(4, 4), (12, 2), (24, 4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_to_clusters_that_run_at_the_same_time(blocks, cluster, seed, host_run):
+    host_run.seed(seed)
+    error, numbers = host_run.exchange_by_copies(blocks, cluster, STEPS)
+    assert not error
+    assert torch.equal(torch.tensor(numbers), exchanged(blocks, blocks))
+
+
 SEEDS = pytest.mark.parametrize("seed", range(20))
 
 
@@ -86,11 +95,43 @@ def test_faulty_flags_are_caught(fault, event, error, seed, host_run):
     assert re.match(error, found)
 
 
+@pytest.mark.parametrize(
+    ("fault", "event", "error"),
+    [
+        ("wait", 1, "race"),
+        ("parity", 1, "race|deadlock"),
+        ("more_bytes", 1, "deadlock .* awaits 16 bytes"),
+        ("fewer_bytes", 1, "race|overrun"),
+        ("push", 1, "deadlock .* waiting for pushes"),
+        ("flag", 1, "deadlock .* waiting for a flag"),
+        ("fence", 0, "no fence"),
+        ("fence", 2, "no fence"),
+        ("cluster_barrier", 0, "no mbarrier|race|no fence"),
+        ("barrier", 1, "race"),
+        ("warp_barrier", 1, "race|no fence"),
+    ],
+)
+@SEEDS
+def test_faulty_copies_are_caught(fault, event, error, seed, host_run):
+    host_run.seed(seed)
+    host_run.plant(getattr(host_run.Fault, fault), event)
+    found, _ = host_run.exchange_by_copies(8, 2, STEPS)
+    host_run.plant(host_run.Fault.none)
+    assert re.match(error, found)
+
+
+@SEEDS
+def test_a_fence_that_comes_late_is_caught(seed, host_run):
+    host_run.seed(seed)
+    assert host_run.exchange_by_copies(8, 2, STEPS, late=True)[0].startswith("no fence")
+
+
 @SEEDS
 def test_a_buffer_that_is_pushed_to_while_it_is_read_is_caught(seed, host_run):
     host_run.seed(seed)
     assert host_run.exchange_by_pushes(4, 4, STEPS, buffers=1)[0].startswith("race")
     assert host_run.exchange_by_flags(4, STEPS, buffers=1)[0].startswith("race")
+    assert host_run.exchange_by_copies(4, 4, STEPS, buffers=1)[0].startswith("race")
 
 
 @SEEDS

@@ -69,7 +69,7 @@ class ClusterShares : public InCluster<C> {
   static constexpr int of_units = C::UNITS;
   static constexpr int sets_of(int /*cluster*/) { return 1; }
   static constexpr int states_of(int64_t hidden, int /*blocks*/, int /*cluster*/) { return static_cast<int>(hidden); }
-  static constexpr int shares_bytes(int blocks) { return 2 * blocks * kSequences * C::UNITS * 4; }
+  static constexpr int exchanged_bytes(int blocks) { return 2 * blocks * kSequences * C::UNITS * 4; }
 
   DEVICE explicit ClusterShares(const Sliced<BackwardSweep>& s)
       : hidden_(static_cast<int>(s.hidden)), exchanged_(s.exchanged) {

@@ -356,7 +356,7 @@ struct SliceBackward : C {
   static Sliced<BackwardSweep> of(const BackwardSweep& s, int tile, int blocks, int cluster) {
     const int sets = Exchange::sets_of(cluster), states = Exchange::states_of(s.hidden, blocks, cluster);
     const int stride = Factors<T>::stride(sets * chunks * C::chunk);
-    const int exchanged = 16 + 2 * kSequences * stride * size, weights = exchanged + Exchange::shares_bytes(blocks);
+    const int exchanged = 16 + 2 * kSequences * stride * size, weights = exchanged + Exchange::exchanged_bytes(blocks);
     return {s,         tile,    stride,
             exchanged, weights, weights + Held::bytes(ceiling(ceiling(states, rows), C::warps) * sets)};
   }

@@ -16,10 +16,10 @@
 // Either exchange has two buffers, both in global and in shared memory, which is enough. Forward, a block gives the
 // states of exchange n + 1 after it has all of exchange n, that is after all blocks have given these, and so have read
 // exchange n - 1, whose buffer it overwrites; and it copies a part of exchange n + 1 to its peers after it has got a
-// part of exchange n from each of them, who copy it after reading exchange n - 1. Backward, shares of exchange n + 1
-// follow upon the gates' gradients of all blocks of a cluster, each of which has before collected exchange n from every
-// cluster; and what a cluster gives of exchange n follows upon the gates' gradients of all its blocks, each of which
-// has before collected exchange n - 1.
+// part of exchange n from each of them, who copy it after reading exchange n - 1. Backward, a block gives shares of
+// exchange n + 1 after it has the gates' gradients of its cluster, whose blocks push them after collecting exchange n
+// from every cluster; and these gave it after they had the gates' gradients of all their blocks, which pushed them when
+// all of their threads had collected exchange n - 1, whose buffer is overwritten.
 #pragma once
 #include "slice.h"
 
@@ -44,7 +44,12 @@ class InGroup {
   using Parameters = OnWholeGpu<Of>;
 
   DEVICE explicit InGroup(const OnWholeGpu<Pass>& s)
-      : s(s), rank_(static_cast<int>(block() % s.blocks)), cluster_(cluster_size()) {}
+      : s(s),
+        group_(static_cast<int>(block()) / s.blocks),
+        rank_(static_cast<int>(block()) % s.blocks),
+        cluster_(cluster_size()),
+        clusters_(s.blocks / cluster_),
+        peer_(cluster_rank()) {}
 
   DEVICE int direction() const { return s.first_direction + block_y(); }
   DEVICE int rank() const { return rank_; }
@@ -52,28 +57,31 @@ class InGroup {
 
   template <class Do>
   DEVICE void each_tile(const Sweep&, Do act) const {
-    for (int64_t i = block() / s.blocks; i * s.tile < s.sequences; i += s.groups) act(Tile(s, s.tile, i, direction()));
+    for (int64_t i = group_; i * s.tile < s.sequences; i += s.groups) act(Tile(s, s.tile, i, direction()));
   }
 
  protected:
-  DEVICE int cluster() const { return cluster_; }              // blocks of a cluster
-  DEVICE int clusters() const { return s.blocks / cluster_; }  // of the group
+  DEVICE int cluster() const { return cluster_; }         // blocks of a cluster
+  DEVICE int clusters() const { return clusters_; }       // of the group
+  DEVICE int number() const { return rank_ / cluster_; }  // of the cluster that this block is of
+  DEVICE int peer() const { return peer_; }               // which of its blocks this one is
   DEVICE int width() const { return s.blocks * C::UNITS; }
+
+  // Which of its group, over all directions.
+  DEVICE int group() const { return direction() * s.groups + group_; }
 
   DEVICE Flags flags() const { return {s.flags + group() * s.blocks * FLAGS, s.blocks * FLAGS}; }
 
   // What the n-th exchange holds.
   template <class T>
   DEVICE Global<T> buffer(int64_t n) const {
-    return {static_cast<T*>(s.exchange) + (group() * 2 + n % 2) * s.numbers, s.numbers};
+    return {static_cast<T*>(s.exchange) + (group() * 2 + static_cast<int>(n % 2)) * s.numbers, s.numbers};
   }
 
   const OnWholeGpu<Pass>& s;
 
  private:
-  DEVICE int64_t group() const { return int64_t{direction()} * s.groups + block() / s.blocks; }
-
-  int rank_, cluster_;
+  int group_, rank_, cluster_, clusters_, peer_;
 };
 
 // Each warp that owns states has a flag.
@@ -96,19 +104,24 @@ struct WholeGpuStates : InGroup<C, ForwardSweep, C::owners> {
     if (lane() == 0) this->flags().raise(this->rank() * owners + thread() / 32, static_cast<uint32_t>(n + 1));
   }
 
-  // By a warp that owns nothing: copy what this block's part of the blocks gives to all blocks of the cluster.
+  // Copy what this block's part of the blocks gives to all blocks of the cluster. The warps that own nothing share the
+  // sequences, by their owners, and the blocks, so that a lane waits for one flag.
   DEVICE void pass_on(Shared<T> copies, int stride, int running, int64_t n) const {
-    static_assert(C::warps > owners);
-    if (thread() / 32 != C::warps - 1) return;
-    const int blocks = this->clusters(), first = cluster_rank() * blocks;
-    for (int i = lane(); i < blocks * owners; i += 32)
-      if (i % owners * (kSequences / owners) < running)
-        this->flags().wait(first * owners + i, static_cast<uint32_t>(n + 1));
+    constexpr int warps = C::warps / owners - 1, sequences = kSequences / owners;  // for, and of, each owner
+    static_assert(warps > 0);
+    const int warp = thread() / 32 - owners, owner = thread() / 32 % owners, share = warp / owners;
+    const int first = owner * sequences, rows = running - first < sequences ? running - first : sequences;
+    if (warp < 0 || rows <= 0) return;
+    const int blocks = this->clusters(), part = this->peer() * blocks;
+    const int begin = part + blocks * share / warps, end = part + blocks * (share + 1) / warps;
+    if (begin == end) return;
+    for (int i = begin + lane(); i < end; i += 32) this->flags().wait(i * owners + owner, static_cast<uint32_t>(n + 1));
     synchronize_warp();
-    if (lane() >= running) return;
+    if (lane() >= rows) return;
     fence_copies_from_global();
-    copies.copy_to_cluster(lane() * stride + first * C::UNITS, states(n), lane() * this->width() + first * C::UNITS,
-                           blocks * C::UNITS, arrivals(n));
+    const int row = first + lane(), unit = begin * C::UNITS;
+    copies.copy_to_cluster(row * stride + unit, states(n), row * this->width() + unit, (end - begin) * C::UNITS,
+                           arrivals(n));
   }
 
  private:
@@ -120,11 +133,13 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
   using T = typename C::T;
   using InGroup<C, BackwardSweep, 1>::InGroup;
 
+  static constexpr int of_team = C::owners * 32, teams = C::threads / of_team;  // threads that collect
+
   // A block multiplies the gates' gradients of its cluster, those of two blocks at once, for its part of the states.
   static constexpr int of_units = 2 * C::UNITS;
   static constexpr int sets_of(int cluster) { return cluster / 2; }
   static constexpr int states_of(int64_t /*hidden*/, int blocks, int cluster) { return blocks / cluster * C::UNITS; }
-  static constexpr int shares_bytes(int /*blocks*/) { return 0; }
+  static constexpr int exchanged_bytes(int /*blocks*/) { return (teams - 1) * of_team * 8; }
 
   // [cluster, sequence, unit]
   static constexpr int64_t numbers(int blocks, int cluster) {
@@ -132,8 +147,8 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
   }
 
   DEVICE int sets() const { return this->cluster() / 2; }
-  DEVICE int first_of_set(int set) const { return (this->rank() - cluster_rank() + set * 2) * C::UNITS; }
-  DEVICE int first_state() const { return cluster_rank() * this->clusters() * C::UNITS; }
+  DEVICE int first_of_set(int set) const { return (this->rank() - this->peer() + set * 2) * C::UNITS; }
+  DEVICE int first_state() const { return this->peer() * this->clusters() * C::UNITS; }
   DEVICE int states() const {
     const int part = this->clusters() * C::UNITS, left = static_cast<int>(this->s.hidden) - first_state();
     return left < 0 ? 0 : left < part ? left : part;
@@ -144,18 +159,34 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
   }
 
   // Add to a thread's gradients of states what the n-th exchange has, in which so many sequences ran. Of each cluster
-  // the same block has the states of this one.
+  // the same block has the states of this one. All warps take part, to have as many numbers as possible on their way at
+  // once: those who own states, and as many more for the same states but other clusters, who leave it their sums.
   DEVICE void collect(int64_t n, int ran, const Own<C>& mine, float (&grad_h)[2]) const {
-    if (!mine.any || thread() / 32 * (kSequences / C::owners) >= ran) return;
+    const int team = thread() / of_team, of_owner = thread() % of_team;
+    const int sequence = of_owner / Own<C>::pairs, unit = this->rank() * C::UNITS + of_owner % Own<C>::pairs * 2;
     const int clusters = this->clusters(), from = this->rank() / clusters;
-    for (int i = lane(); i < clusters; i += 32)
-      this->flags().wait(i * this->cluster() + from, static_cast<uint32_t>(n + 1));
-    synchronize_warp();
-    if (mine.sequence >= ran || mine.there == 0) return;
-#pragma unroll 4
-    for (int of = 0; of < clusters; of++) {
-      const Pair<float> share = shares(n).load_pair(place(of, mine.sequence) + mine.unit);
-      grad_h[0] += first(share), grad_h[1] += second(share);
+    float sum[2] = {};
+    if (of_owner / 32 * (kSequences / C::owners) < ran) {
+      for (int i = team + lane() * teams; i < clusters; i += 32 * teams)
+        this->flags().wait(i * this->cluster() + from, static_cast<uint32_t>(n + 1));
+      synchronize_warp();
+      if (sequence < ran && unit < this->s.hidden) {
+#pragma unroll 8
+        for (int i = team; i < clusters; i += teams) {
+          const Pair<float> share = shares(n).load_pair(place(i, sequence) + unit);
+          sum[0] += first(share), sum[1] += second(share);
+        }
+      }
+    }
+    const Shared<float> sums(this->s.exchanged, exchanged_bytes(0) / 4);
+    if (team > 0) sums.store_pair((thread() - of_team) * 2, pair(sum[0], sum[1]));
+    synchronize();  // after which the block may push what lets others overwrite what it has read
+    if (!mine.any || mine.sequence >= ran || mine.there == 0) return;
+    grad_h[0] += sum[0], grad_h[1] += sum[1];
+#pragma unroll
+    for (int i = 0; i < teams - 1; i++) {
+      const Pair<float> others = sums.load_pair((i * of_team + thread()) * 2);
+      grad_h[0] += first(others), grad_h[1] += second(others);
     }
   }
 
@@ -163,14 +194,13 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
   DEVICE void give(Shared<T> gradients, int stride, const Own<C>& mine, const float (&grad)[2][4], bool runs,
                    int64_t n) const {
     if (!mine.any) return;
-    synchronize_warp();  // all have collected, before a push lets others overwrite what they read
     constexpr int together = 16 / sizeof(T);
-    const int set = cluster_rank() / 2, at = cluster_rank() % 2 * C::UNITS + mine.at / together * together;
+    const int set = this->peer() / 2, at = this->peer() % 2 * C::UNITS + mine.at / together * together;
 #pragma unroll
     for (int gate = 0; gate < C::G; gate++) {
       const Words words = gather(C::Product::factors(grad[0][gate], grad[1][gate]));
       if (runs)
-        push_to_all(gradients, mine.sequence * stride + (set * C::G + gate) * of_units + at, words, cluster_rank(),
+        push_to_all(gradients, mine.sequence * stride + (set * C::G + gate) * of_units + at, words, this->peer(),
                     this->cluster(), arrivals(n));
     }
   }
@@ -180,12 +210,11 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
   // 16 units of the block's part.
   DEVICE void share(int64_t n, int unit, int running, const float (&result)[kElements]) const {
     if (unit >= states()) return;
+    const int mine = place(this->number(), 0) + first_state() + unit + unit_of_lane();
 #pragma unroll
     for (int s_ = 0; s_ < 2; s_++) {
       const int sequence = sequence_of_lane() + s_;
-      if (sequence < running)
-        shares(n).store_pair(place(this->rank() / this->cluster(), sequence) + first_state() + unit + unit_of_lane(),
-                             pair(result[s_], result[2 + s_]));
+      if (sequence < running) shares(n).store_pair(mine + sequence * this->width(), pair(result[s_], result[2 + s_]));
     }
   }
 

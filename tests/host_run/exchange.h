@@ -16,4 +16,9 @@ std::pair<std::string, std::vector<float>> exchange_by_pushes(int blocks, int cl
 // By flags and global memory, between all blocks. Right are two buffers.
 std::pair<std::string, std::vector<float>> exchange_by_flags(int blocks, int steps, int buffers);
 
+// By flags and copies from global memory to the blocks of a cluster, between all blocks. Right are two buffers, and a
+// fence that does not come late.
+std::pair<std::string, std::vector<float>> exchange_by_copies(int blocks, int cluster, int steps, int buffers,
+                                                              bool late);
+
 }  // namespace seqkernels::host_run

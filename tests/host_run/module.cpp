@@ -32,6 +32,8 @@ PYBIND11_MODULE(host_run, m) {
   m.def("exchange_by_pushes", &exchange_by_pushes, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
         "waits"_a = true, "The error, or none, and the result of the kernel of exchange.h.");
   m.def("exchange_by_flags", &exchange_by_flags, "blocks"_a, "steps"_a, "buffers"_a = 2);
+  m.def("exchange_by_copies", &exchange_by_copies, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
+        "late"_a = false);
   m.def("counts", [] {
     const Counts c = counts();
     return pybind11::dict("launches"_a = c.launches, "blocks"_a = c.blocks, "barriers"_a = c.barriers,

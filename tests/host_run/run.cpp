@@ -389,6 +389,15 @@ void multiply(float (&sum)[4], const uint32_t* a, const uint32_t (&b)[2]) {
 constexpr uintptr_t kPage = 1024;
 std::unordered_map<uintptr_t, std::array<Shadow, kPage / 2>> global_shadows;
 std::unordered_map<const Shadow*, std::map<int, Stamp>> readers;  // where they are of several blocks, by block
+std::unordered_map<const Shadow*, std::vector<Stamp>> copiers;    // of global memory, besides
+
+Shadow& shadow_of(const void* global) {
+  const auto at = reinterpret_cast<uintptr_t>(global);
+  return global_shadows[at / kPage][at % kPage / 2];
+}
+
+// Until when the present thread knows of what a thread has done.
+uint64_t time_known_of(Stamp thread) { return thread == Stamp(mine->index) ? mine->time : mine->known->of[thread]; }
 
 // Whether an access, since the memory's begin, comes before the present one whatever the order of threads and blocks.
 bool is_ordered(Stamp access, uint64_t since) {
@@ -402,6 +411,15 @@ bool is_read_ordered(const Shadow& shadow, uint64_t since) {
   if ((shadow.read & kActors) != kSeveralBlocks) return is_ordered(shadow.read, since);
   const auto& all = readers[&shadow];
   return std::all_of(all.begin(), all.end(), [&](const auto& read) { return is_ordered(read.second, since); });
+}
+
+// A copy that reads the same and that the present access does not come after; 0: there is none.
+Stamp unordered_copy(const Shadow& shadow, uint64_t since) {
+  const auto found = copiers.find(&shadow);
+  if (found == copiers.end()) return 0;
+  for (const Stamp copy : found->second)
+    if (!is_ordered(copy, since)) return copy;
+  return 0;
 }
 
 // An access by several threads of a block counts as one of all of its threads.
@@ -429,11 +447,16 @@ void add_read(Shadow& shadow) {
 template <class Place>
 void check_race(Shadow& shadow, Access access, uint64_t since, Place place) {
   const bool after_write = is_ordered(shadow.write, since);
-  if (!after_write || (access == Access::write && !is_read_ordered(shadow, since)))
-    fail("race: " + name(after_write ? shadow.read : shadow.write) + (after_write ? " read and " : " wrote and ") +
-         name(now) + (access == Access::write ? " wrote " : " read ") + place() + ", nothing orders them");
+  const Stamp copy = access == Access::write ? unordered_copy(shadow, since) : 0;
+  if (!after_write || copy || (access == Access::write && !is_read_ordered(shadow, since)))
+    fail("race: " +
+         name(!after_write ? shadow.write
+              : copy       ? copy
+                           : shadow.read) +
+         (after_write ? " read and " : " wrote and ") + name(now) + (access == Access::write ? " wrote " : " read ") +
+         place() + ", nothing orders them");
   if (access == Access::write)
-    shadow.write = now;
+    shadow.write = now, copiers.erase(&shadow);
   else if (is_read_ordered(shadow, since))
     shadow.read = now;
   else if (shadow.read >> kActorBits >= group_begin)  // else another group's, with which any write races
@@ -479,8 +502,10 @@ void end_phase(Phases& phases, const Block& block) {
 }
 
 void arrive(Push push) {
-  if (push.from && !std::equal(push.words.begin(), push.words.end(), push.from))
-    fail("race: what " + name(push.time << kActorBits | push.actor) + " copies was overwritten under way");
+  for (int byte = 0; push.from && byte < 16; byte += 2)
+    for (Stamp& copy : copiers[&shadow_of(push.from + byte)])
+      if (copy == (kUnderWay << kActorBits | push.phases->actor))
+        copy = push.phases->time << kActorBits | push.phases->actor;
   std::copy(push.words.begin(), push.words.end(), push.to->memory.get() + push.at);
   for (int half = push.at / 2; half < (push.at + 16) / 2; half++)
     push.to->shadows[half].write = push.phases->time << kActorBits | push.phases->actor;
@@ -580,8 +605,7 @@ void check_global(const void* data, int64_t count, int element_bytes, int64_t i,
   };
   if (!data || i < 0 || i >= count)
     fail("out of bounds: " + name(now) + (access == Access::write ? " wrote " : " read ") + place());
-  const uintptr_t at = reinterpret_cast<uintptr_t>(data) + i * element_bytes;
-  check_race(global_shadows[at / kPage][at % kPage / 2], access, launch_begin, place);
+  check_race(shadow_of(static_cast<const char*>(data) + i * element_bytes), access, launch_begin, place);
 }
 
 void check_pair(const void* at, int element_bytes) {
@@ -616,10 +640,12 @@ void send(int begin, int64_t size, int64_t offset, const void* words, const void
     const Stamp before = shadow.write, actor = before & kActors;
     check_race(shadow, Access::write, group_begin, [&] { return place_in(to, half * 2); });
     if (from && before >> kActorBits >= group_begin && actor < Stamp(blocks * threads) &&
-        fibers[actor].fenced <= before >> kActorBits)
+        (fibers[actor].fenced <= before >> kActorBits || fibers[actor].fenced > time_known_of(actor)))
       fail("no fence: " + name(before) + " wrote " + place_in(to, half * 2) + ", to which " + name(now) + " copies");
     shadow.write = kUnderWay << kActorBits | phases.actor;
   }
+  for (int byte = 0; from && byte < 16; byte += 2)
+    copiers[&shadow_of(static_cast<const char*>(from) + byte)].push_back(kUnderWay << kActorBits | phases.actor);
   phases.under_way++;
   pushes.push_back(
       {&to, &phases, at, {}, static_cast<const unsigned char*>(from), mine->known, mine->index, mine->time});
@@ -675,6 +701,7 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
   begun.clear();
   global_shadows.clear();
   readers.clear();
+  copiers.clear();
   std::vector<int64_t> left(all / blocks);
   std::iota(left.begin(), left.end(), 0);
   for (; !left.empty() && failure.empty(); left.pop_back()) {
