@@ -330,8 +330,10 @@ def clusters(
     for units in (32,) if hidden_size % 2 else (32, 48, 64):
         blocks = -(-hidden_size // units)
         weights, others = _cluster_memory(gates, hidden_size, units, dtype, tf32, backward)
-        if blocks <= 16 and weights + others <= gpu.shared_memory:
+        if 2 <= blocks <= 16 and weights + others <= gpu.shared_memory:
             fits.append(Cluster(blocks, units, weights, weights + others))
+    if hidden_size <= 32:
+        return [], f"a cluster of one block, which {hidden_size} hidden units would be, is none"
     reason = f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
     return fits, "" if fits else reason
 

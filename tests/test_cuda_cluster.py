@@ -21,7 +21,7 @@ def cluster(units: int, tile: int = 8, memory: int = SHARED) -> Road:
 
 
 @pytest.mark.parametrize(
-    ("units", "hidden"), [(32, 31), (32, 32), (32, 129), (32, 200), (48, 130), (48, 240), (64, 192), (64, 256)]
+    ("units", "hidden"), [(32, 33), (32, 64), (32, 129), (32, 200), (48, 130), (48, 240), (64, 192), (64, 256)]
 )
 @DTYPES
 @pytest.mark.parametrize("cell", CELLS)
@@ -180,10 +180,12 @@ def test_what_has_no_cluster_kernel_says_why():
     assert "compute capability 9.0" in select.clusters(*layer, GPUS["NVIDIA A100-SXM4-80GB"], False)[1]
     assert "projection" in select.clusters("lstm", 256, True, torch.bfloat16, False, H200, False)[1]
     assert "float64" in select.clusters("gru", 256, False, torch.float64, False, H200, False)[1]
+    assert "cluster of one block" in select.clusters("gru", 32, False, torch.bfloat16, False, H200, False)[1]
     assert "hold the weights" in select.clusters("gru", 1000, False, torch.float32, False, H200, False)[1]
     for call, road, reason in (
         (Call("gru", hidden=129, dtype=torch.float32), cluster(64), "so many units a block"),
         (Call("gru", hidden=514, dtype=torch.float32), cluster(32), "at most 16 blocks"),
+        (Call("gru", hidden=32, dtype=torch.float32), cluster(32), "at least 2 blocks"),
         (Call("gru", dtype=torch.float64), cluster(32), "no cluster kernel for float64"),
         (Call("gru", dtype=torch.float32), cluster(32, tile=9), "takes 1 to 8 sequences"),
         (Call("gru", dtype=torch.float32), Road("clusters"), "unknown road"),

@@ -24,7 +24,7 @@ def exchanged(blocks: int, cluster: int) -> torch.Tensor:
     return x.flatten()
 
 
-@pytest.mark.parametrize(("blocks", "cluster"), [(2, 1), (2, 2), (12, 4), (32, 16)])
+@pytest.mark.parametrize(("blocks", "cluster"), [(2, 2), (12, 4), (32, 16)])
 @pytest.mark.parametrize("seed", range(3))
 def test_pushes_within_clusters(blocks, cluster, seed, host_run):
     host_run.seed(seed)
@@ -138,6 +138,11 @@ def test_a_buffer_that_is_pushed_to_while_it_is_read_is_caught(seed, host_run):
 def test_a_block_that_ends_before_the_last_push_to_it_is_caught(seed, host_run):
     host_run.seed(seed)
     assert host_run.exchange_by_pushes(4, 4, STEPS, waits=False)[0].startswith("exit")
+
+
+def test_a_push_without_peers_is_caught(host_run):
+    """For st.async, PTX asks that %cluster_nctarank is more than 1."""
+    assert host_run.exchange_by_pushes(2, 1, STEPS)[0].startswith("no cluster")
 
 
 def test_launches_that_a_gpu_refuses_are_refused(host_run):

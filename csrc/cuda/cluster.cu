@@ -28,6 +28,7 @@ const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, void* 
     return "the weights do not fit into the registers and the shared memory of the cluster";
   const int64_t tiles = (arrays.sequences + clusters.tile - 1) / clusters.tile;
   if (blocks > 16) return "a cluster has at most 16 blocks, too few for so many hidden units";
+  if (blocks < 2) return "a cluster has at least 2 blocks, more than so few hidden units need";  // st.async demands it
   return launch<Kernel>(tiles * blocks, arrays.directions, p.bytes, stream, p, {blocks, false});
 }
 

@@ -147,7 +147,8 @@ struct Shared {
   // From element i on, which lies at a multiple of 16 bytes.
   DEVICE Words load_words(int i) const { return *reinterpret_cast<const Words*>(data + i); }
   DEVICE void store_words(int i, Words words) const { *reinterpret_cast<Words*>(data + i) = words; }
-  // Into the same array of a peer (or of this block), at a time of its own: the peer's `arrivals` count it.
+  // Into the same array of a peer (or of this block; but PTX leaves it undefined where a block has no peers), at a time
+  // of its own: the peer's `arrivals` count it.
   DEVICE void push_words(int i, Words words, int peer, Mbarrier arrivals) const {
     const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
     asm volatile(

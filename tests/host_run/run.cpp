@@ -656,6 +656,7 @@ void send(int begin, int64_t size, int64_t offset, const void* words, const void
 
 void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier) {
   if (goes_wrong(Fault::push)) return;
+  if (cluster_blocks == 1) fail("no cluster: " + name(now) + " pushed, whose block has no peers");
   if (peer < 0 || peer >= cluster_blocks)
     fail("out of bounds: " + name(now) + " pushed to block " + std::to_string(peer) + " of " +
          std::to_string(cluster_blocks));
