@@ -98,7 +98,7 @@ class Nvcc(NamedTuple):
     libraries: tuple[str, ...]
 
 
-OLDEST_NVCC = (12, 0)  # the first that compiles for 9.0a
+OLDEST_NVCC = (12, 1)  # the first whose PTX (8.1) has st.async, by which the blocks of a cluster push
 
 
 def examine(path: str | None) -> Nvcc:

@@ -102,8 +102,9 @@ def test_what_an_nvcc_says_of_itself(setup, tmp_path):
 def test_no_nvcc_one_too_old_and_one_that_is_broken_are_refused_in_a_sentence(setup, tmp_path):
     with pytest.raises(SystemExit, match=r"needs nvcc, which is neither at CUDA_HOME .* SEQKERNELS_BUILD=cpu"):
         setup.examine(None)
-    with pytest.raises(SystemExit, match=r"needs nvcc 12\.0 or newer, and .*nvcc is 11\.8; .*SEQKERNELS_BUILD=cpu"):
-        setup.examine(str(fake_nvcc(tmp_path, "11.8")))
+    with pytest.raises(SystemExit, match=r"needs nvcc 12\.1 or newer, and .*nvcc is 12\.0; .*SEQKERNELS_BUILD=cpu"):
+        setup.examine(str(fake_nvcc(tmp_path, "12.0")))
+    assert setup.examine(str(fake_nvcc(tmp_path / "oldest", "12.1"))).version == (12, 1)
     for name, script, said in (("silent", "#!/bin/sh\nexit 1", "nothing"), ("lost", "#!/no/shell", "No such file")):
         broken = tmp_path / name
         broken.write_text(script)
