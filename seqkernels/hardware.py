@@ -19,10 +19,15 @@ class GPU(NamedTuple):
     multiprocessors: int
     memory: int  # bytes
     driver: tuple[int, int] | None = None  # the newest CUDA that its driver knows; None: nobody has asked
+    clusters: tuple[int, ...] = ()  # of 1, 2, ... 16 blocks: how many run at the same time
 
     @property
     def amd(self) -> bool:
         return self.target.startswith("gfx")
+
+    def clusters_of(self, blocks: int) -> int:
+        """How many run at the same time, a block on a multiprocessor; 0: there are none of so many blocks."""
+        return self.clusters[blocks - 1] if blocks <= len(self.clusters) else 0
 
 
 class CudaBuild(NamedTuple):
@@ -99,7 +104,7 @@ def _here() -> Machine:
 HERE = _here()
 
 # What Triton's interpreter and a host run stand in for, so that they take the roads of a large GPU.
-INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, 0)
+INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, 0, clusters=16 * (1,))
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -120,11 +125,13 @@ def gpu_of(device: torch.device) -> GPU:
         target, shared = facts.gcnArchName.split(":")[0], facts.shared_memory_per_block
     else:
         target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
-    driver = None
+    driver, clusters = None, ()
     if not HERE.cuda_missing and not HERE.host_run:
         version = torch.ops.seqkernels.cuda_driver()
         driver = version // 1000, version % 1000 // 10
-    return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory, driver)
+        with torch.cuda.device(device):
+            clusters = tuple(torch.ops.seqkernels.cuda_clusters())
+    return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory, driver, clusters)
 
 
 def cudnn_version() -> int:

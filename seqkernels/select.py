@@ -304,16 +304,13 @@ def _held(gates: int, width: int, dtype: torch.dtype, tf32: bool, backward: bool
 
 class Cluster(NamedTuple):
     """How a cluster takes a layer: so many blocks of so many hidden units each; of a block's shared memory, bytes of
-    weights and of all."""
+    weights and of all; and how many clusters run at the same time."""
 
     blocks: int
     units: int
     weights: int
     memory: int
-
-    def at_once(self, gpu: GPU) -> int:
-        """Clusters that run at the same time: all blocks of one are in the same group of 16 multiprocessors."""
-        return max(1, gpu.multiprocessors // 16 * (16 // self.blocks))
+    at_once: int
 
 
 def clusters(
@@ -331,11 +328,15 @@ def clusters(
         blocks = -(-hidden_size // units)
         weights, others = _cluster_memory(gates, hidden_size, units, dtype, tf32, backward)
         if 2 <= blocks <= 16 and weights + others <= gpu.shared_memory:
-            fits.append(Cluster(blocks, units, weights, weights + others))
+            fits.append(Cluster(blocks, units, weights, weights + others, gpu.clusters_of(blocks)))
+    able = [found for found in fits if found.at_once]
+    if able:
+        return able, ""
+    if fits:
+        return [], f"{gpu.name} runs no cluster of {' or '.join(str(found.blocks) for found in fits)} blocks"
     if hidden_size <= 32:
         return [], f"a cluster of one block, which {hidden_size} hidden units would be, is none"
-    reason = f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
-    return fits, "" if fits else reason
+    return [], f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
 
 
 def _cluster_memory(
@@ -396,9 +397,8 @@ def road(
         cost = costs.single_block(layer, gpu, shared, l2, tile)
         roads.append((Road("single block", tile, gpu.shared_memory), cost))
     for found in clusters(*facts)[0]:
-        at_once = found.at_once(gpu)
-        tile = sequences_of_tile(directions * sequences, at_once)
-        cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, at_once, backward)
+        tile = sequences_of_tile(directions * sequences, found.at_once)
+        cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, found.at_once, backward)
         roads.append((Road("cluster", tile, gpu.shared_memory, found.units), cost))
     return min(roads, key=lambda one: one[1])
 

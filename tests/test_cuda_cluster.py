@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpus import GPUS
+from gpus import GPUS, MIG
 from test_cuda import SHARED, by_road, faulty
 from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
 
@@ -159,13 +159,32 @@ def test_select_knows_the_memory_of_a_block(cell, dtype, tf32, backward):
                 both_passes(call, *((forward, tighter) if backward else (tighter, back)))
 
 
+def test_the_gpu_says_how_many_clusters_run_at_the_same_time(host_run):
+    for multiprocessors in (8, 132):  # the last are those that it begins with
+        host_run.multiprocessors(multiprocessors)
+        assert torch.ops.seqkernels.cuda_clusters() == [multiprocessors // blocks for blocks in range(1, 17)]
+
+
+def test_published_figures_of_clusters():
+    assert (16 * H200.clusters_of(16), 8 * H200.clusters_of(8), H200.clusters_of(1)) == (112, 120, 132)
+
+
+def test_a_slice_of_a_gpu_has_no_large_clusters():
+    def blocks(hidden: int) -> list[int]:
+        return [one.blocks for one in select.clusters("lstm", hidden, False, torch.bfloat16, False, MIG, False)[0]]
+
+    assert blocks(256) == [6, 4] and blocks(400) == [7] and blocks(512) == []
+    reason = select.clusters("lstm", 512, False, torch.bfloat16, False, MIG, False)[1]
+    assert "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks" in reason
+
+
 def test_a_road_for_every_batch():
     def roads(hidden, sequences, dtype=torch.bfloat16, gpu=H200):
         road, step = select.road("lstm", hidden, False, dtype, False, gpu, False, 1, sequences)
         assert 0.1 < step < 1000
         return road
 
-    few, many = roads(512, 1), roads(512, 128)
+    few, many = roads(512, 1), roads(512, 120)
     assert (few.name, few.tile, few.units) == ("cluster", 1, 32)
     assert (many.name, many.tile, many.units) == ("cluster", 8, 64)  # of the other slices, half would have to wait
     assert roads(512, 10000).name == "stepwise"

@@ -79,6 +79,8 @@ def test_the_machine_is_one_that_the_kernels_are_for():
     device = torch.device("cuda", 0)
     machine = hardware.machine_of(device)
     assert machine.gpu.driver >= (12, 0)
+    has_clusters = int(machine.gpu.target.removeprefix("sm_")) >= 90
+    assert len(machine.gpu.clusters) == 16 and any(machine.gpu.clusters) == has_clusters
     for dtype in select.NATIVE_DTYPES:
         assert select.reason_against("cuda", select.Problem("gru", "cuda", dtype), machine) is None
 

@@ -529,6 +529,16 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
   return {grad_x, grad_weights, grad_h_0, grad_c_0};
 }
 
+// Of clusters of 1, 2, ... 16 blocks, how many the current GPU runs at the same time: 0 where it has no code for them.
+std::vector<int64_t> cuda_clusters() {
+  std::vector<int64_t> counts;
+  for (int blocks = 1; blocks <= 16; blocks++) {
+    int clusters = 0;
+    counts.push_back(clusters_at_once(blocks, clusters) ? 0 : clusters);
+  }
+  return counts;
+}
+
 }  // namespace
 
 // What seqkernels/backends/cuda.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
@@ -544,6 +554,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
       "bool tf32, str road, int tile, int memory, int units) -> (Tensor grad_x, Tensor[] grad_weights, "
       "Tensor grad_h_0, Tensor grad_c_0)");
+  m.def("cuda_clusters() -> int[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_clusters", TORCH_BOX(&cuda_clusters));
 }
 
 #ifdef SEQKERNELS_HOST_RUN

@@ -161,6 +161,8 @@ const char* single_block_backward(const BackwardSweep&, int tile, int memory, vo
 struct Clusters {
   int units, tile, memory;
 };
+// How many clusters of so many blocks, of which each takes a multiprocessor, the current GPU runs at the same time.
+const char* clusters_at_once(int blocks, int& clusters);
 const char* cluster_forward(const ForwardSweep&, const Clusters&, void* stream);
 const char* cluster_backward(const BackwardSweep&, const Clusters&, void* stream);
 

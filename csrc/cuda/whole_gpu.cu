@@ -57,6 +57,11 @@ const char* by_layer(const Arrays& arrays, Rest... rest) {
 
 }  // namespace
 
+const char* clusters_at_once(int blocks, int& clusters) {
+  // Any kernel for slices: a block of each has the registers of a multiprocessor for itself.
+  return count_clusters<KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>>(blocks, clusters);
+}
+
 const char* whole_gpu_groups(const Sweep& s, const WholeGpu& whole, bool backward, Groups& groups) {
   if (s.scalar == Scalar::float64) return "no kernel for the whole GPU in float64";
   if (whole.cluster != 2 && whole.cluster != 4) return "no kernel for the whole GPU by clusters of so many blocks";
@@ -64,8 +69,7 @@ const char* whole_gpu_groups(const Sweep& s, const WholeGpu& whole, bool backwar
   using Forward = KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>::Exchange;
   using Backward = KernelOf<WholeGpuBackward, true, Cell::lstm, Exact, true>::Exchange;
   int clusters = 0;
-  const char* error =
-      count_clusters<KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>>(whole.cluster, clusters);
+  const char* error = clusters_at_once(whole.cluster, clusters);
   if (error) return error;
   groups.blocks = ceiling(s.hidden, UNITS * whole.cluster) * whole.cluster;
   const int at_once = clusters * whole.cluster / groups.blocks;
