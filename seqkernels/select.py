@@ -393,19 +393,21 @@ def road(
     roads = [(Road(), costs.stepwise(layer, gpu))]
     if single_block(*facts):
         _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
-        tile = sequences_of_tile(directions * sequences, gpu.multiprocessors)
+        tile = sequences_of_tile(directions, sequences, gpu.multiprocessors)
         cost = costs.single_block(layer, gpu, shared, l2, tile)
         roads.append((Road("single block", tile, gpu.shared_memory), cost))
     for found in clusters(*facts)[0]:
-        tile = sequences_of_tile(directions * sequences, found.at_once)
+        tile = sequences_of_tile(directions, sequences, found.at_once)
         cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, found.at_once, backward)
         roads.append((Road("cluster", tile, gpu.shared_memory, found.units), cost))
     return min(roads, key=lambda one: one[1])
 
 
-def sequences_of_tile(sequences: int, at_once: int) -> int:
-    """As few as let all tiles run at once: a step lasts the longer, the more there is to read and write."""
-    return max(1, min(SEQUENCES, -(-sequences // at_once)))
+def sequences_of_tile(directions: int, sequences: int, at_once: int) -> int:
+    """As few as let the tiles of all directions run at once: a step lasts the longer, the more there is to read and
+    write."""
+    most = max(1, min(SEQUENCES, sequences))
+    return next((tile for tile in range(1, most) if directions * -(-sequences // tile) <= at_once), most)
 
 
 def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) -> Plan:

@@ -275,8 +275,14 @@ def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hid
 
 
 def test_small_batches_are_spread_over_the_gpu():
-    gpu = GPUS["NVIDIA H200"]
-    assert [select.sequences_of_tile(n, gpu.multiprocessors) for n in (1, 132, 133, 1056, 5000)] == [1, 1, 2, 8, 8]
+    def tiles(directions: int, at_once: int, *batches: int) -> list[int]:
+        return [select.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
+
+    assert tiles(1, 132, 0, 1, 132, 133, 1056, 5000) == [1, 1, 1, 2, 8, 8]
+    assert tiles(2, 132, 66, 67, 528, 529) == [1, 2, 8, 8]
+    # A tile is of one direction: by twos, 7 sequences both ways are 8 tiles, for which 7 clusters would take two turns.
+    assert tiles(2, 7, 3, 7, 12, 24, 25) == [1, 3, 4, 8, 8]
+    assert tiles(1, 1, 5) == tiles(2, 1, 5) == [5]
 
 
 def test_dtypes_and_sizes_without_a_kernel_say_so():
