@@ -302,33 +302,29 @@ def _held(gates: int, width: int, dtype: torch.dtype, tf32: bool, backward: bool
     return (2 if backward or not even else 4) if gates == 4 else 4 if backward else 5
 
 
-class Cluster(NamedTuple):
-    """How a cluster takes a layer: so many blocks of so many hidden units each; of a block's shared memory, bytes of
-    weights and of all; and how many clusters run at the same time."""
+class Group(NamedTuple):
+    """Blocks that share the hidden units of a layer and exchange in every step."""
 
     blocks: int
-    units: int
-    weights: int
-    memory: int
-    at_once: int
+    units: int  # of a block; on the whole GPU of one of its clusters
+    weights: int  # bytes of a block's shared memory for weights,
+    memory: int  # and all of them
+    at_once: int  # groups that run at the same time
 
 
 def clusters(
     cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
-) -> tuple[list[Cluster], str]:
+) -> tuple[list[Group], str]:
     """The clusters that can take a layer, those of most blocks first; if there are none, why."""
-    if gpu.target != "sm_90":
-        return [], f"clusters are for compute capability 9.0, {gpu.name} has {gpu.target}"
-    if projected:
-        return [], "there is no cluster kernel with a projection"
-    if dtype == torch.float64:
-        return [], "there is no cluster kernel in float64"
+    against = _reason_against_groups(projected, dtype, gpu)
+    if against:
+        return [], against
     gates, fits = _GATES[cell.partition("_")[0]], []
     for units in (32,) if hidden_size % 2 else (32, 48, 64):
         blocks = -(-hidden_size // units)
-        weights, others = _cluster_memory(gates, hidden_size, units, dtype, tf32, backward)
-        if 2 <= blocks <= 16 and weights + others <= gpu.shared_memory:
-            fits.append(Cluster(blocks, units, weights, weights + others, gpu.clusters_of(blocks)))
+        weights, memory = _memory_of_slice(gates, hidden_size, blocks, units, 0, dtype, tf32, backward)
+        if 2 <= blocks <= 16 and memory <= gpu.shared_memory:
+            fits.append(Group(blocks, units, weights, memory, gpu.clusters_of(blocks)))
     able = [found for found in fits if found.at_once]
     if able:
         return able, ""
@@ -339,18 +335,55 @@ def clusters(
     return [], f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
 
 
-def _cluster_memory(
-    gates: int, hidden_size: int, units: int, dtype: torch.dtype, tf32: bool, backward: bool
+def whole_gpu(
+    cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
+) -> tuple[list[Group], str]:
+    """The groups of blocks that can take a layer, as clusters of 4 blocks and of 2; if there are none, why."""
+    against = _reason_against_groups(projected, dtype, gpu)
+    if against:
+        return [], against
+    gates, fits, slice_units = _GATES[cell.partition("_")[0]], [], 16
+    for cluster in (4, 2):
+        units = cluster * slice_units
+        blocks = -(-hidden_size // units) * cluster
+        weights, memory = _memory_of_slice(gates, hidden_size, blocks, slice_units, cluster, dtype, tf32, backward)
+        if memory <= gpu.shared_memory:
+            at_once = gpu.clusters_of(cluster) * cluster // blocks
+            fits.append(Group(blocks, units, weights, memory, at_once))
+    able = [found for found in fits if found.at_once]
+    if able:
+        return able, ""
+    if fits:
+        needed = " or ".join(f"{found.blocks} blocks in clusters of {found.units // slice_units}" for found in fits)
+        return [], f"{gpu.name} does not run {needed} at the same time"
+    return [], f"blocks of 16 hidden units do not hold the weights of {hidden_size}, {gates} gates in {dtype}"
+
+
+def _reason_against_groups(projected: bool, dtype: torch.dtype, gpu: GPU) -> str:
+    if gpu.target != "sm_90":
+        return f"clusters are for compute capability 9.0, {gpu.name} has {gpu.target}"
+    if projected:
+        return "no kernel for several blocks takes a projection"
+    return "no kernel for several blocks takes float64" if dtype == torch.float64 else ""
+
+
+def _memory_of_slice(
+    gates: int, hidden_size: int, blocks: int, units: int, cluster: int, dtype: torch.dtype, tf32: bool, backward: bool
 ) -> tuple[int, int]:
-    """Bytes of shared memory of a block: of the weights that its registers do not hold; and of two mbarriers, two
-    buffers of what the product multiplies, and what threads or blocks exchange. csrc/cuda/cluster.h and .cu say the
-    same."""
-    blocks, chunk = -(-hidden_size // units), 64 // dtype.itemsize
+    """Bytes of shared memory of a block, one of `blocks` with `units` hidden units each: of the weights that its
+    registers do not hold, and all, with two mbarriers, two buffers of what the product multiplies, and what threads or
+    blocks exchange. csrc/cuda/slice.h says the same; on the whole GPU, by clusters of so many blocks, whole_gpu.h, and
+    where all blocks are one cluster (0) cluster.h."""
+    chunk = 64 // dtype.itemsize
     exact = dtype.itemsize == 4 and not tf32
     if backward:
-        warps, chunks = 8, -(-gates * units // chunk)
-        exchanged = 2 * blocks * SEQUENCES * units * 4
-        fragments = 2 * chunks * -(-hidden_size // (32 * warps))
+        # Units whose gates' gradients a block multiplies at once, how many times, and for how many states.
+        of_units, sets, states = (
+            (2 * units, cluster // 2, blocks // cluster * units) if cluster else (units, 1, hidden_size)
+        )
+        warps, chunks = 8, sets * -(-gates * of_units // chunk)
+        exchanged = 3 * SEQUENCES * units * 4 if cluster else 2 * blocks * SEQUENCES * units * 4
+        fragments = 2 * chunks * -(-states // (32 * warps))
         held = {1: 12, 3: 12, 4: 11}[gates] if exact else 18
     else:
         warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
@@ -358,8 +391,20 @@ def _cluster_memory(
         exchanged = parts * gates * SEQUENCES * (units + 4) * 4 - 16
         fragments = gates * -(-hidden_size // (chunk * parts))
         held = {1: 17, 3: 12, 4: 10}[gates] if exact else {1: 22, 3: 18, 4: 18}[gates]
+    if cluster:
+        held = _held_on_whole_gpu(gates, dtype, tf32, backward)
     factors = 2 * SEQUENCES * 64 * (chunks + (chunks + 1) % 2)
-    return max(0, fragments - held) * warps * 32 * 32, 16 + factors + exchanged
+    weights = max(0, fragments - held) * warps * 32 * 32
+    return weights, 16 + factors + exchanged + weights
+
+
+def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
+    """Fragments of the weights that threads hold in registers, as in csrc/cuda/whole_gpu.cu."""
+    if dtype.itemsize == 4 and not tf32:
+        return {1: 12, 3: 9, 4: 9}[gates] if backward else {1: 17, 3: 10, 4: 8}[gates]
+    if backward:
+        return 17 if dtype.itemsize == 4 else 18
+    return 22 if gates == 1 else 18
 
 
 class Road(NamedTuple):

@@ -144,19 +144,58 @@ def test_select_knows_which_layers_fit(row):
     assert all(fits(h, backward) for backward in (False, True) for h in range(129, 513))
 
 
+LARGEST_ON_WHOLE_GPU = [
+    # As above. 2112 units are a block for each of the 132 multiprocessors.
+    ("rnn_tanh", torch.bfloat16, False, (2112, 2112)),
+    ("gru", torch.bfloat16, False, (2112, 2112)),
+    ("lstm", torch.float16, False, (2048, 2112)),
+    ("rnn_relu", torch.float32, True, (2112, 2112)),
+    ("gru", torch.float32, True, (1408, 1536)),
+    ("lstm", torch.float32, True, (1024, 1024)),
+    ("rnn_tanh", torch.float32, False, (2112, 2112)),
+    ("gru", torch.float32, False, (1152, 1536)),
+    ("lstm", torch.float32, False, (768, 1024)),
+]
+
+
+@pytest.mark.parametrize("row", LARGEST_ON_WHOLE_GPU, ids=str)
+def test_select_knows_which_layers_fit_the_whole_gpu(row):
+    cell, dtype, tf32, expected = row
+    for backward, largest in zip((False, True), expected, strict=True):
+        for hidden in range(1, 2200):
+            found, against = select.whole_gpu(cell, hidden, False, dtype, tf32, H200, backward)
+            assert bool(found) == (hidden <= largest) != bool(against), hidden
+
+
+def assert_a_block_needs_all_its_memory(name: str, call: Call, tf32: bool, backward: bool) -> None:
+    """The kernels take just what `select` says, and no byte less."""
+    groups = {"cluster": select.clusters, "whole GPU": select.whole_gpu}[name]
+    for found in groups(call.cell, call.hidden, False, call.dtype, tf32, H200, backward)[0]:
+        roads = (Road(name, 1, found.memory - i, found.units) for i in (0, 1))
+        tight, tighter = (by_road(road, tf32)[backward] for road in roads)
+        forward, back = by_road(Road())
+        both_passes(call, *((forward, tight) if backward else (tight, back)))
+        with pytest.raises(RuntimeError, match="do not fit"):
+            both_passes(call, *((forward, tighter) if backward else (tighter, back)))
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("tf32", [False, True])
 @DTYPES
 @pytest.mark.parametrize("cell", ["rnn_relu", "gru", "lstm"])
-def test_select_knows_the_memory_of_a_block(cell, dtype, tf32, backward):
-    for hidden in (129, 200, 256, 320):
-        for found in select.clusters(cell, hidden, False, dtype, tf32, H200, backward)[0]:
-            call = Call(cell, 1, 1, 1, hidden, dtype=dtype)
-            forward, back = by_road(Road())
-            tight, tighter = (by_road(cluster(found.units, 1, found.memory - i), tf32)[backward] for i in (0, 1))
-            both_passes(call, *((forward, tight) if backward else (tight, back)))
-            with pytest.raises(RuntimeError, match="do not fit"):
-                both_passes(call, *((forward, tighter) if backward else (tighter, back)))
+@pytest.mark.parametrize(("name", "sizes"), [("cluster", (129, 200, 256, 320)), ("whole GPU", (70, 401))])
+def test_select_knows_the_memory_of_a_block(name, sizes, cell, dtype, tf32, backward):
+    for hidden in sizes:
+        call = Call(cell, 1, 1, 1, hidden, dtype=dtype)
+        assert_a_block_needs_all_its_memory(name, call, tf32, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_select_knows_the_memory_of_a_block_that_registers_are_not_enough_for(backward):
+    """In 16 bits that takes more than 1024 units on the whole GPU."""
+    call = Call("lstm", 1, 1, 1, 1025, dtype=torch.bfloat16)
+    assert all(found.weights for found in select.whole_gpu("lstm", 1025, False, call.dtype, False, H200, backward)[0])
+    assert_a_block_needs_all_its_memory("whole GPU", call, False, backward)
 
 
 def test_the_gpu_says_how_many_clusters_run_at_the_same_time(host_run):
