@@ -38,6 +38,10 @@ _LATENCY = 400
 # remote shared memory answers after 180 to 213 clocks (arXiv 2402.13499), the rest is for the mbarrier; one block
 # writes 21 bytes a clock to another (arXiv 2609.01864).
 _EXCHANGE, _PUSHED = 300, 20
+# Clocks of an exchange through L2 besides its bytes: from one multiprocessor's write to another's read 956 to 1,110
+# (H800; arXiv 2402.13499, 2501.12084). So much come to, in parts, what L2 answers after (258 near, 470 far; Chips and
+# Cheese) until the data are there, a flag's way (160 ns), and another answer until they are read.
+_THROUGH_L2 = 1000
 # A Triton program that walks 16 sequences, by its units: FlashRNN's fused Triton kernels on an H100, B = 16, bfloat16.
 _TRITON_RESIDENT = {32: 1.4, 64: 2.0, 128: 3.2}
 # cuDNN's kernel for small H, one block a sequence: GRU of H = 128 1.1 us a step, of H = 160 3.1 (A100, nsys), LSTM of
@@ -71,15 +75,19 @@ class Layer(NamedTuple):
             return half
         return double if self.dtype == torch.float64 else tf32 if self.tf32 and tf32 else single
 
+    def product(self, gpu: GPU, sequences: int) -> float:
+        """Clocks that one multiprocessor would multiply for a step of so many sequences, at most 8, for which matrix
+        cores take as long as for 8."""
+        rows = 8 if self.dtype.itemsize == 2 or self.tf32 else sequences
+        return rows * self.weights / self.products(gpu)
+
 
 def single_block(layer: Layer, gpu: GPU, shared_memory: int, l2: int, sequences: int) -> float:
     """A block walks `sequences` through all steps, and in each reads the weights that its registers do not hold, so
     many bytes from shared memory and so many from L2."""
-    matrix_cores = layer.dtype.itemsize == 2 or layer.tf32
-    rows = 8 if matrix_cores else sequences
     read = shared_memory / _SHARED + l2 / _L2
-    clocks = _LATENCY + max(read, rows * layer.weights / layer.products(gpu))
-    return _waves(layer, gpu, sequences) * clocks / _CLOCK
+    clocks = _LATENCY + max(read, layer.product(gpu, sequences))
+    return _waves(layer, sequences, gpu.multiprocessors) * clocks / _CLOCK
 
 
 def cluster(
@@ -88,9 +96,32 @@ def cluster(
     """Each of `blocks` blocks has a part of the weights, so many bytes of it in shared memory; what it gets from its
     peers in a step are the states of `sequences`, or their gradients in float32."""
     got = sequences * layer.hidden * (4 if backward else layer.dtype.itemsize)
-    clocks = max(shared_memory / _SHARED, 8 * layer.weights / blocks / layer.products(gpu))
-    waves = -(-layer.directions * -(-layer.sequences // sequences) // at_once)
-    return max(1, waves) * (_LATENCY + _EXCHANGE + got / _PUSHED + clocks) / _CLOCK
+    clocks = max(shared_memory / _SHARED, layer.product(gpu, sequences) / blocks)
+    return _waves(layer, sequences, at_once) * (_LATENCY + _EXCHANGE + got / _PUSHED + clocks) / _CLOCK
+
+
+def whole_gpu(
+    layer: Layer,
+    gpu: GPU,
+    blocks: int,
+    cluster: int,
+    shared_memory: int,
+    sequences: int,
+    at_once: int,
+    backward: bool,
+) -> float:
+    """The same by groups of `blocks` blocks, in clusters of so many, which exchange through L2. Forward a block reads
+    the states of `sequences` for its cluster, each a part of them, but all come to its shared memory. Backward it is
+    pushed the gradients of its cluster's gates; of the states' gradients it writes its part, in float32, and reads as
+    much."""
+    states = sequences * layer.hidden
+    if backward:
+        pushed = layer.gates * states * layer.dtype.itemsize * cluster / blocks
+        exchange = _EXCHANGE + pushed / _PUSHED + _THROUGH_L2 + 2 * 4 * states / cluster / _L2
+    else:
+        exchange = _THROUGH_L2 + states * layer.dtype.itemsize / _L2
+    clocks = max(shared_memory / _SHARED, layer.product(gpu, sequences) / blocks)
+    return _waves(layer, sequences, at_once) * (_LATENCY + exchange + clocks) / _CLOCK
 
 
 def stepwise(layer: Layer, gpu: GPU) -> float:
@@ -102,7 +133,7 @@ def triton(layer: Layer, gpu: GPU, resident: bool, rows: int, units: int, backwa
     """By `select.Tile`; a tile that is not resident is launched in every step, from Python."""
     if not resident:
         return (2 if layer.projected else 1) * _THROUGH_PYTHON + _product(layer, gpu)
-    return _waves(layer, gpu, rows) * _TRITON_RESIDENT[units] * (1.5 if backward else 1)
+    return _waves(layer, rows, gpu.multiprocessors) * _TRITON_RESIDENT[units] * (1.5 if backward else 1)
 
 
 def cudnn(layer: Layer, gpu: GPU, algorithm: str, backward: bool) -> float:
@@ -112,7 +143,7 @@ def cudnn(layer: Layer, gpu: GPU, algorithm: str, backward: bool) -> float:
     if algorithm == "PERSIST_STATIC_SMALL_H":
         weights, least, slope = _SMALL_H
         together = max(1, weights // layer.weights)  # blocks on a multiprocessor
-        return _waves(layer, gpu, together) * (least + slope * max(0, layer.weights - weights))
+        return _waves(layer, together, gpu.multiprocessors) * (least + slope * max(0, layer.weights - weights))
     # That directions run side by side, on streams of their own, is the best that cuDNN can do.
     return (2 if layer.projected else 1) * 2 * _LAUNCH + _product(layer, gpu)
 
@@ -148,6 +179,6 @@ def _product(layer: Layer, gpu: GPU) -> float:
     return layer.directions * max(read, multiplied) / (gpu.multiprocessors * _CLOCK)
 
 
-def _waves(layer: Layer, gpu: GPU, sequences: int) -> int:
-    """How often the GPU is filled by blocks of so many sequences, one on each multiprocessor."""
-    return max(1, -(-layer.directions * -(-layer.sequences // sequences) // gpu.multiprocessors))
+def _waves(layer: Layer, sequences: int, at_once: int) -> int:
+    """How many turns tiles of so many sequences take, of which `at_once` run at the same time."""
+    return max(1, -(-layer.directions * -(-layer.sequences // sequences) // at_once))

@@ -335,6 +335,9 @@ def clusters(
     return [], f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
 
 
+UNITS = 16  # hidden units of a block of the whole GPU
+
+
 def whole_gpu(
     cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
 ) -> tuple[list[Group], str]:
@@ -342,21 +345,21 @@ def whole_gpu(
     against = _reason_against_groups(projected, dtype, gpu)
     if against:
         return [], against
-    gates, fits, slice_units = _GATES[cell.partition("_")[0]], [], 16
+    gates, fits = _GATES[cell.partition("_")[0]], []
     for cluster in (4, 2):
-        units = cluster * slice_units
+        units = cluster * UNITS
         blocks = -(-hidden_size // units) * cluster
-        weights, memory = _memory_of_slice(gates, hidden_size, blocks, slice_units, cluster, dtype, tf32, backward)
-        if memory <= gpu.shared_memory:
+        weights, memory = _memory_of_slice(gates, hidden_size, blocks, UNITS, cluster, dtype, tf32, backward)
+        if blocks and memory <= gpu.shared_memory:
             at_once = gpu.clusters_of(cluster) * cluster // blocks
             fits.append(Group(blocks, units, weights, memory, at_once))
     able = [found for found in fits if found.at_once]
     if able:
         return able, ""
     if fits:
-        needed = " or ".join(f"{found.blocks} blocks in clusters of {found.units // slice_units}" for found in fits)
+        needed = " or ".join(f"{found.blocks} blocks in clusters of {found.units // UNITS}" for found in fits)
         return [], f"{gpu.name} does not run {needed} at the same time"
-    return [], f"blocks of 16 hidden units do not hold the weights of {hidden_size}, {gates} gates in {dtype}"
+    return [], f"blocks of {UNITS} hidden units do not hold the weights of {hidden_size}, {gates} gates in {dtype}"
 
 
 def _reason_against_groups(projected: bool, dtype: torch.dtype, gpu: GPU) -> str:
@@ -410,13 +413,14 @@ def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: boo
 class Road(NamedTuple):
     """How the CUDA backend sweeps a layer."""
 
-    name: str = "stepwise"  # or single block, or cluster
-    tile: int = 0  # sequences that a block or a cluster takes
+    name: str = "stepwise"  # or single block, cluster, whole GPU
+    tile: int = 0  # sequences that a block, a cluster or a group of clusters takes at once
     memory: int = 0  # bytes of shared memory that a block may have
-    units: int = 0  # hidden units of a cluster's blocks
+    units: int = 0  # hidden units of a cluster's blocks; of the whole GPU's clusters
 
     def __str__(self) -> str:
-        return self.name + (f" with {self.units} units a block" if self.units else "")
+        of = {"cluster": "block", "whole GPU": "cluster"}
+        return self.name + (f" with {self.units} units a {of[self.name]}" if self.units else "")
 
 
 @functools.lru_cache(1024)
@@ -445,6 +449,13 @@ def road(
         tile = sequences_of_tile(directions, sequences, found.at_once)
         cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, found.at_once, backward)
         roads.append((Road("cluster", tile, gpu.shared_memory, found.units), cost))
+    for found in whole_gpu(*facts)[0]:
+        # As many for either direction; or if not even one for each, one direction after the other.
+        at_once = found.at_once - found.at_once % directions or found.at_once
+        tile = sequences_of_tile(directions, sequences, at_once)
+        cluster = found.units // UNITS
+        cost = costs.whole_gpu(layer, gpu, found.blocks, cluster, found.weights, tile, at_once, backward)
+        roads.append((Road("whole GPU", tile, gpu.shared_memory, found.units), cost))
     return min(roads, key=lambda one: one[1])
 
 

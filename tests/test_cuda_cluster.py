@@ -228,7 +228,7 @@ def test_a_road_for_every_batch():
     assert (many.name, many.tile, many.units) == ("cluster", 8, 64)  # of the other slices, half would have to wait
     assert roads(512, 10000).name == "stepwise"
     assert roads(64, 1).name == "single block"
-    assert roads(2048, 1).name == "stepwise"
+    assert [roads(size, 1).name for size in (1024, 2048, 2500)] == ["whole GPU", "whole GPU", "stepwise"]
     assert roads(512, 1, gpu=GPUS["NVIDIA A100-SXM4-80GB"]).name == "stepwise"
     assert "cluster with 32 units a block" in str(few)
 

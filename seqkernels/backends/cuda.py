@@ -1,9 +1,10 @@
 """The operator pair by CUDA kernels (csrc/cuda): NVIDIA GPUs, in every dtype.
 
-Three roads, chosen by `select.road`: *single block*, one launch in which a block of threads takes up to 8 sequences
+Four roads, chosen by `select.road`: *single block*, one launch in which a block of threads takes up to 8 sequences
 through all steps with the recurrent weights in its registers and shared memory; *cluster*, the same by up to 16 blocks
-that share the hidden units and push new states to each other; and *stepwise*, for each step a cuBLAS product and a
-kernel. Nothing waits for the GPU, so all of them can be captured in a CUDA graph.
+that share the hidden units and push new states to each other; *whole GPU*, the same by as many blocks as run at the
+same time, which exchange through the L2 cache; and *stepwise*, for each step a cuBLAS product and a kernel. Nothing
+waits for the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
 cuBLAS multiplies torch.backends.cuda.matmul.
@@ -53,9 +54,10 @@ def backward(
 def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple:
     """Whether float32 factors may be rounded to TF32, and the road."""
     tf32, gpu = x.dtype == torch.float32 and hardware.tf32(x.device), hardware.gpu_of(x.device)
-    if h_0.dim() != 3 or len(weights) < 2 or weights[0].dim() != 2 or cell not in GATES:
+    told = h_0.dim() == 3 and len(weights) > 1 and weights[0].dim() == 2 and cell in GATES
+    hidden_size = weights[0].shape[0] // GATES[cell] if told else 0
+    if not hidden_size or not h_0.shape[0]:
         return tf32, *select.Road()  # the operator says what is wrong
-    hidden_size = weights[0].shape[0] // GATES[cell]
-    projected = len(weights) // max(h_0.shape[0], 1) % 2 == 1
+    projected = len(weights) // h_0.shape[0] % 2 == 1
     road, _ = select.road(cell, hidden_size, projected, x.dtype, tf32, gpu, backward, *h_0.shape[:2])
     return tf32, *road
