@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpus import GPUS, MIG
+from gpus import GPUS
 from test_cuda import SHARED, by_road, faulty
 from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
 
@@ -204,19 +204,6 @@ def test_the_gpu_says_how_many_clusters_run_at_the_same_time(host_run):
         assert torch.ops.seqkernels.cuda_clusters() == [multiprocessors // blocks for blocks in range(1, 17)]
 
 
-def test_published_figures_of_clusters():
-    assert (16 * H200.clusters_of(16), 8 * H200.clusters_of(8), H200.clusters_of(1)) == (112, 120, 132)
-
-
-def test_a_slice_of_a_gpu_has_no_large_clusters():
-    def blocks(hidden: int) -> list[int]:
-        return [one.blocks for one in select.clusters("lstm", hidden, False, torch.bfloat16, False, MIG, False)[0]]
-
-    assert blocks(256) == [6, 4] and blocks(400) == [7] and blocks(512) == []
-    reason = select.clusters("lstm", 512, False, torch.bfloat16, False, MIG, False)[1]
-    assert "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks" in reason
-
-
 def test_a_road_for_every_batch():
     def roads(hidden, sequences, dtype=torch.bfloat16, gpu=H200):
         road, step = select.road("lstm", hidden, False, dtype, False, gpu, False, 1, sequences)
@@ -234,12 +221,6 @@ def test_a_road_for_every_batch():
 
 
 def test_what_has_no_cluster_kernel_says_why():
-    layer = "gru", 256, False, torch.bfloat16, False
-    assert "compute capability 9.0" in select.clusters(*layer, GPUS["NVIDIA A100-SXM4-80GB"], False)[1]
-    assert "projection" in select.clusters("lstm", 256, True, torch.bfloat16, False, H200, False)[1]
-    assert "float64" in select.clusters("gru", 256, False, torch.float64, False, H200, False)[1]
-    assert "cluster of one block" in select.clusters("gru", 32, False, torch.bfloat16, False, H200, False)[1]
-    assert "hold the weights" in select.clusters("gru", 1000, False, torch.float32, False, H200, False)[1]
     for call, road, reason in (
         (Call("gru", hidden=129, dtype=torch.float32), cluster(64), "so many units a block"),
         (Call("gru", hidden=514, dtype=torch.float32), cluster(32), "at most 16 blocks"),

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpus import GPUS
+from gpus import GPUS, MIG
 
 import seqkernels as sk
+from seqkernels import select
 from seqkernels.hardware import Machine
 from seqkernels.select import BACKENDS, Problem, class_of_sequences, class_of_steps, plan
 
@@ -113,6 +114,11 @@ CHOICES = [
     ("gru", 160, 64, 1000, 16, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
     ("rnn_relu", 384, 64, 100, 32, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
     ("lstm", 768, 768, 1024, 16, torch.float16, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 768, 768, 1024, 16, HALF, "padded packed", "cuda cudnn cudnn cuda triton"),
+    # Too wide for a cluster: the whole GPU.
+    ("gru", 1024, 1024, 64, 16, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 1024, 1024, 64, 16, HALF, "padded packed", "cuda cudnn cudnn cuda triton"),
+    ("lstm", 1024, 1024, 64, 16, torch.float16, "padded packed", "cuda cudnn cudnn cudnn triton"),
     ("lstm", 1024, 1024, 64, 256, SINGLE, "padded", "cudnn cudnn cudnn cudnn triton"),
     # No kernel of Triton's takes float64.
     ("gru", 64, 64, 50, 64, DOUBLE, "padded packed", "cudnn cudnn cudnn cudnn torch_eager"),
@@ -152,6 +158,107 @@ def test_the_choice_on_gpus_that_are_not_here(row, machine):
             assert {refused for refused, reason in chosen.refusals if reason} == set(BACKENDS) - {chosen.backend}
             found.append(chosen.backend)
         assert " ".join(found) == expected, (layout, training)
+
+
+WIDE = [
+    # cell, H, and what an H200 chooses for 1, 8, 16 and 64 sequences: where cuDNN has launches in every step; and where
+    # it has its persistent kernel, for an LSTM of up to 1024 units in float16, padded
+    ("lstm", 1024, "cuda cuda cuda cuda", "cuda cuda cuda cudnn"),
+    ("lstm", 1536, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+    ("lstm", 2048, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+    ("gru", 1024, "cuda cuda cuda cuda", "cuda cuda cuda cuda"),
+    ("gru", 1536, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+    ("gru", 2048, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", [HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("row", WIDE, ids=str)
+def test_the_choice_for_wide_layers(row, dtype, layout, training):
+    cell, hidden, launches, persistent = row
+    for name, expected in (
+        ("NVIDIA H200", persistent if (dtype, layout) == (torch.float16, "padded") else launches),
+        ("NVIDIA A100-SXM4-80GB", "cudnn cudnn cudnn cudnn"),  # without clusters ours are stepwise
+    ):
+        gpu = GPUS[name]
+        problems = [problem_of(cell, hidden, hidden, 64, n, dtype, layout, training, gpu) for n in (1, 8, 16, 64)]
+        assert " ".join(plan(problem, FULL._replace(gpu=gpu)).backend for problem in problems) == expected
+
+
+ON_H200, ON_A100 = GPUS["NVIDIA H200"], GPUS["NVIDIA A100-SXM4-80GB"]
+ROADS = [
+    # GPU, cell, H, dtype (exact), directions, sequences, and the roads forward and backward: sequences of a tile, units
+    (ON_H200, "lstm", 1024, HALF, 1, 1, "whole GPU 1 64", "whole GPU 1 64"),
+    # 31 clusters of 4 are one group of 16 of them; but 66 clusters of 2 are two groups of 32, for two tiles at once,
+    (ON_H200, "lstm", 1024, HALF, 1, 8, "whole GPU 4 32", "whole GPU 4 32"),
+    (ON_H200, "lstm", 1024, HALF, 1, 16, "whole GPU 8 32", "whole GPU 8 32"),
+    (ON_H200, "gru", 1024, HALF, 1, 64, "whole GPU 8 32", "whole GPU 8 32"),
+    (ON_H200, "gru", 1024, HALF, 2, 8, "whole GPU 8 32", "whole GPU 8 32"),  # or both directions.
+    (ON_H200, "gru", 1536, HALF, 1, 16, "whole GPU 8 64", "whole GPU 8 64"),
+    (ON_H200, "lstm", 1536, HALF, 1, 64, "whole GPU 8 64", "stepwise"),
+    # 128 blocks are more than 31 clusters of 4; a direction follows upon the other.
+    (ON_H200, "lstm", 2048, HALF, 1, 8, "whole GPU 8 32", "whole GPU 8 32"),
+    (ON_H200, "lstm", 2048, HALF, 2, 5, "whole GPU 5 32", "whole GPU 5 32"),
+    # Where clusters hold the weights as well: the exchange through L2 takes longer, and what each of fewer blocks has
+    # to read of the weights.
+    (ON_H200, "gru", 768, HALF, 1, 16, "cluster 3 48", "cluster 3 48"),
+    (ON_H200, "lstm", 768, HALF, 1, 16, "whole GPU 8 64", "cluster 3 48"),
+    (ON_H200, "lstm", 1024, SINGLE, 1, 16, "stepwise", "whole GPU 8 32"),
+    (ON_H200, "lstm", 2113, HALF, 1, 1, "stepwise", "stepwise"),
+    (ON_A100, "lstm", 1024, HALF, 1, 1, "stepwise", "stepwise"),
+    (ON_A100, "gru", 300, HALF, 1, 16, "stepwise", "stepwise"),
+    (MIG, "lstm", 400, HALF, 1, 4, "cluster 2 64", "cluster 2 64"),
+    (MIG, "lstm", 512, HALF, 1, 4, "stepwise", "stepwise"),
+]
+
+
+@pytest.mark.parametrize("row", ROADS, ids=lambda row: " ".join(map(str, (row[0].name, *row[1:6]))))
+def test_the_roads_of_both_passes(row):
+    gpu, cell, hidden, dtype, directions, sequences, *expected = row
+    for backward in (False, True):
+        road, _ = select.road(cell, hidden, False, dtype, False, gpu, backward, directions, sequences)
+        assert " ".join([road.name, *(str(size) for size in (road.tile, road.units) if size)]) == expected[backward]
+
+
+GROUPS = [
+    # Which groups of blocks, the layer, whether it is projected, the dtype (exact), the GPU, and why there are none.
+    (select.clusters, "gru", 256, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
+    (select.clusters, "lstm", 256, True, HALF, ON_H200, "takes a projection"),
+    (select.clusters, "gru", 256, False, DOUBLE, ON_H200, "takes float64"),
+    (select.clusters, "gru", 32, False, HALF, ON_H200, "a cluster of one block, which 32 hidden units would be"),
+    (select.clusters, "gru", 1000, False, SINGLE, ON_H200, "no 16 blocks hold the weights of 1000 hidden units"),
+    (select.clusters, "lstm", 512, False, HALF, MIG, "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks"),
+    (select.clusters, "lstm", 250, False, HALF, ON_H200._replace(clusters=()), "runs no cluster of 8 or 6 or 4 blocks"),
+    (select.whole_gpu, "gru", 1024, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
+    (select.whole_gpu, "lstm", 1024, True, HALF, ON_H200, "takes a projection"),
+    (select.whole_gpu, "gru", 1024, False, DOUBLE, ON_H200, "takes float64"),
+    (select.whole_gpu, "lstm", 1025, False, SINGLE, ON_H200, "do not hold the weights of 1025, 4 gates"),
+    (
+        *(select.whole_gpu, "gru", 2113, False, HALF, ON_H200),
+        "H200 does not run 136 blocks in clusters of 4 or 134 blocks in clusters of 2 at the same time",
+    ),
+    (select.whole_gpu, "gru", 257, False, HALF, MIG, "MIG 1g.18gb does not run 20 blocks in clusters of 4 or 18"),
+]
+
+
+@pytest.mark.parametrize("row", GROUPS, ids=lambda row: f"{row[0].__name__}: {row[-1]}")
+def test_why_no_group_of_blocks_takes_a_layer(row):
+    groups, cell, hidden, projected, dtype, gpu, reason = row
+    for backward in (False, True):
+        found, against = groups(cell, hidden, projected, dtype, False, gpu, backward)
+        assert found == [] and reason in against
+
+
+def test_figures_that_were_published_of_clusters():
+    assert (16 * ON_H200.clusters_of(16), 8 * ON_H200.clusters_of(8), ON_H200.clusters_of(1)) == (112, 120, 132)
+
+
+def test_a_plan_names_the_roads_of_both_passes():
+    chosen = plan(problem_of("lstm", 768, 768, 1024, 16, HALF, "padded", True, ON_H200), FULL._replace(gpu=ON_H200))
+    assert chosen.kernel == "forward whole GPU with 64 units a cluster, backward cluster with 48 units a block"
+    assert chosen.kernel in str(chosen)
 
 
 def test_a_plan_says_what_it_weighed():
