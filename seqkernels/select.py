@@ -405,9 +405,9 @@ def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: boo
     """Fragments of the weights that threads hold in registers, as in csrc/cuda/whole_gpu.cu."""
     if dtype.itemsize == 4 and not tf32:
         return {1: 12, 3: 9, 4: 9}[gates] if backward else {1: 17, 3: 10, 4: 8}[gates]
-    if backward:
-        return 17 if dtype.itemsize == 4 else 18
-    return 22 if gates == 1 else 18
+    if dtype.itemsize == 4 and backward:
+        return 16 if gates == 4 else 17
+    return 22 if gates == 1 and not backward else 18
 
 
 class Road(NamedTuple):

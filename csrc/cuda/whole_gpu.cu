@@ -18,7 +18,8 @@ template <class Product>
 constexpr int held(Cell cell, bool backward) {
   const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
   if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : lstm && !backward ? 8 : backward ? 9 : 10;
-  return rnn && !backward ? 22 : std::is_same_v<Product, Tf32> && backward ? 17 : 18;
+  if (std::is_same_v<Product, Tf32> && backward) return lstm ? 16 : 17;
+  return rnn && !backward ? 22 : 18;
 }
 
 template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, bool EVEN>

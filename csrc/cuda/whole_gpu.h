@@ -134,12 +134,13 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
   using InGroup<C, BackwardSweep, 1>::InGroup;
 
   static constexpr int of_team = C::owners * 32, teams = C::threads / of_team;  // threads that collect
+  static constexpr int sums_bytes = (teams - 1) * of_team * 8;
 
   // A block multiplies the gates' gradients of its cluster, those of two blocks at once, for its part of the states.
   static constexpr int of_units = 2 * C::UNITS;
   static constexpr int sets_of(int cluster) { return cluster / 2; }
   static constexpr int states_of(int64_t /*hidden*/, int blocks, int cluster) { return blocks / cluster * C::UNITS; }
-  static constexpr int exchanged_bytes(int /*blocks*/) { return (teams - 1) * of_team * 8; }
+  static constexpr int exchanged_bytes(int /*blocks*/) { return sums_bytes; }
 
   // [cluster, sequence, unit]
   static constexpr int64_t numbers(int blocks, int cluster) {
@@ -178,7 +179,7 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
         }
       }
     }
-    const Shared<float> sums(this->s.exchanged, exchanged_bytes(0) / 4);
+    const Shared<float> sums(this->s.exchanged, sums_bytes / 4);
     if (team > 0) sums.store_pair((thread() - of_team) * 2, pair(sum[0], sum[1]));
     synchronize();  // after which the block may push what lets others overwrite what it has read
     if (!mine.any || mine.sequence >= ran || mine.there == 0) return;
