@@ -103,6 +103,33 @@ def test_an_infinite_last_state_is_no_factor_of_a_weight_gradient(sizes_on_gpu):
     assert_an_infinite_last_state_is_no_factor(*by_road(Road()))
 
 
+ONE_LAUNCH = {name: road for name, road in ROADS.items() if name != "stepwise"}
+if GPU.target == "sm_90":
+    ONE_LAUNCH |= {f"whole GPU by {units}": Road("whole GPU", 8, SHARED, units) for units in (32, 64)}
+
+
+@pytest.mark.parametrize("hidden", [33, 65, 70, 128])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("road", ONE_LAUNCH)
+def test_infinity_reaches_what_it_does_step_by_step(road, cell, hidden):
+    """And not, as NaN, all others by units that a kernel has beyond those of the layer."""
+
+    def results(road, h_0, weight, grad):
+        _, x, weights, _, c_0, *rest = Call(cell, 1, 2, 4, hidden, dtype=torch.float16).arguments()
+        layer = torch.zeros_like(x), [torch.full_like(w, weight * (i == 1)) for i, w in enumerate(weights)]
+        states = x.new_full((1, 2, hidden), h_0), None if c_0 is None else torch.full_like(c_0, 0.5)
+        forward, back = by_road(road)
+        y, h_n, c_n, saved = forward(cell, *layer, *states, *rest)
+        grads = torch.zeros_like(y), torch.full_like(h_n, grad), None if c_0 is None else torch.zeros_like(c_n)
+        grad_x, grad_weights, *grad_states = back(cell, *grads, *layer, *states, None, y, saved, True, True)
+        # No more than where infinity and NaN are.
+        return [x.where(~x.isfinite(), 0) for x in (y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states)]
+
+    for h_0, weight, grad in ((30000, 1, 1), (float("inf"), 1, 1), (0.5, 2**-10, float("inf"))):
+        found, expected = (results(one, h_0, weight, grad) for one in (ONE_LAUNCH[road], Road()))
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("hidden", [31, 64, 65, 90, 100, 127, 128, 130, 192, 201, 255, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", CELLS)

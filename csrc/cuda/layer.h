@@ -96,6 +96,15 @@ DEVICE Pair<T> narrow(const Wide<T> (&units)[2]) {
   return pair(Narrow<T>::of(units[0]), Narrow<T>::of(units[1]));
 }
 
+// Zero those of two units that are not there. What a product gives for them is none: their weights are zero, but zero
+// times infinity is NaN, which would reach all units if these were given on.
+template <class T>
+DEVICE void zero_absent(T (&units)[2], int there) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (i >= there) units[i] = 0;
+}
+
 struct Lane {
   int sequence, unit;
 };

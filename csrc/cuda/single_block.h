@@ -178,8 +178,9 @@ struct SingleBlockForward : C {
           }
           // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
           if (mine.lane.sequence + s_ < now.running) {
-            h[block][s_] = narrow<T>(h_new), c[block][s_][0] = c_new[0], c[block][s_][1] = c_new[1];
             const int there = mine.there[block];
+            zero_absent(h_new, there);
+            h[block][s_] = narrow<T>(h_new), c[block][s_][0] = c_new[0], c[block][s_][1] = c_new[1];
             layer.store_y(now.row + s_, block * kUnits, mine.lane, there, h[block][s_]);
             layer.store_saved(now.row + s_, block * kUnits, mine.lane, there, saved, c_new);
           }
@@ -252,6 +253,7 @@ struct SingleBlockBackward : C {
         const bool running = mine.lane.sequence + s_ < now.running;
         float grad[2][4] = {}, h_new[2] = {grad_h[block][s_], grad_h[block][2 + s_]};
         float c_new[2] = {grad_c[block][s_][0], grad_c[block][s_][1]};
+        zero_absent(h_new, mine.there[block]);
         layer.step(past[block][s_], h_new, c_new, grad);
         if (running) {
 #pragma unroll

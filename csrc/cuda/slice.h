@@ -273,6 +273,7 @@ struct SliceForward : C {
             float h_new[2];
             widen(h, h_new);
             step(sums, mine, x, b_hn, h_new, c, saved);
+            zero_absent(h_new, mine.there);
             h = narrow<T>(h_new);
           }
           // Once all lanes have read their sums: others may overwrite them after that.
@@ -418,6 +419,7 @@ struct SliceBackward : C {
         if (i > 0) exchange.collect(n - 1, ran, mine, grad_h);
         const bool runs = mine.any && mine.sequence < running;
         float grad[2][4] = {};
+        zero_absent(grad_h, mine.there);
         if (runs) layer.step(past, grad_h, grad_c, grad);
         exchange.give(gradients(n), stride, mine, grad, runs, n);
         if (runs) layer.store_gates(now.row, 0, mine.lane(), mine.there, grad);
