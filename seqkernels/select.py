@@ -320,7 +320,7 @@ def clusters(
     if against:
         return [], against
     gates, fits = _GATES[cell.partition("_")[0]], []
-    for units in (32,) if hidden_size % 2 else (32, 48, 64):
+    for units in (32, 48, 64):
         blocks = -(-hidden_size // units)
         weights, memory = _memory_of_slice(gates, hidden_size, blocks, units, 0, dtype, tf32, backward)
         if 2 <= blocks <= 16 and memory <= gpu.shared_memory:

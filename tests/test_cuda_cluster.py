@@ -21,7 +21,8 @@ def cluster(units: int, tile: int = 8, memory: int = SHARED) -> Road:
 
 
 @pytest.mark.parametrize(
-    ("units", "hidden"), [(32, 33), (32, 64), (32, 129), (32, 200), (48, 130), (48, 240), (64, 192), (64, 256)]
+    ("units", "hidden"),
+    [(32, 33), (32, 64), (32, 129), (32, 200), (48, 130), (48, 191), (48, 240), (64, 131), (64, 192), (64, 256)],
 )
 @DTYPES
 @pytest.mark.parametrize("cell", CELLS)
@@ -45,6 +46,7 @@ def test_both_directions_in_tiles_of_every_size(cell, dtype, tile):
         ("gru", 512, torch.float32, 32),
         ("lstm", 511, torch.float32, 32),
         ("gru", 768, torch.bfloat16, 48),
+        ("gru", 767, torch.float16, 48),
         ("lstm", 768, torch.float16, 48),
         ("rnn_tanh", 1024, torch.bfloat16, 64),
     ],
@@ -139,9 +141,8 @@ def test_select_knows_which_layers_fit(row):
         assert bool(found) != bool(against)
         return bool(found)
 
-    found = tuple(max(h for h in range(130, 1153, 2) if fits(h, backward)) for backward in (False, True))
-    assert found == expected
-    assert all(fits(h, backward) for backward in (False, True) for h in range(129, 513))
+    for backward, most in zip((False, True), expected, strict=True):
+        assert [h for h in range(129, 1153) if fits(h, backward)] == [*range(129, most + 1)]
 
 
 LARGEST_ON_WHOLE_GPU = [
@@ -214,6 +215,8 @@ def test_a_road_for_every_batch():
     assert (few.name, few.tile, few.units) == ("cluster", 1, 32)
     assert (many.name, many.tile, many.units) == ("cluster", 8, 64)  # of the other slices, half would have to wait
     assert roads(512, 10000).name == "stepwise"
+    for size in (512, 640, 768):  # an odd number of units is no cliff
+        assert roads(size - 1, 8) == roads(size, 8) and roads(size - 1, 128) == roads(size, 128)
     assert roads(64, 1).name == "single block"
     assert [roads(size, 1).name for size in (1024, 2048, 2500)] == ["whole GPU", "whole GPU", "stepwise"]
     assert roads(512, 1, gpu=GPUS["NVIDIA A100-SXM4-80GB"]).name == "stepwise"
@@ -222,7 +225,7 @@ def test_a_road_for_every_batch():
 
 def test_what_has_no_cluster_kernel_says_why():
     for call, road, reason in (
-        (Call("gru", hidden=129, dtype=torch.float32), cluster(64), "so many units a block"),
+        (Call("gru", hidden=129, dtype=torch.float32), cluster(40), "so many units a block"),
         (Call("gru", hidden=514, dtype=torch.float32), cluster(32), "at most 16 blocks"),
         (Call("gru", hidden=32, dtype=torch.float32), cluster(32), "at least 2 blocks"),
         (Call("gru", dtype=torch.float64), cluster(32), "no cluster kernel for float64"),

@@ -34,16 +34,17 @@ const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, void* 
 
 template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, class Arrays>
 const char* by_units(const Arrays& arrays, const Clusters& clusters, void* stream) {
-  if (arrays.hidden % 2 == 0) {
-    switch (clusters.units) {
-      case 32: return launch_kernel<Pass, BACKWARD, CELL, Product, 32, true>(arrays, clusters, stream);
-      case 48: return launch_kernel<Pass, BACKWARD, CELL, Product, 48, true>(arrays, clusters, stream);
-      case 64: return launch_kernel<Pass, BACKWARD, CELL, Product, 64, true>(arrays, clusters, stream);
-    }
-  } else if (clusters.units == 32) {
-    return launch_kernel<Pass, BACKWARD, CELL, Product, 32, false>(arrays, clusters, stream);
+  const auto with = [&](auto units) {
+    constexpr int UNITS = decltype(units)::value;
+    return arrays.hidden % 2 ? launch_kernel<Pass, BACKWARD, CELL, Product, UNITS, false>(arrays, clusters, stream)
+                             : launch_kernel<Pass, BACKWARD, CELL, Product, UNITS, true>(arrays, clusters, stream);
+  };
+  switch (clusters.units) {
+    case 32: return with(std::integral_constant<int, 32>{});
+    case 48: return with(std::integral_constant<int, 48>{});
+    case 64: return with(std::integral_constant<int, 64>{});
+    default: return "no cluster kernel with so many units a block";
   }
-  return "no cluster kernel with so many units a block";
 }
 
 template <template <class> class Pass, bool BACKWARD, class Arrays>

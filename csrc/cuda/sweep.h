@@ -155,9 +155,8 @@ int64_t single_block_words(Cell, Scalar, int64_t hidden);
 const char* single_block_forward(const ForwardSweep&, int tile, int memory, void* arranged, void* stream);
 const char* single_block_backward(const BackwardSweep&, int tile, int memory, void* arranged, void* stream);
 
-// All steps in one launch, by clusters of blocks that have `units` hidden units each: 32, 48 or 64; 32 if the layer has
-// an odd number of them. A cluster has 2 to 16 blocks and takes `tile` sequences (at most 8); a block may have `memory`
-// bytes of shared memory.
+// All steps in one launch, by clusters of blocks that have `units` hidden units each: 32, 48 or 64. A cluster has 2 to
+// 16 blocks and takes `tile` sequences (at most 8); a block may have `memory` bytes of shared memory.
 struct Clusters {
   int units, tile, memory;
 };
