@@ -55,15 +55,16 @@ struct MatrixCores {
   static DEVICE Pair<T> factors(float x, float y) { return pair(Narrow<T>::of(x), Narrow<T>::of(y)); }
   static DEVICE Pair<T> factors(Pair<T> numbers) { return numbers; }
 
-  // Adds N products; weights(i) are the fragments, taken one by one to spare registers.
-  template <int N, class At>
-  static DEVICE void add(float (*sum)[sums], At weights, Shared<T> factors, int stride, int column) {
+  // Adds N products, the two halves of each to chains one after the other from `first` on, N apart; weights(i) are the
+  // fragments, taken one by one to spare registers.
+  template <int N, int CHAINS, class At>
+  static DEVICE void add(float (&sum)[CHAINS][sums], int first, At weights, Shared<T> factors, int stride, int column) {
     const Words b = factors.load_words(lane() / 4 * stride + column + lane() % 4 * (16 / static_cast<int>(sizeof(T))));
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const Fragment a = weights(i);
-      multiply(T{}, sum[i], a.word, b.word[0], b.word[1]);
-      multiply(T{}, sum[i], a.word + 4, b.word[2], b.word[3]);
+      multiply(T{}, sum[(first + i) % CHAINS], a.word, b.word[0], b.word[1]);
+      multiply(T{}, sum[(first + i + N) % CHAINS], a.word + 4, b.word[2], b.word[3]);
     }
   }
 
@@ -93,8 +94,9 @@ struct Exact {
   static DEVICE Pair<float> factors(float x, float y) { return pair(x, y); }
   static DEVICE Pair<float> factors(Pair<float> numbers) { return numbers; }
 
-  template <int N, class At>
-  static DEVICE void add(float (*sum)[sums], At weights, Shared<T> factors, int stride, int column) {
+  template <int N, int CHAINS, class At>
+  static DEVICE void add(float (&sum)[CHAINS][sums], int, At weights, Shared<T> factors, int stride, int column) {
+    static_assert(CHAINS == N);
     Fragment a[N];
 #pragma unroll
     for (int i = 0; i < N; i++) a[i] = weights(i);
@@ -133,6 +135,41 @@ struct Exact {
       }
     }
   }
+};
+
+// The sums of N results. Where products wait for each other, those of a result are added up in several chains, at least
+// CHAINS of them together.
+template <class Product, int N, int CHAINS = 2>
+class Sums {
+ public:
+  // That begin with the results so far.
+  DEVICE explicit Sums(const float (&result)[N][kElements]) {
+    const float zero[kElements] = {};
+#pragma unroll
+    for (int i = 0; i < chains; i++) Product::begin(i < N ? result[i] : zero, sum_[i]);
+  }
+
+  // Adds a product to each result, by the chains from `first` on.
+  template <class At>
+  DEVICE void add(At weights, Shared<typename Product::T> factors, int stride, int column, int first = 0) {
+    Product::template add<N>(sum_, first, weights, factors, stride, column);
+  }
+
+  DEVICE void finish(float (&result)[N][kElements]) const {
+#pragma unroll
+    for (int i = 0; i < N; i++) Product::finish(sum_[i], result[i]);
+#pragma unroll
+    for (int i = N; i < chains; i++) {
+      float more[kElements] = {};
+      Product::finish(sum_[i], more);
+#pragma unroll
+      for (int e = 0; e < kElements; e++) result[i % N][e] += more[e];
+    }
+  }
+
+ private:
+  static constexpr int chains = Product::splits_sums && N < CHAINS ? CHAINS : N;
+  float sum_[chains][Product::sums];
 };
 
 // The fragments of a thread, in groups: one of each of G gates, for a chunk of columns and one of the BLOCKS of 16

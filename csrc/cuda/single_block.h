@@ -201,13 +201,9 @@ struct SingleBlockForward : C {
   // Adds the products to `result`.
   static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> h,
                                   float (&result)[G][kElements]) {
-    float sum[G][Product::sums];
-#pragma unroll
-    for (int gate = 0; gate < G; gate++) Product::begin(result[gate], sum[gate]);
-    weights.each(block,
-                 [&](int chunk, auto of) { Product::template add<G>(sum, of, h, Mine::stride, chunk * C::chunk); });
-#pragma unroll
-    for (int gate = 0; gate < G; gate++) Product::finish(sum[gate], result[gate]);
+    Sums<Product, G> sums(result);
+    weights.each(block, [&](int chunk, auto of) { sums.add(of, h, Mine::stride, chunk * C::chunk); });
+    sums.finish(result);
   }
 };
 
@@ -225,11 +221,11 @@ struct SingleBlockBackward : C {
     const BackwardLayer<C::CELL, T, C::EVEN> layer(s, tile.direction());
     const typename C::Held weights(s.arranged, tile.direction(), buffers, s.shared);  // transposed
 
-    float grad_h[BLOCKS][kElements], grad_c[BLOCKS][2][2];
+    float grad_h[BLOCKS][1][kElements], grad_c[BLOCKS][2][2];
     mine.each([&](int block, int s_) {
       float units[2];
       widen(mine.load_state(s.grad_h_n, block, s_), units);
-      grad_h[block][s_] = units[0], grad_h[block][2 + s_] = units[1];
+      grad_h[block][0][s_] = units[0], grad_h[block][0][2 + s_] = units[1];
       widen(mine.load_state(s.grad_c_n, block, s_), grad_c[block][s_]);
     });
 
@@ -251,13 +247,13 @@ struct SingleBlockBackward : C {
       const Shared<T> gradients = Mine::factors(k % 2);
       mine.each([&](int block, int s_) {
         const bool running = mine.lane.sequence + s_ < now.running;
-        float grad[2][4] = {}, h_new[2] = {grad_h[block][s_], grad_h[block][2 + s_]};
+        float grad[2][4] = {}, h_new[2] = {grad_h[block][0][s_], grad_h[block][0][2 + s_]};
         float c_new[2] = {grad_c[block][s_][0], grad_c[block][s_][1]};
         zero_absent(h_new, mine.there[block]);
         layer.step(past[block][s_], h_new, c_new, grad);
         if (running) {
 #pragma unroll
-          for (int i = 0; i < 2; i++) grad_h[block][i * 2 + s_] = h_new[i], grad_c[block][s_][i] = c_new[i];
+          for (int i = 0; i < 2; i++) grad_h[block][0][i * 2 + s_] = h_new[i], grad_c[block][s_][i] = c_new[i];
           layer.store_gates(now.row + s_, block * kUnits, mine.lane, mine.there[block], grad);
         }
 #pragma unroll
@@ -276,7 +272,7 @@ struct SingleBlockBackward : C {
     }
 
     mine.each([&](int block, int s_) {
-      const float units[2] = {grad_h[block][s_], grad_h[block][2 + s_]};
+      const float units[2] = {grad_h[block][0][s_], grad_h[block][0][2 + s_]};
       mine.store_state(s.grad_h_0, block, s_, narrow<T>(units));
       if (C::CELL == Cell::lstm) mine.store_state(s.grad_c_0, block, s_, narrow<T>(grad_c[block][s_]));
     });
@@ -285,26 +281,14 @@ struct SingleBlockBackward : C {
  private:
   // Adds the products to `result`.
   static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> gradients,
-                                  float (&result)[kElements]) {
-    constexpr int sums = Product::splits_sums ? G : 1;
-    float sum[sums][Product::sums], part[sums][kElements] = {};
-    Product::begin(result, sum[0]);
-#pragma unroll
-    for (int i = 1; i < sums; i++) Product::begin(part[i], sum[i]);
+                                  float (&result)[1][kElements]) {
+    Sums<Product, 1, (G < 2 ? 2 : G)> sums(result);
     weights.each(block, [&](int chunk, auto of) {
 #pragma unroll
       for (int gate = 0; gate < G; gate++)
-        Product::template add<1>(
-            sum + gate % sums, [&](int) { return of(gate); }, gradients, Mine::stride,
-            gate * C::HIDDEN + chunk * C::chunk);
+        sums.add([&](int) { return of(gate); }, gradients, Mine::stride, gate * C::HIDDEN + chunk * C::chunk, gate * 2);
     });
-    Product::finish(sum[0], result);
-#pragma unroll
-    for (int i = 1; i < sums; i++) {
-      Product::finish(sum[i], part[i]);
-#pragma unroll
-      for (int e = 0; e < kElements; e++) result[e] += part[i][e];
-    }
+    sums.finish(result);
   }
 };
 

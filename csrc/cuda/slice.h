@@ -303,17 +303,13 @@ struct SliceForward : C {
   // One part of W h for the 16 units of a warp.
   static DEVICE void multiply_all(const Held& weights, Shared<T> h, int stride, int part,
                                   float (&result)[G][kElements]) {
-    float sum[G][Product::sums];
 #pragma unroll
-    for (int gate = 0; gate < G; gate++) {
+    for (int gate = 0; gate < G; gate++)
 #pragma unroll
       for (int e = 0; e < kElements; e++) result[gate][e] = 0;
-      Product::begin(result[gate], sum[gate]);
-    }
-    weights.each(
-        [&](int group, auto of) { Product::template add<G>(sum, of, h, stride, (part + group * PARTS) * C::chunk); });
-#pragma unroll
-    for (int gate = 0; gate < G; gate++) Product::finish(sum[gate], result[gate]);
+    Sums<Product, G> sums(result);
+    weights.each([&](int group, auto of) { sums.add(of, h, stride, (part + group * PARTS) * C::chunk); });
+    sums.finish(result);
   }
 
   // The step of two units of a sequence; h and c change in place.
@@ -426,17 +422,21 @@ struct SliceBackward : C {
         now = before, before = earlier, earlier = tile.step(count - 4 - i);
         load();  // while the matrix cores multiply
         exchange.receive(n);
-        float sum[2][Product::sums];
+        const float zero[2][kElements] = {};
+        Sums<Product, 2> sums(zero);
         weights.each([&](int group, auto of) {
           const int set = group % sets;
-          add(of, gradients(n), stride, set, sum);
-          if (set + 1 < sets) return;
+          if (set == 0) sums = Sums<Product, 2>(zero);
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            float result[kElements] = {};
-            Product::finish(sum[half], result);
-            exchange.share(n, first_row(group) + half * kUnits, running, result);
-          }
+          for (int chunk = 0; chunk < chunks; chunk++)
+            sums.add([&](int half) { return of(chunk * 2 + half); }, gradients(n), stride,
+                     (set * chunks + chunk) * C::chunk);
+          if (set + 1 < sets) return;
+          float result[2][kElements] = {};
+          sums.finish(result);
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            exchange.share(n, first_row(group) + half * kUnits, running, result[half]);
         });
         exchange.shared(n);
         ran = running;
@@ -448,21 +448,6 @@ struct SliceBackward : C {
       mine.store_state(s.grad_h_0, narrow<T>(grad_h));
       if (C::CELL == Cell::lstm) mine.store_state(s.grad_c_0, narrow<T>(grad_c));
     });
-  }
-
- private:
-  // Of the gradients of 32 states what one set of units adds; the first begins.
-  template <class Of>
-  static DEVICE void add(Of of, Shared<T> gradients, int stride, int set, float (&sum)[2][Product::sums]) {
-    if (set == 0) {
-      const float zero[kElements] = {};
-#pragma unroll
-      for (int half = 0; half < 2; half++) Product::begin(zero, sum[half]);
-    }
-#pragma unroll
-    for (int chunk = 0; chunk < chunks; chunk++)
-      Product::template add<2>(
-          sum, [&](int half) { return of(chunk * 2 + half); }, gradients, stride, (set * chunks + chunk) * C::chunk);
   }
 };
 
