@@ -153,6 +153,15 @@ def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype):
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("road", ONE_LAUNCH)
+def test_how_many_sequences_a_block_takes_changes_no_bit(road, cell):
+    """Exact float32 multiplies for 1, 2, 4 or 8 of them, in each step for no more than run in it."""
+    call = Call(cell, 1, 8, 8, 40, batch_sizes=(8, 7, 6, 5, 4, 3, 2, 1), dtype=torch.float32)
+    first, *others = (both_passes(call, *by_road(ONE_LAUNCH[road]._replace(tile=tile))) for tile in (8, 4, 3, 2, 1))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_arguments_at_any_address(road, dtype):

@@ -85,11 +85,13 @@ struct Tf32 : MatrixCores<float> {
   static DEVICE Pair<float> factors(Pair<float> numbers) { return factors(first(numbers), second(numbers)); }
 };
 
-// Exact float32, without matrix cores: the 4 lanes of a row share its columns, and add up at the end.
-struct Exact {
+// Exact float32, without matrix cores, for COUNT sequences (1, 2, 4 or 8): the 4 lanes of a row share its columns, and
+// add up at the end.
+template <int COUNT>
+struct ExactFor {
   using T = float;
   static constexpr bool splits_sums = false;
-  static constexpr int sums = 2 * kSequences;  // of two units
+  static constexpr int sums = 2 * COUNT;  // of two units
 
   static DEVICE Pair<float> factors(float x, float y) { return pair(x, y); }
   static DEVICE Pair<float> factors(Pair<float> numbers) { return numbers; }
@@ -101,13 +103,13 @@ struct Exact {
 #pragma unroll
     for (int i = 0; i < N; i++) a[i] = weights(i);
 #pragma unroll
-    for (int sequence = 0; sequence < kSequences; sequence++) {
+    for (int sequence = 0; sequence < COUNT; sequence++) {
       const Words b = factors.load_words(sequence * stride + column + lane() % 4 * 4);
 #pragma unroll
       for (int i = 0; i < N; i++)
 #pragma unroll
         for (int word = 0; word < 8; word++)
-          sum[i][word % 2 * kSequences + sequence] += from_bits(a[i].word[word]) * from_bits(b.word[word / 2]);
+          sum[i][word % 2 * COUNT + sequence] += from_bits(a[i].word[word]) * from_bits(b.word[word / 2]);
     }
   }
 
@@ -121,21 +123,41 @@ struct Exact {
     const bool upper = lane() % 4 / 2, odd = lane() % 2;
 #pragma unroll
     for (int unit = 0; unit < 2; unit++) {
-      const float* of = sum + unit * kSequences;
+      const auto of = [&](int sequence) { return sequence < COUNT ? sum[unit * COUNT + sequence] : 0; };
       float half[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const float given = exchange(upper ? of[i] : of[4 + i], 2);
-        half[i] = (upper ? of[4 + i] : of[i]) + given;
+        half[i] = 0;
+        if (i >= COUNT) continue;
+        const float given = exchange(upper ? of(i) : of(4 + i), 2);
+        half[i] = (upper ? of(4 + i) : of(i)) + given;
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
+        if (i >= COUNT) continue;
         const float given = exchange(odd ? half[i] : half[2 + i], 1);
         result[unit * 2 + i] += (odd ? half[2 + i] : half[i]) + given;
       }
     }
   }
 };
+
+struct Exact : ExactFor<8> {};
+
+// Call with what multiplies for so many sequences, as many in all threads of a block. The matrix cores take 8 at once.
+template <class Product, class Call>
+DEVICE void for_sequences(int sequences, Call call) {
+  if constexpr (Product::splits_sums) {
+    call(Product{});
+  } else {
+    switch ((sequences > 1) + (sequences > 2) + (sequences > 4)) {
+      case 0: return call(ExactFor<1>{});
+      case 1: return call(ExactFor<2>{});
+      case 2: return call(ExactFor<4>{});
+      default: return call(ExactFor<8>{});
+    }
+  }
+}
 
 // The sums of N results. Where products wait for each other, those of a result are added up in several chains, at least
 // CHAINS of them together.

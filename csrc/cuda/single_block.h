@@ -163,7 +163,7 @@ struct SingleBlockForward : C {
             }
           }
         load(block, next);
-        multiply_all(weights, block, before, sums);
+        multiply_all(weights, block, before, now.running, sums);
 #pragma unroll
         for (int s_ = 0; s_ < 2; s_++) {
           float saved[2][4], h_new[2], c_new[2] = {c[block][s_][0], c[block][s_][1]};
@@ -198,12 +198,14 @@ struct SingleBlockForward : C {
   }
 
  private:
-  // Adds the products to `result`.
-  static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> h,
+  // Adds the products of so many sequences to `result`.
+  static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> h, int sequences,
                                   float (&result)[G][kElements]) {
-    Sums<Product, G> sums(result);
-    weights.each(block, [&](int chunk, auto of) { sums.add(of, h, Mine::stride, chunk * C::chunk); });
-    sums.finish(result);
+    for_sequences<Product>(sequences, [&](auto product) {
+      Sums<decltype(product), G> sums(result);
+      weights.each(block, [&](int chunk, auto of) { sums.add(of, h, Mine::stride, chunk * C::chunk); });
+      sums.finish(result);
+    });
   }
 };
 
@@ -263,11 +265,13 @@ struct SingleBlockBackward : C {
         }
       });
       synchronize();
+      const int running = now.running;
       now = before, before = earlier, earlier = tile.step(k - 3);
       load();  // while the matrix cores multiply
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
-        multiply_all(weights, block, gradients, grad_h[block]);  // no more than zero for a sequence that did not run
+        // No more than zero for a sequence that did not run.
+        multiply_all(weights, block, gradients, running, grad_h[block]);
       }
     }
 
@@ -279,16 +283,19 @@ struct SingleBlockBackward : C {
   }
 
  private:
-  // Adds the products to `result`.
-  static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> gradients,
+  // Adds the products of so many sequences to `result`.
+  static DEVICE void multiply_all(const typename C::Held& weights, int block, Shared<T> gradients, int sequences,
                                   float (&result)[1][kElements]) {
-    Sums<Product, 1, (G < 2 ? 2 : G)> sums(result);
-    weights.each(block, [&](int chunk, auto of) {
+    for_sequences<Product>(sequences, [&](auto product) {
+      Sums<decltype(product), 1, (G < 2 ? 2 : G)> sums(result);
+      weights.each(block, [&](int chunk, auto of) {
 #pragma unroll
-      for (int gate = 0; gate < G; gate++)
-        sums.add([&](int) { return of(gate); }, gradients, Mine::stride, gate * C::HIDDEN + chunk * C::chunk, gate * 2);
+        for (int gate = 0; gate < G; gate++)
+          sums.add([&](int) { return of(gate); }, gradients, Mine::stride, gate * C::HIDDEN + chunk * C::chunk,
+                   gate * 2);
+      });
+      sums.finish(result);
     });
-    sums.finish(result);
   }
 };
 

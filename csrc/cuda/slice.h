@@ -258,7 +258,7 @@ struct SliceForward : C {
         if (thread() == 0 && !last) arrivals(n).expect(now.running * exchange.blocks() * UNITS * size);
         if (k > 0) arrivals(n - 1).wait(phase(n - 1));
         float result[G][kElements];
-        multiply_all(weights, states(n), stride, part, result);
+        multiply_all(weights, states(n), stride, part, now.running, result);
 #pragma unroll
         for (int gate = 0; gate < G; gate++)
 #pragma unroll
@@ -300,16 +300,18 @@ struct SliceForward : C {
     return part * part_sums + (gate * kSequences + sequence) * sums_stride;
   }
 
-  // One part of W h for the 16 units of a warp.
-  static DEVICE void multiply_all(const Held& weights, Shared<T> h, int stride, int part,
+  // One part of W h for the 16 units of a warp, of so many sequences.
+  static DEVICE void multiply_all(const Held& weights, Shared<T> h, int stride, int part, int sequences,
                                   float (&result)[G][kElements]) {
 #pragma unroll
     for (int gate = 0; gate < G; gate++)
 #pragma unroll
       for (int e = 0; e < kElements; e++) result[gate][e] = 0;
-    Sums<Product, G> sums(result);
-    weights.each([&](int group, auto of) { sums.add(of, h, stride, (part + group * PARTS) * C::chunk); });
-    sums.finish(result);
+    for_sequences<Product>(sequences, [&](auto product) {
+      Sums<decltype(product), G> sums(result);
+      weights.each([&](int group, auto of) { sums.add(of, h, stride, (part + group * PARTS) * C::chunk); });
+      sums.finish(result);
+    });
   }
 
   // The step of two units of a sequence; h and c change in place.
@@ -422,21 +424,24 @@ struct SliceBackward : C {
         now = before, before = earlier, earlier = tile.step(count - 4 - i);
         load();  // while the matrix cores multiply
         exchange.receive(n);
-        const float zero[2][kElements] = {};
-        Sums<Product, 2> sums(zero);
-        weights.each([&](int group, auto of) {
-          const int set = group % sets;
-          if (set == 0) sums = Sums<Product, 2>(zero);
+        for_sequences<Product>(running, [&](auto product) {
+          using HalfSums = Sums<decltype(product), 2>;
+          const float zero[2][kElements] = {};
+          HalfSums sums(zero);
+          weights.each([&](int group, auto of) {
+            const int set = group % sets;
+            if (set == 0) sums = HalfSums(zero);
 #pragma unroll
-          for (int chunk = 0; chunk < chunks; chunk++)
-            sums.add([&](int half) { return of(chunk * 2 + half); }, gradients(n), stride,
-                     (set * chunks + chunk) * C::chunk);
-          if (set + 1 < sets) return;
-          float result[2][kElements] = {};
-          sums.finish(result);
+            for (int chunk = 0; chunk < chunks; chunk++)
+              sums.add([&](int half) { return of(chunk * 2 + half); }, gradients(n), stride,
+                       (set * chunks + chunk) * C::chunk);
+            if (set + 1 < sets) return;
+            float result[2][kElements] = {};
+            sums.finish(result);
 #pragma unroll
-          for (int half = 0; half < 2; half++)
-            exchange.share(n, first_row(group) + half * kUnits, running, result[half]);
+            for (int half = 0; half < 2; half++)
+              exchange.share(n, first_row(group) + half * kUnits, running, result[half]);
+          });
         });
         exchange.shared(n);
         ran = running;
