@@ -38,15 +38,24 @@ class Tile {
   DEVICE int sequences() const { return sequences_; }
   DEVICE int direction() const { return direction_; }
 
-  // The row of the block's first sequence in its k-th step, and how many run in it.
+  // What memory says of the k-th step: asked for a step before it is used, so that nobody waits for it.
+  struct Asked {
+    int64_t start, size;
+  };
+  DEVICE Asked ask(int64_t k) const {
+    if (k < 0 || k >= count_) return {0, first_};  // none run
+    const int64_t t = step_of(k, count_, direction_);
+    return {steps_.start(t), steps_.size(t)};
+  }
+
+  // The row of the block's first sequence in a step, and how many run in it.
   struct Step {
     int64_t row;
     int running;
   };
-  DEVICE Step step(int64_t k) const {
-    if (k < 0 || k >= count_) return {0, 0};
-    const int64_t t = step_of(k, count_, direction_), running = steps_.size(t) - first_;
-    return {steps_.start(t) + first_, running < sequences_ ? static_cast<int>(running) : sequences_};
+  DEVICE Step step(Asked asked) const {
+    const int64_t running = asked.size - first_;
+    return {asked.start + first_, running < sequences_ ? static_cast<int>(running) : sequences_};
   }
 
  private:
@@ -133,7 +142,7 @@ struct SingleBlockForward : C {
 
     // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
     Pair<T> x[BLOCKS][2][G];
-    typename Tile::Step now = tile.step(0), next = tile.step(1);
+    typename Tile::Step now = tile.step(tile.ask(0)), next = tile.step(tile.ask(1));
     const auto load = [&](int block, const typename Tile::Step& step) {
 #pragma unroll
       for (int s_ = 0; s_ < 2; s_++)
@@ -145,7 +154,7 @@ struct SingleBlockForward : C {
 
     for (int64_t k = 0; k < tile.count(); k++) {
       const Shared<T> before = Mine::factors(k % 2), after = Mine::factors((k + 1) % 2);
-      const typename Tile::Step after_next = tile.step(k + 2);
+      const typename Tile::Asked after_next = tile.ask(k + 2);
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
         float sums[G][kElements], x_n[kElements];  // GRU's n has its sums apart
@@ -187,7 +196,7 @@ struct SingleBlockForward : C {
           after.store_pair(mine.place(block, s_), Product::factors(h[block][s_]));
         }
       }
-      now = next, next = after_next;
+      now = next, next = tile.step(after_next);
       synchronize();
     }
 
@@ -233,7 +242,8 @@ struct SingleBlockBackward : C {
 
     Past<T> past[BLOCKS][2];
     const int64_t last = tile.count() - 1;
-    typename Tile::Step now = tile.step(last), before = tile.step(last - 1), earlier = tile.step(last - 2);
+    typename Tile::Step now = tile.step(tile.ask(last)), before = tile.step(tile.ask(last - 1)),
+                        earlier = tile.step(tile.ask(last - 2));
     const auto load = [&] {
       mine.each([&](int block, int s_) {
         past[block][s_] = {};
@@ -247,6 +257,7 @@ struct SingleBlockBackward : C {
 
     for (int64_t k = last; k >= 0; k--) {
       const Shared<T> gradients = Mine::factors(k % 2);
+      const typename Tile::Asked asked = tile.ask(k - 3);
       mine.each([&](int block, int s_) {
         const bool running = mine.lane.sequence + s_ < now.running;
         float grad[2][4] = {}, h_new[2] = {grad_h[block][0][s_], grad_h[block][0][2 + s_]};
@@ -266,7 +277,7 @@ struct SingleBlockBackward : C {
       });
       synchronize();
       const int running = now.running;
-      now = before, before = earlier, earlier = tile.step(k - 3);
+      now = before, before = earlier, earlier = tile.step(asked);
       load();  // while the matrix cores multiply
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {

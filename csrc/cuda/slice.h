@@ -245,11 +245,12 @@ struct SliceForward : C {
       float c[2], b_hn[2];
       widen(mine.load_state(s.c_0), c);
       layer.load_b_hn(mine.unit, mine.there, b_hn);
-      typename Tile::Step now = tile.step(0), next = tile.step(1);
-      const auto load = [&](const typename Tile::Step& step) {
-        if (mine.any) layer.load_gates(step.row, 0, mine.lane(), mine.sequence < step.running ? mine.there : 0, x);
+      typename Tile::Step now = tile.step(tile.ask(0));
+      typename Tile::Asked next = tile.ask(1);
+      const auto load = [&] {
+        if (mine.any) layer.load_gates(now.row, 0, mine.lane(), mine.sequence < now.running ? mine.there : 0, x);
       };
-      load(now);
+      load();
       cluster_wait();
 
       for (int64_t k = 0; k < tile.count(); k++) {
@@ -284,8 +285,8 @@ struct SliceForward : C {
           }
         }
         if (!last) exchange.pass_on(states(n + 1), stride, now.running, n);
-        load(next);
-        now = next, next = tile.step(k + 2);  // asked for a step before it is used
+        now = tile.step(next), next = tile.ask(k + 2);
+        load();
       }
       if (tile.count() > 0) before += tile.count() - 1;
 
@@ -399,7 +400,8 @@ struct SliceBackward : C {
 
       Past<T> past;
       const int64_t count = tile.count();
-      typename Tile::Step now = tile.step(count - 1), before = tile.step(count - 2), earlier = tile.step(count - 3);
+      typename Tile::Step now = tile.step(tile.ask(count - 1)), before = tile.step(tile.ask(count - 2));
+      typename Tile::Asked earlier = tile.ask(count - 3);
       const auto load = [&] {
         past = {};
         const bool runs = mine.any && mine.sequence < now.running;
@@ -421,7 +423,7 @@ struct SliceBackward : C {
         if (runs) layer.step(past, grad_h, grad_c, grad);
         exchange.give(gradients(n), stride, mine, grad, runs, n);
         if (runs) layer.store_gates(now.row, 0, mine.lane(), mine.there, grad);
-        now = before, before = earlier, earlier = tile.step(count - 4 - i);
+        now = before, before = tile.step(earlier);
         load();  // while the matrix cores multiply
         exchange.receive(n);
         for_sequences<Product>(running, [&](auto product) {
@@ -444,6 +446,7 @@ struct SliceBackward : C {
           });
         });
         exchange.shared(n);
+        earlier = tile.ask(count - 4 - i);
         ran = running;
       }
       before_all += count;
