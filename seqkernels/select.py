@@ -387,7 +387,7 @@ def _memory_of_slice(
         warps, chunks = 8, sets * -(-gates * of_units // chunk)
         exchanged = 3 * SEQUENCES * units * 4 if cluster else 2 * blocks * SEQUENCES * units * 4
         fragments = 2 * chunks * -(-states // (32 * warps))
-        held = {1: 12, 3: 12, 4: 11}[gates] if exact else 18
+        held = {1: 12, 3: 11, 4: 10}[gates] if exact else 18
     else:
         warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
         parts = warps * 16 // units
@@ -404,7 +404,7 @@ def _memory_of_slice(
 def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
     """Fragments of the weights that threads hold in registers, as in csrc/cuda/whole_gpu.cu."""
     if dtype.itemsize == 4 and not tf32:
-        return {1: 12, 3: 9, 4: 9}[gates] if backward else {1: 17, 3: 10, 4: 8}[gates]
+        return {1: 12, 3: 9, 4: 8}[gates] if backward else {1: 17, 3: 10, 4: 8}[gates]
     if dtype.itemsize == 4 and backward:
         return 16 if gates == 4 else 17
     return 22 if gates == 1 and not backward else 18

@@ -398,18 +398,17 @@ struct SliceBackward : C {
       widen(mine.load_state(s.grad_h_n), grad_h);
       widen(mine.load_state(s.grad_c_n), grad_c);
 
-      Past<T> past;
       const int64_t count = tile.count();
-      typename Tile::Step now = tile.step(tile.ask(count - 1)), before = tile.step(tile.ask(count - 2));
-      typename Tile::Asked earlier = tile.ask(count - 3);
-      const auto load = [&] {
-        past = {};
-        const bool runs = mine.any && mine.sequence < now.running;
-        if (runs && mine.there)
-          layer.load(now.row, before.row, mine.sequence < before.running, tile.first(), 0, mine.lane(), mine.there,
-                     past);
+      typename Tile::Step now = tile.step(tile.ask(count - 1)), before = tile.step(tile.ask(count - 2)),
+                          earlier = tile.step(tile.ask(count - 3));
+      const auto load = [&](const typename Tile::Step& step, const typename Tile::Step& step_before) {
+        Past<T> read = {};
+        if (mine.any && mine.sequence < step.running && mine.there)
+          layer.load(step.row, step_before.row, mine.sequence < step_before.running, tile.first(), 0, mine.lane(),
+                     mine.there, read);
+        return read;
       };
-      load();
+      Past<T> past = load(now, before), past_before = load(before, earlier);
 
       int ran = 0;  // sequences, in the exchange before
       for (int64_t i = 0; i < count; i++) {
@@ -422,9 +421,6 @@ struct SliceBackward : C {
         zero_absent(grad_h, mine.there);
         if (runs) layer.step(past, grad_h, grad_c, grad);
         exchange.give(gradients(n), stride, mine, grad, runs, n);
-        if (runs) layer.store_gates(now.row, 0, mine.lane(), mine.there, grad);
-        now = before, before = tile.step(earlier);
-        load();  // while the matrix cores multiply
         exchange.receive(n);
         for_sequences<Product>(running, [&](auto product) {
           using HalfSums = Sums<decltype(product), 2>;
@@ -446,7 +442,12 @@ struct SliceBackward : C {
           });
         });
         exchange.shared(n);
-        earlier = tile.ask(count - 4 - i);
+        // The rest only now, while others wait for the shares; what is loaded has a whole step to come.
+        const typename Tile::Asked asked = tile.ask(count - 4 - i);
+        if (runs) layer.store_gates(now.row, 0, mine.lane(), mine.there, grad);
+        const typename Tile::Step next = tile.step(asked);
+        past = past_before, past_before = load(earlier, next);
+        now = before, before = earlier, earlier = next;
         ran = running;
       }
       before_all += count;

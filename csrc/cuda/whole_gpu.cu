@@ -17,7 +17,7 @@ constexpr int UNITS = 16, WARPS = 8;
 template <class Product>
 constexpr int held(Cell cell, bool backward) {
   const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
-  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : lstm && !backward ? 8 : backward ? 9 : 10;
+  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : lstm ? 8 : backward ? 9 : 10;
   if (std::is_same_v<Product, Tf32> && backward) return lstm ? 16 : 17;
   return rnn && !backward ? 22 : 18;
 }
