@@ -1,7 +1,8 @@
 // The exchange of blocks that are a cluster: they push what their peers need of a step into their shared memory, where
 // an mbarrier counts the bytes. There are two buffers, so that one exchange a step is enough: nobody pushes to a buffer
 // before all have read it, since each pushes a step only after it has got all of the step before, which its peers push
-// after reading.
+// after reading. Nothing else passes between the blocks, so that of the GPU's memory nobody has to see what peers have
+// seen.
 //
 // Forward, the new states go to all peers: a step brings a block B H numbers of the layer's dtype, for B sequences.
 // Backward there is a choice. If the gradients of the gates went to all peers, a step would bring G B H numbers of the
@@ -59,6 +60,8 @@ struct ClusterStates : InCluster<C> {
   }
 
   static DEVICE void pass_on(Shared<T>, int, int, int64_t) {}
+
+  static DEVICE void receive(int64_t n) { arrivals(n).wait_for_shared(phase(n)); }
 };
 
 template <class C>
@@ -87,7 +90,7 @@ class ClusterShares : public InCluster<C> {
 
   // Add to a thread's gradients of states what came in the n-th exchange, in which so many sequences ran.
   DEVICE void collect(int64_t n, int ran, const Own<C>& mine, float (&grad_h)[2]) const {
-    arrivals(n).wait(phase(n));
+    arrivals(n).wait_for_shared(phase(n));
     if (!mine.any || mine.sequence >= ran || mine.there == 0) return;
     for (int of = 0; of < this->blocks(); of++) {
       const Pair<float> share = shares(n).load_pair((of * kSequences + mine.sequence) * C::UNITS + mine.at);

@@ -118,6 +118,21 @@ class Mbarrier {
         : "memory");
   }
 
+  // The same, but of shared memory alone, so that the L1 cache keeps what it has of the GPU's.
+  DEVICE void wait_for_shared(int parity) const {
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 7)
+    asm volatile(
+        "{\n\t.reg .pred ended;\n"
+        "waiting:\n\tmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 ended, [%0], %1;\n\t"
+        "@!ended bra waiting;\n\t"
+        "fence.acquire.sync_restrict::shared::cluster.cluster;\n\t}" ::"r"(at_),
+        "r"(parity)
+        : "memory");
+#else
+    wait(parity);  // the fence is of PTX 8.6
+#endif
+  }
+
   DEVICE uint32_t address() const { return at_; }
   DEVICE uint32_t of_peer(int rank) const { return at_peer(at_, rank); }
 

@@ -257,7 +257,7 @@ struct SliceForward : C {
         const int64_t n = before + k;
         const bool last = k + 1 == tile.count();
         if (thread() == 0 && !last) arrivals(n).expect(now.running * exchange.blocks() * UNITS * size);
-        if (k > 0) arrivals(n - 1).wait(phase(n - 1));
+        if (k > 0) exchange.receive(n - 1);
         float result[G][kElements];
         multiply_all(weights, states(n), stride, part, now.running, result);
 #pragma unroll

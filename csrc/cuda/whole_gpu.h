@@ -19,7 +19,8 @@
 // part of exchange n from each of them, who copy it after reading exchange n - 1. Backward, a block gives shares of
 // exchange n + 1 after it has the gates' gradients of its cluster, whose blocks push them after collecting exchange n
 // from every cluster; and these gave it after they had the gates' gradients of all their blocks, which pushed them when
-// all of their threads had collected exchange n - 1, whose buffer is overwritten.
+// all of their threads had collected exchange n - 1, whose buffer is overwritten. So what peers have seen of the GPU's
+// memory passes through the mbarriers of a cluster as well.
 #pragma once
 #include "slice.h"
 
@@ -123,6 +124,8 @@ struct WholeGpuStates : InGroup<C, ForwardSweep, C::owners> {
     copies.copy_to_cluster(row * stride + unit, states(n), row * this->width() + unit, (end - begin) * C::UNITS,
                            arrivals(n));
   }
+
+  static DEVICE void receive(int64_t n) { arrivals(n).wait(phase(n)); }
 
  private:
   DEVICE Global<T> states(int64_t n) const { return this->template buffer<T>(n); }

@@ -123,6 +123,7 @@ class Mbarrier {
   void init() const;
   void expect(int bytes) const;
   void wait(int parity) const;
+  void wait_for_shared(int parity) const { wait(parity); }  // here too the caller sees all that others have seen
   int byte() const { return byte_; }
 
  private:
