@@ -387,7 +387,7 @@ def _memory_of_slice(
         warps, chunks = 8, sets * -(-gates * of_units // chunk)
         exchanged = 3 * SEQUENCES * units * 4 if cluster else 2 * blocks * SEQUENCES * units * 4
         fragments = 2 * chunks * -(-states // (32 * warps))
-        held = {1: 12, 3: 11, 4: 10}[gates] if exact else 18
+        held = {1: 12, 3: 11, 4: 11}[gates] if exact else 18
     else:
         warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
         parts = warps * 16 // units

@@ -244,8 +244,8 @@ def test_matrix_cores_multiply_where_they_are_meant_to(target):
         exact = configuration.dtype == torch.float32 and not configuration.tf32
         assert (kernel.instructions["HMMA"] == 0) == exact, kernel
         assert kernel.instructions["DFMA"] == 0, kernel
-        # What registers hold is multiplied without a loop: a weight by a sequence, with code for 1, 2, 4 and 8 of them, or
-        # 512 bytes of weights by 8 at once.
+        # What registers hold is multiplied without a loop: a weight by a sequence, with code for 1, 2, 4 and 8 of them,
+        # or 512 bytes of weights by 8 at once.
         weights = configuration.fragments * 8
         products = weights * (1 + 2 + 4 + 8) if exact else weights * 4 * 32 // 512
         assert kernel.instructions["FFMA" if exact else "HMMA"] >= products, kernel

@@ -14,7 +14,7 @@ namespace {
 template <class Product>
 constexpr int held(Cell cell, bool backward) {
   const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
-  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : lstm ? 10 : backward ? 11 : 12;
+  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : backward ? 11 : lstm ? 10 : 12;
   return rnn && !backward ? 22 : 18;
 }
 

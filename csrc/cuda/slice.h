@@ -399,8 +399,7 @@ struct SliceBackward : C {
       widen(mine.load_state(s.grad_c_n), grad_c);
 
       const int64_t count = tile.count();
-      typename Tile::Step now = tile.step(tile.ask(count - 1)), before = tile.step(tile.ask(count - 2)),
-                          earlier = tile.step(tile.ask(count - 3));
+      typename Tile::Step now = tile.step(tile.ask(count - 1));
       const auto load = [&](const typename Tile::Step& step, const typename Tile::Step& step_before) {
         Past<T> read = {};
         if (mine.any && mine.sequence < step.running && mine.there)
@@ -408,7 +407,8 @@ struct SliceBackward : C {
                      mine.there, read);
         return read;
       };
-      Past<T> past = load(now, before), past_before = load(before, earlier);
+      const typename Tile::Step second = tile.step(tile.ask(count - 2)), third = tile.step(tile.ask(count - 3));
+      Past<T> past = load(now, second), past_before = load(second, third);
 
       int ran = 0;  // sequences, in the exchange before
       for (int64_t i = 0; i < count; i++) {
@@ -443,11 +443,13 @@ struct SliceBackward : C {
         });
         exchange.shared(n);
         // The rest only now, while others wait for the shares; what is loaded has a whole step to come.
-        const typename Tile::Asked asked = tile.ask(count - 4 - i);
+        // Which steps come is asked anew: no register holds it through the products.
+        const int64_t k = count - 1 - i;
+        const typename Tile::Asked before = tile.ask(k - 1), two_before = tile.ask(k - 2),
+                                   three_before = tile.ask(k - 3);
         if (runs) layer.store_gates(now.row, 0, mine.lane(), mine.there, grad);
-        const typename Tile::Step next = tile.step(asked);
-        past = past_before, past_before = load(earlier, next);
-        now = before, before = earlier, earlier = next;
+        past = past_before, past_before = load(tile.step(two_before), tile.step(three_before));
+        now = tile.step(before);
         ran = running;
       }
       before_all += count;
