@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from test_cuda import SHARED, by_road, faulty
+from test_cuda import SHARED, assert_caught, by_road
 from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
 
 from seqkernels.hardware import HERE
@@ -86,30 +86,6 @@ def test_the_largest_layers(cell, hidden, dtype, blocks):
     assert_rounding_alone_of(call, *by_road(whole_gpu(blocks)))
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_tf32_rounds_factors_to_ten_bits(cell):
-    call = Call(cell, 1, 5, 4, 140, dtype=torch.float32)
-    exact, rounded = (both_passes(call, *by_road(whole_gpu(4), tf32)) for tf32 in (False, True))
-    # A relu input that rounds across zero has another gradient, which is no error.
-    compared = slice(2) if cell == "rnn_relu" else slice(None)
-    pairs = zip(rounded[compared], exact[compared], strict=True)
-    gaps = [float((a - b).norm() / b.norm()) for a, b in pairs if b.numel()]
-    assert 1e-5 < max(gaps) < 3e-3
-
-
-@CLUSTERS
-@pytest.mark.parametrize("cell", CELLS)
-def test_no_order_of_threads_copies_and_flags_changes_a_bit(cell, blocks, host_run, multiprocessors):
-    multiprocessors(24)
-    call = Call(cell, 2, 9, 4, 90, batch_sizes=(9, 6, 6, 2), dtype=torch.bfloat16)
-    expected = both_passes(call, *by_road(whole_gpu(blocks)))
-    for seed in range(5):
-        host_run.seed(seed)
-        for ours, first in zip(both_passes(call, *by_road(whole_gpu(blocks))), expected, strict=True):
-            assert torch.equal(ours, first)
-
-
-STEPS = 4
 FAULTS = [
     # pass, fault, which of a thread's, what is said
     ("forward", "cluster_barrier", 0, "no mbarrier|unwritten|race"),
@@ -140,16 +116,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: " ".join(map(str, fault[:3])))
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_every_fault_is_caught(cell, fault, host_run):
-    which, kind, event, message = fault
-    call = Call(cell, 1, 8, STEPS, 90, dtype=torch.bfloat16)
-    forward, back = by_road(whole_gpu(2))
-    for seed in range(8):
-        host_run.seed(seed)
-        passes = {"forward": forward, "backward": back}
-        passes[which] = faulty(host_run, passes[which], kind, event)
-        with pytest.raises(RuntimeError, match=message):
-            both_passes(call, *passes.values())
-    both_passes(call, forward, back)
+    assert_caught(host_run, cell, whole_gpu(2), fault)
 
 
 def test_what_has_no_kernel_says_why(multiprocessors):
