@@ -50,7 +50,7 @@ struct ClusterStates : InCluster<C> {
 
   static DEVICE void prepared() {}
 
-  // The states of two units of each lane, after the n-th exchange; all lanes of a warp take part.
+  // The states of two units of each lane, for the n-th exchange; all lanes of a warp take part.
   DEVICE void give(Shared<T> states, int stride, const Own<C>& mine, Pair<T> h, bool runs, int64_t n) const {
     constexpr int together = 16 / sizeof(T);
     const Words words = gather(h);
@@ -123,7 +123,7 @@ class ClusterShares : public InCluster<C> {
                          unit / C::UNITS, arrivals(n));
   }
 
-  static DEVICE void shared(int64_t) {}
+  static DEVICE void announce(int64_t) {}
 
  private:
   // [rank, sequence, unit] of the n-th exchange.

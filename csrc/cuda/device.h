@@ -108,7 +108,7 @@ class Mbarrier {
   }
 
   // Until the present phase has ended, if its number (from 0) has this parity; then the caller sees what it brought,
-  // and what those who pushed had seen.
+  // and what those who pushed or copied had seen when they did.
   DEVICE void wait(int parity) const {
     asm volatile(
         "{\n\t.reg .pred ended;\n"
@@ -371,7 +371,7 @@ const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
   if (blocks > INT32_MAX) return "more blocks than a grid can have";
   cudaError_t error = cudaSuccess;
   // What a block or a cluster may have without being asked for.
-  if (shared_bytes > 48 << 10 || together.cluster > 8) error = allow_more<Kernel>(together.cluster > 1);
+  if (shared_bytes > 48 << 10 || together.cluster > 8) error = allow_more<Kernel>(together.cluster > 8);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};

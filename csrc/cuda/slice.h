@@ -441,7 +441,7 @@ struct SliceBackward : C {
               exchange.share(n, first_row(group) + half * kUnits, running, result[half]);
           });
         });
-        exchange.shared(n);
+        exchange.announce(n);
         // The rest only now, while others wait for the shares; what is loaded has a whole step to come.
         // Which steps come is asked anew: no register holds it through the products.
         const int64_t k = count - 1 - i;

@@ -98,7 +98,7 @@ struct WholeGpuStates : InGroup<C, ForwardSweep, C::owners> {
   // A block's initial states are in its shared memory, before copies may follow.
   static DEVICE void prepared() { fence_copies_to_shared(); }
 
-  // The states of two units of each lane, after the n-th exchange; all lanes of a warp take part.
+  // The states of two units of each lane, for the n-th exchange; all lanes of a warp take part.
   DEVICE void give(Shared<T>, int, const Own<C>& mine, Pair<T> h, bool runs, int64_t n) const {
     if (runs) states(n).store_pair(mine.sequence * this->width() + mine.unit, h);
     synchronize_warp();
@@ -222,7 +222,8 @@ struct WholeGpuShares : InGroup<C, BackwardSweep, 1> {
     }
   }
 
-  DEVICE void shared(int64_t n) const {
+  // That all shares of the block are there.
+  DEVICE void announce(int64_t n) const {
     synchronize();
     if (thread() == 0) this->flags().raise(this->rank(), static_cast<uint32_t>(n + 1));
   }
