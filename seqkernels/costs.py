@@ -76,9 +76,9 @@ class Layer(NamedTuple):
         return double if self.dtype == torch.float64 else tf32 if self.tf32 and tf32 else single
 
     def product(self, gpu: GPU, sequences: int) -> float:
-        """Clocks that one multiprocessor would multiply for a step of so many sequences, at most 8, for which matrix
-        cores take as long as for 8."""
-        rows = 8 if self.dtype.itemsize == 2 or self.tf32 else sequences
+        """Clocks that one multiprocessor would multiply for a step of so many sequences, at most 8: matrix cores always
+        take 8, and without them there is code for 1, 2, 4 and 8."""
+        rows = 8 if self.dtype.itemsize == 2 or self.tf32 else 1 << (sequences - 1).bit_length()
         return rows * self.weights / self.products(gpu)
 
 
