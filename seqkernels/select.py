@@ -378,7 +378,6 @@ def _memory_of_slice(
     blocks exchange. csrc/cuda/slice.h says the same; on the whole GPU, by clusters of so many blocks, whole_gpu.h, and
     where all blocks are one cluster (0) cluster.h."""
     chunk = 64 // dtype.itemsize
-    exact = dtype.itemsize == 4 and not tf32
     if backward:
         # Units whose gates' gradients a block multiplies at once, how many times, and for how many states.
         of_units, sets, states = (
@@ -387,22 +386,26 @@ def _memory_of_slice(
         warps, chunks = 8, sets * -(-gates * of_units // chunk)
         exchanged = 3 * SEQUENCES * units * 4 if cluster else 2 * blocks * SEQUENCES * units * 4
         fragments = 2 * chunks * -(-states // (32 * warps))
-        held = {1: 12, 3: 11, 4: 11}[gates] if exact else 18
     else:
         warps, chunks = 6 if units == 48 else 8, -(-blocks * units // chunk)
         parts = warps * 16 // units
         exchanged = parts * gates * SEQUENCES * (units + 4) * 4 - 16
         fragments = gates * -(-hidden_size // (chunk * parts))
-        held = {1: 17, 3: 12, 4: 10}[gates] if exact else {1: 22, 3: 18, 4: 18}[gates]
-    if cluster:
-        held = _held_on_whole_gpu(gates, dtype, tf32, backward)
     factors = 2 * SEQUENCES * 64 * (chunks + (chunks + 1) % 2)
+    held = (_held_on_whole_gpu if cluster else _held_in_cluster)(gates, dtype, tf32, backward)
     weights = max(0, fragments - held) * warps * 32 * 32
     return weights, 16 + factors + exchanged + weights
 
 
+def _held_in_cluster(gates: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
+    """Fragments of the weights that threads hold in registers, as in csrc/cuda/cluster.cu."""
+    if dtype.itemsize == 4 and not tf32:
+        return {1: 12, 3: 11, 4: 11}[gates] if backward else {1: 17, 3: 12, 4: 10}[gates]
+    return 22 if gates == 1 and not backward else 18
+
+
 def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
-    """Fragments of the weights that threads hold in registers, as in csrc/cuda/whole_gpu.cu."""
+    """The same, as in csrc/cuda/whole_gpu.cu."""
     if dtype.itemsize == 4 and not tf32:
         return {1: 12, 3: 9, 4: 8}[gates] if backward else {1: 17, 3: 10, 4: 8}[gates]
     if dtype.itemsize == 4 and backward:

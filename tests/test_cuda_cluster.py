@@ -101,19 +101,6 @@ LARGEST = [
 ]
 
 
-@pytest.mark.parametrize("row", LARGEST, ids=str)
-def test_select_knows_which_layers_fit(row):
-    cell, dtype, tf32, expected = row
-
-    def fits(hidden: int, backward: bool) -> bool:
-        found, against = select.clusters(cell, hidden, False, dtype, tf32, H200, backward)
-        assert bool(found) != bool(against)
-        return bool(found)
-
-    for backward, most in zip((False, True), expected, strict=True):
-        assert [h for h in range(129, 1153) if fits(h, backward)] == [*range(129, most + 1)]
-
-
 LARGEST_ON_WHOLE_GPU = [
     # As above. 2112 units are a block for each of the 132 multiprocessors.
     ("rnn_tanh", torch.bfloat16, False, (2112, 2112)),
@@ -128,13 +115,23 @@ LARGEST_ON_WHOLE_GPU = [
 ]
 
 
+def assert_fits_up_to(find, row: tuple, first: int) -> None:
+    """`find`, of `select`, has groups of blocks for every layer from `first` units on to the most of either pass."""
+    cell, dtype, tf32, expected = row
+    for backward, most in zip((False, True), expected, strict=True):
+        for hidden in range(first, 2200):
+            found, against = find(cell, hidden, False, dtype, tf32, H200, backward)
+            assert bool(found) == (hidden <= most) != bool(against), hidden
+
+
+@pytest.mark.parametrize("row", LARGEST, ids=str)
+def test_select_knows_which_layers_fit(row):
+    assert_fits_up_to(select.clusters, row, 129)
+
+
 @pytest.mark.parametrize("row", LARGEST_ON_WHOLE_GPU, ids=str)
 def test_select_knows_which_layers_fit_the_whole_gpu(row):
-    cell, dtype, tf32, expected = row
-    for backward, largest in zip((False, True), expected, strict=True):
-        for hidden in range(1, 2200):
-            found, against = select.whole_gpu(cell, hidden, False, dtype, tf32, H200, backward)
-            assert bool(found) == (hidden <= largest) != bool(against), hidden
+    assert_fits_up_to(select.whole_gpu, row, 1)
 
 
 def assert_a_block_needs_all_its_memory(name: str, call: Call, tf32: bool, backward: bool) -> None:
