@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from test_cuda import faulty
 
 from seqkernels.hardware import HERE
 
@@ -71,9 +72,7 @@ SEEDS = pytest.mark.parametrize("seed", range(20))
 @SEEDS
 def test_faulty_pushes_are_caught(fault, event, error, seed, host_run):
     host_run.seed(seed)
-    host_run.plant(getattr(host_run.Fault, fault), event)
-    found, _ = host_run.exchange_by_pushes(8, 4, STEPS)
-    host_run.plant(host_run.Fault.none)
+    found, _ = faulty(host_run, host_run.exchange_by_pushes, fault, event)(8, 4, STEPS)
     assert re.match(error, found)
 
 
@@ -89,9 +88,7 @@ def test_faulty_pushes_are_caught(fault, event, error, seed, host_run):
 @SEEDS
 def test_faulty_flags_are_caught(fault, event, error, seed, host_run):
     host_run.seed(seed)
-    host_run.plant(getattr(host_run.Fault, fault), event)
-    found, _ = host_run.exchange_by_flags(5, STEPS)
-    host_run.plant(host_run.Fault.none)
+    found, _ = faulty(host_run, host_run.exchange_by_flags, fault, event)(5, STEPS)
     assert re.match(error, found)
 
 
@@ -114,9 +111,7 @@ def test_faulty_flags_are_caught(fault, event, error, seed, host_run):
 @SEEDS
 def test_faulty_copies_are_caught(fault, event, error, seed, host_run):
     host_run.seed(seed)
-    host_run.plant(getattr(host_run.Fault, fault), event)
-    found, _ = host_run.exchange_by_copies(8, 2, STEPS)
-    host_run.plant(host_run.Fault.none)
+    found, _ = faulty(host_run, host_run.exchange_by_copies, fault, event)(8, 2, STEPS)
     assert re.match(error, found)
 
 
