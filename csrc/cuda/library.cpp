@@ -250,19 +250,14 @@ Tensor arranged(const Gpu& gpu, const Problem& p) {
 // so many hidden units, or by the "whole GPU", whose clusters have so many. seqkernels/select.py chooses.
 struct Road {
   bool tf32, single_block, cluster, whole_gpu;
-  int tile, memory;
   Clusters clusters;
-  WholeGpu whole;
 
   Road(bool tf32, const std::string& name, int64_t tile, int64_t memory, int64_t units)
       : tf32(tf32),
         single_block(name == "single block"),
         cluster(name == "cluster"),
         whole_gpu(name == "whole GPU"),
-        tile(static_cast<int>(tile)),
-        memory(static_cast<int>(memory)),
-        clusters{static_cast<int>(units), this->tile, this->memory},
-        whole{static_cast<int>(units / 16), this->tile, this->memory} {
+        clusters{static_cast<int>(units), static_cast<int>(tile), static_cast<int>(memory)} {
     check(in_one_launch() || name == "stepwise", "unknown road '", name,
           "'; the roads are stepwise, single block, cluster and whole GPU");
     check(!in_one_launch() || (tile >= 1 && tile <= 8), "a block takes 1 to 8 sequences, got ", tile);
@@ -276,14 +271,14 @@ struct Room {
   Groups groups{};
   Tensor exchange, flags;
 
-  Room(const Gpu& gpu, const Sweep& sweep, const WholeGpu& whole, bool backward)
-      : exchange(allocate(gpu, sweep, whole, backward)), flags(gpu.allocate({groups.flags}, ScalarType::Int)) {
+  Room(const Gpu& gpu, const Sweep& sweep, const Clusters& clusters, bool backward)
+      : exchange(allocate(gpu, sweep, clusters, backward)), flags(gpu.allocate({groups.flags}, ScalarType::Int)) {
     torch::stable::zero_(flags);
   }
 
  private:
-  Tensor allocate(const Gpu& gpu, const Sweep& sweep, const WholeGpu& whole, bool backward) {
-    must(whole_gpu_groups(sweep, whole, backward, groups));
+  Tensor allocate(const Gpu& gpu, const Sweep& sweep, const Clusters& clusters, bool backward) {
+    must(whole_gpu_groups(sweep, clusters, backward, groups));
     return gpu.allocate({groups.bytes}, ScalarType::Byte);
   }
 };
@@ -361,12 +356,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
     sweep.b_hn[d] = p.cell == Cell::gru && p.weights[d].b_hh ? gpu.at(p.weights[d].b_hh, 2 * H) : nullptr;
   sweep.y = pointer(y), sweep.h_n = pointer(h_n), sweep.c_n = pointer(c_n), sweep.saved = pointer(saved);
   if (road.single_block) {
-    must(single_block_forward(sweep, road.tile, road.memory, arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
+    must(single_block_forward(sweep, road.clusters.tile, road.clusters.memory, arranged(gpu, p).mutable_data_ptr(),
+                              gpu.stream()));
   } else if (road.cluster) {
     must(cluster_forward(sweep, road.clusters, gpu.stream()));
   } else if (road.whole_gpu) {
-    Room room(gpu, sweep, road.whole, false);
-    must(whole_gpu_forward(sweep, road.whole, room.groups, room.exchange.mutable_data_ptr(),
+    Room room(gpu, sweep, road.clusters, false);
+    must(whole_gpu_forward(sweep, road.clusters, room.groups, room.exchange.mutable_data_ptr(),
                            room.flags.mutable_data_ptr(), gpu.stream()));
   } else {
     Tensor c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
@@ -471,12 +467,13 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
   sweep.y = kept_y, sweep.saved = kept_saved, sweep.grad_gates = grad_gates.mutable_data_ptr();
   sweep.grad_h_0 = pointer(grad_h_0), sweep.grad_c_0 = pointer(grad_c_0);
   if (road.single_block) {
-    must(single_block_backward(sweep, road.tile, road.memory, arranged(gpu, p).mutable_data_ptr(), gpu.stream()));
+    must(single_block_backward(sweep, road.clusters.tile, road.clusters.memory, arranged(gpu, p).mutable_data_ptr(),
+                               gpu.stream()));
   } else if (road.cluster) {
     must(cluster_backward(sweep, road.clusters, gpu.stream()));
   } else if (road.whole_gpu) {
-    Room room(gpu, sweep, road.whole, true);
-    must(whole_gpu_backward(sweep, road.whole, room.groups, room.exchange.mutable_data_ptr(),
+    Room room(gpu, sweep, road.clusters, true);
+    must(whole_gpu_backward(sweep, road.clusters, room.groups, room.exchange.mutable_data_ptr(),
                             room.flags.mutable_data_ptr(), gpu.stream()));
   } else {
     begin(grad_h_0, given_h, P);

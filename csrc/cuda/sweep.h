@@ -155,33 +155,30 @@ int64_t single_block_words(Cell, Scalar, int64_t hidden);
 const char* single_block_forward(const ForwardSweep&, int tile, int memory, void* arranged, void* stream);
 const char* single_block_backward(const BackwardSweep&, int tile, int memory, void* arranged, void* stream);
 
-// All steps in one launch, by clusters of blocks that have `units` hidden units each: 32, 48 or 64. A cluster has 2 to
-// 16 blocks and takes `tile` sequences (at most 8); a block may have `memory` bytes of shared memory.
+// All steps in one launch, by clusters of blocks: how many hidden units, sequences at once (at most 8), and bytes of
+// shared memory that a block may have.
 struct Clusters {
   int units, tile, memory;
 };
-// How many clusters of so many blocks, of which each takes a multiprocessor, the current GPU runs at the same time.
-const char* clusters_at_once(int blocks, int& clusters);
+
+// A cluster of 2 to 16 blocks with 32, 48 or 64 units each takes a tile.
 const char* cluster_forward(const ForwardSweep&, const Clusters&, void* stream);
 const char* cluster_backward(const BackwardSweep&, const Clusters&, void* stream);
 
-// All steps in one launch by groups of blocks that run at the same time and may be the whole GPU, with 16 hidden units
-// a block, in clusters of 2 or 4 blocks. A group takes `tile` sequences (at most 8) at once; a block may have `memory`
-// bytes of shared memory.
-struct WholeGpu {
-  int cluster, tile, memory;
-};
+// How many clusters of so many blocks, of which each takes a multiprocessor, the current GPU runs at the same time.
+const char* clusters_at_once(int blocks, int& clusters);
 
-// How the groups share a layer: so many of so many blocks for each direction, of which so many run at once; and what
-// they need in the GPU's memory to exchange: bytes, and flags that begin as zero.
+// Groups of clusters that run at the same time, and may be the whole GPU, take the tiles in turn; a block has 16 units,
+// a cluster 32 or 64. How they share a layer: so many of so many blocks for each direction, of which so many run at
+// once; and what they need in the GPU's memory to exchange: bytes, and flags that begin as zero.
 struct Groups {
-  int directions, groups, blocks;
-  int64_t numbers, bytes, flags;  // numbers: that an exchange of a group holds
+  int directions, groups, blocks, cluster;  // cluster: blocks of one
+  int64_t numbers, bytes, flags;            // numbers: that an exchange of a group holds
 };
-const char* whole_gpu_groups(const Sweep&, const WholeGpu&, bool backward, Groups&);
-const char* whole_gpu_forward(const ForwardSweep&, const WholeGpu&, const Groups&, void* exchange, void* flags,
+const char* whole_gpu_groups(const Sweep&, const Clusters&, bool backward, Groups&);
+const char* whole_gpu_forward(const ForwardSweep&, const Clusters&, const Groups&, void* exchange, void* flags,
                               void* stream);
-const char* whole_gpu_backward(const BackwardSweep&, const WholeGpu&, const Groups&, void* exchange, void* flags,
+const char* whole_gpu_backward(const BackwardSweep&, const Clusters&, const Groups&, void* exchange, void* flags,
                                void* stream);
 
 }  // namespace seqkernels

@@ -26,19 +26,19 @@ template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, 
 using KernelOf = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BACKWARD), EVEN>>;
 
 template <class Kernel, class Arrays>
-const char* launch_kernel(const Arrays& arrays, const WholeGpu& whole, const Groups& groups, void* exchange,
+const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, const Groups& groups, void* exchange,
                           void* flags, void* stream) {
-  typename Kernel::Parameters p{Kernel::of(arrays, whole.tile, groups.blocks, whole.cluster),
+  typename Kernel::Parameters p{Kernel::of(arrays, clusters.tile, groups.blocks, groups.cluster),
                                 0,
                                 groups.groups,
                                 groups.blocks,
                                 exchange,
                                 groups.numbers,
                                 static_cast<uint32_t*>(flags)};
-  if (p.bytes > whole.memory) return "the weights do not fit into the registers and the shared memory of the blocks";
+  if (p.bytes > clusters.memory) return "the weights do not fit into the registers and the shared memory of the blocks";
   for (; p.first_direction < arrays.directions; p.first_direction += groups.directions) {
     const char* error =
-        launch<Kernel>(groups.groups * groups.blocks, groups.directions, p.bytes, stream, p, {whole.cluster, true});
+        launch<Kernel>(groups.groups * groups.blocks, groups.directions, p.bytes, stream, p, {groups.cluster, true});
     if (error) return error;
   }
   return nullptr;
@@ -63,38 +63,40 @@ const char* clusters_at_once(int blocks, int& clusters) {
   return count_clusters<KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>>(blocks, clusters);
 }
 
-const char* whole_gpu_groups(const Sweep& s, const WholeGpu& whole, bool backward, Groups& groups) {
+const char* whole_gpu_groups(const Sweep& s, const Clusters& clusters, bool backward, Groups& groups) {
   if (s.scalar == Scalar::float64) return "no kernel for the whole GPU in float64";
-  if (whole.cluster != 2 && whole.cluster != 4) return "no kernel for the whole GPU by clusters of so many blocks";
+  if (clusters.units != 2 * UNITS && clusters.units != 4 * UNITS)
+    return "no kernel for the whole GPU by clusters of so many blocks";
   // In all that matters here, the kernels are like any of them.
   using Forward = KernelOf<WholeGpuForward, false, Cell::lstm, Exact, true>::Exchange;
   using Backward = KernelOf<WholeGpuBackward, true, Cell::lstm, Exact, true>::Exchange;
-  int clusters = 0;
-  const char* error = clusters_at_once(whole.cluster, clusters);
+  groups.cluster = clusters.units / UNITS;
+  groups.blocks = ceiling(s.hidden, clusters.units) * groups.cluster;
+  int running = 0;
+  const char* error = clusters_at_once(groups.cluster, running);
   if (error) return error;
-  groups.blocks = ceiling(s.hidden, UNITS * whole.cluster) * whole.cluster;
-  const int at_once = clusters * whole.cluster / groups.blocks;
+  const int at_once = running * groups.cluster / groups.blocks;
   if (at_once == 0) return "the GPU does not run as many blocks at the same time as the hidden units need";
   groups.directions = at_once < s.directions ? 1 : s.directions;
-  const int64_t tiles = (s.sequences + whole.tile - 1) / whole.tile;
+  const int64_t tiles = (s.sequences + clusters.tile - 1) / clusters.tile;
   const int room = at_once / groups.directions;
   groups.groups = tiles < room ? static_cast<int>(tiles) : room;
   const auto numbers = backward ? Backward::numbers : Forward::numbers;
-  groups.numbers = numbers(groups.blocks, whole.cluster);
+  groups.numbers = numbers(groups.blocks, groups.cluster);
   const int64_t all = int64_t{s.directions} * groups.groups;
   groups.bytes = all * 2 * groups.numbers * (backward || s.scalar == Scalar::float32 ? 4 : 2);
   groups.flags = all * groups.blocks * (backward ? Backward::FLAGS : Forward::FLAGS);
   return nullptr;
 }
 
-const char* whole_gpu_forward(const ForwardSweep& sweep, const WholeGpu& whole, const Groups& groups, void* exchange,
+const char* whole_gpu_forward(const ForwardSweep& sweep, const Clusters& clusters, const Groups& groups, void* exchange,
                               void* flags, void* stream) {
-  return by_layer<WholeGpuForward, false>(sweep, whole, groups, exchange, flags, stream);
+  return by_layer<WholeGpuForward, false>(sweep, clusters, groups, exchange, flags, stream);
 }
 
-const char* whole_gpu_backward(const BackwardSweep& sweep, const WholeGpu& whole, const Groups& groups, void* exchange,
-                               void* flags, void* stream) {
-  return by_layer<WholeGpuBackward, true>(sweep, whole, groups, exchange, flags, stream);
+const char* whole_gpu_backward(const BackwardSweep& sweep, const Clusters& clusters, const Groups& groups,
+                               void* exchange, void* flags, void* stream) {
+  return by_layer<WholeGpuBackward, true>(sweep, clusters, groups, exchange, flags, stream);
 }
 
 }  // namespace seqkernels
