@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
-NATIVE_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
-HOST_RUN_SOURCES := $(wildcard tests/host_run/*.cpp tests/host_run/*.h)
-CHECKED_SOURCES := $(NATIVE_SOURCES) $(HOST_RUN_SOURCES) $(wildcard tests/*.cpp)
+NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+EMULATOR_SOURCES := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
+CHECKED_SOURCES := $(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*.cpp)
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
@@ -44,19 +44,19 @@ $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 demo: $(READY)
 	$(BIN)/python -m benchmarks demo
 
-# The CUDA kernels, compiled to run on the CPU with every access checked: tests/host_run.
-HOST_RUN := build/host_run/host_run.so
-$(HOST_RUN): $(READY) $(NATIVE_SOURCES) $(HOST_RUN_SOURCES)
-	SEQKERNELS_BUILD=host_run $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/host_run-objects
-	mv $(@D)/host_run.*.so $@
+# The CUDA kernels, compiled to run on the CPU with every access checked: tests/emulator.
+EMULATOR := build/emulator/emulator.so
+$(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
+	SEQKERNELS_BUILD=emulator $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/emulator-objects
+	mv $(@D)/emulator.*.so $@
 
-test: $(READY) $(HOST_RUN)
+test: $(READY) $(EMULATOR)
 	$(BIN)/python -m pytest
 
 # On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
 # one that fails keeps none of the others from running. Rows, and what Nsight Compute saw, go to $(OUT).
 OUT ?= benchmarks/results
-GPU_LEFT_OUT := $(addprefix tests/test_,benchmarks.py tasks.py kernels_benchmark.py triton_compiled.py)
+GPU_LEFT_OUT := tests/benchmarks tests/triton/test_triton_compiled.py
 GPU_PROBLEMS ?= names256 news charlm cliff129 cliff256 long
 GPU_LARGE_PROBLEMS ?= charlm1 big1024 flashrnn kernelbench
 GPU_CELLS ?= GRU LSTM
@@ -76,7 +76,7 @@ gpu-test:
 gpu-sanitize:
 	for tool in memcheck racecheck synccheck; do \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=seqkernels \
-	    --error-exitcode 1 $(PYTHON) tests/gpu_run.py || failed=1; \
+	    --error-exitcode 1 $(PYTHON) tests/cuda/gpu_run.py || failed=1; \
 	done; exit $${failed:-0}
 
 gpu-bench: MEASURED := $(GPU_PROBLEMS)
@@ -87,12 +87,12 @@ gpu-bench gpu-bench-large:
 
 GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demangled
 gpu-profile:
-	$(GPU_PROFILE) --kernel-name regex:SingleBlock --launch-count 8 \
-	  $(PYTHON) tests/gpu_run.py --problem news --cell GRU LSTM --dtype bfloat16 > $(OUT)/profile.txt
+	$(GPU_PROFILE) --kernel-name regex:SingleCta --launch-count 8 \
+	  $(PYTHON) tests/cuda/gpu_run.py --problem news --cell GRU LSTM --dtype bfloat16 > $(OUT)/profile.txt
 	$(GPU_PROFILE) --kernel-name regex:Slice --launch-count 16 \
-	  $(PYTHON) tests/gpu_run.py --problem charlm big1024 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
+	  $(PYTHON) tests/cuda/gpu_run.py --problem charlm big1024 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
 	$(GPU_PROFILE) --kernel-name "regex:Step(Forward|Backward)" --launch-skip 20 --launch-count 2 \
-	  $(PYTHON) tests/gpu_run.py --problem big1024 --cell GRU LSTM --dtype float64 >> $(OUT)/profile.txt
+	  $(PYTHON) tests/cuda/gpu_run.py --problem big1024 --cell GRU LSTM --dtype float64 >> $(OUT)/profile.txt
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
@@ -112,12 +112,12 @@ sanitize: $(READY)
 	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/test_ops.py
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/ops/test_ops.py
 
 # The kernels for ARM, compiled here and run by an emulator: they must compute what this machine's do.
 # Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
 ARM_CXX ?= aarch64-linux-gnu-g++
-CHECK := tests/native_check.cpp csrc/cpu/dispatch.cpp csrc/cpu/schedule.cpp
+CHECK := tests/cpu/native_check.cpp csrc/cpu/isa.cpp csrc/cpu/schedule.cpp
 arm: $(READY)
 	mkdir -p build/arm
 	SEQKERNELS_BUILD=cpu $(BIN)/python setup.py -q build_ext --build-lib build/arm --build-temp build/arm/objects
@@ -126,8 +126,8 @@ arm: $(READY)
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt
 	build/arm/check-here > build/arm/check-here.txt
 	build/arm/check-here baseline > build/arm/check-baseline.txt
-	$(BIN)/python tests/native_compare.py build/arm/check.txt build/arm/check-baseline.txt
-	$(BIN)/python tests/native_compare.py build/arm/check.txt build/arm/check-here.txt
+	$(BIN)/python tests/cpu/native_compare.py build/arm/check.txt build/arm/check-baseline.txt
+	$(BIN)/python tests/cpu/native_compare.py build/arm/check.txt build/arm/check-here.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so

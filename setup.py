@@ -2,7 +2,7 @@
 about the package stands in pyproject.toml.
 
 SEQKERNELS_BUILD=cpu builds the first, =cuda both; unset means cuda where there is an nvcc, and else cpu. =none makes a
-pure Python package, and =host_run builds for tests host_run.so, the CUDA kernels compiled for the CPU (tests/host_run),
+pure Python package, and =emulator builds for tests emulator.so, the CUDA kernels compiled for the CPU (tests/emulator),
 and nothing else. Whether a GPU is here is never asked.
 
 nvcc is that of CUDA_HOME or CUDA_PATH, or else of PATH. TORCH_CUDA_ARCH_LIST, in torch's syntax ("8.0;9.0a+PTX"), names
@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
-# Run-time dispatch (csrc/cpu/dispatch.cpp) tests for just these flags.
+# Run-time dispatch (csrc/cpu/isa.cpp) tests for just these flags.
 INSTRUCTION_SETS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -73,12 +73,12 @@ def parts_of(build: str | None, nvcc: str | None) -> list[str]:
         "cpu": ["cpu"],
         "cuda": ["cpu", "cuda"],
         "none": [],
-        "host_run": ["host_run"],
+        "emulator": ["emulator"],
     }
     if (build or "") in parts:
         return parts[build or ""]
     sys.exit(
-        f"SEQKERNELS_BUILD={build} is not known; it may be cpu, cuda, none (pure Python) or host_run (tests); unset, "
+        f"SEQKERNELS_BUILD={build} is not known; it may be cpu, cuda, none (pure Python) or emulator (tests); unset, "
         "it is cuda where there is an nvcc, and else cpu"
     )
 
@@ -141,7 +141,7 @@ def dotted(version: tuple[int, int]) -> str:
 
 
 # The lowest compute capability that a file's kernels can be compiled for.
-CUDA_SOURCES = {"stepwise": 70, "single_block": 80, "cluster": 90, "whole_gpu": 90}
+CUDA_SOURCES = {"stepwise": 70, "single_cta": 80, "cluster": 90, "persistent_grid": 90}
 
 
 def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
@@ -202,8 +202,8 @@ class Library(NamedTuple):
 
 def cpu_library(includes: str) -> Library:
     objects = [
-        Object("csrc/library.cpp", "library.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
-        Object("csrc/cpu/dispatch.cpp", "dispatch.o", ""),
+        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
@@ -219,7 +219,7 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         codes = (f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in targets_from(lowest, targets))
         objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
-    objects.append(Object("csrc/cuda/library.cpp", "cuda_library.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
+    objects.append(Object("csrc/cuda/ops.cpp", "cuda_ops.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
     return Library(
@@ -227,19 +227,19 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
     )
 
 
-def host_run_library(includes: str) -> Library:
+def emulator_library(includes: str) -> Library:
     """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
     import pybind11
 
-    flags = f"-DSEQKERNELS_HOST_RUN -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
+    flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
     kernels = [Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in CUDA_SOURCES]
     return Library(
         [
             *kernels,
-            Object("csrc/cuda/library.cpp", "library.o", f"{flags} {includes} {STABLE}"),
-            Object("tests/host_run/run.cpp", "run.o", f"{flags} -O2"),
-            Object("tests/host_run/exchange.cpp", "exchange.o", flags),
-            Object("tests/host_run/module.cpp", "module.o", f"{flags} {includes} -isystem {pybind11.get_include()}"),
+            Object("csrc/cuda/ops.cpp", "ops.o", f"{flags} {includes} {STABLE}"),
+            Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
+            Object("tests/emulator/exchange.cpp", "exchange.o", flags),
+            Object("tests/emulator/module.cpp", "module.o", f"{flags} {includes} -isystem {pybind11.get_include()}"),
         ]
     )
 
@@ -286,7 +286,7 @@ class BuildNative(build_ext):
                     "  deps = gcc",
                 ]
             else:
-                library = (host_run_library if extension is HOST_RUN else cpu_library)(includes)
+                library = (emulator_library if extension is EMULATOR else cpu_library)(includes)
             for of in library.objects:
                 lines += [f"build {of.name}: {of.rule} {ROOT / of.source}", f"  more = {of.flags}"]
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
@@ -309,22 +309,22 @@ def headers() -> list[str]:
 
 NATIVE = Extension(
     "seqkernels._C",
-    sources=["csrc/library.cpp", "csrc/cpu/dispatch.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
+    sources=["csrc/cpu/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
     depends=headers(),
     py_limited_api=True,
 )
 CUDA = Extension(
     "seqkernels._cuda",
-    sources=["csrc/cuda/library.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
+    sources=["csrc/cuda/ops.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
     depends=headers(),
 )
-HOST_RUN = Extension("host_run", sources=["tests/host_run/module.cpp"])
+EMULATOR = Extension("emulator", sources=["tests/emulator/module.cpp"])
 NVCC = find_nvcc(os.environ)
 
 if __name__ == "__main__":
     parts = parts_of(os.environ.get("SEQKERNELS_BUILD"), NVCC)
     setup(
-        ext_modules=[{"cpu": NATIVE, "cuda": CUDA, "host_run": HOST_RUN}[part] for part in parts],
+        ext_modules=[{"cpu": NATIVE, "cuda": CUDA, "emulator": EMULATOR}[part] for part in parts],
         cmdclass={"build_ext": BuildNative},
         # What pip puts into an isolated build; a pure Python build needs no torch.
         setup_requires=["torch>=2.10", "ninja"] if parts else [],

@@ -1,4 +1,4 @@
-"""What a step costs on each road of a GPU, in microseconds: estimates, from data sheets and from what others measured.
+"""What a step costs on each path of a GPU, in microseconds: estimates, from data sheets and from what others measured.
 
 Nothing here was measured with our own kernels. The constants are what a session with a GPU sets right:
 tests/test_select.py holds the choices that follow against the rows in benchmarks/results that were measured on one.
@@ -28,7 +28,7 @@ _L2 = 64  # bytes a clock and multiprocessor from the L2 cache (GA100 white pape
 # One of the dependent launches of a step, where the GPU has little to do in it: 383 ms on an A100 for 8,000 steps of
 # four layers, a GRU of H = 130 forward and backward, are 128,000 launches (seen by nsys; cuDNN 9.1 in torch 2.6).
 _LAUNCH = 3.0
-# What our own stepwise roads add to each step: an operator through torch's dispatcher takes 4 us (measured on a CPU).
+# What our own stepwise paths add to each step: an operator through torch's dispatcher takes 4 us (measured on a CPU).
 # Triton's launcher in Python beside torch.bmm is taken for 30, on no measurement: several operators' worth of Python.
 _THROUGH_TORCH, _THROUGH_PYTHON = 4.0, 30.0
 # Clocks of a step in one block besides products: two barriers of 16 warps, and the latency of shared memory, of the
@@ -82,7 +82,7 @@ class Layer(NamedTuple):
         return rows * self.weights / self.products(gpu)
 
 
-def single_block(layer: Layer, gpu: GPU, shared_memory: int, l2: int, sequences: int) -> float:
+def single_cta(layer: Layer, gpu: GPU, shared_memory: int, l2: int, sequences: int) -> float:
     """A block walks `sequences` through all steps, and in each reads the weights that its registers do not hold, so
     many bytes from shared memory and so many from L2."""
     read = shared_memory / _SHARED + l2 / _L2
@@ -100,7 +100,7 @@ def cluster(
     return _waves(layer, sequences, at_once) * (_LATENCY + _EXCHANGE + got / _PUSHED + clocks) / _CLOCK
 
 
-def whole_gpu(
+def persistent_grid(
     layer: Layer,
     gpu: GPU,
     blocks: int,

@@ -193,14 +193,14 @@ def plan_of(
     directions, None for one step of a cell."""
     if torch.compiler.is_compiling():
         return _chosen(cell, x.device, x.dtype, transformed, backend, compiled=True)
-    if not (x.is_cuda or (hardware.HERE.cudnn_on_cpu and x.is_cpu)):
+    if not (x.is_cuda or (hardware.THIS_MACHINE.cudnn_on_cpu and x.is_cpu)):
         return _cached_plan(cell, x.device, x.dtype, transformed, backend)  # on a CPU there is nothing to weigh
     facts = _facts(cell, x, weights, states, sequences, batch_sizes, layers)
     return _cached_plan(cell, x.device, ops.computed_dtype(x), transformed, backend, *facts)
 
 
 def _facts(cell, x, weights, states, sequences, batch_sizes, layers) -> tuple:
-    """The fields of `select.Problem` that a choice on a GPU depends on."""
+    """The fields of `select.Call` that a choice on a GPU depends on."""
     layout = "cell" if layers is None else "padded"
     steps = 1 if layers is None else x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
@@ -226,8 +226,8 @@ def _facts(cell, x, weights, states, sequences, batch_sizes, layers) -> tuple:
 def _chosen(
     cell: str, device: torch.device, dtype, transformed: bool, backend: str | None, *facts, compiled: bool = False
 ) -> select.Plan:
-    problem = select.Problem(cell, device.type, dtype, transformed, *facts, compiled=compiled)
-    return select.plan(problem, hardware.machine_of(device), backend)
+    call = select.Call(cell, device.type, dtype, transformed, *facts, compiled=compiled)
+    return select.plan(call, hardware.machine_of(device), backend)
 
 
 _cached_plan = functools.lru_cache(maxsize=4096)(_chosen)

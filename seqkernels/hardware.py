@@ -45,7 +45,7 @@ class Machine(NamedTuple):
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
     cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
     cuda_build: CudaBuild = CudaBuild()  # if they are
-    host_run: bool = False  # SEQKERNELS_HOST_RUN: they are a build that runs them on the CPU, for tests
+    emulator: bool = False  # SEQKERNELS_EMULATOR: they are a build that runs them on the CPU, for tests
     cudnn: int = 0  # the version of cuDNN that torch has for the GPU, as 91300 for 9.13; 0: none
     cudnn_on_cpu: bool = False  # tests have given torch's cuDNN operators a stand-in on the CPU
     triton: bool = False  # Triton is installed
@@ -64,10 +64,10 @@ def _load_native() -> str:
     return ""
 
 
-def _load_cuda(host_run: str | None) -> str:
+def _load_cuda(emulator: str | None) -> str:
     """Load the library of CUDA kernels, which needs a torch that has CUDA; the reason if that cannot be done."""
-    library = Path(host_run) if host_run else Path(__file__).with_name("_cuda.so")
-    if not host_run and torch.version.cuda is None:
+    library = Path(emulator) if emulator else Path(__file__).with_name("_cuda.so")
+    if not emulator and torch.version.cuda is None:
         return "this torch has no CUDA"
     if not library.exists():
         return "this install has no CUDA kernels (it was built without nvcc)"
@@ -86,12 +86,12 @@ def _cuda_build() -> CudaBuild:
 
 def _here() -> Machine:
     missing = _load_native()
-    host_run = os.environ.get("SEQKERNELS_HOST_RUN") or None
-    cuda_missing = _load_cuda(host_run)
+    emulator = os.environ.get("SEQKERNELS_EMULATOR") or None
+    cuda_missing = _load_cuda(emulator)
     return Machine(
         cuda_missing=cuda_missing,
-        cuda_build=CudaBuild() if cuda_missing or host_run else _cuda_build(),
-        host_run=host_run is not None,
+        cuda_build=CudaBuild() if cuda_missing or emulator else _cuda_build(),
+        emulator=emulator is not None,
         native=not missing,
         native_missing=missing,
         cudnn_on_cpu=torch._C._dispatch_has_kernel_for_dispatch_key("aten::_cudnn_rnn", "CPU"),
@@ -101,15 +101,15 @@ def _here() -> Machine:
     )
 
 
-HERE = _here()
+THIS_MACHINE = _here()
 
-# What Triton's interpreter and a host run stand in for, so that they take the roads of a large GPU.
+# What Triton's interpreter and an emulator stand in for, so that they take the paths of a large GPU.
 INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, 0, clusters=16 * (1,))
 
 
 def machine_of(device: torch.device) -> Machine:
     """This machine, with the GPU that tensors on `device` are on."""
-    return HERE._replace(gpu=gpu_of(device), cudnn=cudnn_version()) if device.type == "cuda" else HERE
+    return THIS_MACHINE._replace(gpu=gpu_of(device), cudnn=cudnn_version()) if device.type == "cuda" else THIS_MACHINE
 
 
 # torch.compile takes the answer for a constant: torch.compiler.assume_constant_result, without importing the compiler.
@@ -126,7 +126,7 @@ def gpu_of(device: torch.device) -> GPU:
     else:
         target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
     driver, clusters = None, ()
-    if not HERE.cuda_missing and not HERE.host_run:
+    if not THIS_MACHINE.cuda_missing and not THIS_MACHINE.emulator:
         version = torch.ops.seqkernels.cuda_driver()
         driver = version // 1000, version % 1000 // 10
         with torch.cuda.device(device):
@@ -152,17 +152,17 @@ NO_TRITON = "Triton is not installed. Remedy: pip install triton (Linux; torch's
 def describe() -> list[tuple[str, str]]:
     """(what, finding) for each thing that decides what can run here, with the remedy where something is missing."""
     rows = [("torch", torch.__version__)]
-    if HERE.native:
+    if THIS_MACHINE.native:
         native = importlib.import_module("seqkernels._C")
         rows.append(("CPU kernels", f"{native.isa()} in use; {native.build_info()}"))
     else:
-        rows.append(("CPU kernels", f"none: {HERE.native_missing}. Remedy: a C++ compiler, then pip install again"))
+        rows.append(("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again"))
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
     rows.append(("CUDA kernels", _cuda_kernels()))
     rows.append(("cuDNN", str(cudnn_version() or "none: this torch has no cuDNN")))
     rows.append(("Triton kernels", _triton()))
-    rows.append(("SEQKERNELS_BACKEND", HERE.forced_backend or "not set: chosen per call"))
+    rows.append(("SEQKERNELS_BACKEND", THIS_MACHINE.forced_backend or "not set: chosen per call"))
     return rows
 
 
@@ -176,21 +176,21 @@ def _cuda() -> str:
 
 
 def _cuda_kernels() -> str:
-    if torch.version.cuda is None and not HERE.host_run:
-        return f"none: {HERE.cuda_missing}"
-    if HERE.cuda_missing:
+    if torch.version.cuda is None and not THIS_MACHINE.emulator:
+        return f"none: {THIS_MACHINE.cuda_missing}"
+    if THIS_MACHINE.cuda_missing:
         remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then pip install again"
-        return f"none: {HERE.cuda_missing}. Remedy: {remedy}"
-    if HERE.host_run:
-        return "run on the CPU, every access checked (SEQKERNELS_HOST_RUN), for backend='cuda' only"
-    nvcc, targets = HERE.cuda_build
+        return f"none: {THIS_MACHINE.cuda_missing}. Remedy: {remedy}"
+    if THIS_MACHINE.emulator:
+        return "run on the CPU, every access checked (SEQKERNELS_EMULATOR), for backend='cuda' only"
+    nvcc, targets = THIS_MACHINE.cuda_build
     return f"built for {', '.join(targets)} by nvcc {nvcc[0]}.{nvcc[1]}"
 
 
 def _triton() -> str:
-    if not HERE.triton:
+    if not THIS_MACHINE.triton:
         return f"none: {NO_TRITON}"
     version = importlib.import_module("triton").__version__
-    if HERE.interpreter:
+    if THIS_MACHINE.interpreter:
         return f"Triton {version}, interpreted on the CPU (TRITON_INTERPRET), for backend='triton' only"
     return f"Triton {version}" + ("" if torch.cuda.is_available() else "; it needs a GPU")

@@ -38,7 +38,7 @@ from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
 from seqkernels.backends import cuda as cuda_backend
 from seqkernels.backends import cudnn as cudnn_backend
 from seqkernels.backends import triton as triton_backend
-from seqkernels.hardware import HERE
+from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
@@ -203,8 +203,8 @@ for _name, _module in (("torch_eager", torch_eager), ("triton", triton_backend),
     _library.define(f"recurrence_backward.{_name}{BACKWARD_SCHEMA}")
     _library.impl(f"recurrence_forward.{_name}", _module.forward, "CompositeExplicitAutograd")
     _library.impl(f"recurrence_backward.{_name}", _module.backward, "CompositeExplicitAutograd")
-# csrc/library.cpp defines and implements "cpu".
-_backends = ["torch_eager", "triton", "cuda"] + (["cpu"] if HERE.native else [])
+# csrc/cpu/ops.cpp defines and implements "cpu".
+_backends = ["torch_eager", "triton", "cuda"] + (["cpu"] if THIS_MACHINE.native else [])
 for _backend in _backends:
     _register(_backend)
 

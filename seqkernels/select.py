@@ -1,4 +1,4 @@
-"""Which backend runs a problem, and why the others do not: a pure function of the problem and the machine."""
+"""Which backend runs a call, and why the others do not: a pure function of the call and the machine."""
 
 import functools
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from seqkernels import costs
-from seqkernels.hardware import GPU, HERE, INTERPRETED, NO_TRITON, CudaBuild, Machine
+from seqkernels.hardware import GPU, THIS_MACHINE, INTERPRETED, NO_TRITON, CudaBuild, Machine
 
 # In order of preference, where no cost says otherwise; the last one takes everything.
 BACKENDS = ("cpu", "cuda", "triton", "cudnn", "torch_eager")
@@ -15,7 +15,7 @@ NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Problem(NamedTuple):
+class Call(NamedTuple):
     """What a choice may depend on. Under torch.compile only the first four are given, as a plan that reads no size puts
     no guard on one. The sizes let costs decide between backends, and say which kernel would run."""
 
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     backend: str
     reason: str
     refusals: tuple[tuple[str, str], ...]
-    kernel: str = ""  # which of its kernels, where there is a choice and the problem has its sizes
+    kernel: str = ""  # which of its kernels, where there is a choice and the call has its sizes
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}" + (f"; {self.kernel}" if self.kernel else "")]
@@ -74,41 +74,41 @@ class Tile(NamedTuple):
     warps: int
 
     def __str__(self) -> str:
-        road = "resident" if self.resident else "stepwise"
-        return f"{road}, {self.rows} sequences by {self.units} units a program, {self.warps} warps"
+        path = "resident" if self.resident else "stepwise"
+        return f"{path}, {self.rows} sequences by {self.units} units a program, {self.warps} warps"
 
 
-def reason_against(backend: str, problem: Problem, machine: Machine) -> str | None:
-    """Why `backend` cannot run `problem` on `machine`; None if it can."""
-    if not problem.dtype.is_floating_point:
-        return f"{problem.dtype} is no floating dtype"
+def reason_against(backend: str, call: Call, machine: Machine) -> str | None:
+    """Why `backend` cannot run `call` on `machine`; None if it can."""
+    if not call.dtype.is_floating_point:
+        return f"{call.dtype} is no floating dtype"
     if backend == "torch_eager":
         return None
     if backend == "cpu":
-        if problem.device_type != "cpu":
-            return f"the tensors are on {problem.device_type}"
-        if problem.dtype not in NATIVE_DTYPES:
-            return f"no CPU kernel for {problem.dtype}"
-        if problem.transformed:
+        if call.device_type != "cpu":
+            return f"the tensors are on {call.device_type}"
+        if call.dtype not in NATIVE_DTYPES:
+            return f"no CPU kernel for {call.dtype}"
+        if call.transformed:
             return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
         return None if machine.native else machine.native_missing
     if backend == "cuda":
-        return _reason_against_cuda(problem, machine)
+        return _reason_against_cuda(call, machine)
     if backend == "triton":
-        return _reason_against_triton(problem, machine)
+        return _reason_against_triton(call, machine)
     if backend == "cudnn":
-        return _reason_against_cudnn(problem, machine)
+        return _reason_against_cudnn(call, machine)
     return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
 
 
-def _reason_against_cuda(problem: Problem, machine: Machine) -> str | None:
-    if problem.device_type != ("cpu" if machine.host_run else "cuda"):
-        return f"the tensors are on {problem.device_type}"
+def _reason_against_cuda(call: Call, machine: Machine) -> str | None:
+    if call.device_type != ("cpu" if machine.emulator else "cuda"):
+        return f"the tensors are on {call.device_type}"
     if machine.cuda_missing:
         return machine.cuda_missing
-    if problem.dtype not in NATIVE_DTYPES:
-        return f"no CUDA kernel for {problem.dtype}"
-    if problem.transformed:
+    if call.dtype not in NATIVE_DTYPES:
+        return f"no CUDA kernel for {call.dtype}"
+    if call.transformed:
         return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
     return _reason_against_code(machine.cuda_build, machine.gpu) if machine.gpu else None
 
@@ -143,16 +143,16 @@ def _runs(target: str, gpu: GPU) -> bool:
     return built <= own and (built // 10 == own // 10 or (kind == "compute" and not number.endswith("f")))
 
 
-def _reason_against_triton(problem: Problem, machine: Machine) -> str | None:
-    if problem.device_type == "cpu" and not machine.interpreter:
+def _reason_against_triton(call: Call, machine: Machine) -> str | None:
+    if call.device_type == "cpu" and not machine.interpreter:
         return "the tensors are on the CPU (TRITON_INTERPRET=1 lets Triton's kernels run there, slowly, for tests)"
-    if problem.device_type not in ("cpu", "cuda"):
-        return f"the tensors are on {problem.device_type}"
+    if call.device_type not in ("cpu", "cuda"):
+        return f"the tensors are on {call.device_type}"
     if not machine.triton:
         return NO_TRITON
-    if problem.dtype not in TRITON_DTYPES:
-        return f"no Triton kernel for {problem.dtype}: the kernels compute in float32"
-    if problem.transformed:
+    if call.dtype not in TRITON_DTYPES:
+        return f"no Triton kernel for {call.dtype}: the kernels compute in float32"
+    if call.transformed:
         return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
     gpu = machine.gpu
     if gpu and not gpu.amd and int(gpu.target.removeprefix("sm_")) < 80:
@@ -160,31 +160,31 @@ def _reason_against_triton(problem: Problem, machine: Machine) -> str | None:
     return None
 
 
-def _reason_against_cudnn(problem: Problem, machine: Machine) -> str | None:
-    if problem.device_type != "cuda" and not (problem.device_type == "cpu" and machine.cudnn_on_cpu):
-        return f"the tensors are on {problem.device_type}"
+def _reason_against_cudnn(call: Call, machine: Machine) -> str | None:
+    if call.device_type != "cuda" and not (call.device_type == "cpu" and machine.cudnn_on_cpu):
+        return f"the tensors are on {call.device_type}"
     gpu = machine.gpu
     if gpu and gpu.amd:
         return f"{gpu.name} has MIOpen, not cuDNN"
     if not machine.cudnn and not machine.cudnn_on_cpu:
         return "this torch has no cuDNN"
-    if not problem.cudnn:
+    if not call.cudnn:
         return "torch.backends.cudnn.enabled is False"
-    if problem.dtype not in NATIVE_DTYPES:
-        return f"cuDNN does not take {problem.dtype}"
-    if problem.dtype == torch.bfloat16 and gpu and (machine.cudnn < 91300 or int(gpu.target.removeprefix("sm_")) < 80):
+    if call.dtype not in NATIVE_DTYPES:
+        return f"cuDNN does not take {call.dtype}"
+    if call.dtype == torch.bfloat16 and gpu and (machine.cudnn < 91300 or int(gpu.target.removeprefix("sm_")) < 80):
         return f"bfloat16 needs cuDNN 9.13 and compute capability 8.0, not cuDNN {machine.cudnn} and {gpu.target}"
-    if problem.transformed:
+    if call.transformed:
         return "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"
-    if problem.compiled:
+    if call.compiled:
         return "torch.compile needs an operator whose results have known sizes, and what cuDNN saves has not"
-    if problem.layout == "cell":
+    if call.layout == "cell":
         return "cuDNN has kernels for whole sequences, not for a cell"
-    if problem.layout == "device":
+    if call.layout == "device":
         return "cuDNN must know on the CPU how long sequences are, and these lengths are on the GPU"
-    if problem.steps is not None and problem.steps > CUDNN_STEPS:
+    if call.steps is not None and call.steps > CUDNN_STEPS:
         return f"cuDNN takes at most {CUDNN_STEPS} steps"
-    if problem.capturing:
+    if call.capturing:
         return "cuDNN's kernels for packed batches are not known to survive in a CUDA graph"
     return None
 
@@ -222,7 +222,7 @@ _SCRATCH = 2 * 4 * ROWS  # bytes a unit that the kernels have been seen to take 
 
 
 def triton_tile(cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU) -> Tile:
-    """The road and the tile of a layer, from facts alone: no trial launches, nothing that depends on the batch."""
+    """The path and the tile of a layer, from facts alone: no trial launches, nothing that depends on the batch."""
     kind, size = cell.partition("_")[0], dtype.itemsize
     units = max(NARROWEST, 1 << (hidden_size - 1).bit_length())
     precision = 0 if size == 2 else 1 if tf32 or gpu.amd else 2
@@ -252,7 +252,7 @@ class Residency(NamedTuple):
 SEQUENCES = 8  # that a block takes at most: what the matrix cores multiply at once
 
 
-def single_block(
+def single_cta(
     cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
 ) -> bool:
     """Whether there is a kernel for a layer's sweep in one launch, a block taking its sequences through all steps."""
@@ -262,7 +262,7 @@ def single_block(
 
 
 def residency(cell: str, hidden_size: int, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool) -> Residency:
-    """Where a single block has its weights. csrc/cuda/single_block.cu and product.h say the same."""
+    """Where a single CTA has its weights. csrc/cuda/single_cta.cu and product.h say the same."""
     gates, width = _GATES[cell.partition("_")[0]], _width(hidden_size, dtype)
     blocks = 2 if width > 128 else 1
     groups, group = width * dtype.itemsize // 64 * blocks, gates * width // blocks * 64
@@ -306,7 +306,7 @@ class Group(NamedTuple):
     """Blocks that share the hidden units of a layer and exchange in every step."""
 
     blocks: int
-    units: int  # of a block; on the whole GPU of one of its clusters
+    units: int  # of a block; on the persistent grid of one of its clusters
     weights: int  # bytes of a block's shared memory for weights,
     memory: int  # and all of them
     at_once: int  # groups that run at the same time
@@ -335,10 +335,10 @@ def clusters(
     return [], f"no 16 blocks hold the weights of {hidden_size} hidden units of {gates} gates in {dtype}"
 
 
-UNITS = 16  # hidden units of a block of the whole GPU
+UNITS = 16  # hidden units of a block of the persistent grid
 
 
-def whole_gpu(
+def persistent_grid(
     cell: str, hidden_size: int, projected: bool, dtype: torch.dtype, tf32: bool, gpu: GPU, backward: bool
 ) -> tuple[list[Group], str]:
     """The groups of blocks that can take a layer, as clusters of 4 blocks and of 2; if there are none, why."""
@@ -375,7 +375,7 @@ def _memory_of_slice(
 ) -> tuple[int, int]:
     """Bytes of shared memory of a block, one of `blocks` with `units` hidden units each: of the weights that its
     registers do not hold, and all, with two mbarriers, two buffers of what the product multiplies, and what threads or
-    blocks exchange. csrc/cuda/slice.h says the same; on the whole GPU, by clusters of so many blocks, whole_gpu.h, and
+    blocks exchange. csrc/cuda/slice.h says the same; on the persistent grid, by clusters of so many blocks, persistent_grid.h, and
     where all blocks are one cluster (0) cluster.h."""
     chunk = 64 // dtype.itemsize
     if backward:
@@ -392,7 +392,7 @@ def _memory_of_slice(
         exchanged = parts * gates * SEQUENCES * (units + 4) * 4 - 16
         fragments = gates * -(-hidden_size // (chunk * parts))
     factors = 2 * SEQUENCES * 64 * (chunks + (chunks + 1) % 2)
-    held = (_held_on_whole_gpu if cluster else _held_in_cluster)(gates, dtype, tf32, backward)
+    held = (_held_on_persistent_grid if cluster else _held_in_cluster)(gates, dtype, tf32, backward)
     weights = max(0, fragments - held) * warps * 32 * 32
     return weights, 16 + factors + exchanged + weights
 
@@ -404,8 +404,8 @@ def _held_in_cluster(gates: int, dtype: torch.dtype, tf32: bool, backward: bool)
     return 22 if gates == 1 and not backward else 18
 
 
-def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
-    """The same, as in csrc/cuda/whole_gpu.cu."""
+def _held_on_persistent_grid(gates: int, dtype: torch.dtype, tf32: bool, backward: bool) -> int:
+    """The same, as in csrc/cuda/persistent_grid.cu."""
     if dtype.itemsize == 4 and not tf32:
         return {1: 12, 3: 9, 4: 8}[gates] if backward else {1: 17, 3: 10, 4: 8}[gates]
     if dtype.itemsize == 4 and backward:
@@ -413,21 +413,21 @@ def _held_on_whole_gpu(gates: int, dtype: torch.dtype, tf32: bool, backward: boo
     return 22 if gates == 1 and not backward else 18
 
 
-class Road(NamedTuple):
+class Path(NamedTuple):
     """How the CUDA backend sweeps a layer."""
 
-    name: str = "stepwise"  # or single block, cluster, whole GPU
+    name: str = "stepwise"  # or single CTA, cluster, persistent grid
     tile: int = 0  # sequences that a block, a cluster or a group of clusters takes at once
     memory: int = 0  # bytes of shared memory that a block may have
-    units: int = 0  # hidden units of a cluster's blocks; of the whole GPU's clusters
+    units: int = 0  # hidden units of a cluster's blocks; of the persistent grid's clusters
 
     def __str__(self) -> str:
-        of = {"cluster": "block", "whole GPU": "cluster"}
+        of = {"cluster": "block", "persistent grid": "cluster"}
         return self.name + (f" with {self.units} units a {of[self.name]}" if self.units else "")
 
 
 @functools.lru_cache(1024)
-def road(
+def path(
     cell: str,
     hidden_size: int,
     projected: bool,
@@ -437,29 +437,29 @@ def road(
     backward: bool,
     directions: int,
     sequences: int,
-) -> tuple[Road, float]:
-    """The quickest road of one pass, and the microseconds of a step on it."""
+) -> tuple[Path, float]:
+    """The quickest path of one pass, and the microseconds of a step on it."""
     facts = cell, hidden_size, projected, dtype, tf32, gpu, backward
     gates = _GATES[cell.partition("_")[0]]
     layer = costs.Layer(gates, hidden_size, projected, directions, sequences, dtype, tf32)
-    roads = [(Road(), costs.stepwise(layer, gpu))]
-    if single_block(*facts):
+    paths = [(Path(), costs.stepwise(layer, gpu))]
+    if single_cta(*facts):
         _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
         tile = sequences_of_tile(directions, sequences, gpu.multiprocessors)
-        cost = costs.single_block(layer, gpu, shared, l2, tile)
-        roads.append((Road("single block", tile, gpu.shared_memory), cost))
+        cost = costs.single_cta(layer, gpu, shared, l2, tile)
+        paths.append((Path("single CTA", tile, gpu.shared_memory), cost))
     for found in clusters(*facts)[0]:
         tile = sequences_of_tile(directions, sequences, found.at_once)
         cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, found.at_once, backward)
-        roads.append((Road("cluster", tile, gpu.shared_memory, found.units), cost))
-    for found in whole_gpu(*facts)[0]:
+        paths.append((Path("cluster", tile, gpu.shared_memory, found.units), cost))
+    for found in persistent_grid(*facts)[0]:
         # As many for either direction; or if not even one for each, one direction after the other.
         at_once = found.at_once - found.at_once % directions or found.at_once
         tile = sequences_of_tile(directions, sequences, at_once)
         cluster = found.units // UNITS
-        cost = costs.whole_gpu(layer, gpu, found.blocks, cluster, found.weights, tile, at_once, backward)
-        roads.append((Road("whole GPU", tile, gpu.shared_memory, found.units), cost))
-    return min(roads, key=lambda one: one[1])
+        cost = costs.persistent_grid(layer, gpu, found.blocks, cluster, found.weights, tile, at_once, backward)
+        paths.append((Path("persistent grid", tile, gpu.shared_memory, found.units), cost))
+    return min(paths, key=lambda one: one[1])
 
 
 def sequences_of_tile(directions: int, sequences: int, at_once: int) -> int:
@@ -469,99 +469,99 @@ def sequences_of_tile(directions: int, sequences: int, at_once: int) -> int:
     return next((tile for tile in range(1, most) if directions * -(-sequences // tile) <= at_once), most)
 
 
-def plan(problem: Problem, machine: Machine = HERE, backend: str | None = None) -> Plan:
-    """Choose for `problem`: the backend of the least cost, and where costs say nothing the first that can run it.
+def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None) -> Plan:
+    """Choose for `call`: the backend of the least cost, and where costs say nothing the first that can run it.
     `backend` or SEQKERNELS_BACKEND forces one.
 
     Raises:
-        ValueError: the forced backend cannot run the problem, or none can; with each backend's reason.
+        ValueError: the forced backend cannot run the call, or none can; with each backend's reason.
     """
     forced = backend or machine.forced_backend
     candidates = (forced,) if forced else BACKENDS
-    against = {candidate: reason_against(candidate, problem, machine) for candidate in candidates}
+    against = {candidate: reason_against(candidate, call, machine) for candidate in candidates}
     if not forced:
         for candidate, reason in against.items():
-            against[candidate] = reason or _reason_not_unasked(candidate, problem, machine)
+            against[candidate] = reason or _reason_not_default(candidate, call, machine)
     able = [candidate for candidate in candidates if against[candidate] is None]
     if not able:
         raise ValueError(
-            f"no backend runs {problem.cell} in {problem.dtype} on {problem.device_type}: "
+            f"no backend runs {call.cell} in {call.dtype} on {call.device_type}: "
             + "; ".join(f"{candidate}: {reason}" for candidate, reason in against.items())
         )
     if forced:
-        return Plan(forced, "forced", (), _kernel(forced, problem, machine))
-    cost = {candidate: _cost(candidate, problem, machine) for candidate in able}
+        return Plan(forced, "forced", (), _kernel(forced, call, machine))
+    cost = {candidate: _cost(candidate, call, machine) for candidate in able}
     known = [candidate for candidate in able if cost[candidate] is not None]
     chosen = min(known, key=lambda candidate: cost[candidate]) if known else able[0]
-    ways = "a step forward and backward" if problem.training else "a step"
+    ways = "a step forward and backward" if call.training else "a step"
     for candidate in able:
         about = "" if cost[candidate] is None else f"by estimate about {cost[candidate]:.1f} us {ways}"
-        kernel = _kernel(candidate, problem, machine)
+        kernel = _kernel(candidate, call, machine)
         if candidate != chosen:
             against[candidate] = f"{about} ({kernel})" if about else f"it could run, but {chosen} is preferred"
         elif about:
             reason = f"{_REASONS[chosen]}, {about}"
     refusals = tuple((candidate, reason) for candidate, reason in against.items() if candidate != chosen)
-    return Plan(chosen, reason if known else _REASONS[chosen], refusals, _kernel(chosen, problem, machine))
+    return Plan(chosen, reason if known else _REASONS[chosen], refusals, _kernel(chosen, call, machine))
 
 
-def _reason_not_unasked(backend: str, problem: Problem, machine: Machine) -> str | None:
-    """Why a backend that can run a problem is for those alone who name it."""
+def _reason_not_default(backend: str, call: Call, machine: Machine) -> str | None:
+    """Why a backend that can run a call is for those alone who name it."""
     if backend == "triton" and machine.interpreter:
         return "Triton's interpreter runs for those who name it: backend='triton'"
-    if backend == "cuda" and machine.host_run:
+    if backend == "cuda" and machine.emulator:
         return "CUDA kernels run on the CPU for those who name them: backend='cuda'"
-    if backend == "cudnn" and problem.device_type == "cpu":
+    if backend == "cudnn" and call.device_type == "cpu":
         return "a stand-in for cuDNN runs on the CPU for those who name it: backend='cudnn'"
-    if backend == "cudnn" and problem.deterministic:
+    if backend == "cudnn" and call.deterministic:
         return "cuDNN does not promise the same bits on every run, which torch.use_deterministic_algorithms asks for"
     return None
 
 
-def _kernel(backend: str, problem: Problem, machine: Machine) -> str:
+def _kernel(backend: str, call: Call, machine: Machine) -> str:
     """Which kernels of a backend would run, forward and backward."""
-    if problem.hidden_size is None or (backend == "cudnn" and problem.sequences is None):
+    if call.hidden_size is None or (backend == "cudnn" and call.sequences is None):
         return ""
     gpu = machine.gpu or INTERPRETED
-    layer = problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32, gpu
+    layer = call.cell, call.hidden_size, call.projected, call.dtype, call.tf32, gpu
     if backend == "cuda":
-        sizes = problem.directions, problem.sequences or 1
-        ways = [str(road(*layer, back, *sizes)[0]) for back in (False, True)]
+        sizes = call.directions, call.sequences or 1
+        ways = [str(path(*layer, back, *sizes)[0]) for back in (False, True)]
     elif backend == "cudnn":
-        ways = [_algorithm(problem, gpu, back) for back in (False, True)]
+        ways = [_algorithm(call, gpu, back) for back in (False, True)]
     else:
         return str(triton_tile(*layer)) if backend == "triton" else ""
     return ways[0] if ways[0] == ways[1] else f"forward {ways[0]}, backward {ways[1]}"
 
 
-def _algorithm(problem: Problem, gpu: GPU, backward: bool) -> str:
-    padded = problem.layout == "padded"
-    return costs.cudnn_algorithm(_layer(problem), gpu, padded, problem.layers, problem.input_size, backward)
+def _algorithm(call: Call, gpu: GPU, backward: bool) -> str:
+    padded = call.layout == "padded"
+    return costs.cudnn_algorithm(_layer(call), gpu, padded, call.layers, call.input_size, backward)
 
 
-def _layer(problem: Problem) -> costs.Layer:
-    gates, hidden = _GATES[problem.cell.partition("_")[0]], problem.hidden_size
-    sizes = problem.projected, problem.directions, problem.sequences
-    return costs.Layer(gates, hidden, *sizes, problem.dtype, problem.tf32)
+def _layer(call: Call) -> costs.Layer:
+    gates, hidden = _GATES[call.cell.partition("_")[0]], call.hidden_size
+    sizes = call.projected, call.directions, call.sequences
+    return costs.Layer(gates, hidden, *sizes, call.dtype, call.tf32)
 
 
-def _cost(backend: str, problem: Problem, machine: Machine) -> float | None:
+def _cost(backend: str, call: Call, machine: Machine) -> float | None:
     """Microseconds of a step through all layers, forward and, in training, backward; None where nothing is known."""
     gpu = machine.gpu
-    if problem.device_type != "cuda" or gpu is None or problem.hidden_size is None or problem.sequences is None:
+    if call.device_type != "cuda" or gpu is None or call.hidden_size is None or call.sequences is None:
         return None
-    ways = (False, True) if problem.training else (False,)
-    layer, facts = _layer(problem), (problem.cell, problem.hidden_size, problem.projected, problem.dtype, problem.tf32)
+    ways = (False, True) if call.training else (False,)
+    layer, facts = _layer(call), (call.cell, call.hidden_size, call.projected, call.dtype, call.tf32)
     if backend == "cuda":
-        steps = [road(*facts, gpu, back, problem.directions, problem.sequences)[1] for back in ways]
+        steps = [path(*facts, gpu, back, call.directions, call.sequences)[1] for back in ways]
     elif backend == "triton":
         steps = [costs.triton(layer, gpu, *triton_tile(*facts, gpu)[:3], back) for back in ways]
     elif backend == "cudnn":
-        steps = [costs.cudnn(layer, gpu, _algorithm(problem, gpu, back), back) for back in ways]
-        steps.append(costs.cudnn_call(layer, gpu, problem.input_size) / max(problem.steps, 1))
+        steps = [costs.cudnn(layer, gpu, _algorithm(call, gpu, back), back) for back in ways]
+        steps.append(costs.cudnn_call(layer, gpu, call.input_size) / max(call.steps, 1))
     else:
         return None
-    return problem.layers * sum(steps)
+    return call.layers * sum(steps)
 
 
 _REASONS = {

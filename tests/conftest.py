@@ -13,15 +13,15 @@ torch.set_default_device(os.environ.get("SEQKERNELS_TEST_DEVICE", "cpu"))
 torch.backends.cudnn.allow_tf32 = False  # tests of exact float32 are most; that of TF32 says so
 if torch.get_default_device().type == "cpu":
     # Before seqkernels looks: the kernels for GPUs then run there as well, Triton's interpreted, those in CUDA as
-    # `make test` has built them for it (tests/host_run), and for cuDNN's a stand-in.
+    # `make test` has built them for it (tests/emulator), and for cuDNN's a stand-in.
     os.environ["TRITON_INTERPRET"] = "1"
-    host_run = Path(__file__).parent.parent / "build/host_run/host_run.so"
-    if host_run.exists():
-        os.environ["SEQKERNELS_HOST_RUN"] = str(host_run)
+    emulator = Path(__file__).parent.parent / "build/emulator/emulator.so"
+    if emulator.exists():
+        os.environ["SEQKERNELS_EMULATOR"] = str(emulator)
     import cudnn_stand_in  # noqa: F401
 
 from seqkernels import select  # noqa: E402
-from seqkernels.hardware import HERE, machine_of  # noqa: E402
+from seqkernels.hardware import THIS_MACHINE, machine_of  # noqa: E402
 
 # Every run on CI tries the same cases; at home they change.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -32,7 +32,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 @pytest.fixture(params=select.BACKENDS)
 def backend(request) -> str:
     device = torch.empty(0).device
-    problem = select.Problem("gru", device.type, torch.float32)
+    problem = select.Call("gru", device.type, torch.float32)
     against = select.reason_against(request.param, problem, machine_of(device))
     if against:
         pytest.skip(f"{request.param}: {against}")
@@ -46,11 +46,11 @@ def dtype(backend) -> torch.dtype:
 
 
 @pytest.fixture(scope="session")
-def host_run():
-    """Control of the runs: tests/host_run/run.h."""
-    if not HERE.host_run:
+def emulator():
+    """Control of the runs: tests/emulator/run.h."""
+    if not THIS_MACHINE.emulator:
         pytest.skip("these kernels run on a GPU, and not on the CPU")
-    spec = importlib.util.spec_from_file_location("host_run", os.environ["SEQKERNELS_HOST_RUN"])
+    spec = importlib.util.spec_from_file_location("emulator", os.environ["SEQKERNELS_EMULATOR"])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

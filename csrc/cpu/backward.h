@@ -22,7 +22,7 @@ struct Columns {
   int64_t projected;  // where those for W_hr begin
   int64_t width;
 
-  explicit Columns(const Problem& p)
+  explicit Columns(const Layer& p)
       : gates(gates_of(p.cell) * p.hidden),
         recurrent(p.cell == Cell::gru ? p.hidden : 0),
         projected(gates),
@@ -64,7 +64,7 @@ struct BackwardMemory {
   Arena tasks;
   int64_t task_bytes;
 
-  BackwardMemory(const Backward& p, const Schedule& schedule, void* base)
+  BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
       : columns(p),
         ih(p.directions * columns.gates, p.grad_x ? p.input : 0, 1),
         hh(columns.gates, p.projected, 1),
@@ -100,13 +100,13 @@ struct BackwardMemory {
   static constexpr int64_t panel_size() { return kDepth * 4 * kLanes<C>; }
   int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
 
-  PerTask task(const Backward& p, const Schedule& schedule, int64_t i) const {
+  PerTask task(const LayerBackward& p, const Schedule& schedule, int64_t i) const {
     Arena arena{tasks.base, tasks.used + i * task_bytes};
     return take_task(p, schedule, arena);
   }
 
  private:
-  PerTask take_task(const Backward& p, const Schedule& schedule, Arena& arena) const {
+  PerTask take_task(const LayerBackward& p, const Schedule& schedule, Arena& arena) const {
     const int64_t count = schedule.most_sequences;
     PerTask task;
     task.grad_h = arena.take<C>(count * ldp);
@@ -115,7 +115,7 @@ struct BackwardMemory {
     return task;
   }
 
-  int64_t steps_of_chunk(const Backward& p) const {
+  int64_t steps_of_chunk(const LayerBackward& p) const {
     // The two directions reach a step at different times, but its grad_x is one sum: all steps are one chunk.
     if (p.directions == 2) return p.steps;
     const int64_t rows = least(kGradientRows, kGradientBytes / (ldg * static_cast<int64_t>(sizeof(C))));
@@ -136,7 +136,7 @@ class BackwardSweep {
   static constexpr int G = gates_of(kCell), K = saved_blocks_of(kCell);
 
  public:
-  BackwardSweep(const Backward& p, const BackwardMemory<S>& memory, const typename BackwardMemory<S>::PerTask& mine,
+  BackwardSweep(const LayerBackward& p, const BackwardMemory<S>& memory, const typename BackwardMemory<S>::PerTask& mine,
                 const Task& task, const Share& share)
       : p(p),
         at{p, task},
@@ -264,7 +264,7 @@ class BackwardSweep {
     }
   }
 
-  const Backward& p;
+  const LayerBackward& p;
   const Layout at;
   const BackwardMemory<S>& memory;
   const typename BackwardMemory<S>::PerTask mine;
@@ -278,7 +278,7 @@ class BackwardSweep {
 
 // grad_x = gradients of the gates times W_ih, of this share's rows of a chunk.
 template <class S>
-void input_gradient(const Backward& p, const BackwardMemory<S>& memory, const Share& share, const Chunk& chunk) {
+void input_gradient(const LayerBackward& p, const BackwardMemory<S>& memory, const Share& share, const Chunk& chunk) {
   using C = Compute<S>;
   const int64_t first = share.first(chunk.rows), count = share.last(chunk.rows) - first;
   const auto row = [&](int64_t r) { return memory.grads + (first + r) * p.directions * memory.ldg; };
@@ -337,7 +337,7 @@ void add_products(const BackwardMemory<S>& memory, const Share& share, const Chu
 
 // Adds a chunk's part of all gradients of direction d's weights.
 template <class S>
-void weight_gradients(const Backward& p, const BackwardMemory<S>& memory, const Share& share, const Chunk& chunk, int d,
+void weight_gradients(const LayerBackward& p, const BackwardMemory<S>& memory, const Share& share, const Chunk& chunk, int d,
                       bool add) {
   using C = Compute<S>;
   constexpr int V = kLanes<C>;
@@ -387,7 +387,7 @@ void weight_gradients(const Backward& p, const BackwardMemory<S>& memory, const 
 
 // What all members prepare together.
 template <class S>
-void prepare_backward(const Backward& p, const BackwardMemory<S>& memory, const Share& share) {
+void prepare_backward(const LayerBackward& p, const BackwardMemory<S>& memory, const Share& share) {
   using C = Compute<S>;
   const int64_t G = gates_of(p.cell), H = p.hidden;
   const auto pack = [&](const Panels<C>& shape, const void* source, C* packed) {
@@ -415,7 +415,7 @@ void prepare_backward(const Backward& p, const BackwardMemory<S>& memory, const 
 
 // Sums in the making become the user's gradients.
 template <class S>
-void finish_weight_gradients(const Backward& p, const BackwardMemory<S>& memory, const Share& share) {
+void finish_weight_gradients(const LayerBackward& p, const BackwardMemory<S>& memory, const Share& share) {
   const Columns& columns = memory.columns;
   for (int d = 0; d < p.directions; d++) {
     const auto& sums = memory.direction[d];
@@ -435,7 +435,7 @@ void finish_weight_gradients(const Backward& p, const BackwardMemory<S>& memory,
 }
 
 template <Cell kCell, class S>
-void backward(const Backward& p, const Schedule& schedule, int begin, int end, void* base) {
+void backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* base) {
   const BackwardMemory<S> memory(p, schedule, base);
   const Share all = share_of_all(schedule, begin, end);
   const auto sweep = [&](const auto& run) {

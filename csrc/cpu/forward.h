@@ -39,7 +39,7 @@ struct ForwardMemory {
   Arena tasks;
   int64_t task_bytes;
 
-  ForwardMemory(const Forward& p, const Schedule& schedule, void* base)
+  ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
       : ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1),
         hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell)),
         hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1),
@@ -70,13 +70,13 @@ struct ForwardMemory {
 
   int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
 
-  PerTask task(const Forward& p, const Schedule& schedule, int64_t i) const {
+  PerTask task(const LayerForward& p, const Schedule& schedule, int64_t i) const {
     Arena arena{tasks.base, tasks.used + i * task_bytes};
     return take_task(p, schedule, arena);
   }
 
  private:
-  PerTask take_task(const Forward& p, const Schedule& schedule, Arena& arena) const {
+  PerTask take_task(const LayerForward& p, const Schedule& schedule, Arena& arena) const {
     const int64_t count = schedule.most_sequences;
     PerTask task;
     task.h = arena.take<C>(count * ldp);
@@ -91,7 +91,7 @@ struct ForwardMemory {
     return task;
   }
 
-  int64_t chunk_rows(const Forward& p, const Schedule& schedule) const {
+  int64_t chunk_rows(const LayerForward& p, const Schedule& schedule) const {
     const int64_t fitting = kChunkBytes / (ldg * static_cast<int64_t>(sizeof(C)));
     const int64_t all = p.steps * schedule.most_sequences;
     return least(most(most(fitting, kChunkRows), schedule.most_sequences), all);
@@ -108,7 +108,7 @@ class ForwardSweep {
   static constexpr bool kPairs = !std::is_same<C, F>::value;
 
  public:
-  ForwardSweep(const Forward& p, const Memory& memory, const typename Memory::PerTask& mine, const Task& task,
+  ForwardSweep(const LayerForward& p, const Memory& memory, const typename Memory::PerTask& mine, const Task& task,
                const Share& share)
       : p(p),
         at{p, task},
@@ -306,7 +306,7 @@ class ForwardSweep {
     }
   }
 
-  const Forward& p;
+  const LayerForward& p;
   const Layout at;
   const Memory& memory;
   typename Memory::PerTask mine;
@@ -322,7 +322,7 @@ class ForwardSweep {
 
 // Biases of direction d: what the projection adds, and the GRU's b_hn apart.
 template <class S, class F>
-void sum_biases(const Forward& p, int d, const ForwardMemory<S, F>& memory) {
+void sum_biases(const LayerForward& p, int d, const ForwardMemory<S, F>& memory) {
   const S* b_ih = static_cast<const S*>(p.weights[d].b_ih);
   const S* b_hh = static_cast<const S*>(p.weights[d].b_hh);
   const int64_t columns = gates_of(p.cell) * p.hidden, apart = p.cell == Cell::gru ? 2 * p.hidden : columns;
@@ -333,7 +333,7 @@ void sum_biases(const Forward& p, int d, const ForwardMemory<S, F>& memory) {
 }
 
 template <class S, class F>
-void prepare_forward(const Forward& p, const ForwardMemory<S, F>& memory, const Share& share) {
+void prepare_forward(const LayerForward& p, const ForwardMemory<S, F>& memory, const Share& share) {
   const auto pack = [&](const Panels<F>& shape, const void* source, int64_t n, F* packed) {
     for (int64_t j = share.first(shape.count()); j < share.last(shape.count()); j++)
       pack_transposed(shape, j, static_cast<const S*>(source), n, packed);
@@ -354,7 +354,7 @@ void prepare_forward(const Forward& p, const ForwardMemory<S, F>& memory, const 
 }
 
 template <Cell kCell, class S, class F>
-void forward(const Forward& p, const Schedule& schedule, int begin, int end, void* base) {
+void forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* base) {
   const ForwardMemory<S, F> memory(p, schedule, base);
   const Share all = share_of_all(schedule, begin, end);
   prepare_forward(p, memory, all);

@@ -2,7 +2,7 @@
 #pragma once
 #include <utility>
 
-#include "share.h"
+#include "team.h"
 #include "vec.h"
 
 namespace seqkernels::SEQKERNELS_ISA {

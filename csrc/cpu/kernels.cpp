@@ -22,7 +22,7 @@ auto with_scalar(Scalar scalar, const Call& call) {
 
 // call(number of S, factor of F) for the forward.
 template <class Call>
-auto with_factor(const Forward& p, const Call& call) {
+auto with_factor(const LayerForward& p, const Call& call) {
 #if defined(__AVX512F__)
   if (p.scalar == Scalar::bfloat16 && p.bfloat16_products) return call(bfloat16{}, bfloat16x2{});
 #endif
@@ -37,21 +37,21 @@ auto with_factor(const Forward& p, const Call& call) {
     case Cell::lstm: return function<Cell::lstm, __VA_ARGS__>(p, schedule, begin, end, memory);         \
   }
 
-int64_t forward_bytes(const Forward& p, const Schedule& schedule) {
+int64_t forward_bytes(const LayerForward& p, const Schedule& schedule) {
   return with_factor(
       p, [&](auto s, auto f) { return ForwardMemory<decltype(s), decltype(f)>(p, schedule, nullptr).bytes(schedule); });
 }
 
-int64_t backward_bytes(const Backward& p, const Schedule& schedule) {
+int64_t backward_bytes(const LayerBackward& p, const Schedule& schedule) {
   return with_scalar(p.scalar,
                      [&](auto s) { return BackwardMemory<decltype(s)>(p, schedule, nullptr).bytes(schedule); });
 }
 
-void run_forward(const Forward& p, const Schedule& schedule, int begin, int end, void* memory) {
+void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* memory) {
   with_factor(p, [&](auto s, auto f) { SEQKERNELS_FOR_CELL(p.cell, forward, decltype(s), decltype(f)) });
 }
 
-void run_backward(const Backward& p, const Schedule& schedule, int begin, int end, void* memory) {
+void run_backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* memory) {
   with_scalar(p.scalar, [&](auto s) { SEQKERNELS_FOR_CELL(p.cell, backward, decltype(s)) });
 }
 

@@ -1,6 +1,6 @@
 // What kernels.cpp offers, once for every instruction set it is compiled for.
 #pragma once
-#include "../params.h"
+#include "../layer.h"
 
 namespace seqkernels {
 
@@ -28,12 +28,12 @@ struct Schedule {
 
 struct Kernels {
   // Bytes of memory that all members of a call work in; it need not be initialised.
-  int64_t (*forward_bytes)(const Forward&, const Schedule&);
-  int64_t (*backward_bytes)(const Backward&, const Schedule&);
+  int64_t (*forward_bytes)(const LayerForward&, const Schedule&);
+  int64_t (*backward_bytes)(const LayerBackward&, const Schedule&);
   // The part of members [begin, end). Members that share a team, or the whole, wait for each other: every member must
   // be run, and those that are not in one call, at the same time.
-  void (*forward)(const Forward&, const Schedule&, int begin, int end, void* memory);
-  void (*backward)(const Backward&, const Schedule&, int begin, int end, void* memory);
+  void (*forward)(const LayerForward&, const Schedule&, int begin, int end, void* memory);
+  void (*backward)(const LayerBackward&, const Schedule&, int begin, int end, void* memory);
   // As many float multiplications and additions as the machine can do at once, again and again: returns how many
   // operations that were. What it can reach at best, to hold the kernels against.
   double (*multiply_and_add)(int64_t rounds);

@@ -23,7 +23,7 @@ inline void prefetch_store(const T* p) {
 
 // One task's rows and states in the tensors of a layer.
 struct Layout {
-  const Problem& p;
+  const Layer& p;
   const Task& task;
 
   int64_t sequence(int64_t r) const { return task.first + r * task.stride; }

@@ -21,7 +21,7 @@ constexpr double kLargeWeights = 1 << 20;
 
 }  // namespace
 
-OwnSchedule::OwnSchedule(const Problem& p, int threads) {
+OwnSchedule::OwnSchedule(const Layer& p, int threads) {
   const int64_t B = p.sequences, D = p.directions;
   const double gates = static_cast<double>(gates_of(p.cell)) * p.hidden;
   const double bytes = gates * p.projected * (p.scalar == Scalar::float64 ? 8 : 4);

@@ -9,7 +9,7 @@ namespace seqkernels {
 // A schedule and what it points to.
 class OwnSchedule : public Schedule {
  public:
-  OwnSchedule(const Problem& p, int threads);
+  OwnSchedule(const Layer& p, int threads);
   OwnSchedule(const OwnSchedule&) = delete;
 
  private:

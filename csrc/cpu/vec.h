@@ -227,7 +227,7 @@ inline Vec<Sum<F>> broadcast(F x) {
 }
 
 #if defined(__AVX512F__)
-// Functions that may run AVX512-BF16; they do where the machine has it (see Problem::bfloat16_products).
+// Functions that may run AVX512-BF16; they do where the machine has it (see Layer::bfloat16_products).
 #define SEQKERNELS_PRODUCT_TARGET __attribute__((target("avx512bf16")))
 template <>
 SEQKERNELS_PRODUCT_TARGET inline Vec<float> add_product<bfloat16x2>(Vec<float> sum, Vec<float> w, Vec<float> x) {

@@ -1,7 +1,7 @@
 // Launches of the cluster kernels: which there are, and how much of the weights each holds in registers.
-#include "cluster.h"
+#include "cluster.cuh"
 //
-#include "dispatch.h"
+#include "launch.cuh"
 
 namespace seqkernels {
 
@@ -59,11 +59,11 @@ const char* by_layer(const Arrays& arrays, const Clusters& clusters, void* strea
 
 }  // namespace
 
-const char* cluster_forward(const ForwardSweep& sweep, const Clusters& clusters, void* stream) {
+const char* cluster_forward(const ForwardArgs& sweep, const Clusters& clusters, void* stream) {
   return by_layer<ClusterForward, false>(sweep, clusters, stream);
 }
 
-const char* cluster_backward(const BackwardSweep& sweep, const Clusters& clusters, void* stream) {
+const char* cluster_backward(const BackwardArgs& sweep, const Clusters& clusters, void* stream) {
   return by_layer<ClusterBackward, true>(sweep, clusters, stream);
 }
 

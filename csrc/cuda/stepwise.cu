@@ -1,7 +1,7 @@
 // Launches of the stepwise kernels.
-#include "stepwise.h"
+#include "stepwise.cuh"
 //
-#include "dispatch.h"
+#include "launch.cuh"
 
 namespace seqkernels {
 
@@ -11,7 +11,7 @@ namespace {
 
 // Call with the cell, a number of the scalar's type, and whether the number of hidden units is even.
 template <class Call>
-const char* by_layer(const Sweep& s, Call call) {
+const char* by_layer(const SweepArgs& s, Call call) {
   return by_cell(s.cell, [&](auto cell) {
     return by_scalar(s.scalar, [&](auto zero) {
       return s.hidden % 2 ? call(cell, zero, std::false_type{}) : call(cell, zero, std::true_type{});

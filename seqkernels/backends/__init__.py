@@ -38,7 +38,7 @@ def by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
 def check(
     cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None, batch_sizes: Tensor | None
 ) -> None:
-    """Arguments of the operators, before a kernel addresses memory by them; csrc/library.cpp says the same in C++.
+    """Arguments of the operators, before a kernel addresses memory by them; csrc/cpu/ops.cpp says the same in C++.
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit. batch_sizes on a GPU are not looked into, as that would

@@ -1,8 +1,8 @@
 """The operator pair by CUDA kernels (csrc/cuda): NVIDIA GPUs, in every dtype.
 
-Four roads, chosen by `select.road`: *single block*, one launch in which a block of threads takes up to 8 sequences
+Four paths, chosen by `select.path`: *single CTA*, one launch in which a block of threads takes up to 8 sequences
 through all steps with the recurrent weights in its registers and shared memory; *cluster*, the same by up to 16 blocks
-that share the hidden units and push new states to each other; *whole GPU*, the same by as many blocks as run at the
+that share the hidden units and push new states to each other; *persistent grid*, the same by as many blocks as run at the
 same time, which exchange through the L2 cache; and *stepwise*, for each step a cuBLAS product and a kernel. Nothing
 waits for the GPU, so all of them can be captured in a CUDA graph.
 
@@ -26,8 +26,8 @@ def forward(
     batch_sizes: Tensor | None,  # [T]
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    road = _road(cell, x, weights, h_0, backward=False)
-    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, *road)
+    path = _path(cell, x, weights, h_0, backward=False)
+    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, *path)
 
 
 def backward(
@@ -45,19 +45,19 @@ def backward(
     wants_x: bool,
     wants_weights: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    road = _road(cell, x, weights, h_0, backward=True)
+    path = _path(cell, x, weights, h_0, backward=True)
     return torch.ops.seqkernels.cuda_backward(
-        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, *road
+        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, *path
     )
 
 
-def _road(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple:
-    """Whether float32 factors may be rounded to TF32, and the road."""
+def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bool) -> tuple:
+    """Whether float32 factors may be rounded to TF32, and the path."""
     tf32, gpu = x.dtype == torch.float32 and hardware.tf32(x.device), hardware.gpu_of(x.device)
     told = h_0.dim() == 3 and len(weights) > 1 and weights[0].dim() == 2 and cell in GATES
     hidden_size = weights[0].shape[0] // GATES[cell] if told else 0
     if not hidden_size or not h_0.shape[0]:
-        return tf32, *select.Road()  # the operator says what is wrong
+        return tf32, *select.Path()  # the operator says what is wrong
     projected = len(weights) // h_0.shape[0] % 2 == 1
-    road, _ = select.road(cell, hidden_size, projected, x.dtype, tf32, gpu, backward, *h_0.shape[:2])
-    return tf32, *road
+    path, _ = select.path(cell, hidden_size, projected, x.dtype, tf32, gpu, backward, *h_0.shape[:2])
+    return tf32, *path

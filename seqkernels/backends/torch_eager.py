@@ -1,6 +1,6 @@
 """The operator pair in plain torch operations: any device, any floating dtype, differentiable as often as wanted.
 
-This is the road for machines no kernel reaches, and the one double backward takes. The gate algebra below is the
+This is the path for machines no kernel reaches, and the one double backward takes. The gate algebra below is the
 only copy in Python outside the specification. 16-bit inputs are computed in float32, as the kernels do.
 """
 

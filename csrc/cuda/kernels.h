@@ -1,0 +1,184 @@
+// All that crosses from the host (ops.cpp) to the kernels of a sweep: a pass over all steps of a layer, between the
+// input projection and the products over all rows. Letters as in layer.h; F is the number of blocks of grad_gates: 1
+// for an RNN, i f g o for an LSTM, and for a GRU r, z, W_hn h + b_hn, n, of which the first three are those of h, and
+// all but the third those of x.
+#pragma once
+#include "../layer.h"
+
+namespace seqkernels {
+
+constexpr int gradient_blocks_of(Cell cell) { return gates_of(cell) == 1 ? 1 : 4; }
+
+struct SweepArgs {
+  Cell cell;
+  Scalar scalar;
+  bool tf32;  // float32 factors may be rounded to TF32
+  int directions;
+  int64_t steps, sequences, rows, hidden, projected;
+  const int64_t *starts, *sizes;  // [T] first row and running sequences of each step, on the GPU; null: never fewer
+};
+
+struct ForwardArgs : SweepArgs {
+  const void* gates_x;  // [D, N, G*H], with all biases but b_hn
+  const void* w_hh[2];  // [G*H, H]
+  const void* b_hn[2];  // [H] or null: GRU's, which r multiplies
+  const void* h_0;      // [D, B, H]
+  const void* c_0;      // [D, B, H] or null
+  void* y;              // [N, D*H]
+  void* h_n;            // [D, B, H]
+  void* c_n;            // [D, B, H] or null
+  void* saved;          // [N, D, K*H] or null
+};
+
+struct BackwardArgs : SweepArgs {
+  const void* grad_y;    // [N, D*H] or null
+  const void* grad_h_n;  // [D, B, H] or null
+  const void* grad_c_n;  // [D, B, H] or null
+  const void* w_hh[2];
+  const void* h_0;
+  const void* c_0;
+  const void* y;
+  const void* saved;
+  void* grad_gates;  // [D, N, F*H]
+  void* grad_h_0;    // [D, B, H]
+  void* grad_c_0;    // [D, B, H] or null
+};
+
+// ---- stepwise: what one of its kernels takes
+
+struct StepForward {
+  ForwardArgs layer;
+  int64_t k;            // the k-th step of every direction
+  int64_t running;      // no more sequences than these run in it
+  const void* gates_h;  // [D, B, G*H] the product W_hh h
+  void* h;              // [D, B, H] the states, changed in place; with a projection what is to be projected
+  void* c;              // [D, B, H] in float (double), changed in place
+  bool has_projection;  // then others write y
+};
+
+struct StepBackward {
+  BackwardArgs layer;  // grad_y is null where it goes through a projection
+  int64_t k, running;
+  void* grad_h;         // [D, B, H]; but for the product with W_hh it becomes that of h before the step
+  void* grad_c;         // [D, B, H] in float (double), changed in place
+  void* grad_step;      // [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
+  bool has_projection;  // then grad_h belongs to this step alone
+};
+
+// With a projection P is the width of h and y: give the projected h of the sequences that run to their state and to y.
+struct StepProject {
+  SweepArgs layer;
+  int64_t k, running;
+  const void* result;  // [D, B, P] the product
+  void* h;             // [D, B, P]
+  void* y;             // [N, D*P]
+};
+
+// The gradient of the projected h: what came back through time and what came from y.
+struct StepProjectBackward {
+  SweepArgs layer;
+  int64_t k, running;
+  const void* grad_y;    // [N, D*P] or null
+  void* grad_h;          // [D, B, P], zero afterwards where a sequence runs
+  void* grad_step;       // [D, B, P] zeros for sequences that do not run
+  void* grad_projected;  // [D, N, P] the same of all steps
+};
+
+// For every row the h that its step started from, for the gradients of the weights; zeros for rows that no step uses.
+struct Previous {
+  SweepArgs layer;
+  int direction;
+  const void* h_0;  // [D, B, P]
+  const void* y;    // [N, D*P]
+  void* result;     // [N, P]
+};
+
+// o tanh(c) of every row: what an LSTM projects.
+struct Unprojected {
+  SweepArgs layer;
+  int direction;
+  const void* saved;  // [N, D, 5*H]
+  void* result;       // [N, H]
+};
+
+// Write first rows and sizes of steps from what the host knows, which travels with the launch: nothing is copied from
+// the host's memory, nothing waits, and a CUDA graph that captures it can be replayed.
+struct WriteSteps {
+  static constexpr int runs = 128;
+  int64_t steps;                               // of all
+  int64_t begin;                               // of this launch's
+  int count;                                   // runs of steps of one size
+  int64_t end[runs], start[runs], size[runs];  // behind the run's last step, the first row of its first, sequences
+  int64_t *starts, *sizes;                     // [T]
+};
+
+// b_ih + b_hh: the biases of the input projection, but for those of b_hh that a cell needs apart.
+struct FoldBiases {
+  const void *b_ih, *b_hh;  // [G*H]
+  void* result;             // [G*H]
+  int64_t size, folded;     // G*H, and how many of b_hh are added
+};
+
+// The recurrent weights as the threads of a single CTA hold them (mma.cuh).
+struct Arrange {
+  const void* w_hh[2];  // [G*H, H]
+  void* result;         // [D, G, width, width] in that order
+  int gates, hidden;
+  int width;        // hidden units that the kernel is made for
+  int blocks;       // of 16 units that a warp takes
+  bool transposed;  // backward: each gate's matrix
+  bool tf32;        // rounded to TF32
+};
+
+// A sweep in one launch, what it needs besides.
+template <class Pass>
+struct SingleCta : Pass {
+  const void* arranged;  // the weights
+  int tile;              // sequences that a block takes: 1 to 8
+  int shared;            // groups of the weights in shared memory
+};
+
+// What launches do: the text of an error, or null. A stream is a cudaStream_t.
+
+const char* step_forward(const StepForward&, void* stream);
+const char* step_backward(const StepBackward&, void* stream);
+const char* step_project(const StepProject&, void* stream);
+const char* step_project_backward(const StepProjectBackward&, void* stream);
+const char* previous(const Previous&, void* stream);
+const char* unprojected(const Unprojected&, void* stream);
+const char* fold_biases(const FoldBiases&, Scalar, void* stream);
+const char* write_steps(const WriteSteps&, void* stream);
+
+// All steps in one launch, for `tile` sequences (at most 8) a block, which may have `memory` bytes of shared memory.
+// The weights go through `arranged`, [D, single_cta_words()] times 16 bytes; none where no kernel takes the layer.
+int64_t single_cta_words(Cell, Scalar, int64_t hidden);
+const char* single_cta_forward(const ForwardArgs&, int tile, int memory, void* arranged, void* stream);
+const char* single_cta_backward(const BackwardArgs&, int tile, int memory, void* arranged, void* stream);
+
+// All steps in one launch, by clusters of blocks: how many hidden units, sequences at once (at most 8), and bytes of
+// shared memory that a block may have.
+struct Clusters {
+  int units, tile, memory;
+};
+
+// A cluster of 2 to 16 blocks with 32, 48 or 64 units each takes a tile.
+const char* cluster_forward(const ForwardArgs&, const Clusters&, void* stream);
+const char* cluster_backward(const BackwardArgs&, const Clusters&, void* stream);
+
+// How many clusters of so many blocks, of which each takes a multiprocessor, the current GPU runs at the same time.
+const char* clusters_at_once(int blocks, int& clusters);
+
+// Groups of clusters that run at the same time, and may be the persistent grid, take the tiles in turn; a block has 16 units,
+// a cluster 32 or 64. How they share a layer: so many of so many blocks for each direction, of which so many run at
+// once; and what they need in the GPU's memory to exchange: bytes, and flags that begin as zero.
+struct Groups {
+  int directions, groups, blocks, cluster;  // cluster: blocks of one
+  int64_t numbers, bytes, flags;            // numbers: that an exchange of a group holds
+};
+const char* persistent_grid_groups(const SweepArgs&, const Clusters&, bool backward, Groups&);
+const char* persistent_grid_forward(const ForwardArgs&, const Clusters&, const Groups&, void* exchange, void* flags,
+                              void* stream);
+const char* persistent_grid_backward(const BackwardArgs&, const Clusters&, const Groups&, void* exchange, void* flags,
+                               void* stream);
+
+}  // namespace seqkernels

@@ -1,0 +1,274 @@
+// A layer as a kernel sees it: where its steps lie, and one element (a hidden unit of a sequence) of one step.
+#pragma once
+#include <utility>
+
+#include "device.cuh"
+#include "kernels.h"
+//
+#include "../cells.h"
+
+namespace seqkernels::device {
+
+// What is computed in: double for double, else float.
+template <class T>
+using Wide = decltype(wide(std::declval<T>()));
+
+// The k-th step that a direction takes, of those that a tile of sequences has.
+DEVICE int64_t step_of(int64_t k, int64_t steps, int direction) { return direction == 0 ? k : steps - 1 - k; }
+
+class Steps {
+ public:
+  DEVICE explicit Steps(const SweepArgs& s)
+      : starts_(s.starts, s.steps), sizes_(s.sizes, s.steps), steps_(s.steps), sequences_(s.sequences) {}
+
+  // The first row of step t.
+  DEVICE int64_t start(int64_t t) const { return starts_ ? starts_.load(t) : t * sequences_; }
+
+  // How many sequences run in step t; none in a step that there is not.
+  DEVICE int64_t size(int64_t t) const {
+    if (t < 0 || t >= steps_) return 0;
+    return sizes_ ? sizes_.load(t) : sequences_;
+  }
+
+  // How many steps a sequence has.
+  DEVICE int64_t count(int64_t sequence) const {
+    if (!sizes_) return steps_;
+    int64_t low = 0, high = steps_;  // sizes never rise
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (sizes_.load(middle) > sequence)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+
+ private:
+  Global<const int64_t> starts_, sizes_;
+  int64_t steps_, sequences_;
+};
+
+// One step forward from its gates; h and c change in place. `saved` has the first four blocks of what is saved.
+template <Cell CELL, class T>
+DEVICE void cell_forward(const T* x, const T* of_h, T& h, T& c, T* saved) {
+  if constexpr (CELL == Cell::gru) {
+    GruGates<T> gates;
+    h = gru_forward(x[0], x[1], x[2], of_h[0], of_h[1], of_h[2], h, gates);
+    saved[0] = gates.r, saved[1] = gates.z, saved[2] = gates.n, saved[3] = gates.hn;
+  } else if constexpr (CELL == Cell::lstm) {
+    LstmGates<T> gates;
+    h = lstm_forward(x[0] + of_h[0], x[1] + of_h[1], x[2] + of_h[2], x[3] + of_h[3], c, gates);
+    saved[0] = gates.i, saved[1] = gates.f, saved[2] = gates.g, saved[3] = gates.o;
+  } else if constexpr (CELL == Cell::rnn_tanh) {
+    h = tanh(x[0] + of_h[0]);
+  } else {
+    h = relu(x[0] + of_h[0]);
+  }
+}
+
+// How many of two units there are, if so many are left.
+DEVICE int two_of(int left) { return left < 0 ? 0 : left < 2 ? left : 2; }
+
+// Two hidden units side by side are what a thread takes: in one access where rows have an even length (EVEN), else one
+// by one. `count` of them are there: 0, 1 or 2.
+template <bool EVEN, class T>
+DEVICE Pair<T> load_units(Global<const T> from, int64_t i, int count) {
+  if constexpr (EVEN) return count ? from.load_pair(i) : Pair<T>{};
+  const T zero = Narrow<T>::of(0);
+  return pair(count > 0 ? from.load(i) : zero, count > 1 ? from.load(i + 1) : zero);
+}
+template <bool EVEN, class T>
+DEVICE void store_units(Global<T> to, int64_t i, Pair<T> units, int count) {
+  if constexpr (EVEN) {
+    if (count) to.store_pair(i, units);
+  } else {
+    if (count > 0) to.store(i, first(units));
+    if (count > 1) to.store(i + 1, second(units));
+  }
+}
+template <class T>
+DEVICE void widen(Pair<T> units, Wide<T> (&wide_units)[2]) {
+  wide_units[0] = wide(first(units)), wide_units[1] = wide(second(units));
+}
+template <class T>
+DEVICE Pair<T> narrow(const Wide<T> (&units)[2]) {
+  return pair(Narrow<T>::of(units[0]), Narrow<T>::of(units[1]));
+}
+
+// Zero those of two units that are not there. What a product gives for them is none: their weights are zero, but zero
+// times infinity is NaN, which would reach all units if these were given on.
+template <class T>
+DEVICE void zero_absent(T (&units)[2], int there) {
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    if (i >= there) units[i] = 0;
+}
+
+struct Lane {
+  int sequence, unit;
+};
+
+// What the backward step of two units reads; the states are those that the formulas name.
+template <class T>
+struct Past {
+  Pair<T> grad_y, saved[4], now, before;  // now: LSTM c, RNN h; before: GRU h, LSTM c
+};
+
+// One step backward; grad_c changes in place. Returns the gradient of the previous h past the gates.
+template <Cell CELL, class T>
+DEVICE T cell_backward(T grad_h, T& grad_c, const T* saved, T now, T before, T* grad) {
+  if constexpr (CELL == Cell::gru) {
+    GruGates<T> gradients;
+    const T past = gru_backward(grad_h, before, {saved[0], saved[1], saved[2], saved[3]}, gradients);
+    grad[0] = gradients.r, grad[1] = gradients.z, grad[2] = gradients.hn, grad[3] = gradients.n;
+    return past;
+  } else if constexpr (CELL == Cell::lstm) {
+    LstmGates<T> gradients;
+    lstm_backward(grad_h, grad_c, now, before, {saved[0], saved[1], saved[2], saved[3]}, gradients);
+    grad[0] = gradients.i, grad[1] = gradients.f, grad[2] = gradients.g, grad[3] = gradients.o;
+    return 0;
+  } else {
+    grad[0] = CELL == Cell::rnn_tanh ? tanh_backward(grad_h, now) : relu_backward(grad_h, now);
+    return 0;
+  }
+}
+
+// The arrays of a forward sweep, and how two units find their place in them: a row of the N of y, and what is to be
+// added to row and unit: `sequence` and `lane`, which are the same for all units of a thread, so that their part of an
+// address is as well.
+template <Cell CELL, class T, bool EVEN>
+class ForwardLayer {
+ public:
+  static constexpr int G = gates_of(CELL), K = saved_blocks_of(CELL);
+
+  DEVICE ForwardLayer(const ForwardArgs& s, int direction)
+      : gates_x_(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
+        b_hn_(static_cast<const T*>(s.b_hn[direction]), s.hidden),
+        y_(static_cast<T*>(s.y), s.rows * s.directions * s.hidden),
+        saved_(static_cast<T*>(s.saved), s.rows * s.directions * K * s.hidden),
+        rows_(s.rows),
+        hidden_(static_cast<int>(s.hidden)),
+        directions_(s.directions),
+        direction_(direction) {}
+
+  DEVICE void load_gates(int64_t row, int unit, Lane lane, int count, Pair<T>* x) const {
+    const int64_t base = (direction_ * rows_ + row) * G * hidden_ + unit;
+#pragma unroll
+    for (int gate = 0; gate < G; gate++)
+      x[gate] = load_units<EVEN>(gates_x_, base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit), count);
+  }
+
+  DEVICE void load_b_hn(int unit, int count, Wide<T> (&b_hn)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) b_hn[i] = CELL == Cell::gru && b_hn_ && i < count ? wide(b_hn_.load(unit + i)) : 0;
+  }
+
+  DEVICE void store_y(int64_t row, int unit, Lane lane, int count, Pair<T> h) const {
+    const int64_t base = (row * directions_ + direction_) * hidden_ + unit;
+    store_units<EVEN>(y_, base + (lane.sequence * directions_ * hidden_ + lane.unit), h, count);
+  }
+
+  // saved: the first four blocks of each unit.
+  DEVICE void store_saved(int64_t row, int unit, Lane lane, int count, const Wide<T> (&saved)[2][4],
+                          const Wide<T> (&c)[2]) const {
+    if constexpr (K > 0) {
+      if (!saved_) return;
+      const int64_t base = (row * directions_ + direction_) * K * hidden_ + unit;
+      const int at = lane.sequence * directions_ * K * hidden_ + lane.unit;
+#pragma unroll
+      for (int block = 0; block < 4; block++) {
+        const Wide<T> units[2] = {saved[0][block], saved[1][block]};
+        store_units<EVEN>(saved_, base + block * hidden_ + at, narrow<T>(units), count);
+      }
+      if (CELL == Cell::lstm) store_units<EVEN>(saved_, base + 4 * hidden_ + at, narrow<T>(c), count);
+    }
+  }
+
+ private:
+  Global<const T> gates_x_, b_hn_;
+  Global<T> y_, saved_;
+  int64_t rows_;
+  int hidden_, directions_, direction_;
+};
+
+template <Cell CELL, class T, bool EVEN>
+class BackwardLayer {
+ public:
+  static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL);
+
+  DEVICE BackwardLayer(const BackwardArgs& s, int direction)
+      : grad_y_(static_cast<const T*>(s.grad_y), s.rows * s.directions * s.hidden),
+        h_0_(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden),
+        c_0_(static_cast<const T*>(s.c_0), s.directions * s.sequences * s.hidden),
+        y_(static_cast<const T*>(s.y), s.rows * s.directions * s.hidden),
+        saved_(static_cast<const T*>(s.saved), s.rows * s.directions * K * s.hidden),
+        grad_gates_(static_cast<T*>(s.grad_gates), s.directions * s.rows * F * s.hidden),
+        rows_(s.rows),
+        sequences_(s.sequences),
+        hidden_(static_cast<int>(s.hidden)),
+        directions_(s.directions),
+        direction_(direction) {}
+
+  // `row_before`: where the same sequence lies in the step before, if it `ran` there; `state`: in the initial states.
+  DEVICE void load(int64_t row, int64_t row_before, bool ran, int64_t state, int unit, Lane lane, int count,
+                   Past<T>& past) const {
+    const int64_t place = (row * directions_ + direction_) * hidden_;
+    const int64_t place_before = (row_before * directions_ + direction_) * hidden_;
+    const int at = lane.sequence * directions_ * hidden_ + lane.unit;
+    const int at_saved = lane.sequence * directions_ * K * hidden_ + lane.unit;
+    const int at_state = lane.sequence * hidden_ + lane.unit;
+    const auto units = [&](Global<const T> from, int64_t i) { return load_units<EVEN>(from, i, count); };
+    state = (direction_ * sequences_ + state) * hidden_;
+    if (grad_y_) past.grad_y = units(grad_y_, place + unit + at);
+    if constexpr (K > 0) {
+#pragma unroll
+      for (int block = 0; block < 4; block++)
+        past.saved[block] = units(saved_, place * K + unit + block * hidden_ + at_saved);
+    }
+    if constexpr (CELL == Cell::gru) {
+      past.before = ran ? units(y_, place_before + unit + at) : units(h_0_, state + unit + at_state);
+    } else if constexpr (CELL == Cell::lstm) {
+      past.now = units(saved_, place * K + unit + 4 * hidden_ + at_saved);
+      past.before =
+          ran ? units(saved_, place_before * K + unit + 4 * hidden_ + at_saved) : units(c_0_, state + unit + at_state);
+    } else {
+      past.now = units(y_, place + unit + at);
+    }
+  }
+
+  // Gradients of the gates from those of h after the step, which become those of h before it past the gates.
+  DEVICE void step(const Past<T>& past, Wide<T> (&grad_h)[2], Wide<T> (&grad_c)[2], Wide<T> (&grad)[2][4]) const {
+    Wide<T> saved[4][2] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
+    if constexpr (K > 0) {
+#pragma unroll
+      for (int block = 0; block < 4; block++) widen(past.saved[block], saved[block]);
+      widen(past.before, before);
+    }
+    if (CELL != Cell::gru) widen(past.now, now);
+    if (grad_y_) widen(past.grad_y, grad_y);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const Wide<T> of_unit[4] = {saved[0][i], saved[1][i], saved[2][i], saved[3][i]};
+      grad_h[i] = cell_backward<CELL>(grad_h[i] + grad_y[i], grad_c[i], of_unit, now[i], before[i], grad[i]);
+    }
+  }
+
+  DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const Wide<T> (&grad)[2][4]) const {
+    const int64_t base = (direction_ * rows_ + row) * F * hidden_ + unit;
+    const int at = lane.sequence * F * hidden_ + lane.unit;
+#pragma unroll
+    for (int block = 0; block < F; block++) {
+      const Wide<T> units[2] = {grad[0][block], grad[1][block]};
+      store_units<EVEN>(grad_gates_, base + block * hidden_ + at, narrow<T>(units), count);
+    }
+  }
+
+ private:
+  Global<const T> grad_y_, h_0_, c_0_, y_, saved_;
+  Global<T> grad_gates_;
+  int64_t rows_, sequences_;
+  int hidden_, directions_, direction_;
+};
+
+}  // namespace seqkernels::device

@@ -1,0 +1,249 @@
+// A sweep step by step: between two matrix products, a kernel does the rest of a step, for both directions (the second
+// index of a block). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden
+// units side by side.
+#pragma once
+#include "layer.cuh"
+
+namespace seqkernels::device {
+
+constexpr int kThreads = 128;
+
+// Element i of an array [rows, width], if there is one.
+struct Element {
+  int64_t row;
+  int column;
+};
+DEVICE bool element(int64_t rows, int64_t width, Element& found) {
+  const int64_t i = block() * kThreads + thread();
+  if (i >= rows * width) return false;
+  found = {i / width, static_cast<int>(i % width)};
+  return true;
+}
+
+// The i-th two units of an array [rows, hidden], and how many of them there are.
+struct TwoUnits {
+  int64_t row;
+  int unit, count;
+};
+DEVICE bool two_units(int64_t rows, int64_t hidden, TwoUnits& found) {
+  Element at;
+  if (!element(rows, (hidden + 1) / 2, at)) return false;
+  const int unit = at.column * 2;
+  found = {at.row, unit, unit + 1 < hidden ? 2 : 1};
+  return true;
+}
+
+template <Cell CELL, class T, bool EVEN>
+struct StepForwardKernel {
+  static constexpr int threads = kThreads, G = gates_of(CELL);
+  using Parameters = StepForward;
+
+  static DEVICE void run(const StepForward& p) {
+    const ForwardArgs& s = p.layer;
+    TwoUnits at;
+    if (!two_units(p.running, s.hidden, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d);
+    if (at.row >= steps.size(t)) return;
+    const int64_t row = steps.start(t) + at.row, state = d * s.sequences + at.row;
+    const ForwardLayer<CELL, T, EVEN> layer(s, d);
+
+    const Global<const T> gates_h(static_cast<const T*>(p.gates_h), s.directions * s.sequences * G * s.hidden);
+    const int64_t states = s.directions * s.sequences * s.hidden, place = state * s.hidden + at.unit;
+    const Global<T> h(static_cast<T*>(p.h), states);
+    const Global<Wide<T>> c(static_cast<Wide<T>*>(p.c), states);
+    Pair<T> x[G];
+    layer.load_gates(row, at.unit, {}, at.count, x);
+    Wide<T> x_i[2][G], of_h[2][G], saved[2][4], h_now[2] = {}, c_now[2] = {}, b_hn[2];
+#pragma unroll
+    for (int gate = 0; gate < G; gate++) {
+      Wide<T> units[2];
+      widen(x[gate], units);
+      x_i[0][gate] = units[0], x_i[1][gate] = units[1];
+      widen(load_units<EVEN>(gates_h, (state * G + gate) * s.hidden + at.unit, at.count), units);
+      of_h[0][gate] = units[0], of_h[1][gate] = units[1];
+    }
+    if (CELL == Cell::gru) {
+      layer.load_b_hn(at.unit, at.count, b_hn);
+      of_h[0][G - 1] += b_hn[0], of_h[1][G - 1] += b_hn[1];
+      widen(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (CELL == Cell::lstm && i < at.count) c_now[i] = c.load(place + i);
+      cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
+      if (CELL == Cell::lstm && i < at.count) c.store(place + i, c_now[i]);
+    }
+    store_units<EVEN>(h, place, narrow<T>(h_now), at.count);
+    if (!p.has_projection) layer.store_y(row, at.unit, {}, at.count, narrow<T>(h_now));
+    layer.store_saved(row, at.unit, {}, at.count, saved, c_now);
+  }
+};
+
+template <Cell CELL, class T, bool EVEN>
+struct StepBackwardKernel {
+  static constexpr int threads = kThreads, G = gates_of(CELL);
+  using Parameters = StepBackward;
+
+  static DEVICE void run(const StepBackward& p) {
+    const BackwardArgs& s = p.layer;
+    TwoUnits at;
+    if (!two_units(p.running, s.hidden, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d), t_before = d == 0 ? t - 1 : t + 1;
+    const int64_t state = d * s.sequences + at.row, place = state * s.hidden + at.unit;
+    const int64_t states = s.directions * s.sequences * s.hidden;
+    const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
+    const Global<Wide<T>> grad_c(static_cast<Wide<T>*>(p.grad_c), states);
+    Wide<T> grad[2][4] = {};
+    if (at.row < steps.size(t)) {
+      const BackwardLayer<CELL, T, EVEN> layer(s, d);
+      const int64_t row = steps.start(t) + at.row;
+      const bool ran = at.row < steps.size(t_before);
+      Past<T> past = {};
+      layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, past);
+      Wide<T> of_h[2], of_c[2] = {};
+      widen(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.grad_h), states), place, at.count), of_h);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (CELL == Cell::lstm && i < at.count) of_c[i] = grad_c.load(place + i);
+      layer.step(past, of_h, of_c, grad);
+      layer.store_gates(row, at.unit, {}, at.count, grad);
+      if (!p.has_projection) store_units<EVEN>(grad_h, place, narrow<T>(of_h), at.count);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (CELL == Cell::lstm && i < at.count) grad_c.store(place + i, of_c[i]);
+    }
+#pragma unroll
+    for (int gate = 0; gate < G; gate++) {
+      const Wide<T> units[2] = {grad[0][gate], grad[1][gate]};
+      store_units<EVEN>(grad_step, (state * G + gate) * s.hidden + at.unit, narrow<T>(units), at.count);
+    }
+  }
+};
+
+template <class T>
+struct StepProjectKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = StepProject;
+
+  static DEVICE void run(const StepProject& p) {
+    const SweepArgs& s = p.layer;
+    Element at;
+    if (!element(p.running, s.projected, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d), states = s.directions * s.sequences * s.projected;
+    if (at.row >= steps.size(t)) return;
+    const int64_t place = (d * s.sequences + at.row) * s.projected + at.column;
+    const T h = Global<const T>(static_cast<const T*>(p.result), states).load(place);
+    Global<T>(static_cast<T*>(p.h), states).store(place, h);
+    Global<T>(static_cast<T*>(p.y), s.rows * s.directions * s.projected)
+        .store(((steps.start(t) + at.row) * s.directions + d) * s.projected + at.column, h);
+  }
+};
+
+template <class T>
+struct StepProjectBackwardKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = StepProjectBackward;
+
+  static DEVICE void run(const StepProjectBackward& p) {
+    const SweepArgs& s = p.layer;
+    Element at;
+    if (!element(p.running, s.projected, at)) return;
+    const int d = block_y();
+    const Steps steps(s);
+    const int64_t t = step_of(p.k, s.steps, d), states = s.directions * s.sequences * s.projected;
+    const int64_t place = (d * s.sequences + at.row) * s.projected + at.column;
+    Wide<T> grad = 0;
+    if (at.row < steps.size(t)) {
+      const int64_t row = steps.start(t) + at.row, values = s.rows * s.directions * s.projected;
+      const Global<const T> grad_y(static_cast<const T*>(p.grad_y), values);
+      const Global<T> grad_h(static_cast<T*>(p.grad_h), states);
+      grad = wide(grad_h.load(place));
+      if (grad_y) grad += wide(grad_y.load((row * s.directions + d) * s.projected + at.column));
+      grad_h.store(place, Narrow<T>::of(0));
+      Global<T>(static_cast<T*>(p.grad_projected), values)
+          .store((d * s.rows + row) * s.projected + at.column, Narrow<T>::of(grad));
+    }
+    Global<T>(static_cast<T*>(p.grad_step), states).store(place, Narrow<T>::of(grad));
+  }
+};
+
+template <class T>
+struct PreviousKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = Previous;
+
+  static DEVICE void run(const Previous& p) {
+    const SweepArgs& s = p.layer;
+    Element at;
+    if (!element(s.rows, s.projected, at)) return;
+    const Steps steps(s);
+    int64_t low = 0, high = s.steps;  // the last step that begins at this row or before
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (steps.start(middle) <= at.row ? low : high) = middle;
+    }
+    const int64_t sequence = at.row - steps.start(low), before = p.direction == 0 ? low - 1 : low + 1;
+    const Global<const T> y(static_cast<const T*>(p.y), s.rows * s.directions * s.projected);
+    const Global<const T> h_0(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected);
+    T h = Narrow<T>::of(0);
+    if (sequence < steps.size(low)) {
+      h = sequence < steps.size(before)
+              ? y.load(((steps.start(before) + sequence) * s.directions + p.direction) * s.projected + at.column)
+              : h_0.load((p.direction * s.sequences + sequence) * s.projected + at.column);
+    }
+    Global<T>(static_cast<T*>(p.result), s.rows * s.projected).store(at.row * s.projected + at.column, h);
+  }
+};
+
+template <class T>
+struct UnprojectedKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = Unprojected;
+
+  static DEVICE void run(const Unprojected& p) {
+    const SweepArgs& s = p.layer;
+    Element at;
+    if (!element(s.rows, s.hidden, at)) return;
+    const Global<const T> saved(static_cast<const T*>(p.saved), s.rows * s.directions * 5 * s.hidden);
+    const int64_t o = ((at.row * s.directions + p.direction) * 5 + 3) * s.hidden + at.column;
+    const Wide<T> h = wide(saved.load(o)) * tanh(wide(saved.load(o + s.hidden)));
+    Global<T>(static_cast<T*>(p.result), s.rows * s.hidden).store(at.row * s.hidden + at.column, Narrow<T>::of(h));
+  }
+};
+
+struct WriteStepsKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = WriteSteps;
+
+  static DEVICE void run(const WriteSteps& p) {
+    const int64_t t = p.begin + block() * kThreads + thread();
+    if (t >= p.end[p.count - 1]) return;
+    int run = 0;
+    while (p.end[run] <= t) run++;
+    const int64_t first = run ? p.end[run - 1] : p.begin;
+    Global<int64_t>(p.starts, p.steps).store(t, p.start[run] + (t - first) * p.size[run]);
+    Global<int64_t>(p.sizes, p.steps).store(t, p.size[run]);
+  }
+};
+
+template <class T>
+struct FoldBiasesKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = FoldBiases;
+
+  static DEVICE void run(const FoldBiases& p) {
+    const int64_t i = block() * kThreads + thread();
+    if (i >= p.size) return;
+    Wide<T> bias = wide(Global<const T>(static_cast<const T*>(p.b_ih), p.size).load(i));
+    if (i < p.folded) bias += wide(Global<const T>(static_cast<const T*>(p.b_hh), p.size).load(i));
+    Global<T>(static_cast<T*>(p.result), p.size).store(i, Narrow<T>::of(bias));
+  }
+};
+
+}  // namespace seqkernels::device

@@ -1,0 +1,59 @@
+// Plain structs: all that crosses from the host (library.cpp) to kernels.
+#pragma once
+#include <cstdint>
+
+namespace seqkernels {
+
+enum class Cell { rnn_tanh, rnn_relu, gru, lstm };
+enum class Scalar { float32, float64, bfloat16, float16 };
+
+constexpr int gates_of(Cell cell) { return cell == Cell::gru ? 3 : cell == Cell::lstm ? 4 : 1; }
+constexpr int saved_blocks_of(Cell cell) { return cell == Cell::gru ? 4 : cell == Cell::lstm ? 5 : 0; }
+
+// The weights of one direction, or their gradients. Null where there is none.
+template <class Pointer>
+struct WeightsOf {
+  Pointer w_ih;  // [G*H, I]
+  Pointer w_hh;  // [G*H, P]
+  Pointer b_ih;  // [G*H] or null
+  Pointer b_hh;  // [G*H] or null
+  Pointer w_hr;  // [P, H] or null
+};
+
+// One layer with all its directions. Letters: T steps, B sequences, N rows, I input size, H hidden size, P projected
+// size, G gates, D directions, K saved blocks. All arrays are contiguous; sizes count elements.
+struct Layer {
+  Cell cell;
+  Scalar scalar;
+  int64_t steps, sequences, rows, input, hidden, projected;  // rows: those that a step uses
+  int directions;
+  bool has_projection;
+  bool bfloat16_products;      // the machine multiplies pairs of bfloat16
+  const int64_t* batch_sizes;  // [T] running sequences, never rising, none zero
+  const int64_t* offsets;      // [T] first row of each step
+  const void* x;               // [N, I]
+  WeightsOf<const void*> weights[2];
+  const void* h_0;  // [D, B, P]
+  const void* c_0;  // [D, B, H] or null
+};
+
+struct LayerForward : Layer {
+  void* y;      // [N, D*P]
+  void* h_n;    // [D, B, P]
+  void* c_n;    // [D, B, H] or null
+  void* saved;  // [N, D, K*H] or null
+};
+
+struct LayerBackward : Layer {
+  const void* grad_y;    // [N, D*P] or null
+  const void* grad_h_n;  // [D, B, P] or null
+  const void* grad_c_n;  // [D, B, H] or null
+  const void* y;
+  const void* saved;
+  void* grad_x;                      // [N, I] or null: not wanted
+  WeightsOf<void*> grad_weights[2];  // all null: not wanted
+  void* grad_h_0;                    // [D, B, P]
+  void* grad_c_0;                    // [D, B, H] or null
+};
+
+}  // namespace seqkernels

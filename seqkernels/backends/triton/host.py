@@ -1,0 +1,318 @@
+"""The operator pair by Triton kernels: any GPU that Triton reaches, or its interpreter on the CPU, for tests.
+
+Two paths, chosen by `select.triton_tile` from the sizes and the GPU alone: *resident*, one kernel that walks a tile of
+sequences through all its steps with the recurrent weights on chip, and *stepwise*, for each step a matrix product and a
+kernel, both directions in each. Nothing waits for the device, so both can be captured in a CUDA graph.
+
+float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
+torch multiplies (the input projection, the gradients of x and of the weights, a step of the stepwise path)
+torch.backends.cuda.matmul.
+"""
+
+import contextlib
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seqkernels import hardware, select
+from seqkernels.backends import GATES, SAVED_BLOCKS, Weights, by_direction, check, expect
+
+
+def forward(
+    cell: str,
+    x: Tensor,  # [N, I]
+    weights: list[Tensor],
+    h_0: Tensor,  # [D, B, P]
+    c_0: Tensor | None,  # [D, B, H]
+    batch_sizes: Tensor | None,  # [T]
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes)
+    # Rows that no step uses come out as zeros.
+    new = x.new_empty if batch_sizes is None else x.new_zeros
+    y = new(layer.N, layer.D * layer.P)
+    saved = new(layer.N, layer.D, layer.K * layer.H if save else 0)
+    h_n = h_0.clone(memory_format=torch.contiguous_format)
+    c_n = h_0.new_zeros(layer.D, layer.B, 0) if c_0 is None else _copy(c_0, torch.float32)
+    if y.numel():
+        gates_x = x.new_empty(layer.D, layer.N, layer.G * layer.H)
+        for w, gates in zip(layer.weights, gates_x, strict=True):
+            _linear(x, w.w_ih, w.b_ih, out=gates)
+        with layer.guard():
+            run = _resident_forward if layer.tile.resident else _stepwise_forward
+            run(layer, gates_x, h_n, c_n, y, saved, save)
+    return y, h_n, c_n.to(x.dtype), saved
+
+
+def backward(
+    cell: str,
+    grad_y: Tensor | None,  # [N, D*P]
+    grad_h_n: Tensor | None,  # [D, B, P]
+    grad_c_n: Tensor | None,  # [D, B, H]
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,  # [N, D*P]
+    saved: Tensor,  # [N, D, K*H]
+    wants_x: bool,
+    wants_weights: bool,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes)
+    D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
+    for name, tensor, shape in (
+        ("y", y, (N, D * P)),
+        ("saved", saved, (N, D, layer.K * H)),
+        ("grad_y", grad_y, (N, D * P)),
+        ("grad_h_n", grad_h_n, (D, B, P)),
+        ("grad_c_n", grad_c_n, (D, B, 0 if c_0 is None else H)),
+    ):
+        expect(name, tensor, shape, x)
+    carried = torch.float32 if layer.tile.resident else x.dtype  # the stepwise path multiplies into it
+    grad_h = _given_or_zeros(grad_h_n, (D, B, P), x, carried)
+    grad_c = _given_or_zeros(grad_c_n, (D, B, 0 if c_0 is None else H), x, torch.float32)
+    # Rows that no step uses have no gradient.
+    new = x.new_empty if batch_sizes is None else x.new_zeros
+    grad_gates = new(D, N, layer.F * H)
+    grad_projected = new(D, N, P if layer.projected else 0)
+    if y.numel():
+        h_0 = h_0.contiguous()
+        c_0 = h_0 if c_0 is None else c_0.contiguous()
+        grad_y = None if grad_y is None else grad_y.contiguous()
+        y, saved = y.contiguous(), saved.contiguous()
+        with layer.guard():
+            run = _resident_backward if layer.tile.resident else _stepwise_backward
+            run(layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected)
+    grad_x = _grad_x(layer, grad_gates) if wants_x else x.new_empty(0)
+    if wants_weights:
+        grad_weights = _grad_weights(layer, x, h_0, y, saved, grad_gates, grad_projected)
+    else:
+        grad_weights = [x.new_empty(0) for _ in weights]
+    return grad_x, grad_weights, grad_h.to(x.dtype), grad_c.to(x.dtype)
+
+
+class _Layer:
+    """Sizes of a call, by the letters of ``seqkernels.ops``, where its steps begin, and how it is cut into tiles."""
+
+    def __init__(self, cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, c_0, batch_sizes: Tensor | None):
+        check(cell, x, weights, h_0, c_0, batch_sizes)
+        self.cell, self.device = cell, x.device
+        self.D, self.B, self.P = h_0.shape
+        self.weights: list[Weights] = by_direction(weights, self.D)
+        self.N, self.G, self.K = x.shape[0], GATES[cell], SAVED_BLOCKS[cell]
+        self.F = 1 if self.G == 1 else 4  # blocks of grad_gates
+        self.H = self.weights[0].w_hh.shape[0] // self.G
+        self.projected = self.weights[0].w_hr is not None
+        self.bias = self.weights[0].b_hh is not None
+        self.precision = "tf32" if x.dtype == torch.float32 and hardware.tf32(x.device) else "ieee"
+        self.tile = select.triton_tile(
+            cell, self.H, self.projected, x.dtype, self.precision == "tf32", hardware.gpu_of(x.device)
+        )
+        self.ragged = batch_sizes is not None
+        self.T = len(batch_sizes) if self.ragged else self.N // max(self.B, 1)
+        self.used = self.N  # rows that steps use, as far as that is known without asking the device
+        self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
+        # How many sequences run in each step, as far as that is known without asking the device.
+        self.known = [self.B] * self.T
+        if self.ragged:
+            if batch_sizes.device.type == "cpu":
+                self.known = batch_sizes.tolist()
+                self.used = sum(self.known)
+            self.starts, self.sizes = _starts_and_sizes(batch_sizes, x.device)
+
+    def guard(self) -> contextlib.AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def steps(self, back: bool = False) -> list[tuple[int, int]]:
+        """(k, how many sequences run in the k-th step of any direction) in the order of a pass."""
+        other = self.known[::-1] if self.D == 2 else self.known
+        steps = [(k, rows) for k, rows in enumerate(map(max, self.known, other)) if rows]
+        return steps[::-1] if back else steps
+
+    def stacked(self, name: str) -> Tensor:
+        """One weight of all directions ``[D, *]``; a view where there is one direction."""
+        first, *others = (getattr(w, name).contiguous() for w in self.weights)
+        return torch.stack([first, *others]) if others else first.unsqueeze(0)
+
+    def launch(self, name: str, grid: tuple[int, ...], **arguments: Any) -> None:
+        """Run a kernel; what follows from the layer's sizes is added to the arguments."""
+        every = {"starts": self.starts, "sizes": self.sizes, "T": self.T, "B": self.B, "D": self.D}
+        every |= {"RAGGED": self.ragged, "ROWS": self.tile.rows, "UNITS": self.tile.units}
+        if "P" not in arguments:
+            every |= {"N": self.N, "CELL": self.cell, "H": self.H, "GATES": self.G, "BLOCKS": self.K}
+        _run(name, grid, {**every, **arguments}, self.tile.warps)
+
+    def grid(self, rows: int, units: int) -> tuple[int, int, int]:
+        """Programs for a step."""
+        return -(-rows // self.tile.rows), -(-units // self.tile.units), self.D
+
+
+def _run(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
+    getattr(_kernels(), name)[grid](**arguments, num_warps=warps, num_stages=1)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels, whose import needs Triton."""
+    from seqkernels.backends.triton import kernels
+
+    return kernels
+
+
+# ---- the sweeps
+
+
+def _resident_forward(layer: _Layer, gates_x, h_n, c_n, y, saved, save) -> None:
+    # A tile reads its states before it writes them, so they may change in place.
+    layer.launch(
+        "resident_forward", (-(-layer.B // layer.tile.rows), layer.D), gates_x=gates_x, w_hh=layer.stacked("w_hh"),
+        b_hh=layer.stacked("b_hh") if layer.bias else gates_x, h_0=h_n, c_0=c_n, y=y, h_n=h_n, c_n=c_n, saved=saved,
+        BIAS=layer.bias, SAVE=save, PRECISION=layer.precision,
+    )  # fmt: skip
+
+
+def _stepwise_forward(layer: _Layer, gates_x, h_n, c_n, y, saved, save) -> None:
+    D, B, H, P = layer.D, layer.B, layer.H, layer.P
+    w_hh, b_hh = layer.stacked("w_hh").mT, layer.stacked("b_hh") if layer.bias else gates_x
+    gates_h = y.new_empty(D, B, layer.G * H)
+    h = h_n
+    if layer.projected:
+        h, projected, w_hr = y.new_empty(D, B, H), y.new_empty(D, B, P), layer.stacked("w_hr").mT
+    for k, rows in layer.steps():
+        torch.bmm(h_n[:, :rows], w_hh, out=gates_h[:, :rows])
+        layer.launch(
+            "step_forward", layer.grid(rows, H), gates_x=gates_x, gates_h=gates_h, b_hh=b_hh, h=h, c=c_n, y=y,
+            saved=saved, k=k, BIAS=layer.bias, SAVE=save, PROJECTED=layer.projected,
+        )  # fmt: skip
+        if layer.projected:
+            torch.bmm(h[:, :rows], w_hr, out=projected[:, :rows])
+            layer.launch("step_project", layer.grid(rows, P), projected=projected, h=h_n, y=y, k=k, P=P)
+
+
+def _resident_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, _) -> None:
+    layer.launch(
+        "resident_backward", (-(-layer.B // layer.tile.rows), layer.D), grad_y=y if grad_y is None else grad_y,
+        grad_h=grad_h, grad_c=grad_c, w_hh=layer.stacked("w_hh"), h_0=h_0, c_0=c_0, y=y, saved=saved,
+        grad_gates=grad_gates, HAS_GRAD_Y=grad_y is not None, PRECISION=layer.precision,
+    )  # fmt: skip
+
+
+def _stepwise_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected) -> None:
+    D, B, H, P, projected = layer.D, layer.B, layer.H, layer.P, layer.projected
+    w_hh, given = layer.stacked("w_hh"), grad_y is not None
+    grad_y = grad_y if given else y
+    grad_step = y.new_empty(D, B, layer.G * H)
+    grad_before_projection = grad_h
+    if projected:
+        grad_before_projection, grad_p, w_hr = y.new_empty(D, B, H), y.new_empty(D, B, P), layer.stacked("w_hr")
+    for k, rows in layer.steps(back=True):
+        if projected:
+            layer.launch(
+                "step_project_backward", layer.grid(rows, P), grad_y=grad_y, grad_h=grad_h,
+                grad_projected=grad_projected, grad_step=grad_p, k=k, N=layer.N, P=P, HAS_GRAD_Y=given,
+            )  # fmt: skip
+            torch.bmm(grad_p[:, :rows], w_hr, out=grad_before_projection[:, :rows])
+        layer.launch(
+            "step_backward", layer.grid(rows, H), grad_y=grad_y, grad_h=grad_before_projection, grad_c=grad_c, h_0=h_0,
+            c_0=c_0, y=y, saved=saved, grad_gates=grad_gates, grad_step=grad_step, k=k,
+            HAS_GRAD_Y=given and not projected, PROJECTED=projected,
+        )  # fmt: skip
+        grad_h[:, :rows].baddbmm_(grad_step[:, :rows], w_hh)
+
+
+# ---- over all rows
+
+
+def _grad_x(layer: _Layer, grad_gates: Tensor) -> Tensor:
+    total = None
+    for w, grads in zip(layer.weights, grad_gates, strict=True):
+        for columns, rows in _blocks_of_x(layer):
+            factors = grads[:, columns], w.w_ih[rows]
+            total = torch.mm(*factors) if total is None else total.addmm_(*factors)
+    return total
+
+
+def _grad_weights(layer: _Layer, x, h_0, y, saved, grad_gates, grad_projected) -> list[Tensor]:
+    """The gradients of the weights, in their order: products and sums over all rows that steps use."""
+    H, P, used = layer.H, layer.P, layer.used
+    of_h = slice(0, layer.G * H)
+    found = []
+    for d, (w, grads) in enumerate(zip(layer.weights, grad_gates[:, :used], strict=True)):
+        grad_w_ih = torch.empty_like(w.w_ih, memory_format=torch.contiguous_format)
+        for columns, rows in _blocks_of_x(layer):
+            torch.mm(grads[:, columns].t(), x[:used], out=grad_w_ih[rows])
+        h_prev = _previous(layer, y[:, d * P : (d + 1) * P], h_0[d], reverse=d == 1)[:used]
+        found += [grad_w_ih, grads[:, of_h].t() @ h_prev]
+        if layer.bias:
+            found.append(torch.cat([grads[:, columns].sum(0) for columns, _ in _blocks_of_x(layer)]))
+            found.append(grads[:, of_h].sum(0))
+        if layer.projected:
+            o, c = saved[:used, d, 3 * H : 4 * H], saved[:used, d, 4 * H :]
+            found.append(grad_projected[d, :used].t() @ (o.float() * torch.tanh(c.float())).to(x.dtype))
+    return found
+
+
+def _blocks_of_x(layer: _Layer) -> list[tuple[slice, slice]]:
+    """Which columns of grad_gates belong to which rows of w_ih: see `kernels.cell_backward`."""
+    H = layer.H
+    if layer.cell == "gru":
+        return [(slice(0, 2 * H), slice(0, 2 * H)), (slice(3 * H, 4 * H), slice(2 * H, 3 * H))]
+    return [(slice(0, layer.G * H), slice(0, layer.G * H))]
+
+
+def _previous(layer: _Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
+    """For every row ``[N]`` the h that it started from; zeros for rows that no step uses, which have no gradient."""
+    if y.numel() == 0:
+        return y
+    if not layer.ragged:
+        return torch.cat([y[layer.B :], h_0] if reverse else [h_0, y[: -layer.B]])
+    starts, sizes = layer.starts, layer.sizes
+    row = torch.arange(layer.N, device=y.device)
+    t = torch.searchsorted(starts + sizes, row, right=True).clamp(max=layer.T - 1)
+    sequence = (row - starts[t]).clamp(max=layer.B - 1)
+    before = t + 1 if reverse else t - 1
+    there = before.clamp(0, layer.T - 1)
+    ran = (before == there) & (sequence < sizes[there])
+    source = torch.where(ran, layer.B + starts[there] + sequence, sequence)
+    source = torch.where(row < starts[-1] + sizes[-1], source, layer.B + layer.N)
+    return torch.cat([h_0, y, y.new_zeros(1, layer.P)])[source]
+
+
+# ---- small things
+
+
+def _starts_and_sizes(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first row and the number of sequences of every step, ``[T]`` each, on the device."""
+    if batch_sizes.device.type == "cpu" and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        batch_sizes = _written_there(batch_sizes, device)
+    steps = torch.stack([batch_sizes.cumsum(0) - batch_sizes, batch_sizes]).to(device, non_blocking=True)
+    return steps[0], steps[1]
+
+
+def _written_there(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """A copy that a CUDA graph may capture: it cannot read the host's memory again, but write what it held."""
+    there, at = torch.empty_like(batch_sizes, device=device), 0
+    for size, run in itertools.groupby(batch_sizes.tolist()):
+        end = at + len(list(run))
+        there[at:end].fill_(size)
+        at = end
+    return there
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _copy(state: Tensor, dtype: torch.dtype) -> Tensor:
+    return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _given_or_zeros(grad: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_zeros(shape, dtype=dtype) if grad is None else _copy(grad, dtype)

@@ -1,0 +1,219 @@
+"""What setup.py decides to build, as tables; and what it has built, which every torch can load."""
+
+import importlib.util
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpus import GPUS
+
+import seqkernels
+from seqkernels import select
+from seqkernels.hardware import GPU
+
+SETUP = Path(__file__).parents[2] / "setup.py"
+CUDA = Path(seqkernels.__file__).with_name("_cuda.so")
+needs_setup = pytest.mark.skipif(not SETUP.exists(), reason="setup.py is not beside the tests")
+needs_library = pytest.mark.skipif(not CUDA.exists(), reason="this install has no CUDA kernels: no nvcc when built")
+
+
+@pytest.fixture(scope="module")
+def setup():
+    spec = importlib.util.spec_from_file_location("setup", SETUP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_setup
+@pytest.mark.parametrize(
+    ("build", "nvcc", "parts"),
+    [
+        (None, None, ["cpu"]),
+        ("", None, ["cpu"]),
+        (None, "/opt/nvcc", ["cpu", "cuda"]),
+        ("cpu", "/opt/nvcc", ["cpu"]),
+        ("cuda", "/opt/nvcc", ["cpu", "cuda"]),
+        ("cuda", None, ["cpu", "cuda"]),  # which then ends with a sentence
+        ("none", "/opt/nvcc", []),
+        ("emulator", None, ["emulator"]),
+    ],
+)
+def test_which_parts_are_built(setup, build, nvcc, parts):
+    assert setup.parts_of(build, nvcc) == parts
+
+
+@needs_setup
+def test_an_unknown_build_is_refused(setup):
+    with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda, none"):
+        setup.parts_of("gpu", None)
+
+
+def fake_nvcc(directory: Path, version: str = "13.0", capabilities: tuple[int, ...] = (75, 80, 90, 100)) -> Path:
+    nvcc = directory / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    names = "\n".join(f"compute_{capability}" for capability in capabilities)
+    nvcc.write_text(
+        f"""#!/bin/sh
+case $1 in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.88";;
+  --list-gpu-arch) echo "{names}";;
+  --dryrun) echo '#$ INCLUDES="-I/cuda/include"  ' >&2; echo '#$ LIBRARIES=  "-L/cuda/lib/stubs" "-L/cuda/lib"' >&2;;
+esac
+"""
+    )
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+@needs_setup
+def test_where_nvcc_is_looked_for(setup, tmp_path):
+    home, other = (fake_nvcc(tmp_path / name) for name in ("home", "other"))
+    path = f"/nowhere:{other.parent}"
+    for environment, found in (
+        ({}, None),
+        ({"PATH": "/nowhere"}, None),
+        ({"PATH": path}, other),
+        ({"PATH": path, "CUDA_HOME": str(tmp_path / "home")}, home),
+        ({"PATH": path, "CUDA_PATH": str(tmp_path / "home")}, home),
+        ({"PATH": path, "CUDA_HOME": "/nowhere"}, None),  # what is named is taken, and nothing else
+    ):
+        assert setup.find_nvcc(environment) == (found and str(found)), environment
+
+
+@needs_setup
+def test_what_an_nvcc_says_of_itself(setup, tmp_path):
+    nvcc = str(fake_nvcc(tmp_path))
+    assert setup.examine(nvcc) == (
+        nvcc,
+        (13, 0),
+        (75, 80, 90, 100),
+        ("/cuda/include",),
+        ("/cuda/lib/stubs", "/cuda/lib"),
+    )
+
+
+@needs_setup
+def test_no_nvcc_one_too_old_and_one_that_is_broken_are_refused_in_a_sentence(setup, tmp_path):
+    with pytest.raises(SystemExit, match=r"needs nvcc, which is neither at CUDA_HOME .* SEQKERNELS_BUILD=cpu"):
+        setup.examine(None)
+    with pytest.raises(SystemExit, match=r"needs nvcc 12\.1 or newer, and .*nvcc is 12\.0; .*SEQKERNELS_BUILD=cpu"):
+        setup.examine(str(fake_nvcc(tmp_path, "12.0")))
+    assert setup.examine(str(fake_nvcc(tmp_path / "oldest", "12.1"))).version == (12, 1)
+    for name, script, said in (("silent", "#!/bin/sh\nexit 1", "nothing"), ("lost", "#!/no/shell", "No such file")):
+        broken = tmp_path / name
+        broken.write_text(script)
+        broken.chmod(0o755)
+        with pytest.raises(SystemExit, match=rf"{name} does not say its version, but .*{said}.*SEQKERNELS_BUILD=cpu"):
+            setup.examine(str(broken))
+
+
+CUDA_12, CUDA_13 = (50, 60, 70, 72, 75, 80, 86, 87, 89, 90), (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
+TARGETS = [
+    # what nvcc compiles for, TORCH_CUDA_ARCH_LIST, what is built, what of it a file that needs 8.0
+    (CUDA_13, None, "sm_75 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
+    (CUDA_12, "", "sm_70 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
+    ((80, 90, 100), None, "sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
+    (CUDA_13, "8.0;9.0a+PTX", "sm_80 sm_90a compute_90a", "sm_80 sm_90a compute_90a"),
+    (CUDA_13, "9.0", "sm_90", "sm_90"),
+    (CUDA_13, "7.5 8.0 10.0f 12.0+PTX", "sm_75 sm_80 sm_100f sm_120 compute_120", "sm_80 sm_100f sm_120 compute_120"),
+    (CUDA_13, "7.5+PTX", "sm_75 compute_75", "compute_80"),
+    (CUDA_12, "7.0;7.0", "sm_70", "compute_80"),
+]
+
+
+@needs_setup
+@pytest.mark.parametrize(("capabilities", "wanted", "targets", "from_80"), TARGETS)
+def test_what_is_compiled_for(setup, capabilities, wanted, targets, from_80):
+    nvcc = setup.Nvcc("nvcc", (13, 0), capabilities, (), ())
+    assert setup.targets_of(nvcc, wanted) == targets.split()
+    assert setup.targets_from(80, targets.split()) == from_80.split()
+
+
+@needs_setup
+@pytest.mark.parametrize("row", TARGETS, ids=lambda row: row[2])
+def test_a_gpu_that_runs_some_kernels_runs_all_that_it_can(setup, row):
+    """So that `select` need not know which file was compiled for what."""
+    built = row[2].split()
+    for number, lowest in itertools.product((70, 75, 80, 86, 90, 100, 103, 120), setup.CUDA_SOURCES.values()):
+        gpu = GPU("", f"sm_{number}", 0, 0, 0)
+        if number >= lowest and any(select._runs(target, gpu) for target in built):
+            assert any(select._runs(target, gpu) for target in setup.targets_from(lowest, built)), (number, lowest)
+
+
+@needs_setup
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("Ampere", "Ampere is no compute capability like 8.0"),
+        ("8.0;6.0", "6.0 is not to be had; the kernels need 7.0 or more"),
+        ("7.0", r"7.0 is not to be had; .* nvcc 13.0 \(nvcc\) compiles for 7.5, 8.0"),
+    ],
+)
+def test_architectures_that_cannot_be_are_refused_in_a_sentence(setup, wanted, said):
+    with pytest.raises(SystemExit, match=said):
+        setup.targets_of(setup.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted)
+
+
+@pytest.mark.parametrize("name", ["_C.abi3.so", "_cuda.so"])
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is not here")
+def test_the_libraries_use_nothing_of_torch_but_its_stable_interface(name):
+    library = CUDA.with_name(name)
+    if not library.exists():
+        pytest.skip(f"this install has no {name}")
+    said = subprocess.run(["nm", "-DC", "--undefined-only", library], check=True, capture_output=True, text=True).stdout
+    used = [line.split(None, 1) for line in said.splitlines()]
+    stable = [symbol for _, symbol in used if symbol.startswith(("aoti_torch_", "torch_"))]
+    # Those with a version are the system's.
+    python = ("Py", "_Py") if name.startswith("_C.") else ()
+    others = [s for kind, s in used if kind == "U" and "@" not in s and not s.startswith(("std::", *python))]
+    assert stable
+    assert sorted(set(others) - set(stable)) == []
+
+
+@needs_library
+def test_the_cuda_library_loads_where_torch_has_cuda_and_refuses_cpu_tensors():
+    code = """if True:
+        import torch
+        from seqkernels.hardware import THIS_MACHINE
+        if torch.version.cuda is None:
+            assert THIS_MACHINE.cuda_missing == "this torch has no CUDA"
+            raise SystemExit
+        assert not THIS_MACHINE.cuda_missing, THIS_MACHINE.cuda_missing
+        print(THIS_MACHINE.cuda_build)
+        x, h_0 = torch.zeros(6, 4), torch.zeros(1, 2, 3)
+        weights = [torch.zeros(9, 4), torch.zeros(9, 3)]
+        try:
+            torch.ops.seqkernels.cuda_forward("gru", x, weights, h_0, None, None, False, False, "stepwise", 0, 0, 0)
+        except NotImplementedError as error:
+            assert "'seqkernels::cuda_forward' with arguments from the 'CPU' backend" in str(error), error
+        else:
+            raise AssertionError("CUDA kernels took CPU tensors")
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "SEQKERNELS_EMULATOR"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    if torch.version.cuda:
+        assert "targets=" in done.stdout
+
+
+def test_gpus_run_what_was_built_for_them():
+    runs = {
+        name: [t for t in ("sm_75", "sm_80", "sm_86", "sm_90a", "sm_100f", "compute_80", "compute_90a")
+               if not gpu.amd and select._runs(t, gpu)]
+        for name, gpu in GPUS.items()
+    }  # fmt: skip
+    assert runs == {
+        "NVIDIA A100-SXM4-80GB": ["sm_80", "compute_80"],
+        "NVIDIA L4": ["sm_80", "sm_86", "compute_80"],
+        "NVIDIA GeForce RTX 4060 Laptop GPU": ["sm_80", "sm_86", "compute_80"],
+        "NVIDIA H200": ["sm_90a", "compute_80", "compute_90a"],
+        "NVIDIA B200": ["sm_100f", "compute_80"],
+        "AMD Instinct MI300X": [],
+        "Tesla T4": ["sm_75"],
+    }

@@ -1,0 +1,340 @@
+"""The CUDA kernels, every path, cell and dtype: on a GPU, or run on the CPU, there in random orders of threads and
+blocks; and the checks of that run themselves, by planted faults."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from gpus import GPUS
+from test_ops import (
+    BACKENDS,
+    CELLS,
+    SHAPES,
+    Call,
+    assert_an_infinite_last_state_is_no_factor,
+    assert_rounding_alone_of,
+    backward,
+    both_passes,
+    forward,
+)
+
+from seqkernels import hardware, select
+from seqkernels.select import Path
+
+pytestmark = pytest.mark.skipif(
+    "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
+)
+
+GPU = hardware.gpu_of(torch.empty(0).device)
+SHARED = GPU.shared_memory
+SINGLE_CTA = Path("single CTA", 8, SHARED)
+PATHS = {
+    "single CTA": SINGLE_CTA,
+    "single CTA of 2": SINGLE_CTA._replace(tile=2),
+    "stepwise": Path(),
+}
+if GPU.target == "sm_90":
+    PATHS |= {"cluster": Path("cluster", 8, SHARED, 32), "persistent grid": Path("persistent grid", 8, SHARED, 32)}
+ONE_LAUNCH = {name: path for name, path in PATHS.items() if name != "stepwise"}
+# Of layers whose shape does not say: so many that several blocks share them, the last of which has less to do.
+HIDDEN = {"cluster": 70, "persistent grid": 70}
+
+
+def by_path(path: Path, tf32: bool = False):
+    """Both operators."""
+    operators = torch.ops.seqkernels
+    return (
+        lambda *args: operators.cuda_forward(*args, tf32, *path),
+        lambda *args: operators.cuda_backward(*args, tf32, *path),
+    )
+
+
+def faulty(emulator, run, fault: str, event: int = 0):
+    """The operator with a fault planted (tests/emulator/run.h)."""
+
+    def with_fault(*args):
+        emulator.plant(getattr(emulator.Fault, fault), event)
+        try:
+            return run(*args)
+        finally:
+            emulator.plant(emulator.Fault.none)
+
+    return with_fault
+
+
+def assert_caught(emulator, cell: str, path: Path, fault: tuple[str, str, int, str], seeds: int = 8) -> None:
+    """A fault (of which pass, which, which of a thread's, and what is said), whatever the order of threads; and nothing
+    without it. Of 90 units and four steps."""
+    which, kind, event, message = fault
+    call = Call(cell, 1, 8, 4, 90, dtype=torch.bfloat16)
+    forward, back = by_path(path)
+    for seed in range(seeds):
+        emulator.seed(seed)
+        passes = {"forward": forward, "backward": back}
+        passes[which] = faulty(emulator, passes[which], kind, event)
+        with pytest.raises(RuntimeError, match=message):
+            both_passes(call, *passes.values())
+    both_passes(call, forward, back)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name not in ("many rows", "deep", "long")])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("path", PATHS)
+def test_every_road_errs_by_rounding_alone(path, cell, shape, dtype):
+    call = Call(cell, dtype=dtype, **{"hidden": HIDDEN.get(path, 5), **SHAPES[shape]})
+    single_cta = {torch.float32: 128, torch.float64: 0}.get(dtype, 256)
+    several_blocks = 0 if dtype == torch.float64 else 512
+    widest = {"cluster": several_blocks, "persistent grid": several_blocks, "stepwise": 1 << 30}.get(path, single_cta)
+    if call.hidden > widest:
+        pytest.skip("there is no such kernel for it")
+    if path == "cluster" and call.hidden <= 32:
+        pytest.skip("a cluster has at least two blocks, of 32 hidden units here")
+    assert_rounding_alone_of(call, *by_path(PATHS[path]))
+
+
+@pytest.fixture
+def sizes_on_gpu(emulator):
+    emulator.sizes_on_gpu(True)
+    yield
+    emulator.sizes_on_gpu(False)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize(
+    "shape", ["ragged", "ragged both ways", "empty sequences", "steps in which nothing runs", "spare rows"]
+)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("path", PATHS)
+def test_sizes_that_only_the_gpu_knows(path, cell, shape, projected, sizes_on_gpu):
+    if projected and (cell, path) != ("lstm", "stepwise"):
+        pytest.skip("only an LSTM is projected, and only step by step")
+    hidden = HIDDEN.get(path, 5)
+    call = Call(cell, projected=2 if projected else None, hidden=hidden, dtype=torch.float32, **SHAPES[shape])
+    assert_rounding_alone_of(call, *by_path(PATHS[path]))
+
+
+def test_an_infinite_last_state_is_no_factor_of_a_weight_gradient(sizes_on_gpu):
+    """That of test_ops, where the host does not know which rows no step uses."""
+    assert_an_infinite_last_state_is_no_factor(*by_path(Path()))
+
+
+@pytest.mark.parametrize("hidden", [33, 65, 70, 128])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("path", ONE_LAUNCH)
+def test_infinity_reaches_what_it_does_step_by_step(path, cell, hidden):
+    """And not, as NaN, all others by units that a kernel has beyond those of the layer."""
+
+    def results(path, h_0, weight, grad):
+        _, x, weights, _, c_0, *rest = Call(cell, 1, 2, 4, hidden, dtype=torch.float16).arguments()
+        layer = torch.zeros_like(x), [torch.full_like(w, weight * (i == 1)) for i, w in enumerate(weights)]
+        states = x.new_full((1, 2, hidden), h_0), None if c_0 is None else torch.full_like(c_0, 0.5)
+        forward, back = by_path(path)
+        y, h_n, c_n, saved = forward(cell, *layer, *states, *rest)
+        grads = torch.zeros_like(y), torch.full_like(h_n, grad), None if c_0 is None else torch.zeros_like(c_n)
+        grad_x, grad_weights, *grad_states = back(cell, *grads, *layer, *states, None, y, saved, True, True)
+        # No more than where infinity and NaN are.
+        return [x.where(~x.isfinite(), 0) for x in (y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states)]
+
+    for h_0, weight, grad in ((30000, 1, 1), (float("inf"), 1, 1), (0.5, 2**-10, float("inf"))):
+        found, expected = (results(one, h_0, weight, grad) for one in (ONE_LAUNCH[path], Path()))
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("hidden", [31, 64, 65, 90, 100, 127, 128, 130, 192, 201, 255, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_width_of_a_single_cta(cell, dtype, hidden):
+    if hidden > 128 and dtype == torch.float32:
+        pytest.skip("there is no single CTA kernel for it")
+    call = Call(cell, 2, 9, 3, hidden, batch_sizes=(9, 5, 1), bias=False, dtype=dtype)
+    assert_rounding_alone_of(call, *by_path(SINGLE_CTA))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "dtype"), [(128, torch.float32), (127, torch.float32), (256, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype):
+    """With less shared memory a block reads more of the weights from global memory in each step."""
+    call = Call(cell, 1, 3, 2, hidden, dtype=dtype)
+    first, *others = (
+        both_passes(call, *by_path(SINGLE_CTA._replace(memory=memory << 10))) for memory in (SHARED >> 10, 99, 80, 64)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("path", ONE_LAUNCH)
+def test_how_many_sequences_a_block_takes_changes_no_bit(path, cell):
+    """Exact float32 multiplies for 1, 2, 4 or 8 of them, in each step for no more than run in it."""
+    call = Call(cell, 1, 8, 8, 40, batch_sizes=(8, 7, 6, 5, 4, 3, 2, 1), dtype=torch.float32)
+    first, *others = (both_passes(call, *by_path(ONE_LAUNCH[path]._replace(tile=tile))) for tile in (8, 4, 3, 2, 1))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_arguments_at_any_address(path, dtype):
+    """Kernels read two units at once, whose address need not be a multiple of both."""
+
+    def shifted(x):
+        if isinstance(x, list):
+            return [shifted(one) for one in x]
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    call = Call("lstm", 2, 3, 4, 40, batch_sizes=(3, 3, 2, 1), dtype=dtype)
+    forward, back = by_path(PATHS[path])
+    expected = both_passes(call, forward, back)
+    found = both_passes(call, lambda *args: forward(*map(shifted, args)), lambda *args: back(*map(shifted, args)))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_more_steps_than_a_grid_may_have_rows():
+    """65,535 is what cuDNN takes. A run that is cut there and carried on gives the same bits."""
+    cell, x, weights, h_0, *rest = Call("gru", 1, 1, 66000, 3, 1, dtype=torch.float32).arguments()
+    forward, _ = by_path(PATHS["stepwise"])
+    y, h_n, *_ = forward(cell, x, weights, h_0, *rest)
+    before, carried, *_ = forward(cell, x[:65535], weights, h_0, *rest)
+    after, end, *_ = forward(cell, x[65535:], weights, carried, *rest)
+    assert torch.equal(y, torch.cat([before, after])) and torch.equal(h_n, end)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_follows_torchs_switch(cell, monkeypatch):
+    call = Call(cell, 2, 5, 4, 40, dtype=torch.float32)
+    for allowed in (False, True):
+        monkeypatch.setattr(hardware, "tf32", lambda device, allowed=allowed: allowed)
+        layer = cell, call.hidden, False, call.dtype, allowed, GPU
+        paths = [select.path(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
+        runs = by_path(paths[0], allowed)[0], by_path(paths[1], allowed)[1]
+        found = both_passes(call, forward("cuda"), backward("cuda"))
+        for ours, expected in zip(found, both_passes(call, *runs), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("path", ONE_LAUNCH)
+@pytest.mark.parametrize("cell", CELLS)
+def test_tf32_rounds_factors_to_ten_bits(cell, path):
+    call = Call(cell, 2, 5, 4, 70, dtype=torch.float32)
+    exact, rounded = (both_passes(call, *by_path(PATHS[path], tf32)) for tf32 in (False, True))
+    # A relu input that rounds across zero has another gradient, which is no error.
+    compared = slice(2) if cell == "rnn_relu" else slice(None)
+    pairs = zip(rounded[compared], exact[compared], strict=True)
+    gaps = [float((a - b).norm() / b.norm()) for a, b in pairs if b.numel()]
+    assert 1e-5 < max(gaps) < 3e-3
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_order_of_threads_changes_a_bit(cell, path, emulator):
+    call = Call(cell, 2, 11, 4, 33, batch_sizes=(11, 9, 9, 2), dtype=torch.float32)
+    expected = both_passes(call, *by_path(PATHS[path]))
+    for seed in range(5):
+        emulator.seed(seed)
+        for ours, first in zip(both_passes(call, *by_path(PATHS[path])), expected, strict=True):
+            assert torch.equal(ours, first)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("backward", "barrier"),
+    [(False, 0), (False, 2), (True, 1)],
+    ids=["before the first step", "a step forward", "a step backward"],
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, emulator):
+    call = Call(cell, 1, 3, 4, 40, dtype=torch.float32)
+    forward, back = by_path(SINGLE_CTA)
+    emulator.seed(seed)
+    passes = (
+        (forward, faulty(emulator, back, "barrier", barrier))
+        if backward
+        else (faulty(emulator, forward, "barrier", barrier), back)
+    )
+    with pytest.raises(RuntimeError, match=r"race|unwritten"):
+        both_passes(call, *passes)
+    both_passes(call, forward, back)
+
+
+def test_select_knows_which_layers_have_a_kernel():
+    def layers(name, *problem):
+        return [select.single_cta("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
+
+    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA L4"):
+        assert layers(name, 256, False, torch.bfloat16, False) == [True, True]
+        assert layers(name, 257, False, torch.float16, False) == [False, False]
+        assert (
+            layers(name, 128, False, torch.float32, False)
+            == layers(name, 128, False, torch.float32, True)
+            == [True] * 2
+        )
+        assert layers(name, 129, False, torch.float32, True) == [False, False]
+        assert layers(name, 64, False, torch.float64, False) == [False, False]
+        assert layers(name, 64, True, torch.bfloat16, False) == [False, False]
+    assert layers("Tesla T4", 64, False, torch.float16, False) == [False, False]
+
+
+KIB = 1 << 10
+RESIDENCY = [
+    # cell, hidden size, dtype, TF32, GPU, backward, and KiB in registers, shared memory, L2
+    ("gru", 128, torch.bfloat16, False, "NVIDIA L4", True, (96, 0, 0)),
+    ("lstm", 128, torch.bfloat16, False, "NVIDIA H200", True, (128, 0, 0)),
+    ("lstm", 100, torch.float16, False, "NVIDIA L4", False, (128, 0, 0)),
+    ("gru", 128, torch.float32, True, "NVIDIA H200", False, (144, 48, 0)),
+    ("lstm", 128, torch.float32, True, "NVIDIA H200", True, (96, 160, 0)),
+    ("lstm", 128, torch.float32, False, "NVIDIA H200", False, (32, 192, 32)),
+    ("lstm", 128, torch.float32, False, "NVIDIA L4", False, (32, 64, 160)),
+    ("gru", 256, torch.bfloat16, False, "NVIDIA H200", False, (120, 216, 48)),
+    ("lstm", 256, torch.bfloat16, False, "NVIDIA H200", False, (128, 192, 192)),
+    ("rnn_relu", 256, torch.bfloat16, False, "NVIDIA L4", True, (128, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("row", RESIDENCY, ids=str)
+def test_where_the_weights_of_a_block_lie(row):
+    cell, hidden, dtype, tf32, gpu, backward, expected = row
+    found = select.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
+    assert tuple(size / KIB for size in found) == expected
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA L4"])
+@pytest.mark.parametrize("hidden", [31, 64, 128, 200, 256])
+@pytest.mark.parametrize(("dtype", "tf32"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hidden, gpu, emulator):
+    if hidden > 128 and dtype == torch.float32:
+        pytest.skip("there is no single CTA kernel for it")
+    gpu = GPUS[gpu]
+    layer, save = Call(cell, 1, 1, 1, hidden, dtype=dtype).arguments()[1:-1], True
+    forward, backward = by_path(SINGLE_CTA._replace(memory=gpu.shared_memory), tf32)
+    taken = []
+    before = emulator.counts()["shared_bytes"]
+    y, h_n, c_n, saved = forward(cell, *layer, save)
+    taken.append(emulator.counts()["shared_bytes"] - before)
+    backward(cell, y, h_n, c_n if cell == "lstm" else None, *layer, y, saved, True, True)
+    taken.append(emulator.counts()["shared_bytes"] - before - taken[0])
+    assert taken == [
+        select._buffers(cell, hidden, dtype, way) + select.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
+        for way in (False, True)
+    ]
+
+
+def test_small_batches_are_spread_over_the_gpu():
+    def tiles(directions: int, at_once: int, *batches: int) -> list[int]:
+        return [select.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
+
+    assert tiles(1, 132, 0, 1, 132, 133, 1056, 5000) == [1, 1, 1, 2, 8, 8]
+    assert tiles(2, 132, 66, 67, 528, 529) == [1, 2, 8, 8]
+    # A tile is of one direction: by twos, 7 sequences both ways are 8 tiles, for which 7 clusters would take two turns.
+    assert tiles(2, 7, 3, 7, 12, 24, 25) == [1, 3, 4, 8, 8]
+    assert tiles(1, 1, 5) == tiles(2, 1, 5) == [5]
+
+
+def test_dtypes_and_sizes_without_a_kernel_say_so():
+    wide = (129, torch.float32), (257, torch.bfloat16)
+    for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in wide)):
+        with pytest.raises(RuntimeError, match="no single CTA kernel"):
+            both_passes(replace(call), *by_path(SINGLE_CTA))

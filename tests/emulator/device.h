@@ -1,0 +1,288 @@
+// The names of csrc/cuda/device.h for the host: the threads of a block, or of blocks that run at the same time, are
+// fibers of the calling thread, in random order, and run.cpp checks every access. What goes wrong ends the launch,
+// which returns a description.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#define SEQKERNELS_ISA device
+#define DEVICE inline
+
+namespace seqkernels::emulator {
+
+struct Here {
+  int64_t block;
+  int block_y, thread, rank;
+};
+extern Here here;
+
+enum class Access { read, write };
+
+// Check an access to element i of an array in global memory.
+void check_global(const void* data, int64_t count, int element_bytes, int64_t i, Access access);
+
+// Check that two elements from here on can be read or written at once.
+void check_pair(const void* at, int element_bytes);
+
+// Check an access to `bytes` bytes from `offset` on of an array of `size` bytes at byte `begin` of shared memory, and
+// return where they are.
+unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, Access access);
+
+// Copy 16 bytes to the same place of a peer's shared memory, some time.
+void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier);
+
+// Copy global memory to the same place of the shared memory of all blocks of the cluster, some time.
+void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier);
+
+// Blocks that run at the same time.
+extern int multiprocessors;
+
+struct Grid {
+  int64_t blocks;
+  int blocks_y, threads, shared_bytes, cluster;  // cluster: blocks that run at the same time
+  bool all;                                      // or all of them do
+};
+const char* launch(const Grid& grid, void (*kernel)(const void* parameters), const void* parameters);
+
+template <class To, class From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+}  // namespace seqkernels::emulator
+
+namespace seqkernels::device {
+
+// ---- threads and blocks
+
+inline int thread() { return emulator::here.thread; }
+inline int64_t block() { return emulator::here.block; }
+inline int block_y() { return emulator::here.block_y; }
+void synchronize();
+void synchronize_warp();
+float exchange(float value, int mask);
+inline int cluster_rank() { return emulator::here.rank; }
+int cluster_size();
+void cluster_arrive();
+void cluster_wait();
+
+// ---- memory
+
+struct alignas(16) Words {
+  uint32_t word[4];
+};
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
+template <class T>
+class Global {
+ public:
+  Global(T* data, int64_t count) : data_(data), count_(count) {}
+  explicit operator bool() const { return data_; }
+  T load(int64_t i) const {
+    emulator::check_global(data_, count_, sizeof(T), i, emulator::Access::read);
+    return data_[i];
+  }
+  void store(int64_t i, T value) const {
+    emulator::check_global(data_, count_, sizeof(T), i, emulator::Access::write);
+    data_[i] = value;
+  }
+  Pair<std::remove_const_t<T>> load_pair(int64_t i) const {
+    emulator::check_pair(data_ + i, sizeof(T));
+    return {load(i), load(i + 1)};
+  }
+  void store_pair(int64_t i, Pair<T> pair) const {
+    emulator::check_pair(data_ + i, sizeof(T));
+    store(i, pair.first), store(i + 1, pair.second);
+  }
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+  int64_t count_;
+};
+
+class Mbarrier {
+ public:
+  explicit Mbarrier(int byte) : byte_(byte) {}
+  void init() const;
+  void expect(int bytes) const;
+  void wait(int parity) const;
+  void wait_for_shared(int parity) const { wait(parity); }  // here too the caller sees all that others have seen
+  int byte() const { return byte_; }
+
+ private:
+  int byte_;
+};
+
+template <class T>
+class Shared {
+ public:
+  Shared(int byte, int count) : byte_(byte), count_(count) { static_assert(sizeof(T) >= 2); }
+  T load(int i) const { return load_as<T>(i); }
+  void store(int i, T value) const { store_as(i, value); }
+  Pair<T> load_pair(int i) const { return load_as<Pair<T>>(i); }
+  void store_pair(int i, Pair<T> pair) const { store_as(i, pair); }
+  Words load_words(int i) const { return load_as<Words>(i); }
+  void store_words(int i, Words words) const { store_as(i, words); }
+  void push_words(int i, Words words, int peer, Mbarrier arrivals) const {
+    constexpr int64_t size = sizeof(T);
+    emulator::push(byte_, count_ * size, i * size, &words, peer, arrivals.byte());
+  }
+  void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
+    constexpr int64_t size = sizeof(T);
+    for (int64_t of = at; of < at + count; of++) from.load(of);
+    emulator::copy_to_cluster(byte_, count_ * size, i * size, from.data() + at, count * size, arrivals.byte());
+  }
+
+ private:
+  template <class As>
+  As load_as(int i) const {
+    As value;
+    std::memcpy(&value, check<As>(i, emulator::Access::read), sizeof(As));
+    return value;
+  }
+  template <class As>
+  void store_as(int i, As value) const {
+    std::memcpy(check<As>(i, emulator::Access::write), &value, sizeof(As));
+  }
+  template <class As>
+  unsigned char* check(int i, emulator::Access access) const {
+    constexpr int64_t size = sizeof(T);
+    return emulator::check_shared(byte_, count_ * size, i * size, sizeof(As), access);
+  }
+
+  int byte_, count_;
+};
+
+void fence_copies_from_global();
+void fence_copies_to_shared();
+
+class Flags {
+ public:
+  Flags(uint32_t* data, int64_t count) : data_(data), count_(count) {}
+  void raise(int64_t i, uint32_t value) const;
+  void wait(int64_t i, uint32_t value) const;
+
+ private:
+  uint32_t* data_;
+  int64_t count_;
+};
+
+// ---- numbers
+
+inline uint32_t bits(float x) { return emulator::bits_of<uint32_t>(x); }
+inline float from_bits(uint32_t x) { return emulator::bits_of<float>(x); }
+
+template <class T>
+inline Pair<T> pair(T first, T second) {
+  return {first, second};
+}
+template <class T>
+inline T first(Pair<T> pair) {
+  return pair.first;
+}
+template <class T>
+inline T second(Pair<T> pair) {
+  return pair.second;
+}
+template <class T>
+inline uint32_t bits(Pair<T> pair) {
+  return uint32_t{pair.first.bits} | uint32_t{pair.second.bits} << 16;
+}
+
+inline double wide(double x) { return x; }
+inline float wide(float x) { return x; }
+inline float wide(bfloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+inline float wide(float16 x) {
+  // Multiplying by 2^112 corrects the exponent's bias and normalises subnormals.
+  const float magnitude = from_bits((x.bits & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+  return from_bits(bits(magnitude) | special | (x.bits & 0x8000u) << 16);
+}
+
+template <class T>
+struct Narrow;
+template <>
+struct Narrow<double> {
+  static double of(double x) { return x; }
+};
+template <>
+struct Narrow<float> {
+  static float of(float x) { return x; }
+};
+template <>
+struct Narrow<bfloat16> {
+  static bfloat16 of(float x) {
+    const uint32_t b = bits(x);
+    const uint32_t rounded = x == x ? b + 0x7fff + (b >> 16 & 1) : b | 0x400000;
+    return {static_cast<uint16_t>(rounded >> 16)};
+  }
+};
+template <>
+struct Narrow<float16> {
+  static float16 of(float x) {
+    const uint32_t sign = bits(x) >> 16 & 0x8000, magnitude = bits(x) & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000)
+      half = 0x7e00;  // NaN
+    else if (magnitude >= 0x477ff000)
+      half = 0x7c00;  // rounds to infinity
+    else if (magnitude < 0x38800000)
+      half = bits(from_bits(magnitude) + 0.5f) - bits(0.5f);  // subnormal: the last bit of 0.5 + x is that of a half
+    else
+      half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    return {static_cast<uint16_t>(half | sign)};
+  }
+};
+
+inline float tf32(float x) { return std::isfinite(x) ? from_bits((bits(x) + 0x1000) & ~0x1fffu) : x; }
+
+inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+inline float tanh(float x) { return std::tanh(x); }
+inline double tanh(double x) { return std::tanh(x); }
+
+// ---- matrix cores: sums in float, over k in order
+
+void multiply(bfloat16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
+void multiply(float16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
+void multiply(float, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
+
+// ---- launches
+
+struct Together {
+  int cluster = 1;
+  bool all = false;
+};
+
+template <class Kernel>
+const char* count_clusters(int cluster, int& clusters) {
+  clusters = emulator::multiprocessors / cluster;
+  return nullptr;
+}
+
+template <class Kernel>
+const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* /*stream*/,
+                   const typename Kernel::Parameters& parameters, Together together = {}) {
+  const auto run = [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Parameters*>(p)); };
+  return emulator::launch({blocks, blocks_y, Kernel::threads, shared_bytes, together.cluster, together.all}, run,
+                          &parameters);
+}
+
+}  // namespace seqkernels::device

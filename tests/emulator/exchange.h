@@ -1,0 +1,24 @@
+// Small kernels in which blocks that run at the same time exchange numbers, as the recurrent ones do, for tests of the
+// emulator itself. In each step number i of a block becomes the mean of all blocks' numbers i, plus the block's rank.
+#pragma once
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace seqkernels::emulator {
+
+// The error, or an empty text, and the last numbers of all blocks, of which a block has 64; they begin as 0, 1, 2, ...
+
+// By pushes to the peers of a cluster. Right are two buffers, and a wait for the last step's pushes.
+std::pair<std::string, std::vector<float>> exchange_by_pushes(int blocks, int cluster, int steps, int buffers,
+                                                              bool waits);
+
+// By flags and global memory, between all blocks. Right are two buffers.
+std::pair<std::string, std::vector<float>> exchange_by_flags(int blocks, int steps, int buffers);
+
+// By flags and copies from global memory to the blocks of a cluster, between all blocks. Right are two buffers, and a
+// fence that does not come late.
+std::pair<std::string, std::vector<float>> exchange_by_copies(int blocks, int cluster, int steps, int buffers,
+                                                              bool late);
+
+}  // namespace seqkernels::emulator

@@ -1,0 +1,396 @@
+"""The operator pair on every backend and instruction set. Runs under the sanitizers as well."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqkernels import ops, select
+from seqkernels.backends import torch_eager
+from seqkernels.hardware import THIS_MACHINE
+
+MISSING = {
+    "cpu": not THIS_MACHINE.native or torch.get_default_device().type != "cpu",
+    "cuda": THIS_MACHINE.cuda_missing or THIS_MACHINE.emulator != (torch.get_default_device().type == "cpu"),
+    "triton": not THIS_MACHINE.triton,
+    "cudnn": True,  # it has no operators
+}
+BACKENDS = [backend for backend in select.BACKENDS if not MISSING.get(backend)]
+CELLS = tuple(ops.GATES)
+
+
+@dataclass
+class Call:
+    """Arguments of recurrence_forward."""
+
+    cell: str
+    directions: int = 1
+    sequences: int = 3
+    steps: int = 4
+    hidden: int = 5
+    input: int = 3
+    projected: int | None = None
+    batch_sizes: tuple[int, ...] | None = None
+    spare_rows: int = 0  # rows behind the last step
+    bias: bool = True
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def arguments(self, requires_grad: bool = False, save: bool = True) -> tuple:
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+
+        def random(*shape: int) -> Tensor:
+            x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+            return x.to(torch.get_default_device(), self.dtype).requires_grad_(requires_grad)
+
+        def weight(*shape: int) -> Tensor:
+            # So small that rounding errors do not grow from step to step.
+            return (random(*shape).detach() / (2 * shape[-1] ** 0.5)).requires_grad_(requires_grad)
+
+        D, B, H, P = self.directions, self.sequences, self.hidden, self.projected or self.hidden
+        rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
+        gates = ops.GATES[self.cell] * H
+        weights = []
+        for _ in range(D):
+            weights += [weight(gates, self.input), weight(gates, P)]
+            weights += [random(gates), random(gates)] if self.bias else []
+            weights += [weight(P, H)] if self.projected else []
+        return (
+            self.cell,
+            random(rows, self.input),
+            weights,
+            random(D, B, P),
+            random(D, B, H) if self.cell == "lstm" else None,
+            None if self.batch_sizes is None else torch.tensor(self.batch_sizes),
+            save,
+        )
+
+
+def forward(backend: str):
+    return getattr(torch.ops.seqkernels.recurrence_forward, backend)
+
+
+def backward(backend: str):
+    return getattr(torch.ops.seqkernels.recurrence_backward, backend)
+
+
+def both_passes(call: Call, run_forward, run_backward) -> list[Tensor]:
+    """All outputs of forward and backward, for random gradients of the outputs."""
+    cell, *layer, save = call.arguments()
+    y, h_n, c_n, saved = run_forward(cell, *layer, save)
+    generator = torch.Generator("cpu").manual_seed(call.seed + 1)
+    grads = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in (y, h_n, c_n)]
+    grads[2] = grads[2] if cell == "lstm" else None
+    grad_x, grad_weights, *grad_states = run_backward(cell, *grads, *layer, y, saved, True, True)
+    return [y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states]
+
+
+def wide(args) -> list:
+    """Floating tensors, also those in lists, as float64."""
+    return [
+        wide(a)
+        if isinstance(a, (list, tuple))
+        else a.double()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    ]
+
+
+def in_float64(call: Call) -> list[Tensor]:
+    """Both passes by torch_eager in float64, which test_specification judges."""
+    return both_passes(
+        call, lambda *args: torch_eager.forward(*wide(args)), lambda *args: torch_eager.backward(*wide(args))
+    )
+
+
+def for_backends(call: Call, *backends: str) -> Call:
+    """The call in a dtype that all of them take."""
+    return replace(call, dtype=torch.float32) if "triton" in backends else call
+
+
+def assert_as_in_float64(found: list[Tensor], call: Call) -> None:
+    tolerance = {"rtol": 1e-11, "atol": 1e-12} if call.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for ours, expected in zip(found, in_float64(call), strict=True):
+        torch.testing.assert_close(ours.double(), expected, **tolerance)
+
+
+SHAPES = {
+    "padded": {},
+    "two directions": {"directions": 2},
+    "ragged": {"batch_sizes": (4, 4, 2, 1), "sequences": 4},
+    "ragged both ways": {"batch_sizes": (4, 3, 1), "sequences": 4, "directions": 2},
+    "empty sequences": {"batch_sizes": (2, 1), "sequences": 4, "directions": 2},
+    "steps in which nothing runs": {"batch_sizes": (2, 1, 0, 0), "sequences": 3, "directions": 2},
+    "spare rows": {"batch_sizes": (3, 1), "sequences": 3, "spare_rows": 3, "directions": 2},
+    "all sequences empty": {"batch_sizes": (0, 0), "sequences": 2, "directions": 2},
+    "no steps": {"steps": 0},
+    "no sequences": {"sequences": 0, "steps": 0},
+    "one unit": {"hidden": 1, "sequences": 2},
+    "one row off the vectors": {"hidden": 17, "sequences": 9},
+    "whole vectors": {"hidden": 32, "sequences": 16, "directions": 2},
+    "many rows": {"hidden": 33, "sequences": 131, "steps": 3, "batch_sizes": (131, 130, 67)},
+    "wide": {"hidden": 129, "sequences": 5, "steps": 2},
+    # Deeper than a slice of a panel, and more rows than a chunk of gates or of gradients.
+    "deep": {"hidden": 200, "input": 401, "sequences": 4, "steps": 3},
+    "long": {"hidden": 9, "sequences": 7, "steps": 150},
+    # Few sequences: threads share the units of a step.
+    "one long sequence": {"hidden": 130, "sequences": 1, "steps": 9},
+    "two long sequences both ways": {"hidden": 150, "sequences": 2, "batch_sizes": (2, 2, 2, 1, 1, 1), "directions": 2},
+}
+
+
+def calls(dtype: torch.dtype = torch.float64, **more) -> list:
+    named = []
+    for cell in CELLS:
+        for name, shape in SHAPES.items():
+            named.append(pytest.param(Call(cell, dtype=dtype, **shape, **more), id=f"{cell}-{name}"))
+            if cell == "lstm":
+                projected = Call(cell, dtype=dtype, **{"hidden": 5, **shape}, **more)
+                projected.projected = max(1, projected.hidden // 2)
+                named.append(pytest.param(projected, id=f"{cell}-{name}-projected"))
+            if cell == "gru":
+                named.append(
+                    pytest.param(Call(cell, bias=False, dtype=dtype, **shape, **more), id=f"gru-{name}-no bias")
+                )
+    return named
+
+
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+def instruction_set(request):
+    if not THIS_MACHINE.native:
+        pytest.skip(THIS_MACHINE.native_missing)
+    from seqkernels import _C
+
+    before = _C.isa()
+    try:
+        _C.force_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.force_isa(before)
+
+
+@pytest.mark.parametrize("call", calls())
+def test_every_instruction_set_gives_what_torch_eager_gives(call, instruction_set):
+    assert_as_in_float64(both_passes(call, forward("cpu"), backward("cpu")), call)
+
+
+def assert_rounding_alone(call: Call, backend: str) -> None:
+    assert_rounding_alone_of(call, forward(backend), backward(backend))
+
+
+def assert_rounding_alone_of(call: Call, run_forward, run_backward) -> None:
+    """Each output errs by a few units of its dtype against float64. The float64 backward starts from the forward under
+    test: a relu whose input rounds across zero has another gradient, which is no error of the backward."""
+    ours = both_passes(call, run_forward, run_backward)
+    y, saved = ours[0].double(), ours[3].double()
+    layer = wide(call.arguments())[1:-1]
+    expected = both_passes(
+        Call(**{**vars(call), "dtype": torch.float64}),
+        lambda *_: torch_eager.forward(call.cell, *layer, True),
+        lambda cell, gy, gh, gc, *_: torch_eager.backward(cell, gy, gh, gc, *layer, y, saved, True, True),
+    )
+    for value, right in zip(ours, expected, strict=True):
+        error = (value.double() - right).norm() / right.norm().clamp(min=1e-30)
+        assert value.dtype == call.dtype and error <= 8 * torch.finfo(call.dtype).eps
+
+
+NARROW = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+@NARROW
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_dtypes_err_by_their_rounding_alone(cell, dtype, backend):
+    assert_rounding_alone(Call(cell, 2, 5, 6, 37, batch_sizes=(5, 5, 3, 2, 2, 1), dtype=dtype), backend)
+
+
+@NARROW
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_instruction_set_errs_by_rounding_alone_in_narrow_dtypes(cell, dtype, instruction_set):
+    assert_rounding_alone(Call(cell, 2, 7, 3, 21, dtype=dtype), "cpu")
+
+
+@pytest.mark.parametrize(
+    "call", [c for c in calls() if not any(size in c.id for size in ("many", "wide", "deep", "long"))]
+)
+@pytest.mark.parametrize("first", BACKENDS)
+@pytest.mark.parametrize("second", BACKENDS)
+def test_forward_of_one_backend_pairs_with_backward_of_another(call, first, second):
+    call = for_backends(call, first, second)
+    assert_as_in_float64(both_passes(call, forward(first), backward(second)), call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("shape", ["two directions", "empty sequences", "spare rows"])
+def test_forward_passes_opcheck(cell, backend, requires_grad, shape):
+    call = Call(cell, projected=2 if cell == "lstm" and shape == "spare rows" else None, **SHAPES[shape])
+    call = for_backends(call, backend)
+    torch.library.opcheck(forward(backend), call.arguments(requires_grad))
+    if not requires_grad:
+        torch.library.opcheck(forward(backend), call.arguments(save=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_passes_opcheck(cell, backend):
+    cell, *layer, save = for_backends(Call(cell, **SHAPES["ragged both ways"]), backend).arguments()
+    y, h_n, c_n, saved = forward(backend)(cell, *layer, save)
+    grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
+    for wants in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(backward(backend), (cell, *grads, *layer, y, saved, *wants))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_without_saved_state_is_refused(backend):
+    y = forward(backend)(*for_backends(Call("gru"), backend).arguments(requires_grad=True, save=False))[0]
+    with pytest.raises(RuntimeError, match="save=True"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_do_not_depend_on_the_number_of_threads(cell, threads):
+    if not THIS_MACHINE.native:
+        pytest.skip(THIS_MACHINE.native_missing)
+    calls = [
+        Call(cell, 2, 70, 5, 40, batch_sizes=(70, 64, 33, 9, 2), dtype=torch.float32),
+        Call(cell, 1, 2, 40, 150, batch_sizes=(2,) * 30 + (1,) * 10, dtype=torch.float32),
+        Call(cell, 2, 1, 1, 300, input=200, dtype=torch.float32),
+    ]
+    for call in calls:
+        torch.set_num_threads(1)
+        expected = both_passes(call, forward("cpu"), backward("cpu"))
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            for ours, one in zip(both_passes(call, forward("cpu"), backward("cpu")), expected, strict=True):
+                assert torch.equal(ours, one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_is_read_before_it_is_written(cell, shape, dtype):
+    """Outputs and working memory start as NaN; spare rows and empty sequences must be filled as well."""
+    if not THIS_MACHINE.native:
+        pytest.skip(THIS_MACHINE.native_missing)
+    from seqkernels import _C
+
+    _C.fill_memory(True)
+    try:
+        results = both_passes(Call(cell, dtype=dtype, **SHAPES[shape]), forward("cpu"), backward("cpu"))
+    finally:
+        _C.fill_memory(False)
+    assert all(x.isfinite().all() for x in results)
+
+
+def test_working_memory_can_be_given_back():
+    if not THIS_MACHINE.native:
+        pytest.skip(THIS_MACHINE.native_missing)
+    from seqkernels import _C
+
+    call = Call("gru", **SHAPES["ragged"])
+    before = both_passes(call, forward("cpu"), backward("cpu"))
+    _C.release_memory()
+    _C.release_memory()
+    after = both_passes(call, forward("cpu"), backward("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_and_inf_stay_in_their_sequence(cell, backend, value):
+    call = Call(cell, dtype=torch.float32, hidden=19)
+    cell, x, *rest = call.arguments()
+    expected = forward(backend)(cell, x, *rest)[0].view(4, 3, -1)
+    x[1] = value  # step 0 of sequence 1
+    y = forward(backend)(cell, x, *rest)[0].view(4, 3, -1)
+    assert torch.equal(y[:, [0, 2]], expected[:, [0, 2]])
+    if value != value:
+        assert y[:, 1].isnan().all()
+
+
+def but(k: int, change):
+    """Change weight k."""
+    return lambda weights: [change(w) if i == k else w for i, w in enumerate(weights)]
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_no_step_uses_is_never_read(cell, backend, projected):
+    """Rows behind the last step, and states of sequences that never run, may hold NaN."""
+    if projected and cell != "lstm":
+        pytest.skip("only an LSTM is projected")
+    call = Call(cell, 2, 4, batch_sizes=(2, 1), spare_rows=3, projected=2 if projected else None, dtype=torch.float32)
+
+    def results(*values: float) -> list[Tensor]:
+        cell, x, weights, h_0, c_0, batch_sizes, save = call.arguments()
+        for value, unused in zip(values, (x[3:], h_0[:, 2:], None if c_0 is None else c_0[:, 2:]), strict=True):
+            if unused is not None:
+                unused.fill_(value)
+        layer = x, weights, h_0, c_0, batch_sizes
+        y, h_n, c_n, saved = forward(backend)(cell, *layer, save)
+        grad_c_n = None if c_0 is None else torch.ones_like(c_n)
+        grads = torch.ones_like(y), torch.ones_like(h_n), grad_c_n
+        grad_x, grad_weights, *_ = backward(backend)(cell, *grads, *layer, y, saved, True, True)
+        return [y, grad_x, *grad_weights]
+
+    nan = float("nan")
+    for found, expected in zip(results(nan, nan, nan), results(0, 0, 0), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_last_state_is_no_factor_of_a_weight_gradient(backend):
+    assert_an_infinite_last_state_is_no_factor(forward(backend), backward(backend))
+
+
+def assert_an_infinite_last_state_is_no_factor(run_forward, run_backward) -> None:
+    """The row behind the last step started from no state: even times zero that of the row before would be NaN."""
+    call = Call("rnn_relu", sequences=2, batch_sizes=(2, 1), spare_rows=1, dtype=torch.float32)
+    cell, x, weights, *states, batch_sizes, save = call.arguments()
+    x[1], weights[0][:] = 1e30, 1e30
+    layer = x, weights, *states, batch_sizes
+    y, _, _, saved = run_forward(cell, *layer, save)
+    assert y[1].isinf().all() and y[[0, 2]].isfinite().all()
+    _, grads, *_ = run_backward(cell, torch.ones_like(y), None, None, *layer, y, saved, True, True)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+BAD = {
+    "unknown cell": (0, lambda cell: "gruu", "unknown cell 'gruu'"),
+    "x of three dimensions": (1, lambda x: x[None], "x is .rows, input size., got 3 dimensions"),
+    "x of another size": (1, lambda x: x[:, 1:], r"w_ih is \[15, 2\], got \[15, 3\]"),
+    "w_ih of one dimension": (2, but(0, lambda w: w[0]), "w_ih is .gates . hidden size, input size."),
+    "w_ih of no whole gates": (2, but(0, lambda w: w[1:]), "14 rows, no multiple of 3 gates"),
+    "w_hh of another size": (2, but(1, lambda w: w[:, :-1]), r"w_hh is \[15, 5\], got \[15, 4\]"),
+    "b_hh of another size": (2, but(3, lambda b: b[1:]), "b_hh is"),
+    "a projection for a GRU": (2, lambda weights: [*weights, torch.zeros(2, 5)], "w_hr goes with an LSTM"),
+    "too few weights": (2, lambda weights: weights[:1], "got 1 weights for 1 directions"),
+    "h_0 of another size": (3, lambda x: x[:, :, :-1], "h_0 has 4 features"),
+    "h_0 of another dtype": (3, lambda x: x.float(), "h_0 has another dtype"),
+    "c_0 for a GRU": (4, lambda x: torch.zeros(1, 3, 5), "c_0 goes with an LSTM"),
+    "rising batch_sizes": (5, lambda x: torch.tensor([2, 3]), "batch_sizes must not rise"),
+    "negative batch_sizes": (5, lambda x: torch.tensor([3, -1]), "batch_sizes must not rise, be negative"),
+    "more rows than there are": (5, lambda x: torch.tensor([3] * 5), "add up to 15 rows, but x has 12"),
+    "more sequences than there are": (5, lambda x: torch.tensor([4, 4]), "exceed the 3 sequences"),
+    "batch_sizes that are no int64": (5, lambda x: torch.tensor([3.0]), "int64"),
+}
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch_eager"])
+@pytest.mark.parametrize("name", BAD)
+def test_an_operator_that_addresses_memory_refuses(name, backend):
+    """Memory safety must not depend on the modules."""
+    place, change, message = BAD[name]
+    arguments = list(Call("gru").arguments())
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=message):
+        forward(backend)(*arguments)

@@ -1,0 +1,351 @@
+"""The choice of a backend as a table: problems and machines, those that are not here as well."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gpus import GPUS, MIG
+
+import seqkernels as sk
+from seqkernels import select
+from seqkernels.hardware import Machine
+from seqkernels.select import BACKENDS, Call, class_of_sequences, class_of_steps, plan
+
+THIS_MACHINE = Machine()
+TRITON = Machine(triton=True)
+PURE = Machine(native=False, native_missing="this install has no compiled part")
+TABLE = [
+    # device, dtype, transformed, machine, backend
+    ("cpu", torch.float32, False, THIS_MACHINE, "cpu"),
+    ("cpu", torch.float64, False, THIS_MACHINE, "cpu"),
+    ("cpu", torch.bfloat16, False, THIS_MACHINE, "cpu"),
+    ("cpu", torch.float16, False, THIS_MACHINE, "cpu"),
+    ("cpu", torch.float32, True, THIS_MACHINE, "torch_eager"),
+    ("cpu", torch.float32, False, PURE, "torch_eager"),
+    ("cuda", torch.float32, False, THIS_MACHINE, "torch_eager"),
+    ("cuda", torch.float32, False, TRITON, "triton"),
+    ("cuda", torch.bfloat16, False, TRITON, "triton"),
+    ("cuda", torch.float16, False, TRITON, "triton"),
+    ("cuda", torch.float64, False, TRITON, "torch_eager"),
+    ("cuda", torch.float32, True, TRITON, "torch_eager"),
+    ("cpu", torch.float32, False, TRITON, "cpu"),
+    ("cpu", torch.float32, False, PURE._replace(triton=True), "torch_eager"),
+    # Triton's interpreter is for tests: nobody gets it unasked.
+    ("cpu", torch.float32, False, PURE._replace(triton=True, interpreter=True), "torch_eager"),
+    ("cuda", torch.float32, False, Machine(triton=True, interpreter=True), "torch_eager"),
+    ("xpu", torch.float32, False, TRITON, "torch_eager"),
+    ("meta", torch.float32, False, THIS_MACHINE, "torch_eager"),
+    ("cpu", torch.float8_e4m3fn, False, THIS_MACHINE, "torch_eager"),
+]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_plan(row):
+    device, dtype, transformed, machine, backend = row
+    chosen = plan(Call("gru", device, dtype, transformed), machine)
+    assert chosen.backend == backend
+    assert [refused for refused, _ in chosen.refusals] == [other for other in BACKENDS if other != backend]
+    assert all(reason for _, reason in chosen.refusals)
+
+
+def test_a_forced_backend_runs_or_is_refused_with_its_reason():
+    call = Call("gru", "cpu", torch.float32)
+    assert plan(call, THIS_MACHINE, "torch_eager").backend == "torch_eager"
+    assert plan(call, Machine(forced_backend="torch_eager")).reason == "forced"
+    with pytest.raises(ValueError, match="no compiled part"):
+        plan(call, PURE, "cpu")
+    with pytest.raises(ValueError, match="tensors are on cuda"):
+        plan(Call("gru", "cuda", torch.float32), THIS_MACHINE, "cpu")
+    with pytest.raises(ValueError, match="choose one of cpu, cuda, triton, cudnn, torch_eager"):
+        plan(call, Machine(forced_backend="gpu"))
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+ON_GPUS = [
+    # cell, hidden size, projected, dtype, TF32, and the widest tile on: A100, L4, laptop, H200, B200, MI300X
+    ("gru", 10, False, SINGLE, True, (32, 32, 32, 32, 32, 32)),
+    ("gru", 112, False, HALF, True, (128, 0, 0, 128, 128, 128)),  # 98 KB of weights
+    ("gru", 100, False, HALF, True, (0, 0, 0, 128, 128, 128)),  # odd sizes take more registers
+    ("lstm", 128, False, HALF, True, (128, 0, 0, 128, 128, 128)),  # 128 KB
+    ("rnn_tanh", 128, False, HALF, True, (128, 128, 128, 128, 128, 128)),
+    ("gru", 64, False, SINGLE, True, (64, 64, 64, 64, 64, 64)),
+    ("gru", 100, False, SINGLE, True, (0, 0, 0, 128, 0, 0)),  # 192 KB
+    ("lstm", 64, False, SINGLE, True, (0, 0, 0, 64, 64, 64)),
+    ("lstm", 65, False, SINGLE, True, (0, 0, 0, 0, 0, 0)),
+    ("gru", 32, False, SINGLE, False, (32, 32, 32, 32, 32, 32)),
+    ("gru", 33, False, SINGLE, False, (0, 0, 0, 0, 0, 64)),  # AMD's matrix cores take float32 as it is
+    ("gru", 129, False, HALF, True, (0, 0, 0, 0, 0, 0)),
+    ("lstm", 32, True, HALF, True, (0, 0, 0, 0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("row", ON_GPUS, ids=str)
+def test_the_road_on_gpus_that_are_not_here(row):
+    cell, hidden, projected, dtype, tf32, widths = row
+    gpus = [gpu for gpu in GPUS.values() if gpu.target != "sm_75"]
+    for gpu, units in zip(gpus, widths, strict=True):
+        call = Call(cell, "cuda", dtype, False, hidden, projected, tf32 and not gpu.amd)
+        chosen = plan(call, TRITON._replace(gpu=gpu))
+        assert chosen.backend == "triton"
+        assert chosen.kernel.startswith(f"resident, 16 sequences by {units} units" if units else "stepwise"), gpu
+        assert chosen.kernel in str(chosen)
+
+
+FULL = Machine(cuda_missing="", triton=True, cudnn=91300)  # CUDA kernels, Triton and cuDNN
+PLACES = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "Tesla T4", "AMD Instinct MI300X")
+DOUBLE = torch.float64
+# cell, H, I, T, B, dtype, layouts, and what is chosen at each of PLACES, in inference and in training alike. Where two
+# launches a step stand against two of cuDNN's, cuDNN is chosen until ours are measured.
+CHOICES = [
+    # One block holds the layer: faster than cuDNN's block a sequence, and than its launches of packed batches. No
+    # kernel of ours takes 16-bit products to sm_75 in one block, and cuDNN there no bfloat16.
+    ("gru", 100, 100, 20, 64, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    ("gru", 128, 100, 50, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
+    ("lstm", 128, 100, 50, 32, torch.float16, "padded packed", "cuda cuda cuda cudnn triton"),
+    ("rnn_tanh", 128, 100, 50, 8, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    ("lstm", 64, 64, 50, 512, SINGLE, "padded packed", "cuda cuda cuda cudnn triton"),
+    # In 16 bits up to 256, part of it read from L2.
+    ("gru", 256, 128, 200, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
+    ("lstm", 256, 128, 200, 32, HALF, "padded packed", "cuda cuda cuda cuda triton"),
+    # Wider: a cluster where there are clusters, else stepwise against whatever cuDNN has.
+    ("gru", 257, 128, 200, 32, HALF, "padded packed", "cuda cudnn cudnn cuda triton"),
+    ("gru", 160, 64, 1000, 16, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("rnn_relu", 384, 64, 100, 32, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 768, 768, 1024, 16, torch.float16, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 768, 768, 1024, 16, HALF, "padded packed", "cuda cudnn cudnn cuda triton"),
+    # Too wide for a cluster: the persistent grid.
+    ("gru", 1024, 1024, 64, 16, SINGLE, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 1024, 1024, 64, 16, HALF, "padded packed", "cuda cudnn cudnn cuda triton"),
+    ("lstm", 1024, 1024, 64, 16, torch.float16, "padded packed", "cuda cudnn cudnn cudnn triton"),
+    ("lstm", 1024, 1024, 64, 256, SINGLE, "padded", "cudnn cudnn cudnn cudnn triton"),
+    # No kernel of Triton's takes float64.
+    ("gru", 64, 64, 50, 64, DOUBLE, "padded packed", "cudnn cudnn cudnn cudnn torch_eager"),
+    # What cuDNN does not take: lengths on the GPU, cells, many steps.
+    ("gru", 512, 128, 200, 32, HALF, "device", "cuda cuda cuda cuda triton"),
+    ("lstm", 512, 128, 200, 32, DOUBLE, "device", "cuda cuda cuda cuda torch_eager"),
+    ("lstm", 512, 128, 1, 32, SINGLE, "cell", "cuda cuda cuda cuda triton"),
+    ("gru", 512, 128, 65536, 2, torch.float16, "padded packed", "cuda cuda cuda cuda triton"),
+]
+WITHOUT_CUDA_KERNELS = [
+    # A resident Triton kernel beats cuDNN's launches, not its block a sequence; a Triton launch a step beats neither.
+    ("gru", 100, 100, 20, 64, HALF, "packed", "triton cudnn cudnn torch_eager triton"),
+    ("gru", 100, 100, 20, 64, HALF, "padded", "cudnn cudnn cudnn torch_eager triton"),
+    ("gru", 64, 64, 20, 4096, SINGLE, "padded", "triton triton triton cudnn triton"),
+    ("gru", 512, 64, 20, 64, SINGLE, "padded packed", "cudnn cudnn cudnn cudnn triton"),
+    ("gru", 512, 64, 20, 64, SINGLE, "device", "triton triton triton torch_eager triton"),
+]
+
+
+def problem_of(cell, hidden, input, steps, sequences, dtype, layout, training, gpu, layers=1, tf32=True) -> Call:
+    sizes = input, layers, 1, class_of_sequences(sequences), class_of_steps(steps)
+    tf32 = tf32 and dtype == SINGLE and not gpu.amd
+    return Call(cell, "cuda", dtype, False, hidden, False, tf32, *sizes, layout, training)
+
+
+@pytest.mark.parametrize(
+    ("row", "machine"),
+    [(row, FULL) for row in CHOICES] + [(row, FULL._replace(cuda_missing="none")) for row in WITHOUT_CUDA_KERNELS],
+    ids=lambda value: str(value) if isinstance(value, tuple) and not isinstance(value, Machine) else "",
+)
+def test_the_choice_on_gpus_that_are_not_here(row, machine):
+    *sizes, layouts, expected = row
+    for layout, training in itertools.product(layouts.split(), (False, True)):
+        found = []
+        for name in PLACES:
+            chosen = plan(problem_of(*sizes, layout, training, GPUS[name]), machine._replace(gpu=GPUS[name]))
+            assert {refused for refused, reason in chosen.refusals if reason} == set(BACKENDS) - {chosen.backend}
+            found.append(chosen.backend)
+        assert " ".join(found) == expected, (layout, training)
+
+
+WIDE = [
+    # cell, H, and what an H200 chooses for 1, 8, 16 and 64 sequences: where cuDNN has launches in every step; and where
+    # it has its persistent kernel, for an LSTM of up to 1024 units in float16, padded
+    ("lstm", 1024, "cuda cuda cuda cuda", "cuda cuda cuda cudnn"),
+    ("lstm", 1536, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+    ("lstm", 2048, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+    ("gru", 1024, "cuda cuda cuda cuda", "cuda cuda cuda cuda"),
+    ("gru", 1536, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+    ("gru", 2048, "cuda cuda cuda cudnn", "cuda cuda cuda cudnn"),
+]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", [HALF, torch.float16], ids=str)
+@pytest.mark.parametrize("row", WIDE, ids=str)
+def test_the_choice_for_wide_layers(row, dtype, layout, training):
+    cell, hidden, launches, persistent = row
+    for name, expected in (
+        ("NVIDIA H200", persistent if (dtype, layout) == (torch.float16, "padded") else launches),
+        ("NVIDIA A100-SXM4-80GB", "cudnn cudnn cudnn cudnn"),  # without clusters ours are stepwise
+    ):
+        gpu = GPUS[name]
+        problems = [problem_of(cell, hidden, hidden, 64, n, dtype, layout, training, gpu) for n in (1, 8, 16, 64)]
+        assert " ".join(plan(call, FULL._replace(gpu=gpu)).backend for call in problems) == expected
+
+
+ON_H200, ON_A100 = GPUS["NVIDIA H200"], GPUS["NVIDIA A100-SXM4-80GB"]
+PATHS = [
+    # GPU, cell, H, dtype (exact), directions, sequences, and the paths forward and backward: sequences of a tile, units
+    (ON_H200, "lstm", 1024, HALF, 1, 1, "persistent grid 1 64", "persistent grid 1 64"),
+    # 31 clusters of 4 are one group of 16 of them; but 66 clusters of 2 are two groups of 32, for two tiles at once,
+    (ON_H200, "lstm", 1024, HALF, 1, 8, "persistent grid 4 32", "persistent grid 4 32"),
+    (ON_H200, "lstm", 1024, HALF, 1, 16, "persistent grid 8 32", "persistent grid 8 32"),
+    (ON_H200, "gru", 1024, HALF, 1, 64, "persistent grid 8 32", "persistent grid 8 32"),
+    (ON_H200, "gru", 1024, HALF, 2, 8, "persistent grid 8 32", "persistent grid 8 32"),  # or both directions.
+    (ON_H200, "gru", 1536, HALF, 1, 16, "persistent grid 8 64", "persistent grid 8 64"),
+    (ON_H200, "lstm", 1536, HALF, 1, 64, "persistent grid 8 64", "stepwise"),
+    # 128 blocks are more than 31 clusters of 4; a direction follows upon the other.
+    (ON_H200, "lstm", 2048, HALF, 1, 8, "persistent grid 8 32", "persistent grid 8 32"),
+    (ON_H200, "lstm", 2048, HALF, 2, 5, "persistent grid 5 32", "persistent grid 5 32"),
+    # Where clusters hold the weights as well: the exchange through L2 takes longer, and what each of fewer blocks has
+    # to read of the weights.
+    (ON_H200, "gru", 768, HALF, 1, 16, "cluster 3 48", "cluster 3 48"),
+    (ON_H200, "lstm", 768, HALF, 1, 16, "persistent grid 8 64", "cluster 3 48"),
+    (ON_H200, "lstm", 1024, SINGLE, 1, 16, "stepwise", "persistent grid 8 32"),
+    (ON_H200, "lstm", 2113, HALF, 1, 1, "stepwise", "stepwise"),
+    (ON_A100, "lstm", 1024, HALF, 1, 1, "stepwise", "stepwise"),
+    (ON_A100, "gru", 300, HALF, 1, 16, "stepwise", "stepwise"),
+    (MIG, "lstm", 400, HALF, 1, 4, "cluster 2 64", "cluster 2 64"),
+    (MIG, "lstm", 512, HALF, 1, 4, "stepwise", "stepwise"),
+]
+
+
+@pytest.mark.parametrize("row", PATHS, ids=lambda row: " ".join(map(str, (row[0].name, *row[1:6]))))
+def test_the_roads_of_both_passes(row):
+    gpu, cell, hidden, dtype, directions, sequences, *expected = row
+    for backward in (False, True):
+        path, _ = select.path(cell, hidden, False, dtype, False, gpu, backward, directions, sequences)
+        assert " ".join([path.name, *(str(size) for size in (path.tile, path.units) if size)]) == expected[backward]
+
+
+GROUPS = [
+    # Which groups of blocks, the layer, whether it is projected, the dtype (exact), the GPU, and why there are none.
+    (select.clusters, "gru", 256, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
+    (select.clusters, "lstm", 256, True, HALF, ON_H200, "takes a projection"),
+    (select.clusters, "gru", 256, False, DOUBLE, ON_H200, "takes float64"),
+    (select.clusters, "gru", 32, False, HALF, ON_H200, "a cluster of one block, which 32 hidden units would be"),
+    (select.clusters, "gru", 1000, False, SINGLE, ON_H200, "no 16 blocks hold the weights of 1000 hidden units"),
+    (select.clusters, "lstm", 512, False, HALF, MIG, "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks"),
+    (select.clusters, "lstm", 250, False, HALF, ON_H200._replace(clusters=()), "runs no cluster of 8 or 6 or 4 blocks"),
+    (select.persistent_grid, "gru", 1024, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
+    (select.persistent_grid, "lstm", 1024, True, HALF, ON_H200, "takes a projection"),
+    (select.persistent_grid, "gru", 1024, False, DOUBLE, ON_H200, "takes float64"),
+    (select.persistent_grid, "lstm", 1025, False, SINGLE, ON_H200, "do not hold the weights of 1025, 4 gates"),
+    (
+        *(select.persistent_grid, "gru", 2113, False, HALF, ON_H200),
+        "H200 does not run 136 blocks in clusters of 4 or 134 blocks in clusters of 2 at the same time",
+    ),
+    (select.persistent_grid, "gru", 257, False, HALF, MIG, "MIG 1g.18gb does not run 20 blocks in clusters of 4 or 18"),
+]
+
+
+@pytest.mark.parametrize("row", GROUPS, ids=lambda row: f"{row[0].__name__}: {row[-1]}")
+def test_why_no_group_of_blocks_takes_a_layer(row):
+    groups, cell, hidden, projected, dtype, gpu, reason = row
+    for backward in (False, True):
+        found, against = groups(cell, hidden, projected, dtype, False, gpu, backward)
+        assert found == [] and reason in against
+
+
+def test_figures_that_were_published_of_clusters():
+    assert (16 * ON_H200.clusters_of(16), 8 * ON_H200.clusters_of(8), ON_H200.clusters_of(1)) == (112, 120, 132)
+
+
+def test_a_plan_names_the_roads_of_both_passes():
+    chosen = plan(problem_of("lstm", 768, 768, 1024, 16, HALF, "padded", True, ON_H200), FULL._replace(gpu=ON_H200))
+    assert chosen.kernel == "forward persistent grid with 64 units a cluster, backward cluster with 48 units a block"
+    assert chosen.kernel in str(chosen)
+
+
+def test_a_plan_says_what_it_weighed():
+    gpu = GPUS["NVIDIA H200"]
+    said = str(plan(problem_of("gru", 128, 128, 50, 32, HALF, "padded", True, gpu), FULL._replace(gpu=gpu)))
+    assert "cuda: compiled kernels" in said and "us a step forward and backward" in said
+    assert "not cudnn: by estimate about" in said and "PERSIST_STATIC_SMALL_H" in said
+    assert "not triton: by estimate about" in said and "not torch_eager" in said and "not cpu" in said
+
+
+REFUSALS = [
+    ({"cudnn": False}, {}, "torch.backends.cudnn.enabled is False"),
+    ({"compiled": True}, {}, "torch.compile"),
+    ({"transformed": True}, {}, "torch.func transforms"),
+    ({"layout": "cell"}, {}, "not for a cell"),
+    ({"layout": "device"}, {}, "lengths are on the GPU"),
+    ({"steps": class_of_steps(65536)}, {}, "at most 65535 steps"),
+    ({"capturing": True}, {}, "CUDA graph"),
+    ({}, {"cudnn": 0}, "no cuDNN"),
+    ({}, {"cudnn": 91200}, "not cuDNN 91200"),
+    ({}, {"gpu": GPUS["Tesla T4"]}, "compute capability 8.0"),
+    ({}, {"gpu": GPUS["AMD Instinct MI300X"]}, "MIOpen, not cuDNN"),
+    ({"device_type": "cpu"}, {}, "tensors are on cpu"),
+    ({"dtype": torch.float8_e4m3fn}, {}, "does not take torch.float8_e4m3fn"),
+]
+
+
+@pytest.mark.parametrize(("change", "machine", "reason"), REFUSALS, ids=[reason for *_, reason in REFUSALS])
+def test_cudnn_is_refused_with_a_reason(change, machine, reason):
+    gpu = GPUS["NVIDIA H200"]
+    call = problem_of("gru", 512, 128, 200, 32, HALF, "padded", True, gpu)
+    assert plan(call, FULL._replace(gpu=gpu), "cudnn").backend == "cudnn"
+    with pytest.raises(ValueError, match=reason):
+        plan(call._replace(**change), FULL._replace(gpu=gpu)._replace(**machine), "cudnn")
+
+
+def test_cudnn_that_may_not_repeat_its_bits_is_for_those_who_name_it():
+    machine = FULL._replace(gpu=GPUS["NVIDIA H200"])
+    call = problem_of("gru", 512, 128, 200, 32, HALF, "padded", True, machine.gpu)._replace(deterministic=True)
+    assert plan(call, machine).backend == "cuda" and "the same bits" in str(plan(call, machine))
+    assert plan(call, machine, "cudnn").backend == "cudnn"
+
+
+def test_sizes_have_few_classes():
+    assert len({class_of_steps(steps) for steps in range(1, 70000)}) == 18
+    assert class_of_steps(65535) == 65535 < class_of_steps(65536)
+    assert [class_of_sequences(n) for n in (1, 127, 128, 129, 1000)] == [1, 127, 128, 256, 1024]
+
+
+def test_measured_rows_do_not_speak_against_the_choice():
+    """Where rows were measured on a GPU they are right, and the estimates wrong: nothing that would be chosen is slower
+    than 0.98 of another backend or of torch.nn."""
+    rows = map(json.loads, (Path(__file__).parents[2] / "benchmarks/results/kernels.jsonl").open())
+    rows = [row for row in rows if row["gpu"] in GPUS and row["right"] and row["seqkernels"] == sk.__version__]
+    if not rows:
+        pytest.skip("no row of this version was measured on a GPU of tests/gpus.py yet")
+    same = ("run", "gpu", "tf32", "call", "cell", "mode", "layout", "dtype")
+    rows.sort(key=lambda row: [str(row[name]) for name in same])
+    for _, group in itertools.groupby(rows, key=lambda row: [row[name] for name in same]):
+        group = list(group)
+        first, gpu = group[0], GPUS[group[0]["gpu"]]
+        cell = {"RNN": "rnn_tanh"}.get(first["cell"], first["cell"].lower())
+        sizes = (first[letter] for letter in "HITB")
+        given = getattr(torch, first["dtype"]), first["layout"], first["mode"] == "train", gpu, first["layers"]
+        chosen = plan(problem_of(cell, *sizes, *given, bool(first["tf32"])), FULL._replace(gpu=gpu)).backend
+        times = {row["contender"]: row["median_ms"] for row in group if row["contender"] in MEASURED}
+        if f"seqkernels {chosen}" in times:
+            assert 0.98 * times[f"seqkernels {chosen}"] <= min(times.values()), (first["call"], chosen, times)
+
+
+MEASURED = ("torch.nn", *(f"seqkernels {backend}" for backend in BACKENDS))
+
+
+def test_what_has_no_triton_says_how_to_get_it():
+    assert "pip install triton" in str(plan(Call("gru", "cuda", SINGLE), THIS_MACHINE))
+    t4 = plan(Call("gru", "cuda", SINGLE), TRITON._replace(gpu=GPUS["Tesla T4"]))
+    assert t4.backend == "torch_eager" and "compute capability 8.0" in str(t4)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        plan(Call("gru", "cpu", SINGLE), TRITON, "triton")
+    assert plan(Call("gru", "cpu", SINGLE), Machine(triton=True, interpreter=True), "triton").backend == "triton"
+
+
+def test_no_gpu_gives_the_cpu_its_kernels():
+    chosen = plan(Call("gru", "cpu", SINGLE, False, 128), TRITON)
+    assert (chosen.backend, chosen.kernel) == ("cpu", "")
+
+
+def test_a_dtype_that_no_backend_takes_is_refused():
+    with pytest.raises(ValueError, match="is no floating dtype"):
+        plan(Call("gru", "cpu", torch.complex64), THIS_MACHINE)

@@ -1,0 +1,48 @@
+"""Every kernel and tile of the Triton backend, compiled for GPUs that are not here: nothing spills, all fits."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gpus import GPUS
+
+from seqkernels.hardware import THIS_MACHINE, NO_TRITON
+from seqkernels.select import _SCRATCH
+
+SCRIPT = Path(__file__).with_name("triton_compile.py")
+TARGETS = ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X")
+KERNELS = {
+    "resident_forward",
+    "resident_backward",
+    "step_forward",
+    "step_backward",
+    "step_project",
+    "step_project_backward",
+}
+
+
+@pytest.mark.skipif(not THIS_MACHINE.triton, reason=NO_TRITON)
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_tile_compiles_without_spilling_and_fits(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu = GPUS[name]
+    done = subprocess.run([sys.executable, SCRIPT, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["name"] for kernel in compiled} == KERNELS
+    for kernel in compiled:
+        sizes = kernel["values"]
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["registers"] <= (512 if gpu.amd else 255), kernel
+        assert kernel["shared"] <= gpu.shared_memory, kernel
+        if not kernel["name"].startswith("resident"):
+            assert kernel["tensor_cores"] == 0, kernel
+            continue
+        # What select.triton_tile reckons with.
+        units, size = int(sizes["UNITS"]), 4 if kernel["types"]["w_hh"] == "*fp32" else 2
+        weights = (1 if gpu.amd else int(sizes["GATES"])) * units * units * size
+        assert kernel["shared"] <= weights + _SCRATCH * units, kernel
+        exact = size == 4 and sizes["PRECISION"] == "ieee" and not gpu.amd
+        assert (kernel["tensor_cores"] == 0) == exact, kernel
