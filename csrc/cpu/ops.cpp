@@ -86,7 +86,8 @@ void zero_rows(Tensor& tensor, int64_t from) {
 void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, Tensor x, Tensors weights, Tensor h_0,
-                                                              Optional c_0, Optional batch_sizes, bool save) {
+                                                              Optional c_0, Optional batch_sizes, bool save,
+                                                              std::vector<int64_t> /*launch*/) {
   LayerForward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
   p.bfloat16_products = bfloat16_products();
@@ -110,7 +111,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
                                                                 Optional grad_c_n, Tensor x, Tensors weights,
                                                                 Tensor h_0, Optional c_0, Optional batch_sizes,
                                                                 Tensor y, Tensor saved, bool wants_x,
-                                                                bool wants_weights) {
+                                                                bool wants_weights, std::vector<int64_t> /*launch*/) {
   LayerBackward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
   p.bfloat16_products = bfloat16_products();
@@ -151,11 +152,11 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
       "recurrence_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "bool save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool save, int[] launch) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "recurrence_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
       "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, "
-      "bool wants_weights) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+      "bool wants_weights, int[] launch) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
