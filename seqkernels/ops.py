@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends import cuda, cudnn, torch_eager, triton
+from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import cast_for_autocast
 from seqkernels.hardware import THIS_MACHINE
@@ -222,30 +223,28 @@ def _below_autograd(operator, *args):
 
 def recurrence_forward(
     plan: Plan,
-    cell: str,
+    call: Call,
     x: Tensor,
     weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
-    transformed: bool,
-    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
-    operations. The backend cudnn takes several `layers` at once, with the states and weights of all of them.
+    operations. The backend cudnn takes all layers of `call` at once, the others one.
     """
     save = wants_gradients(x, h_0, c_0, *weights)
     if plan.backend == "cudnn":
-        return cudnn.run(cell, h_0.shape[0] // layers, save, x, h_0, c_0, batch_sizes, weights)
-    args = cell, x, weights, h_0, c_0, batch_sizes, save, plan.launch
+        return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
+    args = call.cell, x, weights, h_0, c_0, batch_sizes, save, plan.launch
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return _FORWARD[plan.backend](*args)[:3]
-    if transformed:
+    if call.transformed:
         return torch_eager.forward(*args)[:3]
     if save:
-        return _Recurrence.apply(plan.backend, plan.launch, cell, x, h_0, c_0, batch_sizes, *weights)[:3]
+        return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 
 

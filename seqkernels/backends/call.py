@@ -8,20 +8,20 @@ from seqkernels.backends.cells import CELLS
 
 
 class Call(NamedTuple):
-    """What a plan may depend on. Under torch.compile only the first five are given, as a plan that reads no size puts
-    no guard on one."""
+    """What a plan may depend on. Under torch.compile no size is given, as a plan that reads none puts no guard on
+    one."""
 
     cell: str  # a name in `cells.CELLS`
     device_type: str
     dtype: torch.dtype
     transformed: bool = False  # a torch.func transform or forward-mode AD is at work
     compiled: bool = False  # by torch.compile
+    layers: int = 1  # L
+    directions: int = 1  # D
     hidden_size: int = 0  # H; 0: no size is known
     projected: bool = False
     tf32: bool = False  # torch lets recurrent layers round float32 factors to TF32
     input_size: int = 0  # I
-    layers: int = 1  # L
-    directions: int = 1  # D
     sequences: int = 0  # B
     steps: int = 0  # T, by `class_of_steps`
     layout: str = "padded"  # packed: steps differ in size; device: only the GPU knows how; cell: one step of a cell
