@@ -354,7 +354,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
   sweep.gates_x = gates_x.const_data_ptr();
   for (int d = 0; d < D; d++)
     sweep.b_hn[d] = p.cell == Cell::gru && p.weights[d].b_hh ? gpu.at(p.weights[d].b_hh, 2 * H) : nullptr;
-  sweep.y = pointer(y), kernels.h_n = pointer(h_n), sweep.c_n = pointer(c_n), sweep.saved = pointer(saved);
+  sweep.y = pointer(y), sweep.h_n = pointer(h_n), sweep.c_n = pointer(c_n), sweep.saved = pointer(saved);
   if (path.single_cta) {
     check_launch(single_cta_forward(sweep, path.clusters.tile, path.clusters.memory, arranged(gpu, p).mutable_data_ptr(),
                               gpu.stream()));
