@@ -45,20 +45,20 @@ from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
-    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch) "
+    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[]) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
     "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, "
     "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-    "int[] launch) "
+    "int[] launch=[]) "
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch):
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
     rows, (directions, sequences, projected) = x.shape[0], h_0.shape
     blocks = CELLS[cell].saved_blocks if save else 0
     return (
@@ -70,7 +70,7 @@ def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch):
 
 
 def _fake_backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=()
 ):
     def like(tensor, wanted=True):
         return tensor.new_empty(tensor.shape if wanted else 0)

@@ -154,11 +154,11 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
       "recurrence_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "bool save, int[] launch) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool save, int[] launch=[]) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "recurrence_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
       "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, "
-      "bool wants_weights, int[] launch) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+      "bool wants_weights, int[] launch=[]) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {

@@ -11,6 +11,7 @@ cuBLAS multiplies torch.backends.cuda.matmul.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,13 +79,13 @@ def estimate(call: Call, machine: Machine) -> float | None:
     if call.device_type != "cuda" or gpu is None or not call.hidden_size:
         return None
     passes = (False, True) if call.training else (False,)
-    return call.layers * sum(path(call, gpu, backward)[1] for backward in passes)
+    return call.layers * sum(_path_of_call(call, gpu, backward)[1] for backward in passes)
 
 
 def kernel(call: Call, machine: Machine) -> str:
     if not call.hidden_size:
         return ""
-    forward, backward = (path(call, machine.gpu or INTERPRETED, backward)[0] for backward in (False, True))
+    forward, backward = (_path_of_call(call, machine.gpu or INTERPRETED, backward)[0] for backward in (False, True))
     return str(forward) if str(forward) == str(backward) else f"forward {forward}, backward {backward}"
 
 
@@ -94,7 +95,7 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
         return ()
     launch = [int(call.tf32)]
     for backward in (False, True):
-        chosen, _ = path(call, machine.gpu or INTERPRETED, backward)
+        chosen, _ = _path_of_call(call, machine.gpu or INTERPRETED, backward)
         launch += [PATHS.index(chosen.name), chosen.tile, chosen.units]
     return tuple(launch)
 
@@ -107,10 +108,10 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
-    launch: list[int],
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    path = _path(cell, x, weights, h_0, launch, backward=False)
-    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, *path)
+    told = _path(cell, x, weights, h_0, launch, backward=False)
+    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, *told)
 
 
 def backward(
@@ -127,15 +128,15 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
-    launch: list[int],
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    path = _path(cell, x, weights, h_0, launch, backward=True)
+    told = _path(cell, x, weights, h_0, launch, backward=True)
     return torch.ops.seqkernels.cuda_backward(
-        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, *path
+        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, *told
     )
 
 
-def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, launch: list[int], backward: bool) -> tuple:
+def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, launch: Sequence[int], backward: bool) -> tuple:
     """Whether float32 factors may be rounded to TF32, and the path: what was planned, or by the sizes that arrive."""
     gpu = hardware.gpu_of(x.device)
     if not launch:
@@ -153,7 +154,7 @@ def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, launch: list
             directions=h_0.shape[0],
             sequences=h_0.shape[1],
         )
-        launch = list(plan_launch(call, Machine(gpu=gpu)))
+        launch = plan_launch(call, Machine(gpu=gpu))
     number, tile, units = launch[4:7] if backward else launch[1:4]
     return bool(launch[0]), PATHS[number], tile, gpu.shared_memory if number else 0, units
 
@@ -344,7 +345,7 @@ class Path(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def _path_of(
+def path(
     cell: str,
     hidden_size: int,
     projected: bool,
@@ -380,10 +381,10 @@ def _path_of(
     return min(paths, key=lambda one: one[1])
 
 
-def path(call: Call, gpu: GPU, backward: bool) -> tuple[Path, float]:
+def _path_of_call(call: Call, gpu: GPU, backward: bool) -> tuple[Path, float]:
     """The quickest path of one pass, and the microseconds of a step on it."""
     layer = call.cell, call.hidden_size, call.projected, call.dtype, call.tf32, gpu, backward
-    return _path_of(*layer, call.directions, call.sequences)
+    return path(*layer, call.directions, call.sequences)
 
 
 def sequences_of_tile(directions: int, sequences: int, at_once: int) -> int:
@@ -421,7 +422,7 @@ def cost_of_cluster(
 ) -> float:
     """Each of `blocks` blocks has a part of the weights, so many bytes of it in shared memory; what it gets from its
     peers in a step are the states of `sequences`, or their gradients in float32."""
-    got = sequences * layer.hidden * (4 if backward else layer.dtype.itemsize)
+    got = sequences * layer.hidden_size * (4 if backward else layer.dtype.itemsize)
     clocks = max(shared_memory / costs.SHARED, _cta_product(layer, gpu, sequences) / blocks)
     return costs.rounds(layer, sequences, at_once) * (_LATENCY + _EXCHANGE + got / _PUSHED + clocks) / costs.CLOCK
 
@@ -440,12 +441,12 @@ def cost_of_persistent_grid(
     the states of `sequences` for its cluster, each a part of them, but all come to its shared memory. Backward it is
     pushed the gradients of its cluster's gates; of the states' gradients it writes its part, in float32, and reads as
     much."""
-    states = sequences * layer.hidden
+    states = sequences * layer.hidden_size
     if backward:
         pushed = layer.gates * states * layer.dtype.itemsize * cluster / blocks
-        exchange = _EXCHANGE + pushed / _PUSHED + _THROUGHcosts.L2 + 2 * 4 * states / cluster / costs.L2
+        exchange = _EXCHANGE + pushed / _PUSHED + _THROUGH_L2 + 2 * 4 * states / cluster / costs.L2
     else:
-        exchange = _THROUGHcosts.L2 + states * layer.dtype.itemsize / costs.L2
+        exchange = _THROUGH_L2 + states * layer.dtype.itemsize / costs.L2
     clocks = max(shared_memory / costs.SHARED, _cta_product(layer, gpu, sequences) / blocks)
     return costs.rounds(layer, sequences, at_once) * (_LATENCY + exchange + clocks) / costs.CLOCK
 

@@ -19,8 +19,9 @@ from operators import (
     forward,
 )
 
-from seqkernels import hardware, select
-from seqkernels.select import Path
+from seqkernels import hardware
+from seqkernels.backends import cuda
+from seqkernels.backends.cuda import Path
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
@@ -162,7 +163,7 @@ def test_tf32_follows_torchs_switch(cell, monkeypatch):
     for allowed in (False, True):
         monkeypatch.setattr(hardware, "tf32", lambda device, allowed=allowed: allowed)
         layer = cell, call.hidden, False, call.dtype, allowed, GPU
-        paths = [select.path(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
+        paths = [cuda.path(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
         runs = by_path(paths[0], allowed)[0], by_path(paths[1], allowed)[1]
         found = both_passes(call, forward("cuda"), backward("cuda"))
         for ours, expected in zip(found, both_passes(call, *runs), strict=True):
@@ -215,7 +216,7 @@ def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, emulator):
 
 def test_select_knows_which_layers_have_a_kernel():
     def layers(name, *problem):
-        return [select.single_cta("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
+        return [cuda.single_cta("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
 
     for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA L4"):
         assert layers(name, 256, False, torch.bfloat16, False) == [True, True]
@@ -250,7 +251,7 @@ RESIDENCY = [
 @pytest.mark.parametrize("row", RESIDENCY, ids=str)
 def test_where_the_weights_of_a_block_lie(row):
     cell, hidden, dtype, tf32, gpu, backward, expected = row
-    found = select.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
+    found = cuda.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
     assert tuple(size / KIB for size in found) == expected
 
 
@@ -271,14 +272,14 @@ def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hid
     backward(cell, y, h_n, c_n if cell == "lstm" else None, *layer, y, saved, True, True)
     taken.append(emulator.counts()["shared_bytes"] - before - taken[0])
     assert taken == [
-        select._buffers(cell, hidden, dtype, way) + select.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
+        cuda._buffers(cell, hidden, dtype, way) + cuda.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
         for way in (False, True)
     ]
 
 
 def test_small_batches_are_spread_over_the_gpu():
     def tiles(directions: int, at_once: int, *batches: int) -> list[int]:
-        return [select.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
+        return [cuda.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
 
     assert tiles(1, 132, 0, 1, 132, 133, 1056, 5000) == [1, 1, 1, 2, 8, 8]
     assert tiles(2, 132, 66, 67, 528, 529) == [1, 2, 8, 8]

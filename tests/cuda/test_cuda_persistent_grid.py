@@ -9,7 +9,7 @@ from cuda_paths import SHARED, assert_caught, by_path
 from operators import CELLS, Call, assert_rounding_alone_of, both_passes
 
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.select import Path
+from seqkernels.backends.cuda import Path
 
 pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator here: `make test` builds build/emulator")
 

@@ -5,7 +5,7 @@ import torch
 from operators import Call, both_passes
 
 from seqkernels import hardware
-from seqkernels.select import Path
+from seqkernels.backends.cuda import Path
 
 GPU = hardware.gpu_of(torch.empty(0).device)
 SHARED = GPU.shared_memory

@@ -33,7 +33,7 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
-    launch: Sequence[int],
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     # Rows that no step uses come out as zeros.
@@ -66,7 +66,7 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
-    launch: Sequence[int],
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
