@@ -7,6 +7,17 @@ namespace seqkernels {
 enum class Cell { rnn_tanh, rnn_relu, gru, lstm };
 enum class Scalar { float32, float64, bfloat16, float16 };
 
+constexpr Scalar kScalars[] = {Scalar::float32, Scalar::float64, Scalar::bfloat16, Scalar::float16};
+
+constexpr const char* name_of(Scalar scalar) {
+  switch (scalar) {
+    case Scalar::float32: return "float32";
+    case Scalar::float64: return "float64";
+    case Scalar::bfloat16: return "bfloat16";
+    default: return "float16";
+  }
+}
+
 constexpr int gates_of(Cell cell) { return cell == Cell::gru ? 3 : cell == Cell::lstm ? 4 : 1; }
 constexpr int saved_blocks_of(Cell cell) { return cell == Cell::gru ? 4 : cell == Cell::lstm ? 5 : 0; }
 
