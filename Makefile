@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
-EMULATOR_SOURCES := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
-CHECKED_SOURCES := $(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*.cpp)
+EMULATOR_SOURCES := $(wildcard tests/emulator/*)
+CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*))
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
@@ -47,8 +47,7 @@ demo: $(READY)
 # The CUDA kernels, compiled to run on the CPU with every access checked: tests/emulator.
 EMULATOR := build/emulator/emulator.so
 $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
-	SEQKERNELS_BUILD=emulator $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/emulator-objects
-	mv $(@D)/emulator.*.so $@
+	$(BIN)/python tests/emulator/build.py
 
 test: $(READY) $(EMULATOR)
 	$(BIN)/python -m pytest

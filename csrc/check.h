@@ -1,16 +1,20 @@
 // The arguments of the operators, checked: what the operators of every native backend do first.
 #pragma once
+#include <iterator>
+
 #include "layer.h"
 #include "tensors.h"
 
 namespace seqkernels {
 
 inline Cell cell_of(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "gru") return Cell::gru;
-  check(name == "lstm", "unknown cell '", name, "'; the cells are rnn_tanh, rnn_relu, gru and lstm");
-  return Cell::lstm;
+  std::string known;
+  const Cell last = *(std::end(kCells) - 1);
+  for (const Cell cell : kCells) {
+    if (name == name_of(cell)) return cell;
+    known += (cell == kCells[0] ? "" : cell == last ? " and " : ", ") + std::string(name_of(cell));
+  }
+  fail("unknown cell '", name, "'; the cells are ", known);
 }
 
 inline Scalar scalar_of(ScalarType type) {
@@ -96,7 +100,7 @@ class CheckedArguments {
           " directions");
     p.has_projection = each % 2;
     check(!p.has_projection || p.cell == Cell::lstm, "w_hr goes with an LSTM only");
-    check((p.cell == Cell::lstm) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
+    check((states_of(p.cell) == 2) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
     check(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size], got ", weights[0].dim(), " dimensions");
     const int64_t gates = gates_of(p.cell), rows = weights[0].size(0);
     rows_ = x.size(0);

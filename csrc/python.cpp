@@ -21,8 +21,7 @@ static PyObject* force_isa(PyObject*, PyObject* name) {
   const std::string wanted = PyBytes_AsString(bytes);
   Py_DECREF(bytes);
   if (!force_kernels(wanted.c_str()))
-    return PyErr_Format(PyExc_ValueError, "'%s' does not run here; built: %s", wanted.c_str(),
-                        built_kernels());
+    return PyErr_Format(PyExc_ValueError, "'%s' does not run here; built: %s", wanted.c_str(), built_kernels());
   Py_RETURN_NONE;
 }
 
@@ -131,8 +130,15 @@ static PyMethodDef methods[] = {
 };
 
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, "_C", "CPU kernels, and what fits on a GPU.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "_C",
+                               "CPU kernels, and what fits on a GPU.",
+                               -1,
+                               methods,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
   PyObject* created = PyModule_Create(&module);
   PyObject* paths = PyTuple_New(kPaths);
   for (int i = 0; i < kPaths; i++) PyTuple_SetItem(paths, i, PyUnicode_FromString(name_of(static_cast<Path>(i))));

@@ -49,8 +49,7 @@ Gpu describe(int device) {
 
 }  // namespace
 
-CallContext::CallContext(const Tensor& x)
-    : type_(x.scalar_type()), device_(x.device()), guard_(device_.index()) {
+CallContext::CallContext(const Tensor& x) : type_(x.scalar_type()), device_(x.device()), guard_(device_.index()) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_.index(), &stream_));
   // The guard has told the driver, by torch's copy of the CUDA runtime; ours asks the driver.
   int current = -1;
@@ -60,7 +59,7 @@ CallContext::CallContext(const Tensor& x)
 
 Gpu CallContext::gpu() const {
   static std::mutex mutex;
-  static std::vector<std::optional<Gpu>> known;
+  static std::vector<std::optional<Gpu> > known;
   const std::lock_guard<std::mutex> lock(mutex);
   const size_t i = device_.index();
   if (known.size() <= i) known.resize(i + 1);

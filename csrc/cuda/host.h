@@ -1,5 +1,5 @@
-// The parts of the operators (ops.cpp): how a layer is swept, step by step or in one launch, and what is multiplied over
-// all rows before and after it.
+// The parts of the operators (ops.cpp): how a layer is swept, step by step or in one launch, and what is multiplied
+// over all rows before and after it.
 #pragma once
 #include "context.h"
 #include "kernels.h"
@@ -26,8 +26,8 @@ void multiply_grad_weights(const CallContext&, const LayerBackward&, const Backw
 // change in place; c and its gradient in the accumulator type.
 
 void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, Tensor& h, Tensor& c);
-void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&,
-                       const SweepGradients&, Tensor& grad_h, Tensor& grad_c);
+void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const SweepGradients&,
+                       Tensor& grad_h, Tensor& grad_c);
 
 // ---- all steps in one launch: sweep_host.cpp
 

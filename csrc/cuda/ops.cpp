@@ -78,7 +78,8 @@ void run_forward(const CallContext& context, const Layer& p, const Plan& plan, b
   for (int d = 0; d < p.directions; d++) {
     const auto& w = p.weights[d];
     sweep.w_hh[d] = w.w_hh;
-    sweep.b_hn[d] = p.cell == Cell::gru && w.b_hh ? context.at(w.b_hh, 2 * p.hidden) : nullptr;
+    const int64_t folded = (gates_of(p.cell) - apart_of(p.cell)) * p.hidden;
+    sweep.b_hn[d] = apart_of(p.cell) && w.b_hh ? context.at(w.b_hh, folded) : nullptr;
   }
   sweep.h_0 = p.h_0, sweep.c_0 = p.c_0;
   sweep.y = pointer(results.y), sweep.saved = pointer(results.saved);
@@ -115,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
 // ---- backward
 
 struct BackwardResults {
+  bool wants_x, wants_weights;
   Tensor grad_x;
   Tensors grad_weights;
   Tensor grad_h_0, grad_c_0;
@@ -127,7 +129,11 @@ BackwardResults allocate_results(const CallContext& context, const LayerBackward
     const auto sizes = tensor.sizes();
     return context.allocate(wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0});
   };
-  BackwardResults results{like(x, wants_x), {}, context.allocate({D, B, p.projected}),
+  BackwardResults results{wants_x,
+                          wants_weights,
+                          like(x, wants_x),
+                          {},
+                          context.allocate({D, B, p.projected}),
                           context.allocate({D, B, states_of(p.cell) > 1 ? p.hidden : 0})};
   for (const Tensor& weight : weights) results.grad_weights.push_back(like(weight, wants_weights));
   return results;
@@ -184,8 +190,8 @@ void run_backward(const CallContext& context, const LayerBackward& p, const Plan
     stepwise_backward(context, p, steps, sweep, grads, results.grad_h_0, grad_c);
     if (grad_c.numel()) copy(results.grad_c_0, grad_c);
   }
-  if (results.grad_x.dim() == 2) multiply_grad_x(context, p, grads, results.grad_x);
-  if (results.grad_weights[0].dim() == 2) multiply_grad_weights(context, p, sweep, grads, results.grad_weights);
+  if (results.wants_x) multiply_grad_x(context, p, grads, results.grad_x);
+  if (results.wants_weights) multiply_grad_weights(context, p, sweep, grads, results.grad_weights);
 }
 
 std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Optional grad_y, Optional grad_h_n,

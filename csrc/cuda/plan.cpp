@@ -98,7 +98,8 @@ Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backw
   }
   found.reason = lay_out(found, layer, gpu, shape, backward);
   found.at_once = gpu.clusters[shape.cluster - 1];
-  if (found.reason.empty() && !found.at_once) found.reason = text("the GPU runs no cluster of ", shape.blocks, " blocks");
+  if (found.reason.empty() && !found.at_once)
+    found.reason = text("the GPU runs no cluster of ", shape.blocks, " blocks");
   if (found.reason.empty()) found.plan.tile = tile_of(layer, found.at_once);
   return found;
 }
@@ -118,8 +119,8 @@ Candidate persistent_grid(const LayerFacts& layer, const Gpu& gpu, int clusters_
   // As many for either direction; or if there is not even one for each, one direction after the other.
   found.at_once = groups < layer.directions ? groups : groups - groups % layer.directions;
   if (found.reason.empty() && !found.at_once)
-    found.reason = text("the GPU does not run ", shape.blocks, " blocks in clusters of ", shape.cluster,
-                        " at the same time");
+    found.reason =
+        text("the GPU does not run ", shape.blocks, " blocks in clusters of ", shape.cluster, " at the same time");
   if (found.reason.empty()) found.plan.tile = tile_of(layer, found.at_once);
   return found;
 }

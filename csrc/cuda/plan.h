@@ -10,10 +10,10 @@
 namespace seqkernels {
 
 struct Gpu {
-  int target;                  // 90 for compute capability 9.0
-  int shared_memory;           // bytes that a CTA may have
+  int target;         // 90 for compute capability 9.0
+  int shared_memory;  // bytes that a CTA may have
   int multiprocessors;
-  int clusters[kMaxCluster];   // of 1, 2, ... CTAs, each on a multiprocessor of its own: how many run at the same time
+  int clusters[kMaxCluster];  // of 1, 2, ... CTAs, each on a multiprocessor of its own: how many run at the same time
 };
 
 // What a plan of one layer goes by.
@@ -35,11 +35,11 @@ struct Plan {
 
 struct Candidate {
   Plan plan;
-  std::string reason;          // why it cannot run; empty if it can
-  int blocks = 0, cluster = 0;  // CTAs that share the hidden units, and CTAs of a cluster
-  int at_once = 0;             // tiles that run at the same time
+  std::string reason;                                 // why it cannot run; empty if it can
+  int blocks = 0, cluster = 0;                        // CTAs that share the hidden units, and CTAs of a cluster
+  int at_once = 0;                                    // tiles that run at the same time
   int64_t registers = 0, shared_weights = 0, l2 = 0;  // bytes of a CTA's weights there; from L2 they come in every step
-  int64_t shared_memory = 0;   // bytes of a CTA
+  int64_t shared_memory = 0;                          // bytes of a CTA
 };
 
 constexpr int kPaths = 4;

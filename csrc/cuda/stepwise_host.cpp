@@ -61,13 +61,13 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
   for (int64_t k = 0; k < p.steps; k++) {
     const int64_t running = steps.running(k);
     multiply_each(rows_of_gates(running), rows_of_h(running), w_hh_t);
-    check_launch(step_forward({sweep, k, running, gates_h.const_data_ptr(), unprojected.mutable_data_ptr(), pointer(c),
-                               p.has_projection},
-                              context.stream()));
+    check_launch(step_forward(
+        {sweep, k, running, gates_h.const_data_ptr(), unprojected.mutable_data_ptr(), pointer(c), p.has_projection},
+        context.stream()));
     if (!p.has_projection) continue;
     multiply_each(rows_of_projected(running), rows_of_unprojected(running), w_hr_t);
-    check_launch(step_project({sweep, k, running, projected.const_data_ptr(), h.mutable_data_ptr(), sweep.y},
-                              context.stream()));
+    check_launch(
+        step_project({sweep, k, running, projected.const_data_ptr(), h.mutable_data_ptr(), sweep.y}, context.stream()));
   }
 }
 

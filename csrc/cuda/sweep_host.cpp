@@ -43,7 +43,8 @@ struct GridWorkspace {
   }
 
  private:
-  Tensor allocate_exchange(const CallContext& context, const SweepArgs& sweep, const LaunchShape& shape, bool backward) {
+  Tensor allocate_exchange(const CallContext& context, const SweepArgs& sweep, const LaunchShape& shape,
+                           bool backward) {
     check_launch(persistent_grid_groups(sweep, shape, backward, groups));
     return context.allocate({groups.bytes}, ScalarType::Byte);
   }

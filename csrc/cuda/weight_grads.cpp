@@ -11,9 +11,10 @@ struct ColumnBlock {
 };
 
 std::vector<ColumnBlock> blocks_of_x(const Layer& p) {
-  const int64_t H = p.hidden;
-  if (p.cell == Cell::gru) return {{0, 0, 2 * H}, {3 * H, 2 * H, H}};
-  return {{0, 0, gates_of(p.cell) * H}};
+  // The gradients of gates whose products stay apart follow those of all gates of h.
+  const int64_t all = gates_of(p.cell) * p.hidden, apart = apart_of(p.cell) * p.hidden;
+  if (!apart) return {{0, 0, all}};
+  return {{0, 0, all - apart}, {all, all - apart, apart}};
 }
 
 // The gradients of one direction, of what a sweep has.
@@ -22,7 +23,7 @@ class Direction {
   Direction(const CallContext& context, const Layer& p, const SweepGradients& grads, int d)
       : context_(context), N_(grads.gates.size(1)), FH_(grads.gates.size(2)), R_(p.rows) {
     gates_ = context.at(grads.gates.const_data_ptr(), d * N_ * FH_);
-    projected_ = context.at(grads.projected.const_data_ptr(), d * N_ * p.projected);
+    if (p.has_projection) projected_ = context.at(grads.projected.const_data_ptr(), d * N_ * p.projected);
   }
 
   Tensor gates() const { return context_.view(gates_, {N_, FH_}); }
@@ -38,7 +39,7 @@ class Direction {
  private:
   const CallContext& context_;
   int64_t N_, FH_, R_;
-  const void *gates_, *projected_;
+  const void *gates_, *projected_ = nullptr;
 };
 
 void multiply_grad_w_ih(const CallContext& context, const Layer& p, const Direction& grads, Tensor& grad_w_ih) {
@@ -75,7 +76,7 @@ Tensor project_input(const CallContext& context, const Layer& p, int64_t rows) {
       continue;
     }
     Tensor bias = context.allocate({GH});
-    const int64_t folded = p.cell == Cell::gru ? 2 * p.hidden : GH;
+    const int64_t folded = GH - apart_of(p.cell) * p.hidden;
     check_launch(fold_biases({w.b_ih, w.b_hh, bias.mutable_data_ptr(), GH, folded}, p.scalar, context.stream()));
     multiply_with_bias(result, bias, inputs, w_ih);
   }
