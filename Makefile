@@ -19,7 +19,7 @@ help:
 	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench and"
 	@echo "               gpu-bench-large (beside cuDNN), gpu-profile"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
-	@echo "make lint      check style and import directions"
+	@echo "make lint      check style, import directions and types"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
@@ -33,6 +33,10 @@ $(TORCH_READY):
 	  $(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q $(or $(TORCH),torch); \
 	fi
 	touch $@
+
+# What a build needs.
+environment: $(TORCH_READY)
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
@@ -105,6 +109,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CHECKED_SOURCES)
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
@@ -131,4 +136,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
+.PHONY: help environment demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
