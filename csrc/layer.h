@@ -8,17 +8,6 @@ namespace seqkernels {
 
 enum class Scalar { float32, float64, bfloat16, float16 };
 
-constexpr Scalar kScalars[] = {Scalar::float32, Scalar::float64, Scalar::bfloat16, Scalar::float16};
-
-constexpr const char* name_of(Scalar scalar) {
-  switch (scalar) {
-    case Scalar::float32: return "float32";
-    case Scalar::float64: return "float64";
-    case Scalar::bfloat16: return "bfloat16";
-    default: return "float16";
-  }
-}
-
 // The weights of one direction, or their gradients. Null where there is none.
 template <class Pointer>
 struct WeightsOf {

@@ -17,7 +17,7 @@ CallContext::CallContext(const Tensor& x) : type_(x.scalar_type()), device_(x.de
 // One of compute capability 9.0, as far as tests do not say otherwise.
 Gpu CallContext::gpu() const {
   Gpu gpu{90, emulator::shared_memory, emulator::multiprocessors, {}};
-  for (int blocks = 1; blocks <= Gpu::max_cluster; blocks++)
+  for (int blocks = 1; blocks <= kMaxCluster; blocks++)
     check_launch(clusters_at_once(blocks, gpu.clusters[blocks - 1]));
   return gpu;
 }
@@ -42,7 +42,7 @@ Gpu describe(int device) {
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMultiProcessorCount, device),
           {}};
-  for (int blocks = 1; blocks <= Gpu::max_cluster; blocks++)
+  for (int blocks = 1; blocks <= kMaxCluster; blocks++)
     if (clusters_at_once(blocks, gpu.clusters[blocks - 1])) gpu.clusters[blocks - 1] = 0;
   return gpu;
 }

@@ -9,6 +9,17 @@
 
 namespace seqkernels {
 
+constexpr Scalar kScalars[] = {Scalar::float32, Scalar::float64, Scalar::bfloat16, Scalar::float16};
+
+constexpr const char* name_of(Scalar scalar) {
+  switch (scalar) {
+    case Scalar::float32: return "float32";
+    case Scalar::float64: return "float64";
+    case Scalar::bfloat16: return "bfloat16";
+    default: return "float16";
+  }
+}
+
 struct Gpu {
   int target;         // 90 for compute capability 9.0
   int shared_memory;  // bytes that a CTA may have
