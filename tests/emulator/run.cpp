@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "device.cuh"
+#include "device.h"
 
 namespace seqkernels::emulator {
 
