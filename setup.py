@@ -122,7 +122,7 @@ def examine(path: str | None) -> Nvcc:
             "NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
         )
 
-    def ask(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         try:
             done = subprocess.run([path, *arguments], capture_output=True, text=True)
         except OSError as error:
@@ -130,15 +130,15 @@ def examine(path: str | None) -> Nvcc:
         return done.stdout + done.stderr
 
     another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
-    said = ask("--version").strip()
+    said = run("--version").strip()
     found = re.search(r"release (\d+)\.(\d+)", said)
     if not found:
         sys.exit(f"{path} does not say its version, but {said or 'nothing'}; {another}")
     version = int(found[1]), int(found[2])
     if version < OLDEST_NVCC:
         sys.exit(f"seqkernels needs nvcc {dotted(OLDEST_NVCC)} or newer, and {path} is {dotted(version)}; {another}")
-    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))})
-    steps = ask("--dryrun", "-x", "cu", "/dev/null")
+    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", run("--list-gpu-arch"))})
+    steps = run("--dryrun", "-x", "cu", "/dev/null")
     includes, libraries = (re.search(rf"{what}=(.*)", steps) for what in (" INCLUDES", " LIBRARIES"))
     return Nvcc(
         path,

@@ -38,7 +38,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, 
                                                               std::vector<int64_t> /*launch*/) {
   LayerForward p{};
   CheckedArguments arguments(p, {cell, x, weights, h_0, c_0, batch_sizes});
-  check(p.cell != Cell::ligru, "there is no CPU kernel for this cell");
   p.bfloat16_products = bfloat16_products();
   const int64_t D = p.directions, K = save ? saved_blocks_of(p.cell) : 0;
   Tensor y = allocate(x.scalar_type(), Shape{x.size(0), D * p.projected});
@@ -80,7 +79,6 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
                                                                 bool wants_weights, std::vector<int64_t> /*launch*/) {
   LayerBackward p{};
   CheckedArguments arguments(p, {cell, x, weights, h_0, c_0, batch_sizes});
-  check(p.cell != Cell::ligru, "there is no CPU kernel for this cell");
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
   p.bfloat16_products = bfloat16_products();
   const int64_t D = p.directions, B = p.sequences;
