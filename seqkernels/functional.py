@@ -140,9 +140,7 @@ def recurrent(
     """What the functions above have in common; `cell` is the name of one of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
-    inputs = prepare(
-        cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen
-    )
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
     plan = plan_of(inputs.call, inputs.rows.data.device, backend)
     y, h_n, c_n = _run(plan, inputs, weights, dropout if training else 0.0)
     h_n = _restore(h_n, inputs)
@@ -174,9 +172,7 @@ def prepare(
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
     packed = isinstance(input, PackedSequence)
     unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
-    checks.check_input(
-        input.data if packed else input, weights[0], 2 if packed or cu_seqlens is not None else 3
-    )
+    checks.check_input(input.data if packed else input, weights[0], 2 if packed or cu_seqlens is not None else 3)
     hx = _unsqueeze(hx) if unbatched else hx
     transformed = ops.transformed()
     if packed:
@@ -260,9 +256,7 @@ def plan_of(call: Call, device: torch.device, backend: str | None) -> select.Pla
     return plan
 
 
-def _run(
-    plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
     layers, directions = call.layers, call.directions

@@ -157,7 +157,9 @@ def describe() -> list[tuple[str, str]]:
         native = importlib.import_module("seqkernels._C")
         rows.append(("CPU kernels", f"{native.isa()} in use; {native.build_info()}"))
     else:
-        rows.append(("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again"))
+        rows.append(
+            ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again")
+        )
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
     rows.append(("CUDA kernels", _cuda_kernels()))

@@ -120,15 +120,15 @@ def _registered_backward_of(backend: str):
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
             ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
-        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, None
+        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *_grad_of_launch(ctx.launch)
 
     return formula
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights, _ = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights, launch = inputs
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.wants = cell, (wants_x, wants_weights)
+    ctx.cell, ctx.wants, ctx.launch = cell, (wants_x, wants_weights), launch
     ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
 
 
@@ -163,7 +163,13 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found, None) if need else None for need in needed)
-    return None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None, None
+    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
+    return *grads, *_grad_of_launch(ctx.launch)
+
+
+def _grad_of_launch(launch: Sequence[int]) -> tuple[None, ...]:
+    """torch.library leaves a last argument out that has its default, and then wants no gradient of it."""
+    return (None,) if launch else ()
 
 
 def _register(backend: str) -> None:
@@ -180,13 +186,14 @@ def _register(backend: str) -> None:
             _library.impl(f"{name}.{backend}", cast_for_autocast(operator, device_type), key)
 
 
+_backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
+for _backend in _backends:
+    _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
+    _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
+# csrc/cpu/ops.cpp implements "cpu".
 for _name, _module in (("torch_eager", torch_eager), ("triton", triton), ("cuda", cuda)):
-    _library.define(f"recurrence_forward.{_name}{FORWARD_SCHEMA}")
-    _library.define(f"recurrence_backward.{_name}{BACKWARD_SCHEMA}")
     _library.impl(f"recurrence_forward.{_name}", _module.forward, "CompositeExplicitAutograd")
     _library.impl(f"recurrence_backward.{_name}", _module.backward, "CompositeExplicitAutograd")
-# csrc/cpu/ops.cpp defines and implements "cpu".
-_backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
 for _backend in _backends:
     _register(_backend)
 

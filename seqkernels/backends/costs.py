@@ -33,9 +33,7 @@ def multiply_adds(call: Call, gpu: GPU) -> int:
     """Multiply-adds a multiprocessor and clock."""
     target = gpu.target.removeprefix("sm_")
     nearest = {"87": "86", "103": "100"}.get(target, target)
-    half, tf32, single, double = _MULTIPLY_ADDS[
-        "amd" if gpu.amd else nearest if nearest in _MULTIPLY_ADDS else "89"
-    ]
+    half, tf32, single, double = _MULTIPLY_ADDS["amd" if gpu.amd else nearest if nearest in _MULTIPLY_ADDS else "89"]
     if call.dtype.itemsize == 2:
         return half
     return double if call.dtype == torch.float64 else tf32 if call.tf32 and tf32 else single

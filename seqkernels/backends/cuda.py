@@ -143,7 +143,7 @@ def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, launch: Sequ
         known = h_0.dim() == 3 and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
         hidden_size = weights[0].shape[0] // CELLS[cell].gates if known else 0
         if not hidden_size or not h_0.shape[0]:
-            return False, *Path()  # the operator says what is wrong
+            return False, 0, 0, 0  # the operator says what is wrong
         call = Call(
             cell=cell,
             device_type=x.device.type,
@@ -155,8 +155,7 @@ def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, launch: Sequ
             sequences=h_0.shape[1],
         )
         launch = plan_launch(call, Machine(gpu=gpu))
-    number, tile, units = launch[4:7] if backward else launch[1:4]
-    return bool(launch[0]), PATHS[number], tile, gpu.shared_memory if number else 0, units
+    return bool(launch[0]), *(launch[4:7] if backward else launch[1:4])
 
 
 class Residency(NamedTuple):
@@ -336,7 +335,6 @@ class Path(NamedTuple):
 
     name: str = "stepwise"  # or single CTA, cluster, persistent grid
     tile: int = 0  # sequences that a block, a cluster or a group of clusters takes at once
-    memory: int = 0  # bytes of shared memory that a block may have
     units: int = 0  # hidden units of a cluster's blocks; of the persistent grid's clusters
 
     def __str__(self) -> str:
@@ -366,18 +364,18 @@ def path(
         _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
         tile = sequences_of_tile(directions, sequences, gpu.multiprocessors)
         cost = cost_of_single_cta(layer, gpu, shared, l2, tile)
-        paths.append((Path("single CTA", tile, gpu.shared_memory), cost))
+        paths.append((Path("single CTA", tile), cost))
     for found in clusters(*facts)[0]:
         tile = sequences_of_tile(directions, sequences, found.at_once)
         cost = cost_of_cluster(layer, gpu, found.blocks, found.weights, tile, found.at_once, backward)
-        paths.append((Path("cluster", tile, gpu.shared_memory, found.units), cost))
+        paths.append((Path("cluster", tile, found.units), cost))
     for found in persistent_grid(*facts)[0]:
         # As many for either direction; or if not even one for each, one direction after the other.
         at_once = found.at_once - found.at_once % directions or found.at_once
         tile = sequences_of_tile(directions, sequences, at_once)
         cluster = found.units // UNITS
         cost = cost_of_persistent_grid(layer, gpu, found.blocks, cluster, found.weights, tile, at_once, backward)
-        paths.append((Path("persistent grid", tile, gpu.shared_memory, found.units), cost))
+        paths.append((Path("persistent grid", tile, found.units), cost))
     return min(paths, key=lambda one: one[1])
 
 

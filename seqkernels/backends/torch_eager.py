@@ -65,7 +65,9 @@ def forward(
             # Sequences that have ended, or (backwards in time) not yet begun, keep their state.
             h, c = torch.cat([h_t, h[size:]]), torch.cat([c_t, c[size:]])
         ys.append(_in_rows(y[::-1] if d else y, rows, h_0.shape[2], h_0))
-        saveds.append(_in_rows(saved[::-1] if d else saved, rows, CELLS[cell].saved_blocks * _hidden_size(cell, w), h_0))
+        saveds.append(
+            _in_rows(saved[::-1] if d else saved, rows, CELLS[cell].saved_blocks * _hidden_size(cell, w), h_0)
+        )
         h_n.append(h)
         c_n.append(c)
     saved = torch.stack(saveds, 1) if save else h_0.new_zeros(rows, directions, 0)
@@ -241,4 +243,3 @@ def _in_rows(steps: list[Tensor], rows: int, columns: int, like: Tensor) -> Tens
 
 def _hidden_size(cell: str, w: Weights) -> int:
     return w.w_hh.shape[0] // CELLS[cell].gates
-

@@ -15,6 +15,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
