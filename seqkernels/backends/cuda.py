@@ -1,10 +1,10 @@
 """The operator pair by CUDA kernels (csrc/cuda): NVIDIA GPUs, in every dtype.
 
-Four paths, chosen by `path`: *single CTA*, one launch in which a block of threads takes up to 8 sequences
-through all steps with the recurrent weights in its registers and shared memory; *cluster*, the same by up to 16 blocks
-that share the hidden units and push new states to each other; *persistent grid*, the same by as many blocks as run at the
-same time, which exchange through the L2 cache; and *stepwise*, for each step a cuBLAS product and a kernel. Nothing
-waits for the GPU, so all of them can be captured in a CUDA graph.
+Four paths: *single CTA*, one launch in which a block of threads takes up to 8 sequences through all steps with the
+recurrent weights in its registers and shared memory; *cluster*, the same by up to 16 blocks that share the hidden units
+and push new states to each other; *persistent grid*, the same by as many blocks as run at the same time, which exchange
+through the L2 cache; and *stepwise*, for each step a cuBLAS product and a kernel. Nothing waits for the GPU, so all of
+them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
 cuBLAS multiplies torch.backends.cuda.matmul.
@@ -292,8 +292,8 @@ def _memory_of_slice(
 ) -> tuple[int, int]:
     """Bytes of shared memory of a block, one of `blocks` with `units` hidden units each: of the weights that its
     registers do not hold, and all, with two mbarriers, two buffers of what the product multiplies, and what threads or
-    blocks exchange. csrc/cuda/slice.h says the same; on the persistent grid, by clusters of so many blocks, persistent_grid.h, and
-    where all blocks are one cluster (0) cluster.h."""
+    blocks exchange. csrc/cuda/slice.h says the same; on the persistent grid, by clusters of so many blocks,
+    persistent_grid.h, and where all blocks are one cluster (0) cluster.h."""
     chunk = 64 // dtype.itemsize
     if backward:
         # Units whose gates' gradients a block multiplies at once, how many times, and for how many states.

@@ -15,8 +15,7 @@ import torch
 from gpus import GPUS
 
 import seqkernels
-from seqkernels.backends import cuda
-from seqkernels.backends.cells import CELLS
+from seqkernels.backends import cells, cuda
 
 LIBRARY = Path(seqkernels.__file__).with_name("_cuda.so")
 NVIDIA = [gpu for gpu in GPUS.values() if not gpu.amd]
@@ -110,7 +109,7 @@ class SingleCta(NamedTuple):
     @property
     def fragments(self) -> int:
         """32 bytes of the weights each, in a thread's registers."""
-        return CELLS[self.cell].gates * min(self.held, self.width * self.dtype.itemsize // 64 * self.blocks)
+        return cells.CELLS[self.cell].gates * min(self.held, self.width * self.dtype.itemsize // 64 * self.blocks)
 
     def serves(self, hidden_size: int) -> bool:
         return hidden_size <= self.width and self.even == (hidden_size % 2 == 0)
@@ -219,7 +218,7 @@ def test_no_kernel_adds_in_an_order_of_chance(target):
 def test_weights_lie_where_select_says(target):
     for configuration, kernel in single_ctas(target).items():
         cell, dtype, tf32, backward, width, even, *_ = configuration
-        gates, hidden = CELLS[cell].gates, width - (0 if even else 1)
+        gates, hidden = cells.CELLS[cell].gates, width - (0 if even else 1)
         assert kernel.registers >= configuration.fragments * 8, kernel
         assert kernel.registers * configuration.threads <= 65536, kernel
         for gpu in NVIDIA:

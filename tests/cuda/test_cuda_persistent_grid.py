@@ -8,8 +8,8 @@ import torch
 from cuda_paths import SHARED, assert_caught, by_path
 from operators import CELLS, Call, assert_rounding_alone_of, both_passes
 
-from seqkernels.hardware import THIS_MACHINE
 from seqkernels.backends.cuda import Path
+from seqkernels.hardware import THIS_MACHINE
 
 pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator here: `make test` builds build/emulator")
 

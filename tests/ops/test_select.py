@@ -10,8 +10,8 @@ from gpus import GPUS, MIG
 
 import seqkernels as sk
 from seqkernels.backends import cuda
-from seqkernels.hardware import Machine
 from seqkernels.backends.call import Call, class_of_steps
+from seqkernels.hardware import Machine
 from seqkernels.select import BACKENDS, plan
 
 THIS_MACHINE = Machine()
