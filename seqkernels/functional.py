@@ -1,4 +1,4 @@
-"""RNN, GRU and LSTM as functions: layers, directions and dropout around the operator pair.
+"""RNN, GRU, LSTM and LiGRU as functions: layers, directions and dropout around the operator pair.
 
 Results, argument checks and their messages are those of torch.nn's modules
 (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html and its siblings).
@@ -115,6 +115,30 @@ def lstm(
     """
     return recurrent(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
+
+
+def ligru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
+    return recurrent(
+        "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, backend=backend,
     )  # fmt: skip

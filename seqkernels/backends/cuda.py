@@ -33,6 +33,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return f"the tensors are on {call.device_type}"
     if machine.cuda_missing:
         return machine.cuda_missing
+    if call.cell == "ligru":
+        return "no CUDA kernel for ligru"
     if call.dtype not in NATIVE_DTYPES:
         return f"no CUDA kernel for {call.dtype}"
     if call.transformed:

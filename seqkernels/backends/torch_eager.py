@@ -178,6 +178,10 @@ def _step(cell, gates_x, gates_h, w_hr, h, c):
         c = f * c + i * g
         h = o * torch.tanh(c)
         return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o, c], 1)
+    if cell == "ligru":
+        a, z = (gates_x + gates_h).chunk(2, 1)
+        a, z = torch.relu(a), torch.sigmoid(z)
+        return a + z * (h - a), c, torch.cat([a, z], 1)
     h = gates_x + gates_h
     return torch.tanh(h) if cell == "rnn_tanh" else torch.relu(h), c, h[:, :0]
 
@@ -206,6 +210,11 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
             1,
         )
         return grad_gates, grad_gates, 0, grad_c * f
+    if cell == "ligru":
+        a, z = saved.chunk(2, 1)
+        grad_a = torch.where(a <= 0, 0, grad_h * (1 - z))
+        grad_gates = torch.cat([grad_a, grad_h * (h_prev - a) * z * (1 - z)], 1)
+        return grad_gates, grad_gates, grad_h * z, grad_c
     grad_gates = grad_h * (1 - h * h) if cell == "rnn_tanh" else torch.where(h <= 0, 0, grad_h)
     return grad_gates, grad_gates, 0, grad_c
 
