@@ -368,7 +368,17 @@ def resident_backward(
             total += product(w_2, tl.where(running, g_2, 0.0), PRECISION)
         if GATES > 3:
             total += product(w_3, tl.where(running, g_3, 0.0), PRECISION)
-        store_blocks(grad_gates + (direction * N + at) * GRADS * H, lane * GRADS * H + unit, running, H, g_0, g_1, g_2, g_3, GRADS)
+        store_blocks(
+            grad_gates + (direction * N + at) * GRADS * H,
+            lane * GRADS * H + unit,
+            running,
+            H,
+            g_0,
+            g_1,
+            g_2,
+            g_3,
+            GRADS,
+        )
         grad_h_t, grad_c_t = tl.where(running, total, grad_h_t), tl.where(running, grad_c_before, grad_c_t)
         at, running, grad, now, before = next_at, next_running, next_grad, next_now, next_before
         s_0, s_1, s_2, s_3 = next_0, next_1, next_2, next_3
@@ -473,7 +483,9 @@ def step_backward(
         grad_c_t = tl.load(grad_c + state, running, 0.0)
     s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
     g_0, g_1, g_2, g_3, total, grad_c_t = cell_backward(total, grad_c_t, s_0, s_1, s_2, s_3, now, before, CELL)
-    store_blocks(grad_gates + (direction * N + at) * GRADS * H, lane * GRADS * H + unit, running, H, g_0, g_1, g_2, g_3, GRADS)
+    store_blocks(
+        grad_gates + (direction * N + at) * GRADS * H, lane * GRADS * H + unit, running, H, g_0, g_1, g_2, g_3, GRADS
+    )
     g_0, g_1 = tl.where(running, g_0, 0.0), tl.where(running, g_1, 0.0)
     g_2, g_3 = tl.where(running, g_2, 0.0), tl.where(running, g_3, 0.0)
     store_blocks(grad_step + of_state * GATES * H, lane * GATES * H + unit, here, H, g_0, g_1, g_2, g_3, GATES)
