@@ -155,6 +155,7 @@ def dotted(version: tuple[int, int]) -> str:
 
 # The lowest compute capability that a file's kernels can be compiled for.
 CUDA_SOURCES = {"stepwise": 70, "single_cta": 80, "cluster": 90, "persistent_grid": 90}
+CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
 def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
@@ -220,9 +221,11 @@ def header_flags() -> str:
 
 def cpu_library(includes: str) -> Library:
     objects = [
-        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
+        Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
         objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
@@ -237,7 +240,8 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         codes = (f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in targets_from(lowest, targets))
         objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
-    objects.append(Object("csrc/cuda/ops.cpp", "cuda_ops.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
+    for name in CUDA_HOST_SOURCES:
+        objects.append(Object(f"csrc/cuda/{name}.cpp", f"cuda_{name}_host.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
     return Library(
@@ -310,13 +314,20 @@ def headers() -> list[str]:
 
 NATIVE = Extension(
     "seqkernels._C",
-    sources=["csrc/cpu/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
+    sources=[
+        "csrc/python.cpp",
+        "csrc/cuda/plan.cpp",
+        *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "schedule", "kernels")),
+    ],
     depends=headers(),
     py_limited_api=True,
 )
 CUDA = Extension(
     "seqkernels._cuda",
-    sources=["csrc/cuda/ops.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
+    sources=[
+        *(f"csrc/cuda/{name}.cpp" for name in CUDA_HOST_SOURCES),
+        *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES),
+    ],
     depends=headers(),
 )
 NVCC = find_nvcc(os.environ)

@@ -19,10 +19,14 @@ def library() -> "setup.Library":
     flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
     headers = setup.header_flags()
     kernels = [setup.Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in setup.CUDA_SOURCES]
+    host = [
+        setup.Object(f"csrc/cuda/{name}.cpp", f"{name}_host.o", f"{flags} {headers} {setup.STABLE}")
+        for name in setup.CUDA_HOST_SOURCES
+    ]
     return setup.Library(
         [
             *kernels,
-            setup.Object("csrc/cuda/ops.cpp", "ops.o", f"{flags} {headers} {setup.STABLE}"),
+            *host,
             setup.Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
             setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),
             setup.Object(
