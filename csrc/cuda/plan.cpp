@@ -48,6 +48,10 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   if (!found.reason.empty()) return found;
   const Variant variant = variant_of(layer, gpu, backward);
   const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(variant.math, layer.hidden));
+  if (!layout.resident) {
+    found.reason = text("no single CTA kernel for the cell ", name_of(layer.cell));
+    return found;
+  }
   if (!layout.fits(gpu.shared_memory)) {
     found.reason = text("a block needs ", layout.buffers, " bytes of shared memory, and may have ", gpu.shared_memory);
     return found;
@@ -55,6 +59,8 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   const int shared = layout.shared_groups(gpu.shared_memory);
   found.plan.tile = tile_of(layer, gpu.multiprocessors);
   found.blocks = found.cluster = 1;
+  found.width = layout.width;
+  found.threads = layout.threads;
   found.at_once = gpu.multiprocessors;
   found.registers = int64_t{layout.resident} * layout.group_bytes;
   found.shared_weights = int64_t{shared} * layout.group_bytes;
@@ -77,9 +83,12 @@ std::string lay_out(Candidate& found, const LayerFacts& layer, const Gpu& gpu, c
   const SliceLayout layout = slice_layout(variant_of(layer, gpu, backward), shape, layer.hidden);
   found.blocks = shape.blocks;
   found.cluster = shape.cluster;
+  found.width = shape.units;
+  found.threads = layout.threads;
   found.registers = int64_t{std::min(layout.fragments, layout.resident)} * layout.threads * kFragmentBytes;
   found.shared_weights = layout.shared_weights();
   found.shared_memory = layout.bytes;
+  if (!layout.resident) return text("no kernel for several blocks and the cell ", name_of(layer.cell));
   if (layout.bytes <= gpu.shared_memory) return "";
   return text("the weights do not fit: a block needs ", layout.bytes, " bytes of shared memory, and may have ",
               gpu.shared_memory);
