@@ -217,15 +217,15 @@ def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, emulator):
 
 
 def test_dtypes_and_sizes_without_a_kernel_say_so():
-    wide = (129, torch.float32), (257, torch.bfloat16)
-    for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in wide)):
+    too_large = (129, torch.float32), (257, torch.bfloat16)
+    for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in too_large)):
         with pytest.raises(RuntimeError, match="no single CTA kernel"):
             both_passes(replace(call), *by_path(SINGLE_CTA))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_block_takes_no_more_shared_memory_than_there_is(cell, shared_memory, emulator):
-    """And a single CTA all that its weights can be in; without room for two buffers of factors it is refused."""
+    """And a single CTA all that its weights can be in; without space for two buffers of factors it is refused."""
     call = Call(cell, 1, 1, 1, 128, dtype=torch.float32)
     before = emulator.counts()["shared_bytes"]
     shared_memory(64 << 10)

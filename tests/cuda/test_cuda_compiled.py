@@ -151,7 +151,7 @@ def configured(target: str) -> dict[Config, Kernel]:
 
 @functools.cache
 def planned(path: str, gpus: tuple[GPU, ...], largest: int) -> dict[Config, list[dict[str, Any]]]:
-    """What a plan of any layer of up to so many hidden units on these GPUs needs: the kernel, and all candidates by it."""
+    """The kernels that plans of all layers of up to so many hidden units need on these GPUs, with the candidates."""
     kernels: dict[Config, list[dict[str, Any]]] = {}
     layers = itertools.product(CELLS, MATH_POLICIES.values(), (False, True), range(1, largest + 1), gpus)
     for cell, (dtype, tf32), backward, hidden, gpu in layers:

@@ -117,7 +117,7 @@ def test_what_has_no_kernel_says_why(multiprocessors, shared_memory):
     multiprocessors(60)
     shared_memory(99 << 10)
     for call, launch, reason in (
-        (Call("rnn_tanh", hidden=1000, dtype=torch.float32), persistent_grid(4), "does not run 64 blocks in clusters of 4"),
+        (Call("rnn_tanh", hidden=1000, dtype=torch.float32), persistent_grid(4), "64 blocks in clusters of 4"),
         (Call("gru", dtype=torch.float64), persistent_grid(4), "float64"),
         (Call("gru", dtype=torch.float32), persistent_grid(3), "no kernel for a persistent grid with 48 units"),
         (Call("gru", dtype=torch.float32), persistent_grid(4, tile=9), "takes 1 to 8 sequences"),

@@ -1,5 +1,5 @@
-"""What csrc/cuda/plan.cpp finds to fit on a GPU, the path that is chosen of it, and that a launch is what its plan says.
-On any machine: no GPU and no emulator is asked."""
+"""What csrc/cuda/plan.cpp finds to fit on a GPU, the path that is chosen of it, and that a launch is what was planned.
+On any machine: no GPU and no emulator takes part."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The CUDA operators by a path of the caller's choice, with planted faults in the emulator; and what can run on GPUs that
+"""The CUDA operators by a path of the caller's choice, with planted faults in the emulator; what can run on GPUs that
 are not here."""
 
 from typing import Any
