@@ -153,10 +153,16 @@ std::vector<Candidate> candidates(const LayerFacts& layer, const Gpu& gpu, bool 
 }
 
 std::string reason_against(const Plan& plan, const LayerFacts& layer, const Gpu& gpu, bool backward) {
-  if (plan.path != Path::stepwise && (plan.tile < 1 || plan.tile > kMaxTile))
+  if (plan.path == Path::stepwise) return "";
+  if (plan.tile < 1 || plan.tile > kMaxTile)
     return text("a block takes 1 to ", kMaxTile, " sequences, got ", plan.tile);
-  for (const Candidate& candidate : candidates(layer, gpu, backward))
-    if (candidate.plan.path == plan.path && candidate.plan.units == plan.units) return candidate.reason;
+  // No more than the one candidate: this is asked in every call.
+  if (plan.path == Path::single_cta && plan.units == 0) return single_cta(layer, gpu, backward).reason;
+  for (const int units : kClusterUnits)
+    if (plan.path == Path::cluster && plan.units == units) return cluster(layer, gpu, units, backward).reason;
+  for (const int clusters_of : kGridClusters)
+    if (plan.path == Path::persistent_grid && plan.units == clusters_of * kGridUnits)
+      return persistent_grid(layer, gpu, clusters_of, backward).reason;
   return text("no kernel for a ", name_of(plan.path), " with ", plan.units, " units");
 }
 
