@@ -7,7 +7,6 @@ so parametrizations, weight tying, functional_call, deepcopy, pickle and plain a
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 

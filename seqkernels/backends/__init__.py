@@ -1,7 +1,7 @@
 """The backends, one module or folder each, which owns all that is said of it.
 
-`select` asks a backend by the functions of `Backend`; ``seqkernels.ops`` registers the `forward` and `backward` of those
-that are an operator pair. What they share: `cells`, `call`, `arguments`, `precision` and `costs`.
+`select` asks a backend by the functions of `Backend`; ``seqkernels.ops`` registers the `forward` and `backward` of
+those that are an operator pair. What they share: `cells`, `call`, `arguments`, `precision` and `costs`.
 """
 
 from typing import Protocol
@@ -22,7 +22,7 @@ class Backend(Protocol):
         """Why, though it can, it is for those alone who name it; None if it is not."""
 
     def estimate(self, call: Call, machine: Machine) -> float | None:
-        """Microseconds of a step through all layers, forward and, in training, backward; None where nothing is known."""
+        """Microseconds of a step through all layers, forward and, in training, backward; None: nothing is known."""
 
     def plan_launch(self, call: Call, machine: Machine) -> tuple[int, ...]:
         """What its operators are told of the launch; () where there is nothing to tell, or no size is known."""

@@ -1,7 +1,7 @@
 """What GPUs can do, as far as the backends' estimates share it: rates from data sheets and from what others measured.
 
-Nothing here was measured with our own kernels. The constants are what a session with a GPU sets right:
-tests/ops/test_select.py checks the choices that follow against the rows in benchmarks/results that were measured on one.
+Nothing here was measured with our own kernels. The constants are what measurements on a GPU set right:
+tests/ops/test_select.py checks the choices that follow against the rows in benchmarks/results that came from one.
 """
 
 import torch

@@ -15,8 +15,11 @@ def to_acc(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def computed_dtype(x: Tensor) -> torch.dtype:
     """The dtype of x, or the one that autocast will give it."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
+        return x.dtype
+    device_type = x.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocast else x.dtype
 
 
 def cast_for_autocast(function: Callable, device_type: str) -> Callable:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from gpus import GPUS
 
-from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 from seqkernels.backends.triton.tiles import SCRATCH
+from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 TARGETS = ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X")

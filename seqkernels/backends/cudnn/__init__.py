@@ -1,7 +1,8 @@
 """torch's own kernels for NVIDIA GPUs, those of cuDNN: all layers in one call, where they are the faster ones.
 
 What cuDNN's backward needs of its forward is in a form that cuDNN alone knows, so this backend has no operators of the
-pair's contract: `autograd` runs it by an autograd function of its own, `host` makes the calls. When it runs stands here.
+pair's contract: `autograd` runs it by an autograd function of its own, `host` makes the calls.
+Here stands when it runs.
 """
 
 import torch

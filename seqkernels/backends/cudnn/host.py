@@ -1,9 +1,9 @@
 """The calls of cuDNN by torch's operators.
 
-They are those of torch's gru and lstm (aten/src/ATen/native/cudnn/RNN.cpp of PyTorch), but for three things. cuDNN reads
-the weights from one buffer, which is made here in every call unless they lie in one already: the user's parameters are
-never moved. Its training mode is a matter of whether gradients are wanted, so that they can be had in eval mode as well.
-And sequences that never run, which cuDNN does not know, are left out.
+They are those of torch's gru and lstm (aten/src/ATen/native/cudnn/RNN.cpp of PyTorch), but for three things. cuDNN
+reads the weights from one buffer, which is made here in every call unless they lie in one already: the user's
+parameters are never moved. Its training mode is a matter of whether gradients are wanted, so that they can be had in
+eval mode as well. And sequences that never run, which cuDNN does not know, are left out.
 
 Whether two runs give the same bits is up to cuDNN and cuBLAS: see the note on determinism at torch.nn.LSTM.
 """

@@ -15,8 +15,6 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 

@@ -25,8 +25,8 @@ class Launch(NamedTuple):
 # The widest layer whose weights a program can keep in registers and shared memory without spilling, as the compiler's
 # code for a family of GPUs has it: for H a multiple of 16, and for any other, which takes more registers to address.
 # Each with 16-bit factors; with float32 factors in tensor cores (TF32; AMD's take float32 as it is); in exact float32
-# without them. tests/triton/test_triton_compiled.py compiles every tile for every family, and reads registers, spills and
-# shared memory from what comes out.
+# without them. tests/triton/test_triton_compiled.py compiles every tile for every family, and reads registers, spills
+# and shared memory from what comes out.
 _WIDEST = {
     "ampere": {  # and all that has its matrix instructions: sm_80 to sm_89, sm_120
         "RNN": ((128, 128, 32), (128, 128, 32)),
@@ -52,7 +52,8 @@ _WIDEST = {
 ROWS, MIN_UNITS = 16, 32  # no tile is smaller: tensor cores take no fewer sequences, and fewer units would save nothing
 SCRATCH = 2 * 4 * ROWS  # bytes a unit that the kernels have been seen to take beside the weights, at most
 
-# Triton's launcher in Python beside torch.bmm is taken for so long, on no measurement: several operators' worth of Python.
+# Triton's launcher in Python beside torch.bmm is taken for so long, on no measurement: several operators' worth of
+# Python.
 _THROUGH_PYTHON = 30.0
 # A program that walks 16 sequences, by its units: FlashRNN's fused Triton kernels on an H100, B = 16, bfloat16.
 _RESIDENT = {32: 1.4, 64: 2.0, 128: 3.2}
