@@ -139,8 +139,8 @@ class LiGRU(_Recurrent):
         h' = z * h + (1 - z) * a
 
     Takes the arguments of GRU. weight_ih_l0 ``[2*H, I]`` and the others have the rows of a before those of z, as
-    SpeechBrain's LiGRU has them. Two things differ from it: there is no batch normalization, and biases are optional and
-    added to both products, as in torch.nn. Input, state and result are described at `seqkernels.functional.gru`.
+    SpeechBrain's LiGRU has them. Two things differ from it: there is no batch normalization, and biases are optional
+    and added to both products, as in torch.nn. Input, state and result are described at `seqkernels.functional.gru`.
 
     Source of the formula: Ravanelli, Brakel, Omologo and Bengio, "Light Gated Recurrent Units for Speech Recognition",
     2018, https://arxiv.org/abs/1803.10225; speechbrain.nnet.RNN.LiGRU.

@@ -1,9 +1,10 @@
 """The Triton kernels: whole sequences with the recurrent weights on chip, and single steps between matrix products.
 
-Letters as in ``seqkernels.ops``; G and K are called GATES and SAVED here, and GRADS are the blocks of gates' gradients.
-A tile is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the mathematics does, W h + b, and the weights are the left factor, which tensor
-cores read best. UNITS is a power of two, in the resident kernels at least H; what lies beyond H or B is masked, and
-zero wherever it enters a product. Gates, states and sums are float32, factors have the dtype of the weights.
+Letters as in ``seqkernels.ops``; G and K are called GATES and SAVED here, and GRADS are the blocks of grad_gates. A tile
+is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the mathematics does, W h + b, and the weights
+are the left factor, which tensor cores read best. UNITS is a power of two, in the resident kernels at least H; what lies
+beyond H or B is masked, and zero wherever it enters a product. Gates, states and sums are float32, factors have the
+dtype of the weights.
 
 Only the host side, ``host.py``, imports this file.
 
@@ -92,8 +93,8 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.cons
     """Gradients of one step -> (four blocks of gates, that of h_prev past the gates, that of c_prev).
 
     s_0..s_3 are the blocks of `saved`; now and before are the states that the formulas name: GRU and LiGRU h_prev
-    (before), LSTM c and c_prev, RNN h (now). GRU's gates' gradients are those of r, z, W_hn h + b_hn and n: the gates of
-    h are the first three, those of x all but the third."""
+    (before), LSTM c and c_prev, RNN h (now). GRU's gradients are those of r, z, W_hn h + b_hn and n: the gates of h
+    are the first three, those of x all but the third."""
     if CELL == "gru":
         r, z, n, h_n = s_0, s_1, s_2, s_3
         grad_n = grad_h * (1 - z) * (1 - n * n)
