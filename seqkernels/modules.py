@@ -15,7 +15,7 @@ from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
 
 
-def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+def _parameters(module: nn.Module, names: Sequence[str]) -> list:
     # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
     parameters = module._parameters
     return [parameters[name] if name in parameters else getattr(module, name) for name in names]
@@ -60,7 +60,7 @@ class _Recurrent(nn.RNNBase):
     # whenever they are asked for, and the methods are nn.Module's own again.
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self) -> list:  # type: ignore[override]
         return _parameters(self, self._flat_weights_names)
 
     def _init_flat_weights(self) -> None:
@@ -266,10 +266,11 @@ def explain(
             cannot run.
     """
     if isinstance(module, nn.RNNBase):
-        directions, weights = 2 if module.bidirectional else 1, module._flat_weights
+        directions, weights = 2 if module.bidirectional else 1, _parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
         call = functional.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
     elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
+        assert isinstance(input, Tensor)
         states = (hx,) if isinstance(hx, Tensor) else hx
         call = functional.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
     else:

@@ -32,6 +32,7 @@ def step(
         return z * h + (1 - z) * torch.relu(a), None
     if cell == "lstm":
         i, f, g, o = (gates_x + gates_h).chunk(4)
+        assert c is not None
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         return (h if w_hr is None else w_hr @ h), c
@@ -67,7 +68,7 @@ def forward(
     each = len(weights) // (num_layers * directions)
     h_n, c_n = [], []
     for layer in range(num_layers):
-        outputs = []
+        outputs: list[list[Tensor]] = []
         for direction in range(directions):
             k = layer * directions + direction
             w_ih, w_hh, *rest = (w.double() for w in weights[k * each : (k + 1) * each])
@@ -86,5 +87,5 @@ def forward(
     return sequences, _states(h_n, h_0), None if c_0 is None else _states(c_n, c_0)
 
 
-def _states(states: list[Tensor], like: Tensor) -> Tensor:
+def _states(states: list, like: Tensor) -> Tensor:
     return torch.stack(states).view(like.shape) if states else torch.zeros_like(like)

@@ -125,12 +125,12 @@ class _Layer:
         self.tile = _launch(launch, x, self)
         self.precision = "tf32" if self.tile.tf32 else "ieee"
         self.ragged = batch_sizes is not None
-        self.T = len(batch_sizes) if self.ragged else self.N // max(self.B, 1)
+        self.T = self.N // max(self.B, 1) if batch_sizes is None else len(batch_sizes)
         self.used = self.N  # rows that steps use, as far as that is known without asking the device
         self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
         # How many sequences run in each step, as far as that is known without asking the device.
         self.known = [self.B] * self.T
-        if self.ragged:
+        if batch_sizes is not None:
             if batch_sizes.device.type == "cpu":
                 self.known = batch_sizes.tolist()
                 self.used = sum(self.known)
@@ -256,11 +256,14 @@ def _stepwise_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved
 
 
 def _grad_x(layer: _Layer, grad_gates: Tensor) -> Tensor:
-    total = None
-    for w, grads in zip(layer.weights, grad_gates, strict=True):
-        for columns, rows in _blocks_of_x(layer):
-            factors = grads[:, columns], w.w_ih[rows]
-            total = torch.mm(*factors) if total is None else total.addmm_(*factors)
+    (grads, weight), *others = [
+        (grads[:, columns], w.w_ih[rows])
+        for w, grads in zip(layer.weights, grad_gates, strict=True)
+        for columns, rows in _blocks_of_x(layer)
+    ]
+    total = torch.mm(grads, weight)
+    for grads, weight in others:
+        total.addmm_(grads, weight)
     return total
 
 

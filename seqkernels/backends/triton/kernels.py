@@ -1,10 +1,10 @@
 """The Triton kernels: whole sequences with the recurrent weights on chip, and single steps between matrix products.
 
-Letters as in ``seqkernels.ops``; G and K are called GATES and SAVED here, and GRADS are the blocks of grad_gates. A tile
-is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the mathematics does, W h + b, and the weights
-are the left factor, which tensor cores read best. UNITS is a power of two, in the resident kernels at least H; what lies
-beyond H or B is masked, and zero wherever it enters a product. Gates, states and sums are float32, factors have the
-dtype of the weights.
+Letters as in ``seqkernels.ops``; G and K are called GATES and SAVED here, and GRADS are the blocks of grad_gates. A
+tile is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the mathematics does, W h + b, and the
+weights are the left factor, which tensor cores read best. UNITS is a power of two, in the resident kernels at least H;
+what lies beyond H or B is masked, and zero wherever it enters a product. Gates, states and sums are float32, factors
+have the dtype of the weights.
 
 Only the host side, ``host.py``, imports this file.
 
