@@ -241,7 +241,9 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
     for name in CUDA_HOST_SOURCES:
-        objects.append(Object(f"csrc/cuda/{name}.cpp", f"cuda_{name}_host.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
+        objects.append(
+            Object(f"csrc/cuda/{name}.cpp", f"cuda_{name}_host.o", f"-DUSE_CUDA {includes} {STABLE} {built}")
+        )
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
     return Library(
