@@ -101,6 +101,8 @@ def _here() -> Machine:
 
 
 THIS_MACHINE = _here()
+# Kernels for GPUs run on the CPU, in tests: then a call there has a choice, as on a GPU.
+STAND_INS = THIS_MACHINE.emulator or THIS_MACHINE.interpreter or THIS_MACHINE.cudnn_on_cpu
 
 # What Triton's interpreter and an emulator stand in for, so that they take the paths of a large GPU.
 INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, clusters=16 * (1,))

@@ -72,13 +72,15 @@ def call_of(
 ) -> Call:
     """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
     device = x.device
-    if torch.compiler.is_compiling():  # no size is asked for, as that would put a guard on it
+    # When compiling no size is asked for, as that would put a guard on it; on a CPU there is nothing to weigh.
+    compiled = torch.compiler.is_compiling()
+    if compiled or (device.type == "cpu" and not hardware.STAND_INS):
         return Call(
             cell=cell,
             device_type=device.type,
             dtype=x.dtype,
             transformed=transformed,
-            compiled=True,
+            compiled=compiled,
             layers=num_layers,
             directions=directions,
         )
