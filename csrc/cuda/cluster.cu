@@ -14,7 +14,7 @@ namespace {
 template <class Product>
 constexpr int held(Cell cell, bool backward) {
   const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
-  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : backward ? 11 : lstm ? 10 : 12;
+  if (std::is_same_v<Product, Fp32Fma>) return rnn ? (backward ? 12 : 17) : backward ? 11 : lstm ? 10 : 12;
   return rnn && !backward ? 22 : 18;
 }
 
@@ -22,7 +22,7 @@ template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, 
 const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, void* stream) {
   constexpr int WARPS = UNITS == 48 && !BACKWARD ? 6 : 8;
   using Kernel = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BACKWARD), EVEN>>;
-  const int blocks = ceiling(arrays.hidden, UNITS);
+  const int blocks = ceil_div(arrays.hidden, UNITS);
   const auto p = Kernel::of(arrays, clusters.tile, blocks, blocks);
   if (p.bytes > clusters.memory)
     return "the weights do not fit into the registers and the shared memory of the cluster";

@@ -53,7 +53,7 @@ struct ClusterStates : InCluster<C> {
   // The states of two units of each lane, for the n-th exchange; all lanes of a warp take part.
   DEVICE void give(Shared<T> states, int stride, const Own<C>& mine, Pair<T> h, bool runs, int64_t n) const {
     constexpr int together = 16 / sizeof(T);
-    const Words words = gather(h);
+    const Vec16 words = gather(h);
     synchronize_warp();
     const int at = mine.sequence * stride + this->rank() * C::UNITS + mine.at / together * together;
     if (runs) push_to_all(states, at, words, this->rank(), this->blocks(), arrivals(n));
@@ -72,12 +72,12 @@ class ClusterShares : public InCluster<C> {
   static constexpr int of_units = C::UNITS;
   static constexpr int sets_of(int /*cluster*/) { return 1; }
   static constexpr int states_of(int64_t hidden, int /*blocks*/, int /*cluster*/) { return static_cast<int>(hidden); }
-  static constexpr int exchanged_bytes(int blocks) { return 2 * blocks * kSequences * C::UNITS * 4; }
+  static constexpr int exchanged_bytes(int blocks) { return 2 * blocks * kMaxTile * C::UNITS * 4; }
 
   DEVICE explicit ClusterShares(const Sliced<BackwardArgs>& s)
       : hidden_(static_cast<int>(s.hidden)), exchanged_(s.exchanged) {
     // The peers push for whole 16 units.
-    const int left = (hidden_ + kUnits - 1) / kUnits * kUnits - this->rank() * C::UNITS;
+    const int left = (hidden_ + kMmaRows - 1) / kMmaRows * kMmaRows - this->rank() * C::UNITS;
     bytes_of_sequence_ = (left < 0 ? 0 : left < C::UNITS ? left : C::UNITS) * this->blocks() * 4;
   }
 
@@ -93,7 +93,7 @@ class ClusterShares : public InCluster<C> {
     arrivals(n).wait_for_shared(phase(n));
     if (!mine.any || mine.sequence >= ran || mine.there == 0) return;
     for (int of = 0; of < this->blocks(); of++) {
-      const Pair<float> share = shares(n).load_pair((of * kSequences + mine.sequence) * C::UNITS + mine.at);
+      const Pair<float> share = shares(n).load_pair((of * kMaxTile + mine.sequence) * C::UNITS + mine.at);
       grad_h[0] += first(share), grad_h[1] += second(share);
     }
   }
@@ -114,12 +114,12 @@ class ClusterShares : public InCluster<C> {
   // To the block that owns 16 units. Two lanes with the next units each put together 4 units, one of either sequence.
   DEVICE void share(int64_t n, int unit, int running, const float (&result)[kElements]) const {
     const bool upper = lane() / 4 % 2;
-    const float given[2] = {exchange(upper ? result[0] : result[1], 4), exchange(upper ? result[2] : result[3], 4)};
-    const Words words = upper ? Words{{bits(given[0]), bits(given[1]), bits(result[1]), bits(result[3])}}
-                              : Words{{bits(result[0]), bits(result[2]), bits(given[0]), bits(given[1])}};
+    const float given[2] = {shfl_xor(upper ? result[0] : result[1], 4), shfl_xor(upper ? result[2] : result[3], 4)};
+    const Vec16 words = upper ? Vec16{{bits(given[0]), bits(given[1]), bits(result[1]), bits(result[3])}}
+                              : Vec16{{bits(result[0]), bits(result[2]), bits(given[0]), bits(given[1])}};
     const int sequence = sequence_of_lane() + upper;
     if (unit >= hidden_ || sequence >= running) return;
-    shares(n).push_words((this->rank() * kSequences + sequence) * C::UNITS + unit % C::UNITS + lane() / 8 * 4, words,
+    shares(n).st_async((this->rank() * kMaxTile + sequence) * C::UNITS + unit % C::UNITS + lane() / 8 * 4, words,
                          unit / C::UNITS, arrivals(n));
   }
 
@@ -128,7 +128,7 @@ class ClusterShares : public InCluster<C> {
  private:
   // [rank, sequence, unit] of the n-th exchange.
   DEVICE Shared<float> shares(int64_t n) const {
-    const int size = this->blocks() * kSequences * C::UNITS;
+    const int size = this->blocks() * kMaxTile * C::UNITS;
     return {exchanged_ + static_cast<int>(n % 2) * size * 4, size};
   }
 

@@ -45,7 +45,7 @@ constexpr int ceil_div(int64_t n, int divisor) { return static_cast<int>((n + di
 
 constexpr int kMaxTile = 8;      // sequences that a CTA takes at most: the columns of one MMA
 constexpr int kMmaRows = 16;     // rows of a matrix that a warp multiplies at once: hidden units
-constexpr int kWarp = 32;        // lanes of a warp
+constexpr int kWarpSize = 32;    // lanes of a warp
 constexpr int kChunkBytes = 64;  // of a row that a warp multiplies at once: 16 for each of the 4 lanes that share a row
 constexpr int kFragmentBytes = 32;  // what a lane has of 16 rows by a chunk
 
@@ -150,6 +150,7 @@ struct SingleCtaLayout {
     return fitting < others ? fitting : others;
   }
   constexpr int bytes(int shared_memory) const { return buffers + shared_groups(shared_memory) * group_bytes; }
+  constexpr int64_t packed_bytes() const { return int64_t{groups} * group_bytes; }  // of one direction
   constexpr bool fits(int shared_memory) const { return width > 0 && buffers <= shared_memory; }
 };
 
@@ -172,7 +173,7 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   const int gates = gates_of(v.cell);
   l.width = width;
   l.m_tiles = width > 128 ? 2 : 1;
-  l.threads = width / kMmaRows / l.m_tiles * kWarp;
+  l.threads = width / kMmaRows / l.m_tiles * kWarpSize;
   l.stride = row_stride(v.backward ? gates * width : width, v.math);
   l.buffers = 2 * factor_buffer_bytes(l.stride, v.math);
   l.groups = width / chunk_of(v.math) * l.m_tiles;
@@ -214,7 +215,7 @@ constexpr SliceShape grid_shape(int64_t hidden, int cluster) {
 
 constexpr int slice_warps(int units, bool backward) { return units == 48 && !backward ? 6 : 8; }
 // Warps that own states: two units of one sequence a thread.
-constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarp; }
+constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarpSize; }
 
 // Forward: warps that share the columns of 16 rows, each having a part of the chunks.
 constexpr int forward_parts(int units) { return slice_warps(units, false) / (units / kMmaRows); }
@@ -241,7 +242,7 @@ constexpr int backward_chunks(Path path, int gates, int units, Math math) {
 // On the grid all threads add up partial gradients, by teams that have a thread for each owner; the first is the
 // owners'.
 constexpr int grid_teams() { return slice_warps(kGridUnits, true) / owner_warps(kGridUnits); }
-constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarp * 2; }
+constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
 
 // Shared memory of a CTA, in bytes from its begin: two mbarriers, two buffers of factors, what is exchanged (forward
 // the sums of the parts; backward partial gradients of two exchanges, on the grid the teams' sums), weights.
@@ -271,7 +272,7 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
     exchange = forward_sums(gates, shape.units) * 4;
     l.fragments = ceil_div(ceil_div(hidden, chunk), forward_parts(shape.units)) * gates;
   }
-  l.threads = warps * kWarp;
+  l.threads = warps * kWarpSize;
   l.resident = resident_of(shape.path, v, shape.units);
   l.stride = row_stride(width, v.math);
   l.factors = kMbarrierBytes;

@@ -17,7 +17,7 @@ constexpr int UNITS = 16, WARPS = 8;
 template <class Product>
 constexpr int held(Cell cell, bool backward) {
   const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
-  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : lstm ? 8 : backward ? 9 : 10;
+  if (std::is_same_v<Product, Fp32Fma>) return rnn ? (backward ? 12 : 17) : lstm ? 8 : backward ? 9 : 10;
   if (std::is_same_v<Product, Tf32> && backward) return lstm ? 16 : 17;
   return rnn && !backward ? 22 : 18;
 }
@@ -60,7 +60,7 @@ const char* by_layer(const Arrays& arrays, Rest... rest) {
 
 const char* clusters_at_once(int blocks, int& clusters) {
   // Any kernel for slices: a block of each has the registers of a multiprocessor for itself.
-  return count_clusters<KernelOf<PersistentGridForward, false, Cell::lstm, Exact, true>>(blocks, clusters);
+  return count_clusters<KernelOf<PersistentGridForward, false, Cell::lstm, Fp32Fma, true>>(blocks, clusters);
 }
 
 const char* persistent_grid_groups(const SweepArgs& s, const Clusters& clusters, bool backward, Groups& groups) {
@@ -68,10 +68,10 @@ const char* persistent_grid_groups(const SweepArgs& s, const Clusters& clusters,
   if (clusters.units != 2 * UNITS && clusters.units != 4 * UNITS)
     return "no kernel for the persistent grid by clusters of so many blocks";
   // In all that matters here, the kernels are like any of them.
-  using Forward = KernelOf<PersistentGridForward, false, Cell::lstm, Exact, true>::Exchange;
-  using Backward = KernelOf<PersistentGridBackward, true, Cell::lstm, Exact, true>::Exchange;
+  using Forward = KernelOf<PersistentGridForward, false, Cell::lstm, Fp32Fma, true>::Exchange;
+  using Backward = KernelOf<PersistentGridBackward, true, Cell::lstm, Fp32Fma, true>::Exchange;
   groups.cluster = clusters.units / UNITS;
-  groups.blocks = ceiling(s.hidden, clusters.units) * groups.cluster;
+  groups.blocks = ceil_div(s.hidden, clusters.units) * groups.cluster;
   int running = 0;
   const char* error = clusters_at_once(groups.cluster, running);
   if (error) return error;

@@ -93,7 +93,7 @@ struct PersistentGridStates : InGroup<C, ForwardArgs, C::owners> {
   using InGroup<C, ForwardArgs, owners>::InGroup;
 
   // [sequence, unit]
-  static constexpr int64_t numbers(int blocks, int /*cluster*/) { return kSequences * blocks * C::UNITS; }
+  static constexpr int64_t numbers(int blocks, int /*cluster*/) { return kMaxTile * blocks * C::UNITS; }
 
   // A block's initial states are in its shared memory, before copies may follow.
   static DEVICE void prepared() { fence_copies_to_shared(); }
@@ -108,7 +108,7 @@ struct PersistentGridStates : InGroup<C, ForwardArgs, C::owners> {
   // Copy what this block's part of the blocks gives to all blocks of the cluster. The warps that own nothing share the
   // sequences, by their owners, and the blocks, so that a lane waits for one flag.
   DEVICE void pass_on(Shared<T> copies, int stride, int running, int64_t n) const {
-    constexpr int warps = C::warps / owners - 1, sequences = kSequences / owners;  // for, and of, each owner
+    constexpr int warps = C::warps / owners - 1, sequences = kMaxTile / owners;  // for, and of, each owner
     static_assert(warps > 0);
     const int warp = thread() / 32 - owners, owner = thread() / 32 % owners, share = warp / owners;
     const int first = owner * sequences, rows = running - first < sequences ? running - first : sequences;
@@ -147,7 +147,7 @@ struct PersistentGridShares : InGroup<C, BackwardArgs, 1> {
 
   // [cluster, sequence, unit]
   static constexpr int64_t numbers(int blocks, int cluster) {
-    return int64_t{blocks / cluster} * kSequences * blocks * C::UNITS;
+    return int64_t{blocks / cluster} * kMaxTile * blocks * C::UNITS;
   }
 
   DEVICE int sets() const { return this->cluster() / 2; }
@@ -170,7 +170,7 @@ struct PersistentGridShares : InGroup<C, BackwardArgs, 1> {
     const int sequence = of_owner / Own<C>::pairs, unit = this->rank() * C::UNITS + of_owner % Own<C>::pairs * 2;
     const int clusters = this->clusters(), from = this->rank() / clusters;
     float sum[2] = {};
-    if (of_owner / 32 * (kSequences / C::owners) < ran) {
+    if (of_owner / 32 * (kMaxTile / C::owners) < ran) {
       for (int i = team + lane() * teams; i < clusters; i += 32 * teams)
         this->flags().wait(i * this->cluster() + from, static_cast<uint32_t>(n + 1));
       synchronize_warp();
@@ -202,7 +202,7 @@ struct PersistentGridShares : InGroup<C, BackwardArgs, 1> {
     const int set = this->peer() / 2, at = this->peer() % 2 * C::UNITS + mine.at / together * together;
 #pragma unroll
     for (int gate = 0; gate < C::G; gate++) {
-      const Words words = gather(C::Product::factors(grad[0][gate], grad[1][gate]));
+      const Vec16 words = gather(C::Product::factors(grad[0][gate], grad[1][gate]));
       if (runs)
         push_to_all(gradients, mine.sequence * stride + (set * C::G + gate) * of_units + at, words, this->peer(),
                     this->cluster(), arrivals(n));
@@ -230,7 +230,7 @@ struct PersistentGridShares : InGroup<C, BackwardArgs, 1> {
 
  private:
   DEVICE Global<float> shares(int64_t n) const { return this->template buffer<float>(n); }
-  DEVICE int place(int cluster, int sequence) const { return (cluster * kSequences + sequence) * this->width(); }
+  DEVICE int place(int cluster, int sequence) const { return (cluster * kMaxTile + sequence) * this->width(); }
 };
 
 template <class C>

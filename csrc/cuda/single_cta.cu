@@ -17,7 +17,7 @@ template <class Product>
 constexpr int held(Cell cell, int width, bool backward, bool even) {
   const bool lstm = cell == Cell::lstm;
   if (gates_of(cell) == 1) return 16;
-  if (std::is_same_v<Product, Exact>) {
+  if (std::is_same_v<Product, Fp32Fma>) {
     if (lstm) return !backward ? 1 : width > 64 && even ? 3 : 2;
     return backward ? 4 : 3;
   }
@@ -40,8 +40,8 @@ int width_of(Scalar scalar, int64_t hidden) {
 // Call with the type of the configuration of a layer's kernel.
 template <bool BACKWARD, Cell CELL, class Product, int WIDTH, bool EVEN, class Call>
 const char* with(Call call) {
-  constexpr int BLOCKS = WIDTH > 128 ? 2 : 1, HELD = held<Product>(CELL, WIDTH, BACKWARD, EVEN);
-  return call(Configuration<CELL, Product, WIDTH, BLOCKS, HELD, EVEN>{});
+  constexpr int BLOCKS = WIDTH > 128 ? 2 : 1, RESIDENT = held<Product>(CELL, WIDTH, BACKWARD, EVEN);
+  return call(Configuration<CELL, Product, WIDTH, BLOCKS, RESIDENT, EVEN>{});
 }
 
 template <bool BACKWARD, Cell CELL, class Product, class Call>
@@ -74,27 +74,27 @@ const char* by_layer(const SweepArgs& s, Call call) {
 }
 
 template <template <class> class Pass, bool BACKWARD, class Arrays>
-const char* run(const Arrays& arrays, int tile, int memory, void* arranged, void* stream) {
+const char* run(const Arrays& arrays, int tile, int memory, void* packed, void* stream) {
   if (!width_of(arrays.scalar, arrays.hidden)) return "no single CTA kernel for so many hidden units in this dtype";
   return by_layer<BACKWARD>(arrays, [&](auto configuration) -> const char* {
     using C = decltype(configuration);
     using Kernel = Pass<C>;
-    using Arranging = ArrangeKernel<typename C::T>;
+    using Packing = PackWeightsKernel<typename C::T>;
     if (memory < Kernel::buffers) return "a block has too little shared memory for a single CTA kernel";
     const int shared = std::min(C::Held::others, (memory - Kernel::buffers) / C::Held::group_bytes);
-    const Arrange arrange{{arrays.w_hh[0], arrays.w_hh[1]},
-                          arranged,
+    const PackWeights arrange{{arrays.w_hh[0], arrays.w_hh[1]},
+                          packed,
                           C::G,
                           static_cast<int>(arrays.hidden),
                           C::HIDDEN,
                           C::BLOCKS,
                           BACKWARD,
                           arrays.tf32};
-    const char* error = launch<Arranging>((C::Held::words + Arranging::threads - 1) / Arranging::threads,
+    const char* error = launch<Packing>((C::Held::words + Packing::threads - 1) / Packing::threads,
                                           arrays.directions, 0, stream, arrange);
     if (error) return error;
     return launch<Kernel>((arrays.sequences + tile - 1) / tile, arrays.directions,
-                          Kernel::buffers + shared * C::Held::group_bytes, stream, {{arrays}, arranged, tile, shared});
+                          Kernel::buffers + shared * C::Held::group_bytes, stream, {{arrays}, packed, tile, shared});
   });
 }
 
@@ -105,12 +105,12 @@ int64_t single_cta_words(Cell cell, Scalar scalar, int64_t hidden) {
   return gates_of(cell) * width * width / (scalar == Scalar::float32 ? 4 : 8);
 }
 
-const char* single_cta_forward(const ForwardArgs& sweep, int tile, int memory, void* arranged, void* stream) {
-  return run<SingleCtaForward, false>(sweep, tile, memory, arranged, stream);
+const char* single_cta_forward(const ForwardArgs& sweep, int tile, int memory, void* packed, void* stream) {
+  return run<SingleCtaForward, false>(sweep, tile, memory, packed, stream);
 }
 
-const char* single_cta_backward(const BackwardArgs& sweep, int tile, int memory, void* arranged, void* stream) {
-  return run<SingleCtaBackward, true>(sweep, tile, memory, arranged, stream);
+const char* single_cta_backward(const BackwardArgs& sweep, int tile, int memory, void* packed, void* stream) {
+  return run<SingleCtaBackward, true>(sweep, tile, memory, packed, stream);
 }
 
 }  // namespace seqkernels

@@ -11,18 +11,18 @@
 
 namespace seqkernels::device {
 
-// How a block is made: of UNITS hidden units (a multiple of 16) and so many WARPS. A thread holds HELD fragments of the
+// How a block is made: of UNITS hidden units (a multiple of 16) and so many WARPS. A thread holds RESIDENT fragments of the
 // weights in registers. EVEN: the layer has an even number of units.
-template <Cell CELL_, class Product_, int UNITS_, int WARPS, int HELD_, bool EVEN_>
+template <Cell CELL_, class Product_, int UNITS_, int WARPS, int RESIDENT, bool EVEN_>
 struct Slice {
   using Product = Product_;
   using T = typename Product::T;
   static constexpr Cell CELL = CELL_;
-  static constexpr int G = gates_of(CELL), UNITS = UNITS_, HELD = HELD_;
+  static constexpr int G = gates_of(CELL), UNITS = UNITS_, RESIDENT = RESIDENT;
   static constexpr bool EVEN = EVEN_;
-  static constexpr int warps = WARPS, threads = warps * 32, owners = UNITS / 2 * kSequences / 32;  // warps with states
+  static constexpr int warps = WARPS, threads = warps * 32, owners = UNITS / 2 * kMaxTile / 32;  // warps with states
   static constexpr int chunk = Factors<T>::chunk;
-  static_assert(UNITS % kUnits == 0 && UNITS / 2 * kSequences <= threads);
+  static_assert(UNITS % kMmaRows == 0 && UNITS / 2 * kMaxTile <= threads);
 };
 
 // A sweep, and how the memory of a block is laid out for it (byte offsets; the kernels' `of` says what for).
@@ -33,73 +33,7 @@ struct Sliced : Pass {
   int exchanged, weights, bytes;
 };
 
-constexpr int ceiling(int64_t n, int divisor) { return static_cast<int>((n + divisor - 1) / divisor); }
-
-// The fragments of a thread, in `count` groups of N: the first HELD fragments in registers, the others in shared memory
-// from byte `begin` on, to `end`.
-template <class T, int N, int HELD, int THREADS>
-class Stationary {
- public:
-  static constexpr int held_groups = ceiling(HELD, N);  // of which some fragments are in registers
-
-  static constexpr int bytes(int count) {
-    const int others = count * N - HELD;
-    return others > 0 ? others * THREADS * static_cast<int>(sizeof(Fragment)) : 0;
-  }
-
-  // at(group, i, row of 16, column of a chunk) are two elements of fragment i of a group: of the column and the next.
-  template <class At>
-  DEVICE Stationary(int count, int begin, int end, At at) : others_(begin, (end - begin) / 4), count_(count) {
-#pragma unroll
-    for (int i = 0; i < HELD; i++) held_[i] = i / N < count ? read(i, at) : Fragment{};
-#pragma unroll 1
-    for (int i = HELD; i < count * N; i++) {
-      const Fragment fragment = read(i, at);
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const uint32_t* word = fragment.word + half * 4;
-        others_.store_words(place(i, half), {{word[0], word[1], word[2], word[3]}});
-      }
-    }
-  }
-
-  // use(group, of) for all groups: of(i) is a fragment.
-  template <class Use>
-  DEVICE void each(Use use) const {
-#pragma unroll
-    for (int group = 0; group < held_groups; group++)
-      if (group < count_)
-        use(group, [&](int i) { return group * N + i < HELD ? held_[group * N + i] : other(group * N + i); });
-#pragma unroll 1
-    for (int group = held_groups; group < count_; group++) use(group, [&](int i) { return other(group * N + i); });
-  }
-
- private:
-  static DEVICE int place(int i, int half) { return (((i - HELD) * 2 + half) * THREADS + thread()) * 4; }
-
-  template <class At>
-  static DEVICE Fragment read(int i, At at) {
-    Fragment fragment;
-#pragma unroll
-    for (int word = 0; word < 8; word++) {
-      if (sizeof(T) == 4 && word % 4 >= 2) continue;  // it came with the word two before
-      const Pair<T> columns = at(i / N, i % N, row_of_word(lane(), word), column_of_word<T>(lane(), word));
-      if constexpr (sizeof(T) == 2)
-        fragment.word[word] = bits(columns);
-      else
-        fragment.word[word] = bits(first(columns)), fragment.word[word + 2] = bits(second(columns));
-    }
-    return fragment;
-  }
-
-  DEVICE Fragment other(int i) const {
-    return fragment_of(others_.load_words(place(i, 0)), others_.load_words(place(i, 1)));
-  }
-
-  Fragment held_[HELD];
-  Shared<uint32_t> others_;
-  int count_;
-};
+constexpr int ceil_div(int64_t n, int divisor) { return static_cast<int>((n + divisor - 1) / divisor); }
 
 DEVICE void words_of(Pair<float> pair, uint32_t (&words)[4]) {
   words[0] = bits(first(pair)), words[1] = bits(second(pair));
@@ -111,8 +45,8 @@ DEVICE void words_of(Pair<T> pair, uint32_t (&words)[4]) {
 
 // 16 bytes of a row, of which 4 lanes side by side (2 of float32) have two numbers each.
 template <class T>
-DEVICE Words gather(Pair<T> mine) {
-  Words all;
+DEVICE Vec16 gather(Pair<T> mine) {
+  Vec16 all;
   words_of(mine, all.word);
 #pragma unroll
   for (int count = sizeof(mine) / 4, mask = 1; count < 4; count *= 2, mask *= 2) {
@@ -120,7 +54,7 @@ DEVICE Words gather(Pair<T> mine) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (i >= count) continue;
-      const uint32_t own = all.word[i], other = bits(exchange(from_bits(own), mask));
+      const uint32_t own = all.word[i], other = bits(shfl_xor(from_bits(own), mask));
       all.word[i] = upper ? other : own, all.word[count + i] = upper ? own : other;
     }
   }
@@ -139,7 +73,7 @@ struct Own {
   int there;     // units that the layer has, of a sequence that the tile has
 
   DEVICE Own(const SweepArgs& s, const Tile& tile, int rank)
-      : any(thread() < pairs * kSequences),
+      : any(thread() < pairs * kMaxTile),
         sequence(thread() / pairs),
         at(thread() % pairs * 2),
         unit(rank * C::UNITS + at),
@@ -176,11 +110,11 @@ DEVICE int phase(int64_t n) { return static_cast<int>(n / 2 % 2); }
 // To the same place of so many peers of a cluster, the first of them `first`: the lanes that have the same 16 bytes (4
 // side by side, 2 of float32) share the peers, and each begins with another one.
 template <class T>
-DEVICE void push_to_all(Shared<T> array, int at, Words words, int first, int peers, Mbarrier arrivals) {
+DEVICE void push_to_all(Shared<T> array, int at, Vec16 words, int first, int peers, Mbarrier arrivals) {
   constexpr int lanes = 8 / sizeof(T);
 #pragma unroll 1
   for (int i = lane() % lanes; i < peers; i += lanes)
-    array.push_words(at, words, first + i < peers ? first + i : first + i - peers, arrivals);
+    array.st_async(at, words, first + i < peers ? first + i : first + i - peers, arrivals);
 }
 
 template <class C, template <class> class Exchange_>
@@ -190,32 +124,32 @@ struct SliceForward : C {
   using Exchange = Exchange_<C>;
   using Parameters = typename Exchange::template Parameters<ForwardArgs>;
   static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
-  static constexpr int PARTS = C::warps / (UNITS / kUnits);  // warps that share the columns of 16 units
-  static_assert(C::warps % (UNITS / kUnits) == 0);
-  using Held = Stationary<T, G, C::HELD, C::threads>;
+  static constexpr int PARTS = C::warps / (UNITS / kMmaRows);  // warps that share the columns of 16 units
+  static_assert(C::warps % (UNITS / kMmaRows) == 0);
+  using Held = Stationary<T, G, C::RESIDENT, C::threads>;
 
   // Of a part the sums of all gates and sequences; rows so far apart that 16 lanes store two each to different banks.
-  static constexpr int sums_stride = UNITS + 4, part_sums = G * kSequences * sums_stride,
+  static constexpr int sums_stride = UNITS + 4, part_sums = G * kMaxTile * sums_stride,
                        all_sums = PARTS * part_sums - 4;
 
   // For a group of so many blocks, in clusters of so many.
   static Sliced<ForwardArgs> of(const ForwardArgs& s, int tile, int blocks, int /*cluster*/) {
-    const int stride = Factors<T>::stride(ceiling(blocks * UNITS, C::chunk) * C::chunk);
-    const int exchanged = 16 + 2 * kSequences * stride * size, weights = exchanged + all_sums * 4;
-    return {s, tile, stride, exchanged, weights, weights + Held::bytes(ceiling(ceiling(s.hidden, C::chunk), PARTS))};
+    const int stride = Factors<T>::stride(ceil_div(blocks * UNITS, C::chunk) * C::chunk);
+    const int exchanged = 16 + 2 * kMaxTile * stride * size, weights = exchanged + all_sums * 4;
+    return {s, tile, stride, exchanged, weights, weights + Held::bytes(ceil_div(ceil_div(s.hidden, C::chunk), PARTS))};
   }
 
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
     const int hidden = static_cast<int>(s.hidden), stride = s.stride;
-    const ForwardLayer<C::CELL, T, C::EVEN> layer(s, exchange.direction());
+    const ForwardArrays<C::CELL, T, C::EVEN> layer(s, exchange.direction());
     const auto states = [&](int64_t n) {  // that the n-th exchange follows
-      return Shared<T>(16 + static_cast<int>(n % 2) * kSequences * stride * size, kSequences * stride);
+      return Shared<T>(16 + static_cast<int>(n % 2) * kMaxTile * stride * size, kMaxTile * stride);
     };
     const Shared<float> sums(s.exchanged, all_sums);
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
-    const int warp = thread() / 32, part = warp % PARTS, first_row = warp / PARTS * kUnits;
+    const int warp = thread() / 32, part = warp % PARTS, first_row = warp / PARTS * kMmaRows;
     const int chunks = (hidden + C::chunk - 1) / C::chunk;
     const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
     const Held weights(
@@ -229,7 +163,7 @@ struct SliceForward : C {
     exchange.each_tile(s, [&](const Tile& tile) {
       // A sequence that begins later, backwards in time, finds its initial state in either buffer.
       const Global<const T> h_0(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden);
-      for (int i = thread(); i < kSequences * stride / 2; i += C::threads) {
+      for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads) {
         const int sequence = i * 2 / stride, unit = i * 2 % stride;
         const int there = sequence < tile.sequences() ? two_of(hidden - unit) : 0;
         const int64_t row = tile.direction() * s.sequences + tile.first() + sequence;
@@ -243,10 +177,10 @@ struct SliceForward : C {
       const Own<C> mine(s, tile, exchange.rank());
       Pair<T> h = mine.load_state(s.h_0), x[G];
       float c[2], b_hn[2];
-      widen(mine.load_state(s.c_0), c);
+      to_acc(mine.load_state(s.c_0), c);
       layer.load_b_hn(mine.unit, mine.there, b_hn);
-      typename Tile::Step now = tile.step(tile.ask(0));
-      typename Tile::Asked next = tile.ask(1);
+      typename Tile::Step now = tile.step(tile.prefetch(0));
+      typename Tile::Prefetched next = tile.prefetch(1);
       const auto load = [&] {
         if (mine.any) layer.load_gates(now.row, 0, mine.lane(), mine.sequence < now.running ? mine.there : 0, x);
       };
@@ -272,10 +206,10 @@ struct SliceForward : C {
           float saved[2][4];
           if (runs) {
             float h_new[2];
-            widen(h, h_new);
+            to_acc(h, h_new);
             step(sums, mine, x, b_hn, h_new, c, saved);
             zero_absent(h_new, mine.there);
-            h = narrow<T>(h_new);
+            h = from_acc<T>(h_new);
           }
           // Once all lanes have read their sums: others may overwrite them after that.
           if (!last) exchange.give(states(n + 1), stride, mine, Product::factors(h), runs, n);
@@ -285,20 +219,20 @@ struct SliceForward : C {
           }
         }
         if (!last) exchange.pass_on(states(n + 1), stride, now.running, n);
-        now = tile.step(next), next = tile.ask(k + 2);
+        now = tile.step(next), next = tile.prefetch(k + 2);
         load();
       }
       if (tile.count() > 0) before += tile.count() - 1;
 
       if (!mine.any) return;
       mine.store_state(s.h_n, h);
-      if (C::CELL == Cell::lstm) mine.store_state(s.c_n, narrow<T>(c));
+      if (C::CELL == Cell::lstm) mine.store_state(s.c_n, from_acc<T>(c));
     });
   }
 
  private:
   static DEVICE int place(int part, int gate, int sequence) {
-    return part * part_sums + (gate * kSequences + sequence) * sums_stride;
+    return part * part_sums + (gate * kMaxTile + sequence) * sums_stride;
   }
 
   // One part of W h for the 16 units of a warp, of so many sequences.
@@ -309,7 +243,7 @@ struct SliceForward : C {
 #pragma unroll
       for (int e = 0; e < kElements; e++) result[gate][e] = 0;
     for_sequences<Product>(sequences, [&](auto product) {
-      Sums<decltype(product), G> sums(result);
+      Accumulators<decltype(product), G> sums(result);
       weights.each([&](int group, auto of) { sums.add(of, h, stride, (part + group * PARTS) * C::chunk); });
       sums.finish(result);
     });
@@ -323,7 +257,7 @@ struct SliceForward : C {
     for (int gate = 0; gate < G; gate++) {
       const bool apart = C::CELL == Cell::gru && gate == G - 1;  // GRU's n has its sums apart
       float of_x[2];
-      widen(x[gate], of_x);
+      to_acc(x[gate], of_x);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         of_h[i][gate] = apart ? b_hn[i] : of_x[i];
@@ -348,29 +282,29 @@ struct SliceBackward : C {
   using Parameters = typename Exchange::template Parameters<BackwardArgs>;
   static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
   static constexpr int OF = Exchange::of_units;             // units whose gates' gradients are multiplied at once,
-  static constexpr int chunks = ceiling(G * OF, C::chunk);  // in so many chunks,
-  static constexpr int rows = 2 * kUnits;  // for so many states, so that factors are read half as often
-  using Held = Stationary<T, 2 * chunks, C::HELD, C::threads>;
+  static constexpr int chunks = ceil_div(G * OF, C::chunk);  // in so many chunks,
+  static constexpr int rows = 2 * kMmaRows;  // for so many states, so that factors are read half as often
+  using Held = Stationary<T, 2 * chunks, C::RESIDENT, C::threads>;
 
   // For a group of so many blocks, in clusters of so many.
   static Sliced<BackwardArgs> of(const BackwardArgs& s, int tile, int blocks, int cluster) {
     const int sets = Exchange::sets_of(cluster), states = Exchange::states_of(s.hidden, blocks, cluster);
     const int stride = Factors<T>::stride(sets * chunks * C::chunk);
-    const int exchanged = 16 + 2 * kSequences * stride * size, weights = exchanged + Exchange::exchanged_bytes(blocks);
+    const int exchanged = 16 + 2 * kMaxTile * stride * size, weights = exchanged + Exchange::exchanged_bytes(blocks);
     return {s,         tile,    stride,
-            exchanged, weights, weights + Held::bytes(ceiling(ceiling(states, rows), C::warps) * sets)};
+            exchanged, weights, weights + Held::bytes(ceil_div(ceil_div(states, rows), C::warps) * sets)};
   }
 
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
     const int hidden = static_cast<int>(s.hidden), stride = s.stride;
-    const BackwardLayer<C::CELL, T, C::EVEN> layer(s, exchange.direction());
+    const BackwardArrays<C::CELL, T, C::EVEN> layer(s, exchange.direction());
     const auto gradients = [&](int64_t n) {
-      return Shared<T>(16 + static_cast<int>(n % 2) * kSequences * stride * size, kSequences * stride);
+      return Shared<T>(16 + static_cast<int>(n % 2) * kMaxTile * stride * size, kMaxTile * stride);
     };
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
-    for (int i = thread(); i < kSequences * stride / 2; i += C::threads)
+    for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads)
       gradients(0).store_pair(i * 2, Pair<T>{}), gradients(1).store_pair(i * 2, Pair<T>{});
     cluster_arrive();
     // The n-th group of a warp's fragments is for 32 states, and for the gates of one set of units.
@@ -383,10 +317,10 @@ struct SliceBackward : C {
         [&](int group, int i, int row, int column) {
           const int of = i / 2 * C::chunk + column, gate = of / OF;
           const int own = exchange.first_of_set(group % sets) + of % OF;
-          const int state = first_row(group) + i % 2 * kUnits + row;
+          const int state = first_row(group) + i % 2 * kMmaRows + row;
           const int there = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
           const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
-          const T zero = Narrow<T>::of(0);
+          const T zero = from_acc<T>(0);
           return Product::factors(pair(there > 0 ? w_hh.load(at) : zero, there > 1 ? w_hh.load(at + hidden) : zero));
         });
     cluster_wait();
@@ -395,20 +329,20 @@ struct SliceBackward : C {
     exchange.each_tile(s, [&](const Tile& tile) {
       const Own<C> mine(s, tile, exchange.rank());
       float grad_h[2], grad_c[2];
-      widen(mine.load_state(s.grad_h_n), grad_h);
-      widen(mine.load_state(s.grad_c_n), grad_c);
+      to_acc(mine.load_state(s.grad_h_n), grad_h);
+      to_acc(mine.load_state(s.grad_c_n), grad_c);
 
       const int64_t count = tile.count();
-      typename Tile::Step now = tile.step(tile.ask(count - 1));
+      typename Tile::Step now = tile.step(tile.prefetch(count - 1));
       const auto load = [&](const typename Tile::Step& step, const typename Tile::Step& step_before) {
-        Past<T> read = {};
+        StepInputs<T> read = {};
         if (mine.any && mine.sequence < step.running && mine.there)
           layer.load(step.row, step_before.row, mine.sequence < step_before.running, tile.first(), 0, mine.lane(),
                      mine.there, read);
         return read;
       };
-      const typename Tile::Step second = tile.step(tile.ask(count - 2)), third = tile.step(tile.ask(count - 3));
-      Past<T> past = load(now, second), past_before = load(second, third);
+      const typename Tile::Step second = tile.step(tile.prefetch(count - 2)), third = tile.step(tile.prefetch(count - 3));
+      StepInputs<T> past = load(now, second), past_before = load(second, third);
 
       int ran = 0;  // sequences, in the exchange before
       for (int64_t i = 0; i < count; i++) {
@@ -423,12 +357,12 @@ struct SliceBackward : C {
         exchange.give(gradients(n), stride, mine, grad, runs, n);
         exchange.receive(n);
         for_sequences<Product>(running, [&](auto product) {
-          using HalfSums = Sums<decltype(product), 2>;
+          using HalfAccumulators = Accumulators<decltype(product), 2>;
           const float zero[2][kElements] = {};
-          HalfSums sums(zero);
+          HalfAccumulators sums(zero);
           weights.each([&](int group, auto of) {
             const int set = group % sets;
-            if (set == 0) sums = HalfSums(zero);
+            if (set == 0) sums = HalfAccumulators(zero);
 #pragma unroll
             for (int chunk = 0; chunk < chunks; chunk++)
               sums.add([&](int half) { return of(chunk * 2 + half); }, gradients(n), stride,
@@ -438,15 +372,15 @@ struct SliceBackward : C {
             sums.finish(result);
 #pragma unroll
             for (int half = 0; half < 2; half++)
-              exchange.share(n, first_row(group) + half * kUnits, running, result[half]);
+              exchange.share(n, first_row(group) + half * kMmaRows, running, result[half]);
           });
         });
         exchange.announce(n);
         // The rest only now, while others wait for the shares; what is loaded has a whole step to come.
         // Which steps come is asked anew: no register holds it through the products.
         const int64_t k = count - 1 - i;
-        const typename Tile::Asked before = tile.ask(k - 1), two_before = tile.ask(k - 2),
-                                   three_before = tile.ask(k - 3);
+        const typename Tile::Prefetched before = tile.prefetch(k - 1), two_before = tile.prefetch(k - 2),
+                                   three_before = tile.prefetch(k - 3);
         if (runs) layer.store_gates(now.row, 0, mine.lane(), mine.there, grad);
         past = past_before, past_before = load(tile.step(two_before), tile.step(three_before));
         now = tile.step(before);
@@ -456,8 +390,8 @@ struct SliceBackward : C {
       if (count > 0) exchange.collect(before_all - 1, ran, mine, grad_h);
 
       if (!mine.any) return;
-      mine.store_state(s.grad_h_0, narrow<T>(grad_h));
-      if (C::CELL == Cell::lstm) mine.store_state(s.grad_c_0, narrow<T>(grad_c));
+      mine.store_state(s.grad_h_0, from_acc<T>(grad_h));
+      if (C::CELL == Cell::lstm) mine.store_state(s.grad_c_0, from_acc<T>(grad_c));
     });
   }
 };

@@ -354,7 +354,7 @@ template <>
 struct Factor<device::float16> {
   static constexpr char operation[] = "multiply of float16";
   static constexpr int per_word = 2;
-  static float of(uint32_t word, int i) { return wide(device::float16{static_cast<uint16_t>(word >> 16 * i)}); }
+  static float of(uint32_t word, int i) { return to_acc(device::float16{static_cast<uint16_t>(word >> 16 * i)}); }
 };
 template <>
 struct Factor<float> {
@@ -843,7 +843,7 @@ void Flags::wait(int64_t i, uint32_t value) const {
   set_time(++latest);
 }
 
-float exchange(float value, int mask) {
+float shfl_xor(float value, int mask) {
   const int lane = mine->index % kWarp;
   Warp& warp = warps[mine->index / kWarp];
   warp.given[lane] = value, warp.from[lane] = (lane ^ mask) % kWarp;
