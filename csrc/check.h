@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -41,11 +42,13 @@ inline std::string text_of(const int64_t* sizes, size_t count) {
 }
 
 inline Cell cell_of(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "gru") return Cell::gru;
-  check(name == "lstm", "unknown cell '", name, "'; the cells are rnn_tanh, rnn_relu, gru and lstm");
-  return Cell::lstm;
+  std::string known;
+  const Cell last = *(std::end(kCells) - 1);
+  for (const Cell cell : kCells) {
+    if (name == name_of(cell)) return cell;
+    known += (cell == kCells[0] ? "" : cell == last ? " and " : ", ") + std::string(name_of(cell));
+  }
+  fail("unknown cell '", name, "'; the cells are ", known);
 }
 
 inline Scalar scalar_of(ScalarType type) {

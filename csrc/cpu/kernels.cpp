@@ -35,6 +35,7 @@ auto with_factor(const LayerForward& p, const Call& call) {
     case Cell::rnn_relu: return function<Cell::rnn_relu, __VA_ARGS__>(p, schedule, begin, end, memory); \
     case Cell::gru: return function<Cell::gru, __VA_ARGS__>(p, schedule, begin, end, memory);           \
     case Cell::lstm: return function<Cell::lstm, __VA_ARGS__>(p, schedule, begin, end, memory);         \
+    case Cell::ligru: __builtin_trap();                                                                 \
   }
 
 int64_t forward_bytes(const LayerForward& p, const Schedule& schedule) {

@@ -89,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, 
                                                               Optional c_0, Optional batch_sizes, bool save) {
   LayerForward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
+  check(p.cell != Cell::ligru, "there is no CPU kernel for this cell");
   p.bfloat16_products = bfloat16_products();
   const int64_t D = p.directions, K = save ? saved_blocks_of(p.cell) : 0;
   Tensor y = allocate(x.scalar_type(), Shape{x.size(0), D * p.projected});
@@ -113,6 +114,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
                                                                 bool wants_weights) {
   LayerBackward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes);
+  check(p.cell != Cell::ligru, "there is no CPU kernel for this cell");
   p.bfloat16_products = bfloat16_products();
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, H = p.hidden, P = p.projected;
   p.grad_y = grad_y ? arguments.check_contiguous(*grad_y, "grad_y", {N, D * P}) : nullptr;
