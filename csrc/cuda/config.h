@@ -120,17 +120,23 @@ constexpr ResidentRow kResident[] = {
     {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
 };
 
-// What kResident says of a kernel of so many units; 0: there is no row for it.
-constexpr int resident_of(Path path, const Variant& v, int width) {
+// The row for a kernel of so many units; null: there is none.
+constexpr const ResidentRow* resident_row(Path path, const Variant& v, int width) {
   const ResidentRow* best = nullptr;
   for (const ResidentRow& row : kResident) {
     if (row.path != path || row.gates != gates_of(v.cell) || row.math != v.math || row.max_width < width) continue;
     if (row.arch <= v.arch && (!best || row.arch > best->arch)) best = &row;
   }
-  if (!best) return 0;
-  const auto& pass = v.backward ? best->backward : best->forward;
+  return best;
+}
+constexpr int resident_of(Path path, const Variant& v, int width) {
+  const ResidentRow* row = resident_row(path, v, width);
+  if (!row) return 0;
+  const auto& pass = v.backward ? row->backward : row->forward;
   return v.even ? pass.even : pass.odd;
 }
+// Kernels are compiled for the architecture of their row, so that GPUs with the same row share a kernel.
+constexpr Arch resident_arch(Path path, const Variant& v, int width) { return resident_row(path, v, width)->arch; }
 
 // ---- single CTA: a CTA owns up to 8 sequences; its weights lie in registers, then shared memory, then the L2 cache
 
@@ -150,7 +156,6 @@ struct SingleCtaLayout {
     return fitting < others ? fitting : others;
   }
   constexpr int bytes(int shared_memory) const { return buffers + shared_groups(shared_memory) * group_bytes; }
-  constexpr int64_t packed_bytes() const { return int64_t{groups} * group_bytes; }  // of one direction
   constexpr bool fits(int shared_memory) const { return width > 0 && buffers <= shared_memory; }
 };
 
@@ -181,6 +186,14 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   l.resident = resident < l.groups ? resident : l.groups;
   l.group_bytes = gates * l.threads * kFragmentBytes;
   return l;
+}
+
+// Bytes of one direction's weights in the order that a kernel reads; 0: there is no kernel.
+constexpr int64_t single_cta_packed_bytes(Cell cell, Scalar scalar, int64_t hidden) {
+  if (scalar == Scalar::float64) return 0;
+  const Math math = math_of(scalar, false);  // TF32 packs the same
+  const int64_t width = single_cta_width(math, hidden);
+  return gates_of(cell) * width * width * element_bytes(math);
 }
 
 // ---- cluster and persistent grid: a group of CTAs shares the hidden units of a layer, a slice for each

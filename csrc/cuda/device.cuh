@@ -1,6 +1,6 @@
-// All that kernels know of a GPU: threads, memory, barriers, shuffles, tensor cores, rounding. Kernels use nothing else,
-// so that tests can compile them for the CPU: there tests/emulator/device.h has the same names, for threads that are
-// fibers, and checks every access. Clusters need compute capability 9.0.
+// All that kernels know of a GPU: threads, memory, barriers, shuffles, tensor cores, rounding. Kernels use nothing
+// else, so that tests can compile them for the CPU: there tests/emulator/device.h has the same names, for threads that
+// are fibers, and checks every access. Clusters need compute capability 9.0.
 #pragma once
 #ifdef SEQKERNELS_EMULATOR
 #include "emulator/device.h"
@@ -80,8 +80,8 @@ struct Global {
   DEVICE T load(int64_t i) const { return data[i]; }
   DEVICE void store(int64_t i, T value) const { data[i] = value; }
   // Elements i and i + 1, of which the first lies at a multiple of a pair's size.
-  DEVICE Pair<std::remove_const_t<T>> load_pair(int64_t i) const {
-    return *reinterpret_cast<const Pair<std::remove_const_t<T>>*>(data + i);
+  DEVICE Pair<std::remove_const_t<T> > load_pair(int64_t i) const {
+    return *reinterpret_cast<const Pair<std::remove_const_t<T> >*>(data + i);
   }
   DEVICE void store_pair(int64_t i, Pair<T> pair) const { *reinterpret_cast<Pair<T>*>(data + i) = pair; }
 };
@@ -106,8 +106,8 @@ class Mbarrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at_), "r"(bytes) : "memory");
   }
 
-  // Waits until the present phase has ended, if its number (from 0) has this parity. Then the caller sees what the phase
-  // brought, and what those who sent or copied it had seen by then.
+  // Waits until the present phase has ended, if its number (from 0) has this parity. Then the caller sees what the
+  // phase brought, and what those who sent or copied it had seen by then.
   DEVICE void wait(int parity) const {
     asm volatile(
         "{\n\t.reg .pred ended;\n"
@@ -161,8 +161,8 @@ struct Shared {
   // From element i on, which lies at a multiple of 16 bytes.
   DEVICE Vec16 load_vec16(int i) const { return *reinterpret_cast<const Vec16*>(data + i); }
   DEVICE void store_vec16(int i, Vec16 words) const { *reinterpret_cast<Vec16*>(data + i) = words; }
-  // Stores into the same array of a peer (or of this CTA; PTX leaves it undefined for a CTA without peers). The store is
-  // asynchronous: the peer's `arrivals` count it.
+  // Stores into the same array of a peer (or of this CTA; PTX leaves it undefined for a CTA without peers). The store
+  // is asynchronous: the peer's `arrivals` count it.
   DEVICE void st_async(int i, Vec16 words, int peer, Mbarrier arrivals) const {
     const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
     asm volatile(
@@ -172,8 +172,8 @@ struct Shared {
         : "memory");
   }
   // Copies `count` elements of global memory, a multiple of 16 bytes, into the same array of all CTAs of the cluster,
-  // reading them once; the `arrivals` of each count the bytes. Copies use another proxy than loads and stores: one of the
-  // fences below is needed between a store and a copy of what it stored, or a copy to the same place.
+  // reading them once; the `arrivals` of each count the bytes. Copies use another proxy than loads and stores: one of
+  // the fences below is needed between a store and a copy of what it stored, or a copy to the same place.
   DEVICE void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
     const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
     const auto all = static_cast<uint16_t>((1 << cluster_size()) - 1);

@@ -133,8 +133,8 @@ struct PackWeights {
 // How a pass is launched: what the plan says, and what the GPU is.
 struct LaunchShape {
   Arch arch;
-  int tile;           // sequences that a CTA, a cluster or a group of clusters takes at once: 1 to kMaxTile
-  int units;          // cluster: hidden units of a CTA, one of kClusterUnits; persistent grid: of a cluster of kGridClusters
+  int tile;   // sequences that a CTA, a cluster or a group of clusters takes at once: 1 to kMaxTile
+  int units;  // cluster: hidden units of a CTA, one of kClusterUnits; persistent grid: of a cluster of kGridClusters
   int shared_memory;  // bytes that a CTA may have
 };
 
@@ -148,9 +148,9 @@ const char* previous(const Previous&, void* stream);
 const char* unprojected(const Unprojected&, void* stream);
 const char* fold_biases(const FoldBiases&, Scalar, void* stream);
 const char* write_steps(const WriteSteps&, void* stream);
+const char* pack_weights(const PackWeights&, Scalar, int directions, void* stream);
 
-// A CTA takes a tile. The weights go through `packed`, [D, single_cta_packed_bytes()]; none where no kernel takes the layer.
-int64_t single_cta_packed_bytes(Cell, Scalar, int64_t hidden);
+// A CTA takes a tile. The weights go through `packed`, [D, single_cta_packed_bytes()].
 const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, void* packed, void* stream);
 const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, void* packed, void* stream);
 

@@ -65,8 +65,8 @@ const char* count_clusters(int cluster, int& count) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Starts a kernel on a stream of the current GPU. Returns the error's text if that fails, or if earlier work has failed,
-// else null. blocks_y is at most 65,535.
+// Starts a kernel on a stream of the current GPU. Returns the error's text if that fails, or if earlier work has
+// failed, else null. blocks_y is at most 65,535.
 template <class Kernel>
 const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
                    const typename Kernel::Parameters& parameters, Cooperation cooperation = {}) {
@@ -100,10 +100,10 @@ const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
 namespace seqkernels::device {
 
 template <Scalar SCALAR>
-using element_t = std::conditional_t<
-    SCALAR == Scalar::float64, double,
-    std::conditional_t<SCALAR == Scalar::float32, float,
-                       std::conditional_t<SCALAR == Scalar::bfloat16, bfloat16, float16>>>;
+using element_t =
+    std::conditional_t<SCALAR == Scalar::float64, double,
+                       std::conditional_t<SCALAR == Scalar::float32, float,
+                                          std::conditional_t<SCALAR == Scalar::bfloat16, bfloat16, float16>>>;
 
 // Calls with the math policy of a dtype.
 template <Scalar SCALAR, class Call>

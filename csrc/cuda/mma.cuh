@@ -1,9 +1,9 @@
-// W h + b of one CTA: weights that stay where they are for all steps, times the factors of up to 8 sequences (states, or
-// gradients of gates), by a math policy: Fp32Fma, Tf32 or TensorCore.
+// W h + b of one CTA: weights that stay where they are for all steps, times the factors of up to 8 sequences (states,
+// or gradients of gates), by a math policy: Fp32Fma, Tf32 or TensorCore.
 //
 // A warp multiplies 16 rows of a matrix, in chunks of its columns: 16 bytes of a row for each of the 4 lanes that share
-// it. What a lane has of 16 rows by a chunk is a fragment. Of the result, lane l has units 2 (l / 4) and the next, each of
-// sequences 2 (l % 4) and the next: the same for tensor cores and for plain multiply-adds.
+// it. What a lane has of 16 rows by a chunk is a fragment. Of the result, lane l has units 2 (l / 4) and the next, each
+// of sequences 2 (l % 4) and the next: the same for tensor cores and for plain multiply-adds.
 #pragma once
 #include "device.cuh"
 #include "kernels.h"
@@ -26,9 +26,9 @@ DEVICE Fragment fragment_of(Vec16 first, Vec16 second) {
   return fragment;
 }
 
-// Which of a chunk's columns a word of a lane's fragment has, and which of the 16 rows; with 16-bit factors a word has a
-// column and the next. Tensor cores take rows and columns in any order, as long as both factors have the same order of
-// columns. In this one a lane has two rows, and all that it needs of a sequence lies side by side.
+// Which of a chunk's columns a word of a lane's fragment has, and which of the 16 rows; with 16-bit factors a word has
+// a column and the next. Tensor cores take rows and columns in any order, as long as both factors have the same order
+// of columns. In this one a lane has two rows, and all that it needs of a sequence lies side by side.
 DEVICE int row_of_word(int lane, int word) { return lane / 4 * 2 + word % 2; }
 template <class T>
 DEVICE int column_of_word(int lane, int word) {
@@ -49,7 +49,8 @@ struct TensorCore {
   // Adds N products, the two halves of each to different chains of accumulators, N apart, from chain `first` on.
   // weights(i) are the fragments, taken one by one to spare registers.
   template <int N, int CHAINS, class At>
-  static DEVICE void add(float (&sum)[CHAINS][accumulators], int first, At weights, Shared<T> factors, int stride, int column) {
+  static DEVICE void add(float (&sum)[CHAINS][accumulators], int first, At weights, Shared<T> factors, int stride,
+                         int column) {
     const Vec16 b = factors.load_vec16(lane() / 4 * stride + column + lane() % 4 * (16 / static_cast<int>(sizeof(T))));
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -77,8 +78,8 @@ struct Tf32 : TensorCore<float> {
   static DEVICE Pair<float> factors(Pair<float> numbers) { return factors(first(numbers), second(numbers)); }
 };
 
-// float32 by multiply-adds, for COUNT sequences (1, 2, 4 or 8): the 4 lanes of a row share its columns, and add up at the
-// end.
+// float32 by multiply-adds, for COUNT sequences (1, 2, 4 or 8): the 4 lanes of a row share its columns, and add up at
+// the end.
 template <int COUNT>
 struct Fp32FmaFor {
   using T = float;
@@ -90,7 +91,8 @@ struct Fp32FmaFor {
   static DEVICE Pair<float> factors(Pair<float> numbers) { return numbers; }
 
   template <int N, int CHAINS, class At>
-  static DEVICE void add(float (&sum)[CHAINS][accumulators], int, At weights, Shared<T> factors, int stride, int column) {
+  static DEVICE void add(float (&sum)[CHAINS][accumulators], int, At weights, Shared<T> factors, int stride,
+                         int column) {
     static_assert(CHAINS == N);
     Fragment a[N];
 #pragma unroll
@@ -137,7 +139,8 @@ struct Fp32FmaFor {
 
 struct Fp32Fma : Fp32FmaFor<8> {};
 
-// Calls with the policy for so many sequences, a number that is the same in all threads of a CTA. An MMA takes 8 anyway.
+// Calls with the policy for so many sequences, a number that is the same in all threads of a CTA. An MMA takes 8
+// anyway.
 template <class MathPolicy, class Call>
 DEVICE void for_sequences(int sequences, Call call) {
   if constexpr (MathPolicy::pipelined) {
@@ -152,8 +155,8 @@ DEVICE void for_sequences(int sequences, Call call) {
   }
 }
 
-// The accumulators of N results. Where a product waits for the one before, there are at least CHAINS chains, several for
-// a result.
+// The accumulators of N results. Where a product waits for the one before, there are at least CHAINS chains, several
+// for a result.
 template <class MathPolicy, int N, int CHAINS = 2>
 class Accumulators {
  public:

@@ -74,7 +74,7 @@ struct SingleCtaBackward : C {
     mine.each([&](int m, int s_) {
       const float units[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
       mine.store_state(s.grad_h_0, m, s_, from_acc<T>(units));
-      if (C::CELL == Cell::lstm) mine.store_state(s.grad_c_0, m, s_, from_acc<T>(grad_c[m][s_]));
+      if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, m, s_, from_acc<T>(grad_c[m][s_]));
     });
   }
 

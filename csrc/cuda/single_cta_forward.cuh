@@ -72,7 +72,7 @@ struct SingleCtaForward : C {
 
     mine.each([&](int m, int s_) {
       mine.store_state(s.h_n, m, s_, h[m][s_]);
-      if (C::CELL == Cell::lstm) mine.store_state(s.c_n, m, s_, from_acc<T>(c[m][s_]));
+      if (kHasC<C::CELL>) mine.store_state(s.c_n, m, s_, from_acc<T>(c[m][s_]));
     });
   }
 

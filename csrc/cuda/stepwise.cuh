@@ -1,6 +1,6 @@
 // A sweep step by step: between two matrix products, a kernel does the rest of a step, for both directions (the second
-// index of a block). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden
-// units side by side.
+// index of a CTA). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden units
+// side by side.
 #pragma once
 #include "layer.cuh"
 
@@ -47,14 +47,14 @@ struct StepForwardKernel {
     const int64_t t = step_of(p.k, s.steps, d);
     if (at.row >= steps.size(t)) return;
     const int64_t row = steps.start(t) + at.row, state = d * s.sequences + at.row;
-    const ForwardArrays<CELL, T, EVEN> layer(s, d);
+    const ForwardArrays<CELL, T, EVEN> arrays(s, d);
 
     const Global<const T> gates_h(static_cast<const T*>(p.gates_h), s.directions * s.sequences * G * s.hidden);
     const int64_t states = s.directions * s.sequences * s.hidden, place = state * s.hidden + at.unit;
     const Global<T> h(static_cast<T*>(p.h), states);
     const Global<acc_t<T>> c(static_cast<acc_t<T>*>(p.c), states);
     Pair<T> x[G];
-    layer.load_gates(row, at.unit, {}, at.count, x);
+    arrays.load_gates(row, at.unit, {}, at.count, x);
     acc_t<T> x_i[2][G], of_h[2][G], saved[2][4], h_now[2] = {}, c_now[2] = {}, b_hn[2];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
@@ -64,20 +64,22 @@ struct StepForwardKernel {
       to_acc(load_units<EVEN>(gates_h, (state * G + gate) * s.hidden + at.unit, at.count), units);
       of_h[0][gate] = units[0], of_h[1][gate] = units[1];
     }
-    if (CELL == Cell::gru) {
-      layer.load_b_hn(at.unit, at.count, b_hn);
+    if (CellTraits<CELL>::apart) {
+      arrays.load_b_hn(at.unit, at.count, b_hn);
       of_h[0][G - 1] += b_hn[0], of_h[1][G - 1] += b_hn[1];
+    }
+    if (CellTraits<CELL>::needs_h_prev) {
       to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (CELL == Cell::lstm && i < at.count) c_now[i] = c.load(place + i);
+      if (kHasC<CELL> && i < at.count) c_now[i] = c.load(place + i);
       cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
-      if (CELL == Cell::lstm && i < at.count) c.store(place + i, c_now[i]);
+      if (kHasC<CELL> && i < at.count) c.store(place + i, c_now[i]);
     }
     store_units<EVEN>(h, place, from_acc<T>(h_now), at.count);
-    if (!p.has_projection) layer.store_y(row, at.unit, {}, at.count, from_acc<T>(h_now));
-    layer.store_saved(row, at.unit, {}, at.count, saved, c_now);
+    if (!p.has_projection) arrays.store_y(row, at.unit, {}, at.count, from_acc<T>(h_now));
+    arrays.store_saved(row, at.unit, {}, at.count, saved, c_now);
   }
 };
 
@@ -99,22 +101,22 @@ struct StepBackwardKernel {
     const Global<acc_t<T>> grad_c(static_cast<acc_t<T>*>(p.grad_c), states);
     acc_t<T> grad[2][4] = {};
     if (at.row < steps.size(t)) {
-      const BackwardArrays<CELL, T, EVEN> layer(s, d);
+      const BackwardArrays<CELL, T, EVEN> arrays(s, d);
       const int64_t row = steps.start(t) + at.row;
       const bool ran = at.row < steps.size(t_before);
-      StepInputs<T> past = {};
-      layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, past);
+      StepInputs<T> inputs = {};
+      arrays.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, inputs);
       acc_t<T> of_h[2], of_c[2] = {};
       to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.grad_h), states), place, at.count), of_h);
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (CELL == Cell::lstm && i < at.count) of_c[i] = grad_c.load(place + i);
-      layer.step(past, of_h, of_c, grad);
-      layer.store_gates(row, at.unit, {}, at.count, grad);
+        if (kHasC<CELL> && i < at.count) of_c[i] = grad_c.load(place + i);
+      arrays.step(inputs, of_h, of_c, grad);
+      arrays.store_gates(row, at.unit, {}, at.count, grad);
       if (!p.has_projection) store_units<EVEN>(grad_h, place, from_acc<T>(of_h), at.count);
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (CELL == Cell::lstm && i < at.count) grad_c.store(place + i, of_c[i]);
+        if (kHasC<CELL> && i < at.count) grad_c.store(place + i, of_c[i]);
     }
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
