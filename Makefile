@@ -10,8 +10,8 @@ BIN := $(VENV)/bin
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
 NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
-EMULATOR_SOURCES := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
-CHECKED_SOURCES := $(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*.cpp)
+EMULATOR_SOURCES := $(wildcard tests/emulator/*)
+CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*))
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
@@ -19,7 +19,7 @@ help:
 	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench and"
 	@echo "               gpu-bench-large (beside cuDNN), gpu-profile"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
-	@echo "make lint      check style and import directions"
+	@echo "make lint      check style, import directions and types"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
@@ -34,6 +34,10 @@ $(TORCH_READY):
 	fi
 	touch $@
 
+# What a build needs.
+environment: $(TORCH_READY)
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
@@ -47,8 +51,7 @@ demo: $(READY)
 # The CUDA kernels, compiled to run on the CPU with every access checked: tests/emulator.
 EMULATOR := build/emulator/emulator.so
 $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
-	SEQKERNELS_BUILD=emulator $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/emulator-objects
-	mv $(@D)/emulator.*.so $@
+	$(BIN)/python tests/emulator/build.py
 
 test: $(READY) $(EMULATOR)
 	$(BIN)/python -m pytest
@@ -106,6 +109,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CHECKED_SOURCES)
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
@@ -132,4 +136,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
+.PHONY: help environment demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean

@@ -1,6 +1,5 @@
 """`python -m benchmarks` kernels, report, compare and scaling: what they check, time, write, draw and refuse."""
 
-import importlib.util
 import json
 import math
 import re
@@ -11,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("benchmarks") is None:
-    sys.path.append(str(ROOT))  # last, so that an installed seqkernels goes before the source folder
+from benchmarks import __main__ as command
+from benchmarks import compare, contenders, kernels, problems, record, report, scaling, timing
+from benchmarks.problems import PROBLEMS, Problem, flops, lengths, rows
+from seqkernels import select
 
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import compare, contenders, kernels, problems, record, report, scaling, timing  # noqa: E402
-from benchmarks.problems import PROBLEMS, Problem, flops, lengths, rows  # noqa: E402
-from seqkernels import select  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
 CASE = contenders.Case("names", "GRU", "infer", "padded", "float32", 1, "cpu", PROBLEMS["names"])
 HISTORY = record.git("rev-parse", "--verify", "--quiet", "HEAD") is not None
 

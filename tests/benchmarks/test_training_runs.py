@@ -1,13 +1,7 @@
 """The training runs of `python -m benchmarks`, on small data: what they print, write, refuse and survive."""
 
-import argparse
-import csv
 import gzip
 import hashlib
-import importlib.util
-import json
-import os
-import random
 import shutil
 import subprocess
 import sys
@@ -19,69 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from training import LETTERS, REAL_DATA, ROOT, is_png, only_row, options, refused, rows, run, write_csv
 
-ROOT = Path(__file__).resolve().parents[2]
-if importlib.util.find_spec("benchmarks") is None:
-    sys.path.append(str(ROOT))  # last, so that an installed seqkernels goes before the source folder
-
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import data, train, training_report  # noqa: E402
-from benchmarks.tasks import TASKS  # noqa: E402
-from benchmarks.tasks.charlm import chunks, streams  # noqa: E402
-
-REAL_DATA = os.environ.get(data.VARIABLE)  # read before the tests hide it
-TOPICS = (["war", "vote"], ["goal", "match"], ["stock", "market"], ["atom", "robot"])
-LETTERS = {"Aland": "abcde", "Bland": "klmno", "Cland": "uvwxyz"}
-
-
-@pytest.fixture(autouse=True)
-def unchanged_surroundings(monkeypatch):
-    """No data folder from outside, and the number of threads as it was."""
-    threads = torch.get_num_threads()
-    monkeypatch.delenv(data.VARIABLE, raising=False)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A data folder of the real one's form: three countries, each with letters of its own, and news of four kinds."""
-    choose = random.Random(0)
-    for file, count in (("names_train.csv.gz", 150), ("names_test.csv.gz", 30)):
-        countries = sorted(choose.choices(list(LETTERS), k=count))
-        rows = [("".join(choose.choices(LETTERS[land], k=choose.randint(1, 9))).title(), land) for land in countries]
-        write_csv(tmp_path / "data" / "names" / file, rows)
-    for file, count in (("train.csv", 160), ("test.csv", 40)):
-        items = []
-        for index in range(count):
-            topic = index % 4
-            items.append((topic + 1, "A title", " ".join(choose.choices(TOPICS[topic], k=choose.randint(3, 20)))))
-        write_csv(tmp_path / "data" / "ag_news_csv" / file, items)
-    return tmp_path / "data"
-
-
-def write_csv(path: Path, rows: list) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "wt", newline="", encoding="utf-8") as file:
-        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
-
-
-def run(*arguments: object) -> int:
-    """The command's exit code, also where argparse raises it."""
-    try:
-        return command.main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return error.code
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-
-
-def only_row(out: Path) -> dict:
-    (row,) = rows(out)
-    return row
+from benchmarks import __main__ as command
+from benchmarks import data, train, training_report
+from benchmarks.tasks import TASKS
+from benchmarks.tasks.charlm import chunks, streams
 
 
 def small(name: str, folder: Path) -> tuple:
@@ -92,14 +29,6 @@ def small(name: str, folder: Path) -> tuple:
         "news": ("--data", folder, "--batch-size", 8, "--hidden", 16, "--embedding", 8),
         "charlm": ("--limit", 6000, "--chunk", 25, "--batch-size", 8, "--sample", 20),
     }[name]
-
-
-def is_png(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG\r\n")
-
-
-def options(name: str, *arguments: object) -> argparse.Namespace:
-    return command.make_parser().parse_args(["train", name, *map(str, arguments)])
 
 
 # Runs
@@ -398,14 +327,6 @@ def test_bad_text(content, says, tmp_path, capsys):
     if content is not None:
         text.write_bytes(content)
     refused(capsys, tmp_path, says, "train", "charlm", "--text", text)
-
-
-def refused(capsys, tmp_path: Path, says: str, *arguments: object) -> None:
-    out = tmp_path / "out"
-    assert run(*arguments, "--module", "torch", "--out", out) == 2
-    error = capsys.readouterr().err
-    assert says in error and error.count("\n") == 1 and error.startswith("python -m benchmarks: ")
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(

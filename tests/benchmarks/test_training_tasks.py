@@ -11,19 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_benchmarks import (
-    REAL_DATA,
-    ROOT,
-    folder,  # noqa: F401 - a fixture
-    only_row,
-    options,
-    refused,
-    rows,
-    run,
-    unchanged_surroundings,  # noqa: F401 - a fixture
-    write_csv,
-)
 from torch import nn
+from training import REAL_DATA, ROOT, only_row, options, refused, rows, run, write_csv
 
 from benchmarks import InputError, checkpoint, data, distributed, profiling, train, training_report
 from benchmarks.distributed import World
@@ -61,7 +50,7 @@ def names_task(*arguments: object, world: World = World()):  # noqa: B008
     return TASKS["names"](options("names", *arguments), world)
 
 
-def test_scores_do_not_depend_on_how_a_batch_is_cut(folder):  # noqa: F811
+def test_scores_do_not_depend_on_how_a_batch_is_cut(folder):
     """What DataParallel does: cut the input along its first dimension, and join the scores."""
     task = names_task("--data", folder, "--bidirectional")
     model = task.model(nn.GRU)
@@ -71,7 +60,7 @@ def test_scores_do_not_depend_on_how_a_batch_is_cut(folder):  # noqa: F811
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
-def test_data_parallel_says_that_there_is_one_device(folder, tmp_path, capsys):  # noqa: F811
+def test_data_parallel_says_that_there_is_one_device(folder, tmp_path, capsys):
     if torch.cuda.device_count() > 1:
         pytest.skip("several GPUs here")
     arguments = ("--module", "torch", "--epochs", 1, "--data-parallel", "--out", tmp_path / "out")
@@ -79,7 +68,7 @@ def test_data_parallel_says_that_there_is_one_device(folder, tmp_path, capsys): 
     assert "--data-parallel: no GPU in use" in capsys.readouterr().out
 
 
-def test_the_model_from_scratch_is_the_same_by_hand_and_by_kernel(folder, tmp_path):  # noqa: F811
+def test_the_model_from_scratch_is_the_same_by_hand_and_by_kernel(folder, tmp_path):
     arguments = ("--model", "scratch", "--epochs", 2, "--limit", 60, "--out", tmp_path)
     assert run("train", "names", "--data", folder, *arguments) == 0
     row = only_row(tmp_path)
@@ -93,7 +82,7 @@ def test_the_model_from_scratch_has_the_lectures_sizes():
     assert model(torch.tensor([0, 5])).shape == (1, 18)
 
 
-def test_answers_names_from_a_file_and_from_the_keyboard(folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_answers_names_from_a_file_and_from_the_keyboard(folder, tmp_path, capsys, monkeypatch):
     file = tmp_path / "asked.txt"
     file.write_text("Abcé\n\nKl\n", encoding="utf-8")
     monkeypatch.setattr("sys.stdin", iter(["Klmno\n", "李\n", "\n", "never\n"]))
@@ -109,7 +98,7 @@ def test_answers_names_from_a_file_and_from_the_keyboard(folder, tmp_path, capsy
 @pytest.mark.parametrize(
     ("content", "says"), [(None, "cannot be read"), ("\n \n", "has no lines"), ("Abc\n李\n", "no form in ASCII")]
 )
-def test_bad_names_file(content, says, folder, tmp_path, capsys):  # noqa: F811
+def test_bad_names_file(content, says, folder, tmp_path, capsys):
     file = tmp_path / "asked.txt"
     if content is not None:
         file.write_text(content)
@@ -165,7 +154,7 @@ def test_shares_are_disjoint_and_weigh_as_much_as_the_batch():
         assert means == pytest.approx(torch.arange(rows_).double().mean())
 
 
-def test_two_processes_train_as_one(folder, tmp_path):  # noqa: F811
+def test_two_processes_train_as_one(folder, tmp_path):
     """gloo, two processes with half of every batch each; the last batch has one name for two processes."""
     write_csv(
         folder / "names" / "names_train.csv.gz", [(f"Ab{'c' * (i % 5)}", "Aland") for i in range(20)] + [("K", "B")]
@@ -208,7 +197,7 @@ def news_task(data_folder: Path, *arguments: object):
     return TASKS["news"](next(iter(TASKS["news"].variants(chosen).values())))
 
 
-def test_packed_and_lengths_end_at_the_last_word(folder):  # noqa: F811
+def test_packed_and_lengths_end_at_the_last_word(folder):
     """Both give what every sentence gives alone; padded does so only for the longest."""
     seqkernels = pytest.importorskip("seqkernels")
     for rnn_class, end in (
@@ -230,7 +219,7 @@ def test_packed_and_lengths_end_at_the_last_word(folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
-def test_news_learns_with_every_cell(cell, folder, tmp_path):  # noqa: F811
+def test_news_learns_with_every_cell(cell, folder, tmp_path):
     arguments = ("--cell", cell, "--end", "packed", "--batch-size", 8, "--epochs", 6, "--lr", 3e-3)
     assert run("train", "news", "--data", folder, *arguments, "--out", tmp_path) == 0
     row = only_row(tmp_path)
@@ -238,7 +227,7 @@ def test_news_learns_with_every_cell(cell, folder, tmp_path):  # noqa: F811
     assert all(figures["metric"] > 0.9 for figures in row["modules"].values())
 
 
-def test_news_compares_ends_and_batch_sizes(folder, tmp_path, capsys):  # noqa: F811
+def test_news_compares_ends_and_batch_sizes(folder, tmp_path, capsys):
     arguments = ("--end", "padded", "packed", "--batch-size", 4, 8, "--epochs", 1, "--module", "torch")
     assert run("train", "news", "--data", folder, *arguments, "--out", tmp_path) == 0
     assert [row["variant"] for row in rows(tmp_path)] == [
@@ -250,7 +239,7 @@ def test_news_compares_ends_and_batch_sizes(folder, tmp_path, capsys):  # noqa: 
     assert "packed, batch 8" in capsys.readouterr().out
 
 
-def test_glove_vectors_are_used_and_frozen(folder, tmp_path):  # noqa: F811
+def test_glove_vectors_are_used_and_frozen(folder, tmp_path):
     file = tmp_path / "glove.txt"
     file.write_text("war 1 2 3\nunheard -1 0 1\ngoal 4 5 6.5\n")
     task = news_task(folder, "--glove", file, "--embedding", 3)
@@ -274,7 +263,7 @@ def test_glove_vectors_are_used_and_frozen(folder, tmp_path):  # noqa: F811
         (None, "cannot be read"),
     ],
 )
-def test_bad_glove(content, says, folder, tmp_path, capsys):  # noqa: F811
+def test_bad_glove(content, says, folder, tmp_path, capsys):
     file = tmp_path / "glove.txt"
     if content is not None:
         file.write_text(content)
@@ -289,12 +278,12 @@ def test_bad_glove(content, says, folder, tmp_path, capsys):  # noqa: F811
         ([], "has no rows"),
     ],
 )
-def test_bad_news(rows_, says, folder, tmp_path, capsys):  # noqa: F811
+def test_bad_news(rows_, says, folder, tmp_path, capsys):
     write_csv(folder / "ag_news_csv" / "train.csv", rows_)
     refused(capsys, tmp_path, says, "train", "news", "--data", folder)
 
 
-def test_missing_news(folder, tmp_path, capsys):  # noqa: F811
+def test_missing_news(folder, tmp_path, capsys):
     (folder / "ag_news_csv" / "train.csv").unlink()
     refused(capsys, tmp_path, "holds no ag_news_csv/train.csv", "train", "news", "--data", folder)
     refused(capsys, tmp_path, "is not a folder", "train", "news", "--data", tmp_path / "nowhere")
@@ -476,7 +465,7 @@ def test_a_training_killed_by_the_system_continues(text, tmp_path):
         assert torch.equal(first["losses"], cut[: len(first["losses"])])
 
 
-def test_more_epochs_continue_a_finished_training(folder, tmp_path):  # noqa: F811
+def test_more_epochs_continue_a_finished_training(folder, tmp_path):
     kept = tmp_path / "kept.pt"
     arguments = ("train", "names", "--data", folder, "--module", "torch", "--batch-size", 50, "--checkpoint", kept)
     for epochs in (1, 3):
@@ -484,7 +473,7 @@ def test_more_epochs_continue_a_finished_training(folder, tmp_path):  # noqa: F8
     assert [row["modules"]["nn.GRU"]["steps"] for row in rows(tmp_path)] == [3, 9]
 
 
-def test_a_checkpoint_of_something_else_is_refused(folder, text, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_of_something_else_is_refused(folder, text, tmp_path, capsys):
     kept = tmp_path / "kept.pt"
     arguments = ("train", "names", "--data", folder, "--module", "torch", "--epochs", 1, "--out", tmp_path / "a")
     assert run(*arguments, "--checkpoint", kept) == 0
@@ -510,14 +499,14 @@ def test_a_checkpoint_of_something_else_is_refused(folder, text, tmp_path, capsy
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_dtypes(dtype, folder, tmp_path):  # noqa: F811
+def test_dtypes(dtype, folder, tmp_path):
     assert run("train", "names", "--data", folder, "--dtype", dtype, "--epochs", 1, "--out", tmp_path) == 0
     row = only_row(tmp_path)
     assert row["dtype"] == dtype
     assert row["gap"] < (1e-10 if dtype == "float64" else 0.1)
 
 
-def test_amp(folder, tmp_path):  # noqa: F811
+def test_amp(folder, tmp_path):
     assert run("train", "names", "--data", folder, "--amp", "--epochs", 1, "--out", tmp_path) == 0
     assert only_row(tmp_path)["gap"] < 0.1
 
@@ -542,7 +531,7 @@ def test_every_task_takes_the_shared_options(task, option, tmp_path):
     assert row.get("gap_first_steps", 0) < 0.1
 
 
-def test_options_that_would_do_nothing_are_refused(folder, text, tmp_path, capsys):  # noqa: F811
+def test_options_that_would_do_nothing_are_refused(folder, text, tmp_path, capsys):
     for arguments, says in (
         (("names", "--data", folder, "--model", "scratch", "--layers", 2), "--model scratch"),
         (("names", "--data", folder, "--module", "torch", "--backend", "cpu"), "--backend"),
@@ -562,7 +551,7 @@ def test_a_run_that_was_cut_short_is_drawn_beside_a_whole_one(tmp_path):
     assert [len(line.get_xdata()) for line in axes.lines] == [393, 1]
 
 
-def test_compile(folder, tmp_path):  # noqa: F811
+def test_compile(folder, tmp_path):
     arguments = ("--compile", "--module", "seqkernels", "--epochs", 1, "--batch-size", 75, "--out", tmp_path)
     assert run("train", "names", "--data", folder, *arguments) == 0
     assert run("train", "names", "--data", folder, *[a for a in arguments if a != "--compile"]) == 0
@@ -570,7 +559,7 @@ def test_compile(folder, tmp_path):  # noqa: F811
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
-def test_backend_is_forced(folder, tmp_path, capsys):  # noqa: F811
+def test_backend_is_forced(folder, tmp_path, capsys):
     arguments = ("train", "names", "--data", folder, "--epochs", 1, "--out", tmp_path / "out")
     assert run(*arguments, "--backend", "torch_eager") == 0
     assert "torch_eager" in only_row(tmp_path / "out")["modules"]["seqkernels.GRU"]["plan"]
@@ -580,7 +569,7 @@ def test_backend_is_forced(folder, tmp_path, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", "meta"])
-def test_bad_device(device, folder, tmp_path, capsys):  # noqa: F811
+def test_bad_device(device, folder, tmp_path, capsys):
     refused(
         capsys, tmp_path, f"--device {device} cannot be used", "train", "names", "--data", folder, "--device", device
     )
@@ -592,7 +581,7 @@ def test_bad_charlm_options(arguments, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_clip_bounds_the_gradient(folder, tmp_path):  # noqa: F811
+def test_clip_bounds_the_gradient(folder, tmp_path):
     task = names_task("--data", folder, "--clip", 1e-3, "--epochs", 1)
     (training,) = train.start_runs(task, classes("GRU"))
     norms = []
@@ -663,7 +652,7 @@ def test_peak_memory_sees_what_is_freed_again():
     assert 30e6 < peak < 60e6
 
 
-def test_several_trainings_are_drawn(folder, tmp_path):  # noqa: F811
+def test_several_trainings_are_drawn(folder, tmp_path):
     assert run("train", "hello", "--epochs", 2, "--module", "torch", "--out", tmp_path) == 0
     assert (tmp_path / "train-hello.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])["variant"] == "cell"
@@ -677,7 +666,7 @@ def test_devices_are_named_by_local_rank(monkeypatch):
             distributed.device_of("cuda")
 
 
-def test_titles_count_whole_epochs(folder):  # noqa: F811
+def test_titles_count_whole_epochs(folder):
     task = names_task("--data", folder)
     runs = [train.Run("a", nn.Identity(), None, epoch_seconds=[1.0]), train.Run("b", nn.Identity(), None)]
     assert training_report.title([training_report.Training(task, runs)]) == "names: 0 of 10 epochs"

@@ -41,7 +41,6 @@ def setup():
         ("cuda", "/opt/nvcc", ["cpu", "cuda"]),
         ("cuda", None, ["cpu", "cuda"]),  # which then ends with a sentence
         ("none", "/opt/nvcc", []),
-        ("emulator", None, ["emulator"]),
     ],
 )
 def test_which_parts_are_built(setup, build, nvcc, parts):
@@ -50,8 +49,18 @@ def test_which_parts_are_built(setup, build, nvcc, parts):
 
 @needs_setup
 def test_an_unknown_build_is_refused(setup):
-    with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda, none"):
+    with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda or none"):
         setup.parts_of("gpu", None)
+
+
+@needs_setup
+def test_a_platform_that_the_compiled_part_is_not_for_is_refused_in_a_sentence(setup):
+    setup.check_platform("linux", free_threaded=False)
+    for platform in ("darwin", "win32"):
+        with pytest.raises(SystemExit, match=rf"is for Linux, not for {platform}; SEQKERNELS_BUILD=none installs"):
+            setup.check_platform(platform, free_threaded=False)
+    with pytest.raises(SystemExit, match=r"is for Pythons with a GIL .* SEQKERNELS_BUILD=none installs"):
+        setup.check_platform("linux", free_threaded=True)
 
 
 def fake_nvcc(directory: Path, version: str = "13.0", capabilities: tuple[int, ...] = (75, 80, 90, 100)) -> Path:

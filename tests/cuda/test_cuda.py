@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_paths import GPU, SHARED, SINGLE_CTA, by_path, faulty
 from gpus import GPUS
-from test_ops import (
+from operators import (
     BACKENDS,
     CELLS,
     SHAPES,
@@ -25,9 +26,6 @@ pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
 )
 
-GPU = hardware.gpu_of(torch.empty(0).device)
-SHARED = GPU.shared_memory
-SINGLE_CTA = Path("single CTA", 8, SHARED)
 PATHS = {
     "single CTA": SINGLE_CTA,
     "single CTA of 2": SINGLE_CTA._replace(tile=2),
@@ -38,43 +36,6 @@ if GPU.target == "sm_90":
 ONE_LAUNCH = {name: path for name, path in PATHS.items() if name != "stepwise"}
 # Of layers whose shape does not say: so many that several blocks share them, the last of which has less to do.
 HIDDEN = {"cluster": 70, "persistent grid": 70}
-
-
-def by_path(path: Path, tf32: bool = False):
-    """Both operators."""
-    operators = torch.ops.seqkernels
-    return (
-        lambda *args: operators.cuda_forward(*args, tf32, *path),
-        lambda *args: operators.cuda_backward(*args, tf32, *path),
-    )
-
-
-def faulty(emulator, run, fault: str, event: int = 0):
-    """The operator with a fault planted (tests/emulator/run.h)."""
-
-    def with_fault(*args):
-        emulator.plant(getattr(emulator.Fault, fault), event)
-        try:
-            return run(*args)
-        finally:
-            emulator.plant(emulator.Fault.none)
-
-    return with_fault
-
-
-def assert_caught(emulator, cell: str, path: Path, fault: tuple[str, str, int, str], seeds: int = 8) -> None:
-    """A fault (of which pass, which, which of a thread's, and what is said), whatever the order of threads; and nothing
-    without it. Of 90 units and four steps."""
-    which, kind, event, message = fault
-    call = Call(cell, 1, 8, 4, 90, dtype=torch.bfloat16)
-    forward, back = by_path(path)
-    for seed in range(seeds):
-        emulator.seed(seed)
-        passes = {"forward": forward, "backward": back}
-        passes[which] = faulty(emulator, passes[which], kind, event)
-        with pytest.raises(RuntimeError, match=message):
-            both_passes(call, *passes.values())
-    both_passes(call, forward, back)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -91,13 +52,6 @@ def test_every_road_errs_by_rounding_alone(path, cell, shape, dtype):
     if path == "cluster" and call.hidden <= 32:
         pytest.skip("a cluster has at least two blocks, of 32 hidden units here")
     assert_rounding_alone_of(call, *by_path(PATHS[path]))
-
-
-@pytest.fixture
-def sizes_on_gpu(emulator):
-    emulator.sizes_on_gpu(True)
-    yield
-    emulator.sizes_on_gpu(False)
 
 
 @pytest.mark.parametrize("projected", [False, True])

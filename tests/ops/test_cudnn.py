@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from cases import CELLS, Case, on_device
-from test_specification import NO_CUDNN
+from specification import NO_CUDNN
 from torch import nn
 
 import seqkernels as sk

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import Case
-from test_ops import (
+from operators import (
     BACKENDS,
+    BELOW_FLOAT64,
     CELLS,
-    NARROW,
     SHAPES,
     Call,
     assert_as_in_float64,
@@ -14,9 +14,9 @@ from test_ops import (
     both_passes,
     calls,
 )
-from test_ops import backward as backward_of
-from test_ops import forward as forward_of
-from test_specification import assert_right
+from operators import backward as backward_of
+from operators import forward as forward_of
+from specification import assert_right
 
 from seqkernels import select
 from seqkernels.backends.triton import host as backend
@@ -46,7 +46,7 @@ def test_both_roads_give_what_torch_eager_gives(call, path):
     assert_as_in_float64(both_passes(call, forward, backward), call)
 
 
-@NARROW
+@BELOW_FLOAT64
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
 def test_both_roads_err_by_rounding_alone(cell, bias, dtype, path):

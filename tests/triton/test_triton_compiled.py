@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from gpus import GPUS
 
-from seqkernels.hardware import THIS_MACHINE, NO_TRITON
+from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 from seqkernels.select import _SCRATCH
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
