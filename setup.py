@@ -153,8 +153,19 @@ def dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-# The lowest compute capability that a file's kernels can be compiled for.
-CUDA_SOURCES = {"stepwise": 70, "single_cta": 80, "cluster": 90, "persistent_grid": 90}
+# The lowest compute capability that a file's kernels can be compiled for. Those that are one launch are compiled for each
+# cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
+CUDA_SOURCES = {
+    "stepwise": 70,
+    "pack_weights": 80,
+    "single_cta": 80,
+    "occupancy": 90,
+    "cluster": 90,
+    "persistent_grid": 90,
+}
+CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
+CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # as in csrc/cells.h
+CUDA_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
@@ -229,13 +240,36 @@ def cpu_library(includes: str) -> Library:
     return Library(objects)
 
 
+class Instance(NamedTuple):
+    """A translation unit of the CUDA kernels: a file, or its part for one cell and dtype."""
+
+    source: str
+    name: str
+    flags: str
+
+
+def cuda_instances() -> list[Instance]:
+    """Those that take longest come first."""
+    instances = [
+        Instance(
+            source, f"{source}_{cell}_{scalar}", f"-DSEQKERNELS_CELL_NAME={cell} -DSEQKERNELS_SCALAR_NAME={scalar}"
+        )
+        for dtype in CUDA_DTYPES
+        for cell in reversed(CELLS)
+        for source in CUDA_INSTANCED
+    ]
+    return instances + [Instance(source, source, "") for source in CUDA_SOURCES if source not in CUDA_INSTANCED]
+
+
 def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
     """Built against any torch, but loaded by one with CUDA only."""
     includes += "".join(f" -isystem {directory}" for directory in nvcc.includes)
     objects = []
-    for name, lowest in CUDA_SOURCES.items():
-        codes = (f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in targets_from(lowest, targets))
-        objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
+    for of in cuda_instances():
+        own_targets = targets_from(CUDA_SOURCES[of.source], targets)
+        codes = " ".join(f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in own_targets)
+        objects.append(Object(f"csrc/cuda/{of.source}.cu", f"cuda_{of.name}.o", f"{of.flags} {codes}", "compile_cuda"))
+    objects.append(Object("csrc/cuda/dispatch.cpp", "cuda_dispatch.o", ""))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
     objects.append(Object("csrc/cuda/ops.cpp", "cuda_ops.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
@@ -259,7 +293,7 @@ def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bo
     cxx, jobs = compiler(), os.environ.get("MAX_JOBS")
     lines = [
         *rule("compile", f"{cxx} {FLAGS} {os.environ.get('CXXFLAGS', '')}"),
-        *rule("compile_cuda", f"{nvcc} {CUDA_FLAGS} --threads {jobs or 0}"),
+        *rule("compile_cuda", f"{nvcc} {CUDA_FLAGS}"),
         "rule link",
         f"  command = {cxx} -shared $in -o $out -L{torch_directory()}/lib -Wl,--no-as-needed $more "
         f"{os.environ.get('LDFLAGS', '')}",
@@ -316,7 +350,7 @@ NATIVE = Extension(
 )
 CUDA = Extension(
     "seqkernels._cuda",
-    sources=["csrc/cuda/ops.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
+    sources=["csrc/cuda/ops.cpp", "csrc/cuda/dispatch.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
     depends=headers(),
 )
 NVCC = find_nvcc(os.environ)

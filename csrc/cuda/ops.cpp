@@ -242,22 +242,26 @@ void zero_rows(const Gpu& gpu, const Layer& p, Tensor& tensor, bool ragged) {
 }
 
 // Where a single CTA finds its weights.
-Tensor arranged(const Gpu& gpu, const Layer& p) {
-  return gpu.allocate({p.directions, single_cta_words(p.cell, p.scalar, p.hidden), 4}, ScalarType::Int);
+Tensor packed_weights(const Gpu& gpu, const Layer& p) {
+  return gpu.allocate({p.directions, single_cta_packed_bytes(p.cell, p.scalar, p.hidden)}, ScalarType::Byte);
 }
 
 // How a layer is swept: "stepwise", by a "single CTA" for every tile of sequences, by a "cluster" of blocks, each of
 // so many hidden units, or by the "persistent grid", whose clusters have so many. seqkernels/select.py chooses.
-struct Path {
+struct PassPlan {
   bool tf32, single_cta, cluster, persistent_grid;
-  Clusters clusters;
+  LaunchShape shape;
 
-  Path(bool tf32, const std::string& name, int64_t tile, int64_t memory, int64_t units)
+  PassPlan(bool tf32, const std::string& name, int64_t tile, int64_t memory, int64_t units)
       : tf32(tf32),
         single_cta(name == "single CTA"),
         cluster(name == "cluster"),
         persistent_grid(name == "persistent grid"),
-        clusters{static_cast<int>(units), static_cast<int>(tile), static_cast<int>(memory)} {
+        shape{} {
+    shape.arch = Arch::sm_90;
+    shape.tile = static_cast<int>(tile);
+    shape.units = static_cast<int>(units);
+    shape.shared_memory = static_cast<int>(memory);
     check(in_one_launch() || name == "stepwise", "unknown path '", name,
           "'; the paths are stepwise, single CTA, cluster and persistent grid");
     check(!in_one_launch() || (tile >= 1 && tile <= 8), "a block takes 1 to 8 sequences, got ", tile);
@@ -268,17 +272,17 @@ struct Path {
 
 // What the blocks of the persistent grid share, and where they exchange.
 struct GridWorkspace {
-  Groups groups{};
+  GridGroups groups{};
   Tensor exchange, flags;
 
-  GridWorkspace(const Gpu& gpu, const SweepArgs& sweep, const Clusters& clusters, bool backward)
-      : exchange(allocate(gpu, sweep, clusters, backward)), flags(gpu.allocate({groups.flags}, ScalarType::Int)) {
+  GridWorkspace(const Gpu& gpu, const SweepArgs& sweep, const LaunchShape& shape, bool backward)
+      : exchange(allocate(gpu, sweep, shape, backward)), flags(gpu.allocate({groups.flags}, ScalarType::Int)) {
     torch::stable::zero_(flags);
   }
 
  private:
-  Tensor allocate(const Gpu& gpu, const SweepArgs& sweep, const Clusters& clusters, bool backward) {
-    check_launch(persistent_grid_groups(sweep, clusters, backward, groups));
+  Tensor allocate(const Gpu& gpu, const SweepArgs& sweep, const LaunchShape& shape, bool backward) {
+    check_launch(persistent_grid_groups(sweep, shape, backward, groups));
     return gpu.allocate({groups.bytes}, ScalarType::Byte);
   }
 };
@@ -331,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
                                                         Optional c_0, Optional batch_sizes, bool save, bool tf32,
                                                         std::string path_name, int64_t tile, int64_t memory,
                                                         int64_t units) {
-  const Path path(tf32, path_name, tile, memory, units);
+  const PassPlan path(tf32, path_name, tile, memory, units);
   LayerForward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2, READS_SIZES);
   const Gpu gpu(x);
@@ -356,14 +360,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor
     sweep.b_hn[d] = p.cell == Cell::gru && p.weights[d].b_hh ? gpu.at(p.weights[d].b_hh, 2 * H) : nullptr;
   sweep.y = pointer(y), sweep.h_n = pointer(h_n), sweep.c_n = pointer(c_n), sweep.saved = pointer(saved);
   if (path.single_cta) {
-    check_launch(single_cta_forward(sweep, path.clusters.tile, path.clusters.memory, arranged(gpu, p).mutable_data_ptr(),
+    check_launch(single_cta_forward(sweep, path.shape, packed_weights(gpu, p).mutable_data_ptr(),
                               gpu.stream()));
   } else if (path.cluster) {
-    check_launch(cluster_forward(sweep, path.clusters, gpu.stream()));
+    check_launch(cluster_forward(sweep, path.shape, gpu.stream()));
   } else if (path.persistent_grid) {
-    GridWorkspace room(gpu, sweep, path.clusters, false);
-    check_launch(persistent_grid_forward(sweep, path.clusters, room.groups, room.exchange.mutable_data_ptr(),
-                           room.flags.mutable_data_ptr(), gpu.stream()));
+    GridWorkspace workspace(gpu, sweep, path.shape, false);
+    check_launch(persistent_grid_forward(sweep, path.shape, workspace.groups, workspace.exchange.mutable_data_ptr(),
+                           workspace.flags.mutable_data_ptr(), gpu.stream()));
   } else {
     Tensor c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());
     if (c_0) copy(c, *c_0);
@@ -419,7 +423,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
                                                           bool wants_x, bool wants_weights, bool tf32,
                                                           std::string path_name, int64_t tile, int64_t memory,
                                                           int64_t units) {
-  const Path path(tf32, path_name, tile, memory, units);
+  const PassPlan path(tf32, path_name, tile, memory, units);
   LayerBackward p{};
   Arguments arguments(p, cell, x, weights, h_0, c_0, batch_sizes, 2, READS_SIZES);
   const Gpu gpu(x);
@@ -467,14 +471,14 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Opti
   sweep.y = kept_y, sweep.saved = kept_saved, sweep.grad_gates = grad_gates.mutable_data_ptr();
   sweep.grad_h_0 = pointer(grad_h_0), sweep.grad_c_0 = pointer(grad_c_0);
   if (path.single_cta) {
-    check_launch(single_cta_backward(sweep, path.clusters.tile, path.clusters.memory, arranged(gpu, p).mutable_data_ptr(),
+    check_launch(single_cta_backward(sweep, path.shape, packed_weights(gpu, p).mutable_data_ptr(),
                                gpu.stream()));
   } else if (path.cluster) {
-    check_launch(cluster_backward(sweep, path.clusters, gpu.stream()));
+    check_launch(cluster_backward(sweep, path.shape, gpu.stream()));
   } else if (path.persistent_grid) {
-    GridWorkspace room(gpu, sweep, path.clusters, true);
-    check_launch(persistent_grid_backward(sweep, path.clusters, room.groups, room.exchange.mutable_data_ptr(),
-                            room.flags.mutable_data_ptr(), gpu.stream()));
+    GridWorkspace workspace(gpu, sweep, path.shape, true);
+    check_launch(persistent_grid_backward(sweep, path.shape, workspace.groups, workspace.exchange.mutable_data_ptr(),
+                            workspace.flags.mutable_data_ptr(), gpu.stream()));
   } else {
     begin(grad_h_0, given_h, P);
     Tensor grad_c = gpu.allocate({D, B, c_0 ? H : 0}, gpu.wide());

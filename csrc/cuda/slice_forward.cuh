@@ -96,7 +96,8 @@ struct SliceForward : C {
   }
 
  private:
-  static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange, int hidden, int part, int first_row) {
+  static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange, int hidden, int part,
+                                     int first_row) {
     const int chunks = (hidden + C::chunk - 1) / C::chunk;
     const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
     return Weights((chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes,

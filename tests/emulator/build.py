@@ -18,10 +18,14 @@ def library() -> "setup.Library":
     """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
     flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
     headers = setup.header_flags()
-    kernels = [setup.Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in setup.CUDA_SOURCES]
+    kernels = [
+        setup.Object(f"csrc/cuda/{of.source}.cu", f"{of.name}.o", f"{flags} {of.flags} -x c++")
+        for of in setup.cuda_instances()
+    ]
     return setup.Library(
         [
             *kernels,
+            setup.Object("csrc/cuda/dispatch.cpp", "dispatch.o", flags),
             setup.Object("csrc/cuda/ops.cpp", "ops.o", f"{flags} {headers} {setup.STABLE}"),
             setup.Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
             setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),

@@ -1,5 +1,5 @@
-// The names of csrc/cuda/device.cuh for the CPU. The threads of a CTA, or of CTAs that run at the same time, are fibers of
-// the calling thread, in random order, and every access is checked. What goes wrong ends the launch, which returns a
+// The names of csrc/cuda/device.cuh for the CPU. The threads of a CTA, or of CTAs that run at the same time, are fibers
+// of the calling thread, in random order, and every access is checked. What goes wrong ends the launch, which returns a
 // description.
 #pragma once
 #include <cmath>

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../../csrc/cuda/device.cuh"
+#include "../../csrc/cuda/launch.cuh"
 
 namespace seqkernels::emulator {
 

@@ -33,8 +33,8 @@ template <class Kernel>
 const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* /*stream*/,
                    const typename Kernel::Parameters& parameters, Cooperation cooperation = {}) {
   const auto run = [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Parameters*>(p)); };
-  return emulator::launch({blocks, blocks_y, Kernel::threads, shared_bytes, cooperation.cluster, cooperation.whole_grid}, run,
-                          &parameters);
+  return emulator::launch(
+      {blocks, blocks_y, Kernel::threads, shared_bytes, cooperation.cluster, cooperation.whole_grid}, run, &parameters);
 }
 
 }  // namespace seqkernels::device

@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "device.cuh"
+#include "launch.h"
 
 namespace seqkernels::emulator {
 
@@ -558,7 +558,8 @@ void describe_deadlock() {
 void run_group(const Grid& grid, int64_t first) {
   counted.blocks += blocks;
   group_begin = ++latest;
-  begun[group_begin] = {first % grid.blocks, grid.all ? grid.blocks : blocks, static_cast<int>(first / grid.blocks)};
+  begun[group_begin] = {first % grid.blocks, grid.whole_grid ? grid.blocks : blocks,
+                        static_cast<int>(first / grid.blocks)};
   if (static_cast<int>(running.size()) < blocks) running.resize(blocks);
   if (static_cast<int>(fibers.size()) < blocks * threads) fibers.resize(blocks * threads);
   const int warps_here = (blocks * threads + kWarp - 1) / kWarp;
@@ -693,11 +694,11 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
     failure = "no such block: " + std::to_string(shared_bytes) + " bytes of shared memory";
   else if (grid.cluster < 1 || grid.cluster > kMostCluster || grid.blocks % grid.cluster)
     failure = "no such cluster: " + std::to_string(grid.cluster) + " of " + std::to_string(grid.blocks) + " blocks";
-  else if (grid.all && all > multiprocessors)
+  else if (grid.whole_grid && all > multiprocessors)
     failure = std::to_string(all) + " blocks do not run at the same time";
   if (!failure.empty()) return failure.c_str();
 
-  blocks = static_cast<int>(grid.all ? all : grid.cluster), cluster_blocks = grid.cluster;
+  blocks = static_cast<int>(grid.whole_grid ? all : grid.cluster), cluster_blocks = grid.cluster;
   launch_begin = latest + 1;
   begun.clear();
   global_shadows.clear();
