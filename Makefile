@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
-NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+NATIVE_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 EMULATOR_SOURCES := $(wildcard tests/emulator/*)
 CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*))
 
@@ -42,7 +42,7 @@ $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
 	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
-	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are left out"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
 	touch $@
 
 demo: $(READY)
@@ -57,9 +57,9 @@ test: $(READY) $(EMULATOR)
 	$(BIN)/python -m pytest
 
 # On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
-# one that fails keeps none of the others from running. Rows, and what Nsight Compute saw, go to $(OUT).
+# the others run even if one fails. Rows, and what Nsight Compute saw, go to $(OUT).
 OUT ?= benchmarks/results
-GPU_LEFT_OUT := tests/benchmarks tests/triton/test_triton_compiled.py
+GPU_IGNORED := tests/benchmarks tests/triton/test_triton_compiled.py
 GPU_PROBLEMS ?= names256 news charlm cliff129 cliff256 long
 GPU_LARGE_PROBLEMS ?= charlm1 big1024 flashrnn kernelbench
 GPU_CELLS ?= GRU LSTM
@@ -72,8 +72,8 @@ gpu-build:
 	$(PYTHON) -m seqkernels
 
 gpu-test:
-	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(addprefix --ignore=,$(GPU_LEFT_OUT)) \
-	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(addprefix --ignore=,$(GPU_IGNORED)) \
+	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 
 # Without torch's allocator, so that what lies outside of a tensor lies outside of all.
 gpu-sanitize:
@@ -118,7 +118,7 @@ sanitize: $(READY)
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/ops/test_ops.py
 
-# The kernels for ARM, compiled here and run by an emulator: they must compute what this machine's do.
+# The kernels for ARM, compiled here and run by an emulator: they compute what this machine's do.
 # Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
 ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/cpu/native_check.cpp csrc/cpu/isa.cpp csrc/cpu/schedule.cpp

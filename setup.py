@@ -122,7 +122,7 @@ def examine(path: str | None) -> Nvcc:
             "NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
         )
 
-    def ask(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         try:
             done = subprocess.run([path, *arguments], capture_output=True, text=True)
         except OSError as error:
@@ -130,15 +130,15 @@ def examine(path: str | None) -> Nvcc:
         return done.stdout + done.stderr
 
     another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
-    said = ask("--version").strip()
+    said = run("--version").strip()
     found = re.search(r"release (\d+)\.(\d+)", said)
     if not found:
         sys.exit(f"{path} does not say its version, but {said or 'nothing'}; {another}")
     version = int(found[1]), int(found[2])
     if version < OLDEST_NVCC:
         sys.exit(f"seqkernels needs nvcc {dotted(OLDEST_NVCC)} or newer, and {path} is {dotted(version)}; {another}")
-    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))})
-    steps = ask("--dryrun", "-x", "cu", "/dev/null")
+    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", run("--list-gpu-arch"))})
+    steps = run("--dryrun", "-x", "cu", "/dev/null")
     includes, libraries = (re.search(rf"{what}=(.*)", steps) for what in (" INCLUDES", " LIBRARIES"))
     return Nvcc(
         path,
@@ -153,8 +153,7 @@ def dotted(version: tuple[int, int]) -> str:
     return f"{version[0]}.{version[1]}"
 
 
-# The lowest compute capability that a file's kernels can be compiled for. Those that are one launch are compiled for each
-# cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
+# The lowest compute capability that a file's kernels can be compiled for.
 CUDA_SOURCES = {
     "stepwise": 70,
     "pack_weights": 80,
@@ -163,9 +162,11 @@ CUDA_SOURCES = {
     "cluster": 90,
     "persistent_grid": 90,
 }
+# Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
 CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
 CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # as in csrc/cells.h
 CUDA_DTYPES = ("float32", "bfloat16", "float16")
+CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
 def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
@@ -231,9 +232,11 @@ def header_flags() -> str:
 
 def cpu_library(includes: str) -> Library:
     objects = [
-        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
+        Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
         objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
@@ -251,9 +254,7 @@ class Instance(NamedTuple):
 def cuda_instances() -> list[Instance]:
     """Those that take longest come first."""
     instances = [
-        Instance(
-            source, f"{source}_{cell}_{scalar}", f"-DSEQKERNELS_CELL_NAME={cell} -DSEQKERNELS_SCALAR_NAME={scalar}"
-        )
+        Instance(source, f"{source}_{cell}_{dtype}", f"-DSEQKERNELS_CELL_NAME={cell} -DSEQKERNELS_SCALAR_NAME={dtype}")
         for dtype in CUDA_DTYPES
         for cell in reversed(CELLS)
         for source in CUDA_INSTANCED
@@ -271,7 +272,10 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         objects.append(Object(f"csrc/cuda/{of.source}.cu", f"cuda_{of.name}.o", f"{of.flags} {codes}", "compile_cuda"))
     objects.append(Object("csrc/cuda/dispatch.cpp", "cuda_dispatch.o", ""))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
-    objects.append(Object("csrc/cuda/ops.cpp", "cuda_ops.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
+    for name in CUDA_HOST_SOURCES:
+        objects.append(
+            Object(f"csrc/cuda/{name}.cpp", f"cuda_{name}_host.o", f"-DUSE_CUDA {includes} {STABLE} {built}")
+        )
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
     return Library(
@@ -344,13 +348,20 @@ def headers() -> list[str]:
 
 NATIVE = Extension(
     "seqkernels._C",
-    sources=["csrc/cpu/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
+    sources=[
+        "csrc/python.cpp",
+        "csrc/cuda/plan.cpp",
+        *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "schedule", "kernels")),
+    ],
     depends=headers(),
     py_limited_api=True,
 )
 CUDA = Extension(
     "seqkernels._cuda",
-    sources=["csrc/cuda/ops.cpp", "csrc/cuda/dispatch.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
+    sources=[
+        *(f"csrc/cuda/{name}.cpp" for name in (*CUDA_HOST_SOURCES, "dispatch")),
+        *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES),
+    ],
     depends=headers(),
 )
 NVCC = find_nvcc(os.environ)

@@ -12,6 +12,7 @@ struct CellDefaults {
   static constexpr int saved_blocks = 0;  // K: numbers per unit that the forward pass saves for the backward pass
   // So many gates, the last ones, keep W_hh h + b_hh apart from W_ih x + b_ih: the cell does not simply add them.
   static constexpr int apart = 0;
+  static constexpr bool can_project = false;  // whether w_hr may make a smaller h of the cell's own
   // The backward pass reads the new h, or the one before. In the second case the gradient of h has a part that goes
   // past the gates.
   static constexpr bool needs_h = false, needs_h_prev = false;
@@ -53,6 +54,7 @@ struct CellTraits<Cell::lstm> : CellDefaults {
   static constexpr int gates = 4;  // i f g o
   static constexpr int states = 2;
   static constexpr int saved_blocks = 5;  // i f g o c
+  static constexpr bool can_project = true;
 };
 
 template <>
@@ -90,6 +92,9 @@ constexpr int states_of(Cell cell) {
 }
 constexpr int saved_blocks_of(Cell cell) {
   return with_cell(cell, [](auto traits) { return traits.saved_blocks; });
+}
+constexpr bool can_project(Cell cell) {
+  return with_cell(cell, [](auto traits) { return traits.can_project; });
 }
 constexpr int apart_of(Cell cell) {
   return with_cell(cell, [](auto traits) { return traits.apart; });

@@ -42,19 +42,19 @@ from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
-    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save) "
+    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[]) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
     "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, "
-    "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights) "
+    "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int[] launch=[]) "
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save):
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
     rows, (directions, sequences, projected) = x.shape[0], h_0.shape
     blocks = SAVED_BLOCKS[cell] if save else 0
     return (
@@ -66,7 +66,7 @@ def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save):
 
 
 def _fake_backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=()
 ):
     def like(tensor, wanted=True):
         return tensor.new_empty(tensor.shape if wanted else 0)
@@ -79,7 +79,7 @@ def _fake_backward(
     )
 
 
-def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, output):
+def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, launch, output):
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((saved,) if cell == "lstm" else (c_n, saved)))
@@ -93,7 +93,7 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
         raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = _BACKWARD[backend]
-    args = ctx.cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights
+    args = ctx.cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, []
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
@@ -115,13 +115,13 @@ def _registered_backward_of(backend: str):
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
             ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
-        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None
+        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, None
 
     return formula
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.wants = cell, (wants_x, wants_weights)
     ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
@@ -158,7 +158,7 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found, None) if need else None for need in needed)
-    return None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
+    return None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None, None
 
 
 def _cast_for_autocast(operator, device_type: str):
@@ -198,13 +198,14 @@ def _register(backend: str) -> None:
             _library.impl(f"{name}.{backend}", _cast_for_autocast(operator, device_type), key)
 
 
+_backends = ["torch_eager", "triton", "cuda"] + (["cpu"] if THIS_MACHINE.native else [])
+for _backend in _backends:
+    _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
+    _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
+# csrc/cpu/ops.cpp implements "cpu".
 for _name, _module in (("torch_eager", torch_eager), ("triton", triton_backend), ("cuda", cuda_backend)):
-    _library.define(f"recurrence_forward.{_name}{FORWARD_SCHEMA}")
-    _library.define(f"recurrence_backward.{_name}{BACKWARD_SCHEMA}")
     _library.impl(f"recurrence_forward.{_name}", _module.forward, "CompositeExplicitAutograd")
     _library.impl(f"recurrence_backward.{_name}", _module.backward, "CompositeExplicitAutograd")
-# csrc/cpu/ops.cpp defines and implements "cpu".
-_backends = ["torch_eager", "triton", "cuda"] + (["cpu"] if THIS_MACHINE.native else [])
 for _backend in _backends:
     _register(_backend)
 
@@ -217,7 +218,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, cell, x, h_0, c_0, batch_sizes, *weights):
-        args = cell, x, weights, h_0, c_0, batch_sizes, True
+        args = cell, x, weights, h_0, c_0, batch_sizes, True, []
         output = _below_autograd(_FORWARD[backend], *args)
         _save_for_backward(ctx, *args, output)
         ctx.backend = backend
@@ -319,12 +320,12 @@ def recurrence_forward(
         run = _cast_for_autocast(_cudnn, x.device.type) if autocast else _cudnn
         return run(cell, h_0.shape[0] // layers, save, x, h_0, c_0, batch_sizes, weights)
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return _FORWARD[plan.backend](cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
+        return _FORWARD[plan.backend](cell, x, weights, h_0, c_0, batch_sizes, save, [])[:3]
     if transformed:
         return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
     if save:
         return _Recurrence.apply(plan.backend, cell, x, h_0, c_0, batch_sizes, *weights)[:3]
-    return _below_autograd(_FORWARD[plan.backend], cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
+    return _below_autograd(_FORWARD[plan.backend], cell, x, weights, h_0, c_0, batch_sizes, save, [])[:3]
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

@@ -418,7 +418,6 @@ class Path(NamedTuple):
 
     name: str = "stepwise"  # or single CTA, cluster, persistent grid
     tile: int = 0  # sequences that a block, a cluster or a group of clusters takes at once
-    memory: int = 0  # bytes of shared memory that a block may have
     units: int = 0  # hidden units of a cluster's blocks; of the persistent grid's clusters
 
     def __str__(self) -> str:
@@ -447,18 +446,18 @@ def path(
         _, shared, l2 = residency(cell, hidden_size, dtype, tf32, gpu, backward)
         tile = sequences_of_tile(directions, sequences, gpu.multiprocessors)
         cost = costs.single_cta(layer, gpu, shared, l2, tile)
-        paths.append((Path("single CTA", tile, gpu.shared_memory), cost))
+        paths.append((Path("single CTA", tile), cost))
     for found in clusters(*facts)[0]:
         tile = sequences_of_tile(directions, sequences, found.at_once)
         cost = costs.cluster(layer, gpu, found.blocks, found.weights, tile, found.at_once, backward)
-        paths.append((Path("cluster", tile, gpu.shared_memory, found.units), cost))
+        paths.append((Path("cluster", tile, found.units), cost))
     for found in persistent_grid(*facts)[0]:
         # As many for either direction; or if not even one for each, one direction after the other.
         at_once = found.at_once - found.at_once % directions or found.at_once
         tile = sequences_of_tile(directions, sequences, at_once)
         cluster = found.units // UNITS
         cost = costs.persistent_grid(layer, gpu, found.blocks, cluster, found.weights, tile, at_once, backward)
-        paths.append((Path("persistent grid", tile, gpu.shared_memory, found.units), cost))
+        paths.append((Path("persistent grid", tile, found.units), cost))
     return min(paths, key=lambda one: one[1])
 
 

@@ -10,6 +10,8 @@ float32 products follow torch's switches: those inside the kernels torch.backend
 cuBLAS multiplies torch.backends.cuda.matmul.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     path = _path(cell, x, weights, h_0, backward=False)
     return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, *path)
@@ -44,6 +47,7 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     path = _path(cell, x, weights, h_0, backward=True)
     return torch.ops.seqkernels.cuda_backward(
@@ -57,7 +61,7 @@ def _path(cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, backward: bo
     told = h_0.dim() == 3 and len(weights) > 1 and weights[0].dim() == 2 and cell in GATES
     hidden_size = weights[0].shape[0] // GATES[cell] if told else 0
     if not hidden_size or not h_0.shape[0]:
-        return tf32, *select.Path()  # the operator says what is wrong
+        return False, 0, 0, 0  # the operator says what is wrong
     projected = len(weights) // h_0.shape[0] % 2 == 1
     path, _ = select.path(cell, hidden_size, projected, x.dtype, tf32, gpu, backward, *h_0.shape[:2])
-    return tf32, *path
+    return tf32, ("stepwise", "single CTA", "cluster", "persistent grid").index(path.name), path.tile, path.units

@@ -4,6 +4,8 @@ This is the path for machines no kernel reaches, and the one double backward tak
 only copy in Python outside the specification. 16-bit inputs are computed in float32, as the kernels do.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
     x, h_0, c_0, *weights = _wide(x, h_0, c_0, *weights)
@@ -57,6 +60,7 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights = _wide(

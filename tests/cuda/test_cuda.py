@@ -32,7 +32,7 @@ PATHS = {
     "stepwise": Path(),
 }
 if GPU.target == "sm_90":
-    PATHS |= {"cluster": Path("cluster", 8, SHARED, 32), "persistent grid": Path("persistent grid", 8, SHARED, 32)}
+    PATHS |= {"cluster": Path("cluster", 8, 32), "persistent grid": Path("persistent grid", 8, 32)}
 ONE_LAUNCH = {name: path for name, path in PATHS.items() if name != "stepwise"}
 # Of layers whose shape does not say: so many that several blocks share them, the last of which has less to do.
 HIDDEN = {"cluster": 70, "persistent grid": 70}

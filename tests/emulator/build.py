@@ -22,11 +22,15 @@ def library() -> "setup.Library":
         setup.Object(f"csrc/cuda/{of.source}.cu", f"{of.name}.o", f"{flags} {of.flags} -x c++")
         for of in setup.cuda_instances()
     ]
+    host = [
+        setup.Object(f"csrc/cuda/{name}.cpp", f"{name}_host.o", f"{flags} {headers} {setup.STABLE}")
+        for name in setup.CUDA_HOST_SOURCES
+    ]
     return setup.Library(
         [
             *kernels,
             setup.Object("csrc/cuda/dispatch.cpp", "dispatch.o", flags),
-            setup.Object("csrc/cuda/ops.cpp", "ops.o", f"{flags} {headers} {setup.STABLE}"),
+            *host,
             setup.Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
             setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),
             setup.Object(

@@ -4,20 +4,20 @@ import pytest
 import torch
 from operators import Call, both_passes
 
-from seqkernels import hardware
+from seqkernels import _C, hardware
 from seqkernels.select import Path
 
 GPU = hardware.gpu_of(torch.empty(0).device)
 SHARED = GPU.shared_memory
-SINGLE_CTA = Path("single CTA", 8, SHARED)
+SINGLE_CTA = Path("single CTA", 8)
 
 
 def by_path(path: Path, tf32: bool = False):
     """Both operators."""
-    operators = torch.ops.seqkernels
+    operators, launch = torch.ops.seqkernels, (_C.CUDA_PATHS.index(path.name), path.tile, path.units)
     return (
-        lambda *args: operators.cuda_forward(*args, tf32, *path),
-        lambda *args: operators.cuda_backward(*args, tf32, *path),
+        lambda *args: operators.cuda_forward(*args, tf32, *launch),
+        lambda *args: operators.cuda_backward(*args, tf32, *launch),
     )
 
 

@@ -14,6 +14,8 @@ import functools
 import itertools
 from typing import Any
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes)
     # Rows that no step uses come out as zeros.
@@ -61,6 +64,7 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
