@@ -86,7 +86,7 @@ gpu-bench: MEASURED := $(GPU_PROBLEMS)
 gpu-bench-large: MEASURED := $(GPU_LARGE_PROBLEMS)
 gpu-bench gpu-bench-large:
 	$(PYTHON) -m benchmarks kernels --device cuda --problem $(MEASURED) --cell $(GPU_CELLS) --dtype $(GPU_DTYPES) \
-	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --turns 9 --out $(OUT)
+	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --rounds 9 --out $(OUT)
 
 GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demangled
 gpu-profile:

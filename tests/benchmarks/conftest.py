@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2]))  # last, so that an installed seqkernels goes before the source folder
 
-from training import LETTERS, TOPICS, write_csv
+from training import LETTERS, TEXT, TOPICS, write_csv
 
 from benchmarks import data
 
@@ -33,3 +33,9 @@ def folder(tmp_path) -> Path:
             items.append((topic + 1, "A title", " ".join(choose.choices(TOPICS[topic], k=choose.randint(3, 20)))))
         write_csv(tmp_path / "data" / "ag_news_csv" / file, items)
     return tmp_path / "data"
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"

@@ -122,7 +122,7 @@ def test_a_weight_may_be_a_computed_tensor():
     assert raw.grad.any()
 
 
-def test_tied_weights_collect_both_gradients():
+def test_tied_weights_sum_both_gradients():
     a, b, x = sk.GRU(4, 4), sk.GRU(4, 4), torch.randn(6, 3, 4)
     b.weight_hh_l0 = a.weight_hh_l0
     b(a(x)[0])[0].sum().backward()

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from cases import CELLS, Case, on_device
+from cases import TORCH_CELLS, Case, on_device
 from specification import NO_CUDNN
 from torch import nn
 
@@ -30,7 +30,7 @@ def results(module: nn.Module, x: torch.Tensor, *args, **kwargs) -> list[torch.T
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["padded", "ragged", "one length", "empty"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_results_are_those_of_torch_eager(cell, layout, bias):
     lengths = {"padded": None, "ragged": (3, 0, 5), "one length": (4, 4, 4), "empty": (0, 0, 0)}[layout]
     options = {"num_layers": 2, "bidirectional": True, "bias": bias, "proj_size": 2 if cell == "lstm" else 0}
@@ -40,7 +40,7 @@ def test_results_are_those_of_torch_eager(cell, layout, bias):
     torch.testing.assert_close(found, results(module_of(cell, "torch_eager", **options), x, **given))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_weights_stay_where_they_are_and_nothing_is_said(cell):
     """torch.nn would warn that weights are not part of a single contiguous chunk of memory."""
     module, x = module_of(cell), torch.randn(5, 3, 4, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_weights_stay_where_they_are_and_nothing_is_said(cell):
         assert not torch.equal(module(x)[0], expected), "weights are read anew in every call"
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_weights_that_lie_as_cudnn_reads_them_are_not_copied(cell):
     module, x = module_of(cell, num_layers=2, bidirectional=True), torch.randn(5, 3, 4, dtype=torch.float64)
     expected = module(x)[0]
@@ -72,7 +72,7 @@ def test_weights_that_lie_as_cudnn_reads_them_are_not_copied(cell):
     assert torch.equal(module(x)[0], expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_what_lies_behind_weights_in_their_memory_is_not_taken_for_biases(cell):
     """torch.nn.utils.vector_to_parameters lets a model's parameters lie one behind the other."""
     module, x = module_of(cell, bias=False), torch.randn(5, 3, 4, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_what_lies_behind_weights_in_their_memory_is_not_taken_for_biases(cell):
     torch.testing.assert_close(found, results(module, x))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_a_graph_that_is_kept_can_be_gone_through_again(cell):
     """cuDNN's backward spoils what its forward has saved."""
     module, x = module_of(cell), torch.randn(5, 3, 4, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_a_graph_that_is_kept_can_be_gone_through_again(cell):
         torch.autograd.grad(loss, weights)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_dropout_draws_the_numbers_of_other_backends_and_has_two_derivatives(cell):
     x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
 
@@ -114,7 +114,7 @@ def test_dropout_draws_the_numbers_of_other_backends_and_has_two_derivatives(cel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_autocast_gives_its_dtype(cell, dtype):
     """Under torch's own rule cuDNN computes in float16, whatever autocast's dtype."""
     module, x = Case(cell, num_layers=2).module(sk), torch.randn(5, 3, 4)

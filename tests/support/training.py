@@ -7,13 +7,21 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from benchmarks import __main__ as command
 from benchmarks import data
+from benchmarks.distributed import World
+from benchmarks.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL_DATA = os.environ.get(data.VARIABLE)  # read before the tests hide it
 TOPICS = (["war", "vote"], ["goal", "match"], ["stock", "market"], ["atom", "robot"])
 LETTERS = {"Aland": "abcde", "Bland": "klmno", "Cland": "uvwxyz"}
+REAL = pytest.mark.skipif(not REAL_DATA, reason="SEQKERNELS_DATA does not name the folder with the real data")
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 120
+LINES = ("--batch-size", 4, "--hidden", 24, "--embedding", 8)
+QUICK = (*LINES, "--chunk", 20)
 
 
 def write_csv(path: Path, rows: list) -> None:
@@ -54,3 +62,7 @@ def refused(capsys, tmp_path: Path, says: str, *arguments: object) -> None:
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1 and error.startswith("python -m benchmarks: ")
     assert not out.exists()
+
+
+def names_task(*arguments: object, world: World = World()):  # noqa: B008
+    return TASKS["names"](options("names", *arguments), world)
