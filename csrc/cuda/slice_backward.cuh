@@ -29,7 +29,22 @@ struct SliceBackward : C {
     for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads)
       gradients(0).store_pair(i * 2, Pair<T>{}), gradients(1).store_pair(i * 2, Pair<T>{});
     cluster_arrive();
-    const Weights weights = load_weights(s, exchange, hidden);
+    // The n-th group of a warp's fragments is for 32 states, and for the gates of one set of units.
+    const int warp = thread() / kWarpSize, sets = exchange.sets();
+    const auto first_row = [&](int group) { return (warp + group / sets * C::warps) * kBackwardRows; };
+    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
+    const int row_groups = (exchange.states() + kBackwardRows - 1) / kBackwardRows;
+    const Weights weights(
+        (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
+        [&](int group, int i, int row, int column) {
+          const int of = i / halves * C::chunk + column, gate = of / set_units;
+          const int own = exchange.first_of_set(group % sets) + of % set_units;
+          const int state = first_row(group) + i % halves * kMmaRows + row;
+          const int count = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
+          const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
+          const T zero = from_acc<T>(0);
+          return MathPolicy::factors(pair(count > 0 ? w_hh.load(at) : zero, count > 1 ? w_hh.load(at + hidden) : zero));
+        });
     cluster_wait();
 
     int64_t before_all = 0;  // exchanges, for other tiles
@@ -66,8 +81,26 @@ struct SliceBackward : C {
         if (runs) arrays.step(inputs, grad_h, grad_c, grad);
         exchange.publish(gradients(n), stride, mine, grad, runs, n);
         exchange.wait(n);
-        // Multiply, and send the partial gradients to their owners.
-        multiply_all(weights, exchange, stride, running, n);
+        // Multiply, for 32 states at a time, and send the partial gradients to their owners.
+        for_sequences<MathPolicy>(running, [&](auto policy) {
+          using HalfAccumulators = Accumulators<decltype(policy), halves>;
+          const float zero[halves][kElements] = {};
+          HalfAccumulators accumulators(zero);
+          weights.each([&](int group, auto of) {
+            const int set = group % sets;
+            if (set == 0) accumulators = HalfAccumulators(zero);
+#pragma unroll
+            for (int chunk = 0; chunk < chunks; chunk++)
+              accumulators.add([&](int half) { return of(chunk * halves + half); }, gradients(n), stride,
+                               (set * chunks + chunk) * C::chunk);
+            if (set + 1 < sets) return;
+            float result[halves][kElements] = {};
+            accumulators.finish(result);
+#pragma unroll
+            for (int half = 0; half < halves; half++)
+              exchange.send_partials(n, first_row(group) + half * kMmaRows, running, result[half]);
+          });
+        });
         exchange.signal(n);
         // Store and load only now, while others wait for the partials; what is loaded has a whole step to come. Which
         // steps come is read anew, so that no register has it through the products.
@@ -85,55 +118,6 @@ struct SliceBackward : C {
       if (!mine.any) return;
       mine.store_state(s.grad_h_0, from_acc<T>(grad_h));
       if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, from_acc<T>(grad_c));
-    });
-  }
-
- private:
-  // The first of the 32 states of a group of fragments. Groups are for 32 states, and for the gates of one set of
-  // units.
-  static DEVICE int first_row(const Exchange& exchange, int group) {
-    return (thread() / kWarpSize + group / exchange.sets() * C::warps) * kBackwardRows;
-  }
-
-  static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange, int hidden) {
-    const int warp = thread() / kWarpSize, sets = exchange.sets();
-    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
-    const int row_groups = (exchange.states() + kBackwardRows - 1) / kBackwardRows;
-    return Weights(
-        (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
-        [&](int group, int i, int row, int column) {
-          const int of = i / halves * C::chunk + column, gate = of / set_units;
-          const int own = exchange.first_of_set(group % sets) + of % set_units;
-          const int state = first_row(exchange, group) + i % halves * kMmaRows + row;
-          const int count = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
-          const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
-          const T zero = from_acc<T>(0);
-          return MathPolicy::factors(pair(count > 0 ? w_hh.load(at) : zero, count > 1 ? w_hh.load(at + hidden) : zero));
-        });
-  }
-
-  // Partial gradients of all states of the CTA's part, 32 at a time, of so many sequences; each is sent as it is ready.
-  static DEVICE void multiply_all(const Weights& weights, const Exchange& exchange, int stride, int running,
-                                  int64_t n) {
-    const int sets = exchange.sets();
-    for_sequences<MathPolicy>(running, [&](auto policy) {
-      using HalfAccumulators = Accumulators<decltype(policy), halves>;
-      const float zero[halves][kElements] = {};
-      HalfAccumulators accumulators(zero);
-      weights.each([&](int group, auto of) {
-        const int set = group % sets;
-        if (set == 0) accumulators = HalfAccumulators(zero);
-#pragma unroll
-        for (int chunk = 0; chunk < chunks; chunk++)
-          accumulators.add([&](int half) { return of(chunk * halves + half); }, factor_buffer<T>(n, stride), stride,
-                           (set * chunks + chunk) * C::chunk);
-        if (set + 1 < sets) return;
-        float result[halves][kElements] = {};
-        accumulators.finish(result);
-#pragma unroll
-        for (int half = 0; half < halves; half++)
-          exchange.send_partials(n, first_row(exchange, group) + half * kMmaRows, running, result[half]);
-      });
     });
   }
 };

@@ -1,5 +1,6 @@
 // The forward pass of a slice. The warps that have the same 16 units each multiply a part of the columns; the parts'
-// sums meet in shared memory, where the threads that own the units add them up.
+// sums meet in shared memory, where the threads that own the units add them up. What is set up and what a step does
+// stand in one function, since the compiler allocates registers worse across functions, even inlined ones.
 #pragma once
 #include "slice.cuh"
 
@@ -26,7 +27,14 @@ struct SliceForward : C {
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
     const int warp = thread() / kWarpSize, part = warp % PARTS, first_row = warp / PARTS * kMmaRows;
-    const Weights weights = load_weights(s, exchange, hidden, part, first_row);
+    const int chunks = (hidden + C::chunk - 1) / C::chunk;
+    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
+    const Weights weights(
+        (chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes, [&](int group, int gate, int row, int column) {
+          const int unit = exchange.rank() * UNITS + first_row + row, of = (part + group * PARTS) * C::chunk + column;
+          const int at = (gate * hidden + unit) * hidden + of;  // of at most 4 matrices of 2112 by 2112
+          return MathPolicy::factors(load_units<C::EVEN>(w_hh, at, unit < hidden ? two_of(hidden - of) : 0));
+        });
 
     int64_t before = 0;  // exchanges, for other tiles
     exchange.each_tile(s, [&](const Tile& tile) {
@@ -96,20 +104,6 @@ struct SliceForward : C {
   }
 
  private:
-  static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange, int hidden, int part,
-                                     int first_row) {
-    const int chunks = (hidden + C::chunk - 1) / C::chunk;
-    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
-    return Weights((chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes,
-                   [&](int group, int gate, int row, int column) {
-                     const int unit = exchange.rank() * UNITS + first_row + row;
-                     const int of = (part + group * PARTS) * C::chunk + column;
-                     const int at = (gate * hidden + unit) * hidden + of;  // of at most 4 matrices of 2112 by 2112
-                     const int count = unit < hidden ? two_of(hidden - of) : 0;
-                     return MathPolicy::factors(load_units<C::EVEN>(w_hh, at, count));
-                   });
-  }
-
   // The initial states, into both buffers: a sequence that begins later, backwards in time, finds them in either.
   static DEVICE void store_h_0(const Parameters& s, const Tile& tile, int hidden, int stride) {
     const Global<const T> h_0(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden);
