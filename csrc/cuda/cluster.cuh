@@ -94,7 +94,7 @@ class ClusterBackwardExchange : public InCluster<C> {
     }
   }
 
-  // Gives the gates' gradients to the CTA's threads.
+  // Stores the gates' gradients for all threads of the CTA.
   DEVICE void publish(Shared<T> gradients, int stride, const OwnedUnits<C>& mine, const float (&grad)[2][4], bool runs,
                       int64_t) const {
     if (runs) {

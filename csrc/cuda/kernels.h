@@ -63,7 +63,8 @@ struct StepBackward {
   bool has_projection;  // then grad_h belongs to this step alone
 };
 
-// With a projection P is the width of h and y: give the projected h of the sequences that run to their state and to y.
+// With a projection P is the width of h and y. Copies the projected h of the sequences that run to their state and to
+// y.
 struct StepProject {
   SweepArgs layer;
   int64_t k, running;
