@@ -7,11 +7,11 @@ so parametrizations, weight tying, functional_call, deepcopy, pickle and plain a
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, ops, select
+from seqkernels import functional, select
+from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
 
 
@@ -136,26 +136,37 @@ class _Cell(nn.RNNCellBase):
 
     backend: str | None = None
 
-    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+    def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
         dimensions = input.dim()
         if dimensions not in (1, 2):
             raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {dimensions}D instead")
         for k, state in enumerate(states or ()):
             if state.dim() not in (1, 2):
-                what = f"hx[{k}]" if cell == "lstm" else "hidden"
+                what = f"hx[{k}]" if isinstance(self, LSTMCell) else "hidden"
                 raise ValueError(f"{self._get_name()}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
-        unbatched = dimensions == 1
-        if unbatched:
-            input = input.unsqueeze(0)
-            states = tuple(state.unsqueeze(0) for state in states) if states else None
-        if states is None:
-            zeros = input.new_zeros(input.shape[0], self.hidden_size)
-            states = (zeros, zeros) if cell == "lstm" else (zeros,)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        weights = _parameters(self, names)
-        h, c = functional.recurrent_cell(cell, input, *states, weights=weights, backend=self.backend)
-        return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
+        x, weights, *given = _inputs_of_step(self, input, states)
+        h, c = functional.recurrent_cell(_cell_of(self), x, *given, weights=weights, backend=self.backend)
+        return (h.squeeze(0), c.squeeze(0)) if dimensions == 1 else (h, c)
+
+
+def _cell_of(module: nn.RNNCellBase) -> str:
+    """The name of a cell of torch.nn or of ours."""
+    if isinstance(module, (nn.RNNCell, RNNCell)):
+        return f"rnn_{module.nonlinearity}"
+    return "gru" if isinstance(module, (nn.GRUCell, GRUCell)) else "lstm"
+
+
+def _inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple:
+    """Input ``[B, I]``, the weights, and the states ``[B, H]``: those given, or zeros."""
+    if input.dim() == 1:
+        input = input.unsqueeze(0)
+        states = tuple(state.unsqueeze(0) for state in states) if states else None
+    if states is None:
+        zeros = input.new_zeros(input.shape[0], module.hidden_size)
+        states = (zeros,) * CELLS[_cell_of(module)].states
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
+    return input, _parameters(module, names), *states
 
 
 class RNNCell(_Cell):
@@ -179,7 +190,7 @@ class RNNCell(_Cell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step("rnn_" + self.nonlinearity, input, None if hx is None else (hx,))[0]
+        return self._step(input, None if hx is None else (hx,))[0]
 
 
 class GRUCell(_Cell):
@@ -192,7 +203,7 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._step("gru", input, None if hx is None else (hx,))[0]
+        return self._step(input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell):
@@ -205,7 +216,7 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return self._step("lstm", input, hx)
+        return self._step(input, hx)
 
 
 def explain(
@@ -223,33 +234,16 @@ def explain(
 
     Raises:
         TypeError: a module that is no RNN, GRU, LSTM or cell.
-        ValueError: as the module itself, where the backend that is forced cannot run.
+        ValueError, RuntimeError: as the module itself, for what does not fit, and where the backend that is forced
+            cannot run.
     """
-    layers = None
     if isinstance(module, nn.RNNBase):
-        cell, weights = module.mode.lower(), module._flat_weights
-        layers = module.num_layers, 2 if module.bidirectional else 1
-    elif isinstance(module, (nn.RNNCell, RNNCell)):
-        cell = "rnn_" + module.nonlinearity
-    elif isinstance(module, (nn.GRUCell, GRUCell)):
-        cell = "gru"
-    elif isinstance(module, (nn.LSTMCell, LSTMCell)):
-        cell = "lstm"
+        directions, weights = 2 if module.bidirectional else 1, module._flat_weights
+        sizes = module.num_layers, directions, module.batch_first
+        call = functional.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
+    elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
+        states = (hx,) if isinstance(hx, Tensor) else hx
+        call = functional.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
     else:
         raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
-    if layers is None:
-        weights = [module.weight_ih, module.weight_hh]
-    batch_sizes = None
-    if isinstance(input, PackedSequence):
-        rows, batch_sizes, sequences = input.data, input.batch_sizes, int(input.batch_sizes[0])
-    else:
-        rows, batched = input.reshape(-1, input.shape[-1]), input.dim() == (2 if layers is None else 3)
-        sequences = input.shape[0 if layers is None or module.batch_first else 1] if batched else 1
-    if lengths is not None:
-        steps = rows.shape[0] // max(sequences, 1)
-        where = lengths.device if isinstance(lengths, Tensor) else "cpu"
-        batch_sizes = torch.full((steps,), sequences, device=where)
-    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-    backend = getattr(module, "backend", None)
-    transformed = ops.transformed()
-    return functional.plan_of(cell, rows, weights, states, sequences, batch_sizes, layers, transformed, backend)
+    return functional.plan_of(call, input.data.device, getattr(module, "backend", None))

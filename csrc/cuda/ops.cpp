@@ -139,12 +139,12 @@ BackwardResults allocate_results(const CallContext& context, const LayerBackward
   return results;
 }
 
-// The gradient of a state, if it is added to in place, begins as that of the final state: `given`, or zero.
-void begin_as(const CallContext& context, Tensor& grad, const void* given) {
+// The gradient of a state, if it is added to in place, begins as that of the final state: `final_grad`, or zero.
+void begin_as(const CallContext& context, Tensor& grad, const void* final_grad) {
   if (!grad.numel()) return;
   const auto sizes = grad.sizes();
-  if (given)
-    copy(grad, context.view(given, Shape(sizes.begin(), sizes.end())));
+  if (final_grad)
+    copy(grad, context.view(final_grad, Shape(sizes.begin(), sizes.end())));
   else
     torch::stable::zero_(grad);
 }

@@ -13,7 +13,7 @@ import torch
 from gpus import GPUS
 
 import seqkernels
-from seqkernels import select
+from seqkernels.backends import cuda
 from seqkernels.hardware import GPU
 
 SETUP = Path(__file__).parents[2] / "setup.py"
@@ -150,9 +150,9 @@ def test_a_gpu_that_runs_some_kernels_runs_all_that_it_can(setup, row):
     """So that `select` need not know which file was compiled for what."""
     built = row[2].split()
     for number, lowest in itertools.product((70, 75, 80, 86, 90, 100, 103, 120), setup.CUDA_SOURCES.values()):
-        gpu = GPU("", f"sm_{number}", 0, 0, 0)
-        if number >= lowest and any(select._runs(target, gpu) for target in built):
-            assert any(select._runs(target, gpu) for target in setup.targets_from(lowest, built)), (number, lowest)
+        gpu = GPU("", f"sm_{number}", 0, 0)
+        if number >= lowest and any(cuda._runs(target, gpu) for target in built):
+            assert any(cuda._runs(target, gpu) for target in setup.targets_from(lowest, built)), (number, lowest)
 
 
 @needs_setup
@@ -214,7 +214,7 @@ def test_the_cuda_library_loads_where_torch_has_cuda_and_refuses_cpu_tensors():
 def test_gpus_run_what_was_built_for_them():
     runs = {
         name: [t for t in ("sm_75", "sm_80", "sm_86", "sm_90a", "sm_100f", "compute_80", "compute_90a")
-               if not gpu.amd and select._runs(t, gpu)]
+               if not gpu.amd and cuda._runs(t, gpu)]
         for name, gpu in GPUS.items()
     }  # fmt: skip
     assert runs == {

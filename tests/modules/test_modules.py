@@ -209,11 +209,17 @@ def test_wrong_constructor_arguments_raise_torchs_errors():
             ((4, 5), {"proj_size": 5}),
             ((4, 5), {"nonlinearity": "gelu"}),
         ):
-            with pytest.raises(Exception) as expected:
+            try:
                 getattr(nn, name)(*args, **kwargs)
-            with pytest.raises(type(expected.value)) as ours:
+            except Exception as error:
+                expected = error
+            else:  # torch 2.10 takes an input size of 0 and a bias of 1, and so do we there
+                assert torch.__version__ < "2.11" and (args[0] == 0 or "bias" in kwargs)
                 getattr(sk, name)(*args, **kwargs)
-            assert str(ours.value).replace("_Recurrent", "RNNBase") == str(expected.value)
+                continue
+            with pytest.raises(type(expected)) as ours:
+                getattr(sk, name)(*args, **kwargs)
+            assert str(ours.value).replace("_Recurrent", "RNNBase") == str(expected)
 
 
 def test_meta_modules_need_no_memory():

@@ -6,7 +6,7 @@ from cases import CELLS, DTYPES, Case, generated
 from hypothesis import HealthCheck, given, settings
 from specification import NO_CUDNN, assert_right
 
-from seqkernels import select
+from seqkernels.backends import triton
 from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 
 
@@ -30,7 +30,7 @@ def test_generated_configuration_on_cudnn_is_as_close_as_torch(case):
 
 
 @pytest.mark.skipif(not THIS_MACHINE.triton, reason=NO_TRITON)
-@given(case=generated(select.TRITON_DTYPES))
+@given(case=generated(triton.DTYPES))
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 def test_generated_configuration_on_triton_is_as_close_as_torch(case):
     assert_right(case, "triton")

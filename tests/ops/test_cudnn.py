@@ -9,7 +9,7 @@ from specification import NO_CUDNN
 from torch import nn
 
 import seqkernels as sk
-from seqkernels.backends import cudnn
+from seqkernels.backends.cudnn import host
 
 pytestmark = pytest.mark.skipif(bool(NO_CUDNN), reason=str(NO_CUDNN))
 
@@ -60,14 +60,14 @@ def test_weights_that_lie_as_cudnn_reads_them_are_not_copied(cell):
     module, x = module_of(cell, num_layers=2, bidirectional=True), torch.randn(5, 3, 4, dtype=torch.float64)
     expected = module(x)[0]
     weights = list(module.parameters())
-    call = cudnn._Call(cell, 2, x.flatten(0, 1), weights, torch.zeros(4, 3, 6), None, None)
-    copy = cudnn._flat(weights, *call.layout)
+    call = host._Call(cell, 2, x.flatten(0, 1), weights, torch.zeros(4, 3, 6), None, None)
+    copy = host._flat(weights, *call.layout)
     assert copy.data_ptr() not in [w.data_ptr() for w in weights]
-    total, places = cudnn._layout(*call.layout)
+    total, places = host._layout(*call.layout)
     with torch.no_grad():
         for weight, place in zip(weights, places, strict=True):
             weight.set_(copy[place : place + weight.numel()].view(weight.shape))
-    flat = cudnn._flat(weights, *call.layout)
+    flat = host._flat(weights, *call.layout)
     assert flat.data_ptr() == weights[0].data_ptr() == copy.data_ptr() and flat.shape == (total,)
     assert torch.equal(module(x)[0], expected)
 
@@ -174,6 +174,6 @@ def test_torchs_own_rule_of_shapes_is_met(projected, batch_sizes, monkeypatch):
     x = torch.empty(9 if batch_sizes is None else sum(batch_sizes), 4, device="meta")
     h_0, c_0 = (torch.empty(4, 3, size, device="meta") for size in (projected or 6, 6))
     sizes = None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu")
-    monkeypatch.setattr(cudnn, "_flat", lambda weights, *layout: weights[0].new_empty(1))
-    y, h_n, c_n, _ = cudnn.forward("lstm", 2, x, module._flat_weights, h_0, c_0, sizes, True)
+    monkeypatch.setattr(host, "_flat", lambda weights, *layout: weights[0].new_empty(1))
+    y, h_n, c_n, _ = host.forward("lstm", 2, x, module._flat_weights, h_0, c_0, sizes, True)
     assert (y.shape, h_n.shape, c_n.shape) == ((len(x), 2 * (projected or 6)), h_0.shape, c_0.shape)

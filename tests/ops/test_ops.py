@@ -24,7 +24,7 @@ from seqkernels.hardware import THIS_MACHINE
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request):
-    if not THIS_MACHINE.native:
+    if THIS_MACHINE.native_missing:
         pytest.skip(THIS_MACHINE.native_missing)
     from seqkernels import _C
 
@@ -95,7 +95,7 @@ def test_a_backward_without_saved_state_is_refused(backend):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_depend_on_the_number_of_threads(cell, threads):
-    if not THIS_MACHINE.native:
+    if THIS_MACHINE.native_missing:
         pytest.skip(THIS_MACHINE.native_missing)
     calls = [
         Call(cell, 2, 70, 5, 40, batch_sizes=(70, 64, 33, 9, 2), dtype=torch.float32),
@@ -116,7 +116,7 @@ def test_results_do_not_depend_on_the_number_of_threads(cell, threads):
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_is_read_before_it_is_written(cell, shape, dtype):
     """Outputs and working memory start as NaN; spare rows and empty sequences must be filled as well."""
-    if not THIS_MACHINE.native:
+    if THIS_MACHINE.native_missing:
         pytest.skip(THIS_MACHINE.native_missing)
     from seqkernels import _C
 
@@ -129,7 +129,7 @@ def test_nothing_is_read_before_it_is_written(cell, shape, dtype):
 
 
 def test_working_memory_can_be_given_back():
-    if not THIS_MACHINE.native:
+    if THIS_MACHINE.native_missing:
         pytest.skip(THIS_MACHINE.native_missing)
     from seqkernels import _C
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqkernels import ops, select
-from seqkernels.backends import torch_eager
+from seqkernels import select
+from seqkernels.backends import cells, torch_eager
 from seqkernels.hardware import THIS_MACHINE
 
 MISSING = {
-    "cpu": not THIS_MACHINE.native or torch.get_default_device().type != "cpu",
+    "cpu": THIS_MACHINE.native_missing or torch.get_default_device().type != "cpu",
     "cuda": THIS_MACHINE.cuda_missing or THIS_MACHINE.emulator != (torch.get_default_device().type == "cpu"),
     "triton": not THIS_MACHINE.triton,
     "cudnn": True,  # it has no operators
 }
 BACKENDS = [backend for backend in select.BACKENDS if not MISSING.get(backend)]
-CELLS = tuple(ops.GATES)
+CELLS = tuple(cells.CELLS)
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Call:
 
         D, B, H, P = self.directions, self.sequences, self.hidden, self.projected or self.hidden
         rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
-        gates = ops.GATES[self.cell] * H
+        gates = cells.CELLS[self.cell].gates * H
         weights = []
         for _ in range(D):
             weights += [weight(gates, self.input), weight(gates, P)]

@@ -10,7 +10,7 @@ from seqkernels import select
 from seqkernels.hardware import machine_of
 
 DEVICE = torch.empty(0).device
-NO_CUDNN = select.reason_against("cudnn", select.Call("gru", DEVICE.type, torch.float32), machine_of(DEVICE))
+NO_CUDNN = select.unsupported("cudnn", select.Call("gru", DEVICE.type, torch.float32), machine_of(DEVICE))
 
 
 def judged(results: dict, case: Case) -> dict:

@@ -18,8 +18,8 @@ from operators import backward as backward_of
 from operators import forward as forward_of
 from specification import assert_right
 
-from seqkernels import select
 from seqkernels.backends.triton import host as backend
+from seqkernels.backends.triton.tiles import Launch
 from seqkernels.hardware import NO_TRITON
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
@@ -29,13 +29,8 @@ forward, backward = (of("triton") if "triton" in BACKENDS else None for of in (f
 @pytest.fixture(params=["resident", "stepwise"])
 def path(request, monkeypatch) -> str:
     """Take one path, wherever the other would be taken as well."""
-    tile = select.Tile(False, 4, 128, 4) if request.param == "stepwise" else None
-    chosen = select.triton_tile
-
-    def triton_tile(*problem):
-        return tile or chosen(*problem)
-
-    monkeypatch.setattr(select, "triton_tile", triton_tile)
+    if request.param == "stepwise":
+        monkeypatch.setattr(backend, "launch_of", lambda call, gpu: Launch(call.tf32, False, 4, 128, 4))
     return request.param
 
 
