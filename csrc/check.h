@@ -99,7 +99,7 @@ class CheckedArguments {
           "a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got ", weights.size(), " weights for ", p.directions,
           " directions");
     p.has_projection = each % 2;
-    check(!p.has_projection || p.cell == Cell::lstm, "w_hr goes with an LSTM only");
+    check(!p.has_projection || can_project(p.cell), "w_hr goes with an LSTM only");
     check((states_of(p.cell) == 2) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
     check(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size], got ", weights[0].dim(), " dimensions");
     const int64_t gates = gates_of(p.cell), rows = weights[0].size(0);

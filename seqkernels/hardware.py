@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ def _load_native() -> str:
     try:
         importlib.import_module("seqkernels._C")
     except ModuleNotFoundError:
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            return "the compiled part is for Pythons with a GIL, and this one has none"
         return "this install has no compiled part (it was built with SEQKERNELS_BUILD=none)"
     except ImportError as error:
         return f"the compiled part does not load: {error}"
