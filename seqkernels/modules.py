@@ -5,14 +5,36 @@ and nn.LSTM. Parameters are read by name in every call: there is no flat weight 
 so parametrizations, weight tying, functional_call, deepcopy, pickle and plain assignment all just work.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, ops, select
+from seqkernels import functional, hardware, ops, select
 from seqkernels.functional import State
+
+
+class _Drop(type):
+    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` of it is true of
+    torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
+
+    counting: ClassVar[dict[type, type]] = {}  # ours -> the torch.nn class whose instances count as its own
+
+    def __instancecheck__(cls, instance) -> bool:
+        return super().__instancecheck__(instance) or isinstance(instance, _Drop.counting.get(cls, ()))
+
+
+@contextlib.contextmanager
+def counting_as(torchs: dict[type, type]) -> Iterator[None]:
+    """Inside, instances of torch.nn's classes count as instances of ours."""
+    before, _Drop.counting = _Drop.counting, torchs
+    try:
+        yield
+    finally:
+        _Drop.counting = before
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
@@ -21,7 +43,29 @@ def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
     return [parameters[name] if name in parameters else getattr(module, name) for name in names]
 
 
-class _Recurrent(nn.RNNBase):
+class _FlatWeights(list):
+    """A layer's weights in torch.nn's order. One put in place of another is used from then on, as in torch.nn."""
+
+    def __init__(self, module: "_Recurrent", weights: Sequence[Tensor]) -> None:
+        super().__init__(weights)
+        self._module = module
+
+    def __setitem__(self, index, value) -> None:
+        super().__setitem__(index, value)
+        self._module._flat_weights = self
+
+    def __reduce__(self):
+        return list, (list(self),)
+
+
+def _traced(module: nn.Module, input: fx.Proxy, hx, **options) -> fx.Proxy:
+    """A call of `module` in a graph that torch.fx traces, where torch.nn's modules are leaves and ours become one."""
+    args = (input,) if hx is None else (input, hx)
+    given = {name: value for name, value in options.items() if value is not None}
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, given)
+
+
+class _Recurrent(nn.RNNBase, metaclass=_Drop):
     """What RNN, GRU and LSTM share.
 
     Attributes:
@@ -38,11 +82,13 @@ class _Recurrent(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
+        if isinstance(input, fx.Proxy):
+            return _traced(self, input, hx, lengths=lengths)
         return functional.recurrent(
             self.mode.lower(),
             input,
             hx,
-            self._flat_weights,
+            self._weights(),
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -57,29 +103,57 @@ class _Recurrent(nn.RNNBase):
         """Does nothing: parameters are used where they lie."""
 
     # nn.RNNBase keeps a second list of its parameters up to date in the methods below. Here they are looked up
-    # whenever they are asked for, and the methods are nn.Module's own again.
+    # whenever they are asked for, and only what somebody has put into that list in place of one is kept, by its name.
+
+    def _weights(self) -> list[Tensor]:
+        assigned = self.__dict__.get("_assigned_weights")
+        if not assigned:
+            return _parameters(self, self._flat_weights_names)
+        return [assigned[n] if n in assigned else _parameters(self, (n,))[0] for n in self._flat_weights_names]
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        return _parameters(self, self._flat_weights_names)
+        return _FlatWeights(self, self._weights())
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor]) -> None:
+        names = self._flat_weights_names
+        if len(weights) != len(names):
+            raise ValueError(f"_flat_weights are {', '.join(names)}, got {len(weights)} weights")
+        self.__dict__["_assigned_weights"] = {
+            name: weight for name, weight in zip(names, weights, strict=True) if weight is not getattr(self, name, None)
+        }
 
     def _init_flat_weights(self) -> None:
-        pass
+        self.__dict__.pop("_assigned_weights", None)
 
     def _update_flat_weights(self) -> None:
         pass
 
+    def _weights_have_changed(self) -> bool:
+        return False
+
     def __setattr__(self, name: str, value) -> None:
+        if name == "_flat_weights":  # nn.Module's own does not ask properties where the value is no parameter
+            return object.__setattr__(self, name, value)
+        if "_assigned_weights" in self.__dict__ and name in self._flat_weights_names:
+            self._init_flat_weights()  # a new parameter counts, and in torch.nn puts the others back as well
         nn.Module.__setattr__(self, name, value)
 
     def _apply(self, fn, recurse: bool = True):
+        self._init_flat_weights()
         return nn.Module._apply(self, fn, recurse)
 
     def _replicate_for_data_parallel(self):
-        return nn.Module._replicate_for_data_parallel(self)
+        replica = nn.Module._replicate_for_data_parallel(self)
+        if assigned := self.__dict__.get("_assigned_weights"):
+            replica.__dict__["_assigned_weights"] = assigned.copy()
+        return replica
 
     def __getstate__(self) -> dict:
-        return self.__dict__.copy()
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)  # torch.nn's, which nobody can pickle
+        return state
 
     def __setstate__(self, state: dict) -> None:
         nn.Module.__setstate__(self, state)
@@ -130,8 +204,13 @@ class LSTM(_Recurrent):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    # What torch.nn.LSTM has for its two states.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args
+    permute_hidden = nn.LSTM.permute_hidden
 
-class _Cell(nn.RNNCellBase):
+
+class _Cell(nn.RNNCellBase, metaclass=_Drop):
     """What the cells share: one step of input ``[B, I]`` or ``[I]`` from states ``[B, H]`` or ``[H]``."""
 
     backend: str | None = None
@@ -177,6 +256,8 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return _traced(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._step("rnn_" + self.nonlinearity, input, None if hx is None else (hx,))[0]
@@ -192,6 +273,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return _traced(self, input, hx)
         return self._step("gru", input, None if hx is None else (hx,))[0]
 
 
@@ -205,7 +288,32 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, fx.Proxy):
+            return _traced(self, input, hx)
         return self._step("lstm", input, hx)
+
+
+def cell_of(module: nn.Module) -> str | None:
+    """The cell of a layer or of one step of it, ours or torch.nn's; None of other modules."""
+    if isinstance(module, nn.RNNBase):
+        return module.mode.lower()
+    if isinstance(module, (nn.RNNCell, RNNCell)):
+        return "rnn_" + module.nonlinearity
+    if isinstance(module, (nn.GRUCell, GRUCell)):
+        return "gru"
+    return "lstm" if isinstance(module, (nn.LSTMCell, LSTMCell)) else None
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why no backend that may be chosen here runs the drop-in of a module of torch.nn; None if one does."""
+    weight = next(module.parameters())
+    try:
+        select.plan(
+            select.Call(cell_of(module), weight.device.type, weight.dtype), hardware.machine_of(weight.device)
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def explain(
@@ -225,19 +333,12 @@ def explain(
         TypeError: a module that is no RNN, GRU, LSTM or cell.
         ValueError: as the module itself, where the backend that is forced cannot run.
     """
-    layers = None
-    if isinstance(module, nn.RNNBase):
-        cell, weights = module.mode.lower(), module._flat_weights
-        layers = module.num_layers, 2 if module.bidirectional else 1
-    elif isinstance(module, (nn.RNNCell, RNNCell)):
-        cell = "rnn_" + module.nonlinearity
-    elif isinstance(module, (nn.GRUCell, GRUCell)):
-        cell = "gru"
-    elif isinstance(module, (nn.LSTMCell, LSTMCell)):
-        cell = "lstm"
-    else:
+    cell, layers = cell_of(module), None
+    if cell is None:
         raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
-    if layers is None:
+    if isinstance(module, nn.RNNBase):
+        weights, layers = module._flat_weights, (module.num_layers, 2 if module.bidirectional else 1)
+    else:
         weights = [module.weight_ih, module.weight_hh]
     batch_sizes = None
     if isinstance(input, PackedSequence):

@@ -34,6 +34,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seqkernels import flops
 from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
 from seqkernels.backends import cuda as cuda_backend
 from seqkernels.backends import cudnn as cudnn_backend
@@ -340,3 +341,6 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+flops.register()
