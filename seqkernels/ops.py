@@ -34,7 +34,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import flops
+from seqkernels import batching, flops
 from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
 from seqkernels.backends import cuda as cuda_backend
 from seqkernels.backends import cudnn as cudnn_backend
@@ -197,6 +197,7 @@ def _register(backend: str) -> None:
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", _cast_for_autocast(operator, device_type), key)
+        batching.register(f"{name}.{backend}", operator, _library)
 
 
 for _name, _module in (("torch_eager", torch_eager), ("triton", triton_backend), ("cuda", cuda_backend)):
