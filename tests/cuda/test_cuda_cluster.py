@@ -161,7 +161,9 @@ def test_select_knows_the_memory_of_a_block(name, sizes, cell, dtype, tf32, back
 def test_select_knows_the_memory_of_a_block_that_registers_are_not_enough_for(backward):
     """In 16 bits that takes more than 1024 units on the persistent grid."""
     call = Call("lstm", 1, 1, 1, 1025, dtype=torch.bfloat16)
-    assert all(found.weights for found in select.persistent_grid("lstm", 1025, False, call.dtype, False, H200, backward)[0])
+    assert all(
+        found.weights for found in select.persistent_grid("lstm", 1025, False, call.dtype, False, H200, backward)[0]
+    )
     assert_a_block_needs_all_its_memory("persistent grid", call, False, backward)
 
 
