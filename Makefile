@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 READY := $(VENV)/seqkernels-built
-NATIVE_SOURCES := $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
-EMULATOR_SOURCES := $(wildcard tests/emulator/*.cpp tests/emulator/*.h)
-CHECKED_SOURCES := $(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*.cpp)
+NATIVE_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
+EMULATOR_SOURCES := $(wildcard tests/emulator/*)
+CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*))
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
@@ -19,7 +19,7 @@ help:
 	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench and"
 	@echo "               gpu-bench-large (beside cuDNN), gpu-profile"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
-	@echo "make lint      check style and import directions"
+	@echo "make lint      check style, import directions and types"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
@@ -34,11 +34,15 @@ $(TORCH_READY):
 	fi
 	touch $@
 
+# What a build needs.
+environment: $(TORCH_READY)
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
 	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
-	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are left out"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
 	touch $@
 
 demo: $(READY)
@@ -47,16 +51,15 @@ demo: $(READY)
 # The CUDA kernels, compiled to run on the CPU with every access checked: tests/emulator.
 EMULATOR := build/emulator/emulator.so
 $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
-	SEQKERNELS_BUILD=emulator $(BIN)/python setup.py -q build --build-lib $(@D) --build-temp build/emulator-objects
-	mv $(@D)/emulator.*.so $@
+	$(BIN)/python tests/emulator/build.py
 
 test: $(READY) $(EMULATOR)
 	$(BIN)/python -m pytest
 
 # On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
-# one that fails keeps none of the others from running. Rows, and what Nsight Compute saw, go to $(OUT).
+# the others run even if one fails. Rows, and what Nsight Compute saw, go to $(OUT).
 OUT ?= benchmarks/results
-GPU_LEFT_OUT := tests/benchmarks tests/triton/test_triton_compiled.py
+GPU_IGNORED := tests/benchmarks tests/triton/test_triton_compiled.py
 GPU_PROBLEMS ?= names256 news charlm cliff129 cliff256 long
 GPU_LARGE_PROBLEMS ?= charlm1 big1024 flashrnn kernelbench
 GPU_CELLS ?= GRU LSTM
@@ -69,8 +72,8 @@ gpu-build:
 	$(PYTHON) -m seqkernels
 
 gpu-test:
-	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(addprefix --ignore=,$(GPU_LEFT_OUT)) \
-	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(addprefix --ignore=,$(GPU_IGNORED)) \
+	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 
 # Without torch's allocator, so that what lies outside of a tensor lies outside of all.
 gpu-sanitize:
@@ -83,7 +86,7 @@ gpu-bench: MEASURED := $(GPU_PROBLEMS)
 gpu-bench-large: MEASURED := $(GPU_LARGE_PROBLEMS)
 gpu-bench gpu-bench-large:
 	$(PYTHON) -m benchmarks kernels --device cuda --problem $(MEASURED) --cell $(GPU_CELLS) --dtype $(GPU_DTYPES) \
-	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --turns 9 --out $(OUT)
+	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --rounds 9 --out $(OUT)
 
 GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demangled
 gpu-profile:
@@ -106,6 +109,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CHECKED_SOURCES)
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
@@ -114,7 +118,7 @@ sanitize: $(READY)
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/ops/test_ops.py
 
-# The kernels for ARM, compiled here and run by an emulator: they must compute what this machine's do.
+# The kernels for ARM, compiled here and run by an emulator: they compute what this machine's do.
 # Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
 ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/cpu/native_check.cpp csrc/cpu/isa.cpp csrc/cpu/schedule.cpp
@@ -132,4 +136,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
+.PHONY: help environment demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean

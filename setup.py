@@ -2,8 +2,8 @@
 about the package stands in pyproject.toml.
 
 SEQKERNELS_BUILD=cpu builds the first, =cuda both; unset means cuda where there is an nvcc, and else cpu. =none makes a
-pure Python package, and =emulator builds for tests emulator.so, the CUDA kernels compiled for the CPU (tests/emulator),
-and nothing else. Whether a GPU is here is never asked.
+pure Python package. The build does not depend on whether this machine has a GPU. tests/emulator/build.py builds the
+CUDA kernels for the CPU with what stands here.
 
 nvcc is that of CUDA_HOME or CUDA_PATH, or else of PATH. TORCH_CUDA_ARCH_LIST, in torch's syntax ("8.0;9.0a+PTX"), names
 what it compiles for. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The libraries stand on LibTorch's
@@ -73,14 +73,27 @@ def parts_of(build: str | None, nvcc: str | None) -> list[str]:
         "cpu": ["cpu"],
         "cuda": ["cpu", "cuda"],
         "none": [],
-        "emulator": ["emulator"],
     }
     if (build or "") in parts:
         return parts[build or ""]
     sys.exit(
-        f"SEQKERNELS_BUILD={build} is not known; it may be cpu, cuda, none (pure Python) or emulator (tests); unset, "
-        "it is cuda where there is an nvcc, and else cpu"
+        f"SEQKERNELS_BUILD={build} is not known; it may be cpu, cuda or none (pure Python); unset, it is cuda where "
+        "there is an nvcc, and else cpu"
     )
+
+
+def check_platform(platform: str, free_threaded: bool) -> None:
+    """End with a sentence where the compiled parts do not run."""
+    if platform != "linux":
+        sys.exit(
+            f"seqkernels' compiled part is for Linux, not for {platform}; SEQKERNELS_BUILD=none installs the pure "
+            "Python package"
+        )
+    if free_threaded:
+        sys.exit(
+            "seqkernels' compiled part is for Pythons with a GIL (its stable ABI, abi3, does not load without); "
+            "SEQKERNELS_BUILD=none installs the pure Python package"
+        )
 
 
 def find_nvcc(environment: Mapping[str, str]) -> str | None:
@@ -109,7 +122,7 @@ def examine(path: str | None) -> Nvcc:
             "NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
         )
 
-    def ask(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         try:
             done = subprocess.run([path, *arguments], capture_output=True, text=True)
         except OSError as error:
@@ -117,15 +130,15 @@ def examine(path: str | None) -> Nvcc:
         return done.stdout + done.stderr
 
     another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
-    said = ask("--version").strip()
+    said = run("--version").strip()
     found = re.search(r"release (\d+)\.(\d+)", said)
     if not found:
         sys.exit(f"{path} does not say its version, but {said or 'nothing'}; {another}")
     version = int(found[1]), int(found[2])
     if version < OLDEST_NVCC:
         sys.exit(f"seqkernels needs nvcc {dotted(OLDEST_NVCC)} or newer, and {path} is {dotted(version)}; {another}")
-    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", ask("--list-gpu-arch"))})
-    steps = ask("--dryrun", "-x", "cu", "/dev/null")
+    capabilities = sorted({int(number) for number in re.findall(r"compute_(\d+)", run("--list-gpu-arch"))})
+    steps = run("--dryrun", "-x", "cu", "/dev/null")
     includes, libraries = (re.search(rf"{what}=(.*)", steps) for what in (" INCLUDES", " LIBRARIES"))
     return Nvcc(
         path,
@@ -142,6 +155,7 @@ def dotted(version: tuple[int, int]) -> str:
 
 # The lowest compute capability that a file's kernels can be compiled for.
 CUDA_SOURCES = {"stepwise": 70, "single_cta": 80, "cluster": 90, "persistent_grid": 90}
+CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
 def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
@@ -200,11 +214,18 @@ class Library(NamedTuple):
     flags: str = "-ltorch_cpu"
 
 
+def header_flags() -> str:
+    """Where the headers of torch and of Python are."""
+    return f"-isystem {torch_directory()}/include -isystem {sysconfig.get_paths()['include']}"
+
+
 def cpu_library(includes: str) -> Library:
     objects = [
-        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
+        Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
         objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
@@ -219,7 +240,10 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         codes = (f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in targets_from(lowest, targets))
         objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
-    objects.append(Object("csrc/cuda/ops.cpp", "cuda_ops.o", f"-DUSE_CUDA {includes} {STABLE} {built}"))
+    for name in CUDA_HOST_SOURCES:
+        objects.append(
+            Object(f"csrc/cuda/{name}.cpp", f"cuda_{name}_host.o", f"-DUSE_CUDA {includes} {STABLE} {built}")
+        )
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
     return Library(
@@ -227,25 +251,38 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
     )
 
 
-def emulator_library(includes: str) -> Library:
-    """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
-    import pybind11
+def rule(name: str, command: str) -> list[str]:
+    return [
+        f"rule {name}",
+        f"  command = {command} $more -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
 
-    flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
-    kernels = [Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in CUDA_SOURCES]
-    return Library(
-        [
-            *kernels,
-            Object("csrc/cuda/ops.cpp", "ops.o", f"{flags} {includes} {STABLE}"),
-            Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
-            Object("tests/emulator/exchange.cpp", "exchange.o", flags),
-            Object("tests/emulator/module.cpp", "module.o", f"{flags} {includes} -isystem {pybind11.get_include()}"),
-        ]
-    )
+
+def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bool:
+    """Write `directory`/build.ninja for the libraries, by the files they become, and run it; whether that went well."""
+    cxx, jobs = compiler(), os.environ.get("MAX_JOBS")
+    lines = [
+        *rule("compile", f"{cxx} {FLAGS} {os.environ.get('CXXFLAGS', '')}"),
+        *rule("compile_cuda", f"{nvcc} {CUDA_FLAGS} --threads {jobs or 0}"),
+        "rule link",
+        f"  command = {cxx} -shared $in -o $out -L{torch_directory()}/lib -Wl,--no-as-needed $more "
+        f"{os.environ.get('LDFLAGS', '')}",
+    ]
+    for target, library in libraries.items():
+        for of in library.objects:
+            lines += [f"build {of.name}: {of.rule} {ROOT / of.source}", f"  more = {of.flags}"]
+        objects = " ".join(of.name for of in library.objects)
+        lines += [f"build {target}: link {objects}", f"  more = {library.flags}"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "build.ninja").write_text("\n".join([*lines, ""]))
+    return subprocess.run([ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])]).returncode == 0
 
 
 class BuildNative(build_ext):
-    """Writes one build.ninja for all libraries and runs it."""
+    """Builds all libraries by one build.ninja."""
 
     def get_ext_filename(self, name: str) -> str:
         # No Python module: torch loads it.
@@ -253,78 +290,56 @@ class BuildNative(build_ext):
         return f"{path}.so" if path.endswith("_cuda") else super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
-        if CUDA not in self.extensions:  # one of a build before would be taken along
-            Path(self.get_ext_fullpath(CUDA.name)).unlink(missing_ok=True)
-        cxx, torch = compiler(), torch_directory()
-        temporary = Path(self.build_temp).resolve()
-        if self.editable_mode:  # whose own is thrown away; objects that are kept, as a wheel's are, are compiled once
-            temporary = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        temporary.mkdir(parents=True, exist_ok=True)
-        includes = f"-isystem {torch}/include -isystem {sysconfig.get_paths()['include']}"
-        lines = [
-            f"flags = {FLAGS} {os.environ.get('CXXFLAGS', '')}",
-            "rule compile",
-            f"  command = {cxx} $flags $more -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {cxx} -shared $in -o $out -L{torch}/lib -Wl,--no-as-needed $more "
-            f"{os.environ.get('LDFLAGS', '')}",
-        ]
-        jobs = os.environ.get("MAX_JOBS")
-        without = ""
-        for extension in self.extensions:
-            if extension is CUDA:
-                nvcc = examine(NVCC)
-                targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"))
-                print(f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})")
-                library, without = cuda_library(includes, nvcc, targets), "SEQKERNELS_BUILD=cpu builds without CUDA, "
-                lines += [
-                    "rule compile_cuda",
-                    f"  command = {nvcc.path} {CUDA_FLAGS} --threads {jobs or 0} $more -MMD -MF $out.d -c $in -o $out",
-                    "  depfile = $out.d",
-                    "  deps = gcc",
-                ]
-            else:
-                library = (emulator_library if extension is EMULATOR else cpu_library)(includes)
-            for of in library.objects:
-                lines += [f"build {of.name}: {of.rule} {ROOT / of.source}", f"  more = {of.flags}"]
-            target = Path(self.get_ext_fullpath(extension.name)).resolve()
-            target.parent.mkdir(parents=True, exist_ok=True)
-            lines += [
-                f"build {target}: link {' '.join(of.name for of in library.objects)}",
-                f"  more = {library.flags}",
-            ]
-        (temporary / "build.ninja").write_text("\n".join([*lines, ""]))
-        if subprocess.run([ninja(), "-C", str(temporary), *(["-j", jobs] if jobs else [])]).returncode:
+        native, cuda = (Path(self.get_ext_fullpath(extension.name)).resolve() for extension in (NATIVE, CUDA))
+        libraries, remedy = {native: cpu_library(header_flags())}, ""
+        if CUDA in self.extensions:
+            nvcc = examine(NVCC)
+            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+            print(f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})")
+            libraries[cuda] = cuda_library(header_flags(), nvcc, targets)
+            remedy = "SEQKERNELS_BUILD=cpu builds without CUDA, "
+        else:  # that of a build before would be taken along
+            cuda.unlink(missing_ok=True)
+        directory = Path(self.build_temp).resolve()
+        if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once
+            directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        if not build(libraries, directory, NVCC or ""):
             sys.exit(
-                f"seqkernels: compiling failed, see above; {without}SEQKERNELS_BUILD=none installs the pure Python "
+                f"seqkernels: compiling failed, see above; {remedy}SEQKERNELS_BUILD=none installs the pure Python "
                 "package"
             )
 
 
 def headers() -> list[str]:
-    return [str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.h"))]
+    return [str(header.relative_to(ROOT)) for header in sorted((ROOT / "csrc").rglob("*.*h"))]
 
 
 NATIVE = Extension(
     "seqkernels._C",
-    sources=["csrc/cpu/ops.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/schedule.cpp", "csrc/cpu/kernels.cpp"],
+    sources=[
+        "csrc/python.cpp",
+        "csrc/cuda/plan.cpp",
+        *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "schedule", "kernels")),
+    ],
     depends=headers(),
     py_limited_api=True,
 )
 CUDA = Extension(
     "seqkernels._cuda",
-    sources=["csrc/cuda/ops.cpp", *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES)],
+    sources=[
+        *(f"csrc/cuda/{name}.cpp" for name in CUDA_HOST_SOURCES),
+        *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES),
+    ],
     depends=headers(),
 )
-EMULATOR = Extension("emulator", sources=["tests/emulator/module.cpp"])
 NVCC = find_nvcc(os.environ)
 
 if __name__ == "__main__":
     parts = parts_of(os.environ.get("SEQKERNELS_BUILD"), NVCC)
+    if parts:
+        check_platform(sys.platform, bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
     setup(
-        ext_modules=[{"cpu": NATIVE, "cuda": CUDA, "emulator": EMULATOR}[part] for part in parts],
+        ext_modules=[{"cpu": NATIVE, "cuda": CUDA}[part] for part in parts],
         cmdclass={"build_ext": BuildNative},
         # What pip puts into an isolated build; a pure Python build needs no torch.
         setup_requires=["torch>=2.10", "ninja"] if parts else [],

@@ -10,16 +10,9 @@ import torch
 from benchmarks import InputError, compare, distributed, kernels, record, report, require, scaling, training_report
 from benchmarks.data import VARIABLE, data_folder, names_files
 from benchmarks.options import natural, positive
+from benchmarks.task import MODULES, Task, add_shared_options
 from benchmarks.tasks import TASKS, charlm
-from benchmarks.train import (
-    MODULES,
-    Task,
-    add_shared_options,
-    measure,
-    rnn_classes,
-    start_runs,
-    train,
-)
+from benchmarks.train import measure, rnn_classes, start_runs, train
 from benchmarks.training_report import Training
 
 MEASUREMENTS = {"kernels": kernels, "report": report, "compare": compare, "scaling": scaling}

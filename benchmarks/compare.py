@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import InputError, kernels, problems, record
-from benchmarks.contenders import Case, Unavailable, add_case_options, cases_of
+from benchmarks.cases import Case, add_case_options, cases_of
+from benchmarks.contenders import Unavailable
+from benchmarks.options import round_count
 from benchmarks.timing import Worker, paired, speedup
 
 NOW = "the working tree"
@@ -19,9 +21,7 @@ NOW = "the working tree"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("revision", metavar="REV", help="what git knows: HEAD, main, v1.0, a1b2c3d, ...")
     add_case_options(parser)
-    parser.add_argument(
-        "--turns", type=kernels.turns, default=51, metavar="N", help="blocks of each side (%(default)s)"
-    )
+    parser.add_argument("--rounds", type=round_count, default=51, metavar="N", help="of both sides (%(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
             ]
             try:
                 for case in group:
-                    for verdict in compare(case, workers, options.turns):
+                    for verdict in compare(case, workers, options.rounds):
                         moved[verdict] += 1
             finally:
                 for worker in workers:
@@ -75,20 +75,20 @@ def build(root: Path, name: str) -> None:
         raise InputError(f"{name} does not build: {''.join(last)}")
 
 
-def compare(case: Case, workers: list[Worker], turns: int) -> list[str]:
+def compare(case: Case, workers: list[Worker], rounds: int) -> list[str]:
     """Check and time one case, and print it; "faster" or "slower" if it moved, "wrong" if a result is."""
     rows = {}
     try:
         for worker in workers:
-            worker.ask(case)
-            rows[f"seqkernels {worker.name}"] = {"contender": worker.name, "errors": worker.ask("errors")}
+            worker.request(case)
+            rows[f"seqkernels {worker.name}"] = {"contender": worker.name, "errors": worker.request("errors")}
     except Unavailable as reason:
         print(f"{kernels.title(case)} left out: {reason}", flush=True)
         return []
     if not kernels.gate(rows, case):
         print(f"{kernels.title(case)} WRONG: relative errors {kernels.said_errors(list(rows.values()))}", flush=True)
         return ["wrong"]
-    now, before = paired(workers, turns).values()
+    now, before = paired(workers, rounds).values()
     row = speedup(before, now)
     said = kernels.verdict(row)
     change = [] if said.startswith("=") else ["faster" if row["speedup"] > 1 else "slower"]

@@ -4,13 +4,11 @@ the next one several times.
 A contender is made from the arguments of `Case`, on the same weights and input, and is called for one run.
 """
 
-import argparse
 import contextlib
 import functools
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from benchmarks import require
-from benchmarks.options import thread_count
-from benchmarks.problems import CELLS, PROBLEMS, Problem, lengths
-from benchmarks.problems import USUAL as USUAL_PROBLEMS
-
-
-class Case(NamedTuple):
-    """What is timed: a problem, a cell, and how it is run."""
-
-    problem: str
-    cell: str  # GRU, LSTM, RNN
-    mode: str  # infer, train
-    layout: str  # padded, packed
-    dtype: str  # float32, bfloat16, float16, float64
-    threads: int
-    device: str
-    shape: Problem
+from benchmarks.cases import Case
+from benchmarks.problems import lengths
 
 
 class Unavailable(Exception):
@@ -126,7 +110,7 @@ def loop(case: Case, compiled: bool = False) -> Callable[[], list[Tensor]]:
         raise Unavailable("a loop by hand over one padded layer only")
     module = Loop(weights(case))
     if compiled:
-        if case.shape.T > MOST_UNROLLED:
+        if case.shape.T > MAX_UNROLLED:
             raise Unavailable(f"torch.compile writes a loop out step by step; {case.shape.T} of them take it minutes")
         module.compile()
     return prepared(case, module)
@@ -223,7 +207,7 @@ def optional(package: str) -> Any:
         raise Unavailable(f"not installed: {error}") from error
 
 
-MOST_UNROLLED = 32  # steps
+MAX_UNROLLED = 32  # steps
 OUR_BACKENDS = ("cpu", "cuda", "triton", "cudnn", "torch_eager")
 CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "torch.nn": torch_nn,
@@ -237,7 +221,8 @@ CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "aten cells": loop,
     "compiled loop": functools.partial(loop, compiled=True),
 }
-USUAL = ("torch.nn", "seqkernels", "onnxruntime", "openvino")
+OURS, OWN = "seqkernels", "torch.nn"  # what every case compares
+USUAL = (OWN, OURS, "onnxruntime", "openvino")
 PACKAGES = {"torch.nn": "torch", "aten": "torch", "compiled": "torch"}
 
 
@@ -265,38 +250,3 @@ def explain(case: Case) -> str:
     given = lengths(case.shape) if case.layout == "packed" else None
     with torch.set_grad_enabled(case.mode == "train"):
         return str(sk.explain(module, x, lengths=given))
-
-
-def add_case_options(parser: argparse.ArgumentParser) -> None:
-    """What cases to run; without --problem the usual ones."""
-
-    def choices(option: str, values: Iterable[str], default: list[str], text: str) -> None:
-        parser.add_argument(option, nargs="+", default=default, choices=list(values), metavar="NAME", help=text)
-
-    choices("--problem", ["all", *PROBLEMS], [], f"{', '.join(PROBLEMS)}, all (usual: {' '.join(USUAL_PROBLEMS)})")
-    for axis, values in CASES.items():
-        usual = ["float32"] if axis == "dtype" else list(values)
-        choices(f"--{axis}", values, usual, f"{', '.join(values)} (usual: {' '.join(usual)})")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument(
-        "--threads", nargs="+", type=thread_count, default=[torch.get_num_threads()], metavar="N", help="of a CPU"
-    )
-
-
-def cases_of(options: argparse.Namespace, usual: Sequence[str] = USUAL_PROBLEMS) -> Iterator[Case]:
-    """Every case that the options ask for and that makes sense: a single step is neither trained nor packed."""
-    problems = list(PROBLEMS) if "all" in options.problem else options.problem or usual
-    for threads, dtype, mode, layout, cell, problem in itertools.product(
-        options.threads, options.dtype, options.mode, options.layout, options.cell, problems
-    ):
-        if PROBLEMS[problem].T == 1 and (mode, layout) != ("infer", "padded"):
-            continue
-        yield Case(problem, cell, mode, layout, dtype, threads, options.device, PROBLEMS[problem])
-
-
-CASES = {
-    "cell": CELLS,
-    "mode": ("infer", "train"),
-    "layout": ("padded", "packed"),
-    "dtype": ("float32", "bfloat16", "float16", "float64"),
-}

@@ -1,4 +1,4 @@
-"""`python -m benchmarks kernels`: layers beside their contenders, checked first, then timed in turn."""
+"""`python -m benchmarks kernels`: layers beside their contenders, checked first, then timed in rounds."""
 
 import argparse
 import itertools
@@ -8,21 +8,13 @@ from typing import Any
 import torch
 
 from benchmarks import InputError, problems, record
-from benchmarks.contenders import (
-    CONTENDERS,
-    USUAL,
-    Case,
-    Unavailable,
-    add_case_options,
-    cases_of,
-    explain,
-    versions,
-)
-from benchmarks.options import positive
+from benchmarks.cases import Case, add_case_options, cases_of
+from benchmarks.contenders import CONTENDERS, OURS, OWN, USUAL, Unavailable, explain, versions
+from benchmarks.options import round_count
 from benchmarks.problems import flops
 from benchmarks.timing import Worker, paired, peak_gflops, speedup, summary
 
-QUICK_TURNS = 31
+QUICK_ROUNDS = 31
 # A difference that is taken for none, however little the runs of one process spread: where memory happens to lie makes
 # as much from one process to the next.
 INDIFFERENCE = 0.05
@@ -38,9 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"{', '.join(CONTENDERS)}, all (usual: {', '.join(USUAL)})",
     )
-    parser.add_argument("--turns", type=turns, default=51, metavar="N", help="blocks of each contender (%(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=51, metavar="N", help="of all contenders (%(default)s)")
     parser.add_argument(
-        "--quick", action="store_true", help=f"a first look: {' '.join(problems.QUICK)}, {QUICK_TURNS} turns"
+        "--quick", action="store_true", help=f"a first look: {' '.join(problems.QUICK)}, {QUICK_ROUNDS} rounds"
     )
     parser.add_argument(
         "--out",
@@ -49,12 +41,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for the result rows (benchmarks/results)",
     )
-
-
-def turns(text: str) -> int:
-    if (number := positive(text)) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2, or there is no spread to judge by")
-    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         try:
             for case in group:
                 try:
-                    rows = measure(case, workers, QUICK_TURNS if options.quick else options.turns)
+                    rows = measure(case, workers, QUICK_ROUNDS if options.quick else options.rounds)
                 except InputError as reason:  # of the problem's data; a dead worker would say so again
                     if all(worker.process.is_alive() for worker in workers):
                         print(f"{title(case)} left out: {reason}", flush=True)
@@ -100,29 +86,29 @@ def facts(case: Case) -> dict[str, Any]:
     return {**record.environment(), **described, "plan": explain(case)}
 
 
-def measure(case: Case, workers: list[Worker], turns: int) -> list[dict[str, Any]]:
+def measure(case: Case, workers: list[Worker], rounds: int) -> list[dict[str, Any]]:
     """A row for each contender: its errors, whether all of ours pass the gate, and the times if they do."""
     work = flops(case.shape, case.cell, case.mode, case.layout)
     rows, able = {}, []
     for worker in workers:
         row: dict[str, Any] = {"contender": worker.name, "version": versions(worker.name), "absent": None}
         try:
-            worker.ask(case)
-            row |= {"errors": worker.ask("errors"), "memory_bytes": worker.ask("memory")}
+            worker.request(case)
+            row |= {"errors": worker.request("errors"), "memory_bytes": worker.request("memory")}
             able.append(worker)
         except Unavailable as reason:
             row["absent"] = str(reason)
         rows[worker.name] = row
     right = gate(rows, case)
-    blocks = paired(able, turns) if right else {}
+    times = paired(able, rounds) if right else {}
     for name, row in rows.items():
         row["right"] = right
-        if name not in blocks:
+        if name not in times:
             continue
-        row |= summary(blocks[name])
+        row |= summary(times[name])
         row["gflops"] = work / (row["median_ms"] * 1e6)
-        if "seqkernels" in blocks and name != "seqkernels":
-            row |= speedup(blocks[name], blocks["seqkernels"])
+        if OURS in times and name != OURS:
+            row |= speedup(times[name], times[OURS])
     return list(rows.values())
 
 
@@ -131,9 +117,9 @@ def gate(rows: dict[str, dict[str, Any]], case: Case) -> bool:
 
     In float64 torch.nn is what errors are taken against; there the floor is 16 units.
     """
-    own = rows.get("torch.nn", {}).get("errors")
+    own = rows.get(OWN, {}).get("errors")
     eps = (16 if case.dtype == "float64" else 2) * torch.finfo(getattr(torch, case.dtype)).eps
-    ours = [rows[name]["errors"] for name in rows if name.startswith("seqkernels") and "errors" in rows[name]]
+    ours = [rows[name]["errors"] for name in rows if name.startswith(OURS) and "errors" in rows[name]]
     if own is None:  # nothing to compare with: what any dtype's rounding could explain
         return all(error <= 64 * eps for errors in ours for error in errors)
     return all(error <= 2 * bound + eps for errors in ours for error, bound in zip(errors, own, strict=True))

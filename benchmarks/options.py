@@ -3,7 +3,7 @@
 import argparse
 import math
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 def natural(text: str) -> int:
@@ -19,8 +19,14 @@ def positive(text: str) -> int:
 
 
 def thread_count(text: str) -> int:
-    if (number := positive(text)) > MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"must be at most {MOST_THREADS}")
+    if (number := positive(text)) > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_THREADS}")
+    return number
+
+
+def round_count(text: str) -> int:
+    if (number := positive(text)) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2, or there is no spread to judge by")
     return number
 
 

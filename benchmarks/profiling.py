@@ -28,7 +28,7 @@ class LayerClock:
         self.began: float | None = None
         self.handles = [
             module.register_forward_pre_hook(self.enter, with_kwargs=True),
-            module.register_forward_hook(self.leave),
+            module.register_forward_hook(self.exit),
         ]
 
     def now(self) -> float:
@@ -50,7 +50,7 @@ class LayerClock:
             tensor.register_hook(self.stop)
         self.start()
 
-    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def exit(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         self.stop()
         # Before the node, not at the tensor: where it is the next call's input, too, that call stops there first.
         for node in {tensor.grad_fn for tensor in differentiable(outputs)}:
@@ -87,7 +87,7 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> float:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    give_memory_back()
+    release_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from now on
     except OSError:
@@ -97,7 +97,7 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> float:
     return resident("VmHWM") - before
 
 
-def give_memory_back() -> None:
+def release_memory() -> None:
     """What the C library and our kernels keep for later calls would otherwise be missing from the next peak."""
     with contextlib.suppress(ImportError):  # a pure Python install keeps none
         importlib.import_module("seqkernels._C").release_memory()

@@ -1,6 +1,7 @@
-"""Result rows: one JSON line a run, with all that is needed to judge and to repeat it."""
+"""Result rows: one JSON line a run, with all that is needed to judge and to repeat it; written, and read back."""
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -8,13 +9,19 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import InputError
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+KEY = ("problem", "cell", "mode", "layout", "dtype", "threads", "device")
+
+Row = dict[str, Any]
 
 
 def environment() -> dict[str, Any]:
@@ -85,7 +92,7 @@ def options_of(options: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
-def append(path: Path, *rows: dict[str, Any]) -> None:
+def append(path: Path, *rows: Row) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
 
@@ -97,3 +104,52 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read(path: Path) -> list[Row]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): `python -m benchmarks kernels` writes it."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is no file of result rows: {error}.") from None
+
+
+def key(row: Row) -> tuple:
+    return tuple(row.get(name) for name in KEY)
+
+
+def scaling_key(row: Row) -> tuple:
+    return tuple(row.get(name) for name in ("axis", "value", "cell", "mode", "dtype"))
+
+
+def newest(rows: Iterable[Row], of: Callable[[Row], tuple] = key) -> list[Row]:
+    """Of each case and contender the last row that was written."""
+    last = {(of(row), row["contender"]): row for row in rows}
+    return list(last.values())
+
+
+@functools.cache
+def differs(commit: str | None) -> bool:
+    """Whether the library has changed since a commit, as far as git can say."""
+    if commit is None:
+        return True
+    return git("diff", "--quiet", commit, "--", "csrc", "seqkernels", "setup.py") is None
+
+
+def readme_rows(rows: list[Row]) -> list[Row]:
+    """The comparison most people look for: float32, and as many threads as there are."""
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    most = {
+        device: max(row["threads"] for row in rows if row["device"] == device) for device in {r["device"] for r in rows}
+    }
+    return [row for row in rows if row["threads"] == most[row["device"]]]
+
+
+def ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:
+    """Without repetition; those in `first` in its order, then the others as they come."""
+    names = list(dict.fromkeys(names))
+    first = [name for name in first if name in names]
+    return first + [name for name in names if name not in first]

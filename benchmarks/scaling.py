@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import InputError, kernels, record
-from benchmarks.contenders import CASES, Case
-from benchmarks.options import thread_count
+from benchmarks.cases import CASES, Case
+from benchmarks.contenders import OURS, OWN
+from benchmarks.options import round_count, thread_count
 from benchmarks.problems import CELLS, Problem
 from benchmarks.timing import Worker
 
@@ -30,7 +31,7 @@ AXES = {
     "threads": Axis("threads", ()),  # 1, 2, 4, ... of those there are
     "raggedness": Axis("share of a padded batch that is padding", (0.0, 0.125, 0.25, 0.375, 0.5)),
 }
-CONTENDERS = ("torch.nn", "seqkernels")
+CONTENDERS = (OWN, OURS)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=CASES["mode"], default="train")
     parser.add_argument("--dtype", choices=CASES["dtype"], default="float32")
     parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N")
-    parser.add_argument("--turns", type=kernels.turns, default=5, metavar="N", help="blocks of each side (%(default)s)")
+    parser.add_argument("--rounds", type=round_count, default=5, metavar="N", help="of both sides (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=record.RESULTS, metavar="DIR", help="for the rows (benchmarks/results)"
     )
@@ -86,7 +87,7 @@ def measure(axis: str, value: float, options: argparse.Namespace) -> list[dict[s
     case = Case("scaling", options.cell, options.mode, layout, options.dtype, threads, "cpu", problem)
     workers = [Worker(name, threads) for name in CONTENDERS]
     try:
-        rows = kernels.measure(case, workers, options.turns)
+        rows = kernels.measure(case, workers, options.rounds)
     finally:
         for worker in workers:
             worker.stop()

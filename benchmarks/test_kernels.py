@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="pip install seqkernels[benchmarks]")
 
 from benchmarks import InputError, kernels, problems
-from benchmarks.contenders import CONTENDERS, Case, Unavailable, add_case_options, cases_of, errors, torch_nn
+from benchmarks.cases import Case, add_case_options, cases_of
+from benchmarks.contenders import CONTENDERS, Unavailable, errors, torch_nn
 from benchmarks.problems import lengths
 
 NAMES = ("torch.nn", "seqkernels")

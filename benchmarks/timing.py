@@ -1,4 +1,4 @@
-"""Paired timing: each contender in a process of its own, asked in turn, block after block."""
+"""Paired timing: each contender in a process of its own, run in turn, round after round."""
 
 import importlib
 import itertools
@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from benchmarks import InputError, profiling
-from benchmarks.contenders import CONTENDERS, Case, Unavailable, errors, torch_nn
+from benchmarks.cases import Case
+from benchmarks.contenders import CONTENDERS, Unavailable, errors, torch_nn
 
-BLOCK_SECONDS = 0.02  # of measuring, a contender and turn
-MOST_RUNS = 2000  # in a block
-CASE_SECONDS = 10  # after which turns are enough, and how many there are at least
-LEAST_TURNS = 9
+ROUND_SECONDS = 0.02  # of measuring each contender
+MAX_RUNS = 2000  # of a contender in a round
+CASE_SECONDS = 10  # after which there are rounds enough, if there are
+MIN_ROUNDS = 9
 REST_SECONDS = 0.02  # between two contenders: until their threads have stopped spinning
 FLUSHED_BYTES = 256 << 20  # more than any GPU's second-level cache
 
@@ -50,7 +51,7 @@ class Worker:
         self.process.start()
         theirs.close()
 
-    def ask(self, request: Any) -> Any:
+    def request(self, wanted: Any) -> Any:
         """A Case: make the contender for it. "errors", "memory": of a run. A number: the seconds of so many runs.
 
         Raises:
@@ -58,7 +59,7 @@ class Worker:
             InputError: the process is gone.
         """
         try:
-            self.pipe.send(request)
+            self.pipe.send(wanted)
             kind, answer = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join()
@@ -105,7 +106,7 @@ def answer_to(request: Any, case: Case, run: Callable[[], list[torch.Tensor]]) -
     device = torch.device(case.device)
     if request == "errors":
         results = [result.detach().double().cpu() for result in run()]
-        # Against torch.nn in float64; the tests hold that, too, against the specification.
+        # Against torch.nn in float64; the tests judge that, too, by the specification.
         right = torch_nn(case._replace(dtype="float64", device="cpu"))()
         return errors(results, right[: len(results)])
     if request == "memory":
@@ -132,40 +133,40 @@ def timed_on_gpu(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def paired(workers: list[Worker], turns: int) -> dict[str, list[list[float]]]:
-    """Seconds of every run of each worker: a block of runs in each turn, so that what else the machine does meanwhile
-    falls on all of them. Fewer turns than asked for where runs are long."""
+def paired(workers: list[Worker], rounds: int) -> dict[str, list[list[float]]]:
+    """Seconds of every run of each worker, by round: each runs in every round, so that what else the machine does
+    meanwhile falls on all of them. Fewer rounds than wanted where runs are long."""
     runs, seconds = {}, 0.0
     for worker in workers:
-        warm = min(worker.ask(3))
-        runs[worker.name] = max(1, min(MOST_RUNS, int(BLOCK_SECONDS / warm)))
+        warm = min(worker.request(3))
+        runs[worker.name] = max(1, min(MAX_RUNS, int(ROUND_SECONDS / warm)))
         seconds += warm * (runs[worker.name] + 1)
-    turns = min(turns, max(LEAST_TURNS, int(CASE_SECONDS / seconds)))
-    blocks: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
-    for _ in range(turns):
+    rounds = min(rounds, max(MIN_ROUNDS, int(CASE_SECONDS / seconds)))
+    times: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
+    for _ in range(rounds):
         for worker in workers:
             time.sleep(REST_SECONDS)
-            # The first runs of a block pay for what the others left in the caches, and for threads that sleep.
+            # The first runs of a round pay for what the others left in the caches, and for threads that sleep.
             count = runs[worker.name]
-            blocks[worker.name].append(worker.ask(count + 1 + count // 10)[-count:])
-    return blocks
+            times[worker.name].append(worker.request(count + 1 + count // 10)[-count:])
+    return times
 
 
-def summary(blocks: list[list[float]]) -> dict[str, float]:
+def summary(rounds: list[list[float]]) -> dict[str, float]:
     """Milliseconds a run: median and quartiles over all runs."""
-    times = list(itertools.chain.from_iterable(blocks))
+    times = list(itertools.chain.from_iterable(rounds))
     quarter, median, three_quarters = statistics.quantiles(times, n=4)
     return {"median_ms": median * 1e3, "q1_ms": quarter * 1e3, "q3_ms": three_quarters * 1e3, "runs": len(times)}
 
 
 def speedup(theirs: list[list[float]], ours: list[list[float]]) -> dict[str, float]:
-    """How many times as fast ours is: the median of the ratios that each turn gives, and how far another run's median
+    """How many times as fast ours is: the median of the ratios of the rounds, and how far another run's median
     may lie from it (the order statistics that hold the true median between them 95 times in 100)."""
     ratios = sorted(statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs, strict=True))
-    turns = len(ratios)
-    low = max(0, math.floor((turns - 1.96 * math.sqrt(turns)) / 2))
+    rounds = len(ratios)
+    low = max(0, math.floor((rounds - 1.96 * math.sqrt(rounds)) / 2))
     return {
         "speedup": statistics.median(ratios),
         "speedup_low": ratios[low],
-        "speedup_high": ratios[turns - 1 - low],
+        "speedup_high": ratios[rounds - 1 - low],
     }

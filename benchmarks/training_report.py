@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from benchmarks import record, require
-from benchmarks.plotting import COLOURS, STYLE, open_pyplot, write_figure
-from benchmarks.train import CLOSE_STEPS, Run, Task, largest_gap
+from benchmarks.figures import COLOURS, STYLE, open_pyplot, write_figure
+from benchmarks.task import Run, Task
+from benchmarks.train import CLOSE_STEPS, largest_gap
 
 
 class Training(NamedTuple):
@@ -203,13 +204,13 @@ def plot_all_times(axes: Any, trainings: list[Training]) -> None:
 
 
 def plot_losses(axes: Any, runs: list[Run]) -> None:
-    """The first curve wide and pale, the second thin on top of it, so that both show where they agree."""
+    """The first curve thick and pale, the second thin on top of it, so that both show where they agree."""
     window = max(1, max(len(run.losses) for run in runs) // 50)
     for index, run in enumerate(runs):
-        here = min(window, len(run.losses))  # Ctrl-C may have left less
+        here = min(window, len(run.losses))  # less where Ctrl-C ended the run
         curve = running_mean(run.curve, here)
-        wide = {"linewidth": 6, "alpha": 0.35} if index == 0 and len(runs) == 2 else {"linewidth": 1.8}
-        axes.plot(range(here, len(run.losses) + 1), curve, color=COLOURS[index], label=run.label, **wide)
+        style = {"linewidth": 6, "alpha": 0.35} if index == 0 and len(runs) == 2 else {"linewidth": 1.8}
+        axes.plot(range(here, len(run.losses) + 1), curve, color=COLOURS[index], label=run.label, **style)
     axes.set(xlabel="step", ylabel="train loss" if window == 1 else f"train loss, mean of {window} steps")
     axes.legend()
 

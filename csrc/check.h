@@ -1,51 +1,20 @@
-// The arguments of the operators, checked: what the operators of every native backend do first. Of torch only the
-// stable ABI, so that one binary serves every torch from 2.10 on.
+// The arguments of the operators, checked: what the operators of every native backend do first.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include <iterator>
 
 #include "layer.h"
+#include "tensors.h"
 
 namespace seqkernels {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-using Tensors = std::vector<Tensor>;
-using Shape = std::vector<int64_t>;
-
-template <class... Args>
-[[noreturn]] void fail(const Args&... sentence) {
-  std::ostringstream text;
-  (text << ... << sentence);
-  throw std::runtime_error(text.str());
-}
-
-template <class... Args>
-void check(bool holds, const Args&... sentence) {
-  if (!holds) fail(sentence...);
-}
-
-inline std::string text_of(const int64_t* sizes, size_t count) {
-  std::ostringstream text;
-  for (size_t i = 0; i < count; i++) text << (i ? ", " : "[") << sizes[i];
-  return text.str() + (count ? "]" : "[]");
-}
-
 inline Cell cell_of(const std::string& name) {
-  if (name == "rnn_tanh") return Cell::rnn_tanh;
-  if (name == "rnn_relu") return Cell::rnn_relu;
-  if (name == "gru") return Cell::gru;
-  check(name == "lstm", "unknown cell '", name, "'; the cells are rnn_tanh, rnn_relu, gru and lstm");
-  return Cell::lstm;
+  std::string known;
+  const Cell last = *(std::end(kCells) - 1);
+  for (const Cell cell : kCells) {
+    if (name == name_of(cell)) return cell;
+    known += (cell == kCells[0] ? "" : cell == last ? " and " : ", ") + std::string(name_of(cell));
+  }
+  fail("unknown cell '", name, "'; the cells are ", known);
 }
 
 inline Scalar scalar_of(ScalarType type) {
@@ -58,15 +27,69 @@ inline Scalar scalar_of(ScalarType type) {
   }
 }
 
-// The arguments that both operators share: checked, contiguous, and kept alive as long as their pointers are used.
-// `alignment`: at a multiple of so many elements. `read_sizes`: into batch_sizes that are on the CPU.
-class Arguments {
+// What both operators take.
+struct LayerArguments {
+  const std::string& cell;
+  const Tensor& x;
+  const Tensors& weights;
+  const Tensor& h_0;
+  const Optional& c_0;
+  const Optional& batch_sizes;
+};
+
+// What the operator of the backward pass takes besides.
+struct BackwardArguments {
+  const Optional& grad_y;
+  const Optional& grad_h_n;
+  const Optional& grad_c_n;
+  const Tensor& y;
+  const Tensor& saved;
+};
+
+struct CheckOptions {
+  int alignment = 1;       // of every address: a multiple of so many elements
+  bool read_sizes = true;  // into batch_sizes that are on the CPU
+};
+
+// One direction of `count` flat weights of a layer: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr.
+template <class T>  // Tensor or const Tensor
+WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int direction) {
+  const size_t each = count / directions;
+  T* of = weights + direction * each;
+  const bool bias = each >= 4, projection = each % 2;
+  return {&of[0], &of[1], bias ? &of[2] : nullptr, bias ? &of[3] : nullptr, projection ? &of[each - 1] : nullptr};
+}
+
+// Checks arguments, fills a layer with pointers to them, and keeps contiguous copies alive as long as these are used.
+class CheckedArguments {
  public:
-  Arguments(Layer& p, const std::string& cell, const Tensor& x, const Tensors& weights, const Tensor& h_0,
-            const Optional& c_0, const Optional& batch_sizes, int alignment = 1, bool read_sizes = true)
-      : type_(x.scalar_type()), device_(x.device()), alignment_(alignment * x.element_size()) {
-    p.cell = cell_of(cell);
+  CheckedArguments(Layer& p, const LayerArguments& given, CheckOptions options = {})
+      : type_(given.x.scalar_type()),
+        device_(given.x.device()),
+        alignment_(options.alignment * given.x.element_size()),
+        has_c_(given.c_0.has_value()) {
+    p.cell = cell_of(given.cell);
     p.scalar = scalar_of(type_);
+    set_sizes(p, given);
+    set_arrays(p, given);
+    set_steps(p, given.x.size(0), given.batch_sizes, options.read_sizes);
+  }
+
+  void set_backward(LayerBackward& p, const BackwardArguments& given) {
+    const int64_t D = p.directions, N = rows_, B = p.sequences, H = p.hidden, P = p.projected;
+    const auto optional = [&](const Optional& tensor, const char* name, const Shape& shape) {
+      return tensor ? check_contiguous(*tensor, name, shape) : nullptr;
+    };
+    p.grad_y = optional(given.grad_y, "grad_y", {N, D * P});
+    p.grad_h_n = optional(given.grad_h_n, "grad_h_n", {D, B, P});
+    p.grad_c_n = has_c_ ? optional(given.grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
+    p.y = check_contiguous(given.y, "y", {N, D * P});
+    p.saved = check_contiguous(given.saved, "saved", {N, D, saved_blocks_of(p.cell) * H});
+  }
+
+ private:
+  void set_sizes(Layer& p, const LayerArguments& given) {
+    const auto& [cell, x, weights, h_0, c_0, batch_sizes] = given;
     check(x.dim() == 2, "x is [rows, input size], got ", x.dim(), " dimensions");
     check(h_0.dim() == 3, "h_0 is [directions, sequences, hidden size], got ", h_0.dim(), " dimensions");
     check(h_0.size(0) == 1 || h_0.size(0) == 2, "an RNN has one or two directions, got ", h_0.size(0));
@@ -77,26 +100,33 @@ class Arguments {
           " directions");
     p.has_projection = each % 2;
     check(!p.has_projection || p.cell == Cell::lstm, "w_hr goes with an LSTM only");
-    check((p.cell == Cell::lstm) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
+    check((states_of(p.cell) == 2) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
     check(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size], got ", weights[0].dim(), " dimensions");
-    const int64_t D = p.directions, N = x.size(0), I = p.input = x.size(1), G = gates_of(p.cell);
-    const int64_t B = p.sequences = h_0.size(1), P = p.projected = h_0.size(2), GH = weights[0].size(0);
-    const int64_t H = p.hidden = GH / G;
-    check(H * G == GH, "w_ih has ", GH, " rows, no multiple of ", G, " gates");
-    check(p.has_projection || P == H, "h_0 has ", P, " features, but the hidden size is ", H);
-    p.x = check_contiguous(x, "x", {N, I});
+    const int64_t gates = gates_of(p.cell), rows = weights[0].size(0);
+    rows_ = x.size(0);
+    p.input = x.size(1);
+    p.sequences = h_0.size(1);
+    p.projected = h_0.size(2);
+    p.hidden = rows / gates;
+    check(p.hidden * gates == rows, "w_ih has ", rows, " rows, no multiple of ", gates, " gates");
+    check(p.has_projection || p.projected == p.hidden, "h_0 has ", p.projected, " features, but the hidden size is ",
+          p.hidden);
+  }
+
+  void set_arrays(Layer& p, const LayerArguments& given) {
+    const int64_t D = p.directions, I = p.input, B = p.sequences, H = p.hidden, P = p.projected;
+    const int64_t GH = gates_of(p.cell) * H;
+    p.x = check_contiguous(given.x, "x", {rows_, I});
     for (int d = 0; d < D; d++) {
-      const Tensor* of = &weights[d * each];
-      const bool bias = each >= 4;
-      p.weights[d].w_ih = check_contiguous(of[0], "w_ih", {GH, I});
-      p.weights[d].w_hh = check_contiguous(of[1], "w_hh", {GH, P});
-      p.weights[d].b_ih = bias ? check_contiguous(of[2], "b_ih", {GH}) : nullptr;
-      p.weights[d].b_hh = bias ? check_contiguous(of[3], "b_hh", {GH}) : nullptr;
-      p.weights[d].w_hr = p.has_projection ? check_contiguous(of[each - 1], "w_hr", {P, H}) : nullptr;
+      const auto of = weights_of_direction(given.weights.data(), given.weights.size(), p.directions, d);
+      p.weights[d].w_ih = check_contiguous(*of.w_ih, "w_ih", {GH, I});
+      p.weights[d].w_hh = check_contiguous(*of.w_hh, "w_hh", {GH, P});
+      p.weights[d].b_ih = of.b_ih ? check_contiguous(*of.b_ih, "b_ih", {GH}) : nullptr;
+      p.weights[d].b_hh = of.b_hh ? check_contiguous(*of.b_hh, "b_hh", {GH}) : nullptr;
+      p.weights[d].w_hr = of.w_hr ? check_contiguous(*of.w_hr, "w_hr", {P, H}) : nullptr;
     }
-    p.h_0 = check_contiguous(h_0, "h_0", {D, B, P});
-    p.c_0 = c_0 ? check_contiguous(*c_0, "c_0", {D, B, H}) : nullptr;
-    set_steps(p, N, batch_sizes, read_sizes);
+    p.h_0 = check_contiguous(given.h_0, "h_0", {D, B, P});
+    p.c_0 = given.c_0 ? check_contiguous(*given.c_0, "c_0", {D, B, H}) : nullptr;
   }
 
   const void* check_contiguous(const Tensor& tensor, const char* name, const Shape& shape) {
@@ -109,16 +139,15 @@ class Arguments {
     if (contiguous && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment_ == 0)
       return tensor.const_data_ptr();
     try {
-      kept_.push_back(contiguous ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor));
+      copies_.push_back(contiguous ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor));
     } catch (const std::exception&) {  // the stable ABI passes no reason on; torch has printed its own
       throw std::runtime_error(std::string("no memory for a contiguous copy of ") + name);
     }
-    return kept_.back().const_data_ptr();
+    return copies_.back().const_data_ptr();
   }
 
- private:
   void set_steps(Layer& p, int64_t rows, const Optional& batch_sizes, bool read_sizes) {
-    if (batch_sizes && !(read_sizes && batch_sizes->is_cpu())) {  // nobody read_sizes into them, as that would wait for the GPU
+    if (batch_sizes && !(read_sizes && batch_sizes->is_cpu())) {  // reading them would wait for the GPU
       check(
           batch_sizes->device() == device_ && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
           "batch_sizes is [steps], int64, on the CPU or where x is");
@@ -155,7 +184,9 @@ class Arguments {
   ScalarType type_;
   torch::stable::Device device_;
   uintptr_t alignment_;
-  std::vector<Tensor> kept_;
+  int64_t rows_ = 0;  // of x; steps may use fewer
+  bool has_c_;
+  std::vector<Tensor> copies_;
   std::vector<int64_t> batch_sizes_, offsets_;
 };
 

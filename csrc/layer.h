@@ -1,14 +1,12 @@
-// Plain structs: all that crosses from the host (library.cpp) to kernels.
+// Plain structs: all that crosses from the host to kernels.
 #pragma once
 #include <cstdint>
 
+#include "cells.h"
+
 namespace seqkernels {
 
-enum class Cell { rnn_tanh, rnn_relu, gru, lstm };
 enum class Scalar { float32, float64, bfloat16, float16 };
-
-constexpr int gates_of(Cell cell) { return cell == Cell::gru ? 3 : cell == Cell::lstm ? 4 : 1; }
-constexpr int saved_blocks_of(Cell cell) { return cell == Cell::gru ? 4 : cell == Cell::lstm ? 5 : 0; }
 
 // The weights of one direction, or their gradients. Null where there is none.
 template <class Pointer>

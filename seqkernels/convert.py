@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from seqkernels import modules
+from seqkernels import drop_in, modules
 
 # torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
 _OURS = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")}
@@ -124,7 +124,7 @@ def patch_torch() -> Iterator[None]:
 
     places = (nn, nn.modules)
     before = [(place, name.__name__, getattr(place, name.__name__)) for place in places for name in _OURS]
-    with torch._dynamo.config.patch(allow_rnn=True), modules.counting_as(_TORCHS):
+    with torch._dynamo.config.patch(allow_rnn=True), drop_in.counting_as(_TORCHS):
         for torchs, ours in _OURS.items():
             for place in places:
                 setattr(place, torchs.__name__, ours)

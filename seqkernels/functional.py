@@ -1,42 +1,42 @@
-"""RNN, GRU and LSTM as functions: checks, layers, directions and dropout around the operator pair.
+"""RNN, GRU and LSTM as functions: layers, directions and dropout around the operator pair.
 
 Results, argument checks and their messages are those of torch.nn's modules
 (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html and its siblings).
 """
 
-import functools
 import logging
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import hardware, ops, select, varlen
-from seqkernels.backends import GATES
+from seqkernels import checks, hardware, ops, select, varlen
+from seqkernels.backends.call import Call, class_of_steps
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.precision import computed_dtype
+from seqkernels.checks import State
 
 _log = logging.getLogger("seqkernels")
 
-State = Tensor | tuple[Tensor, Tensor]
 
-
-def rnn(
+def gru(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
-    nonlinearity: str = "tanh",
-    **options,
-) -> tuple[Tensor | PackedSequence, Tensor]:
-    """Elman RNN over whole sequences; arguments as `gru`, and nonlinearity "tanh" or "relu"."""
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    return recurrent("rnn_" + nonlinearity, input, hx, weights, **options)
-
-
-def gru(
-    input: Tensor | PackedSequence, hx: Tensor | None, weights: Sequence[Tensor], **options
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """GRU over whole sequences.
 
@@ -59,17 +59,65 @@ def gru(
         ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths or cu_seqlens
             that do not fit, and where no backend can run the call.
     """
-    return recurrent("gru", input, hx, weights, **options)
+    return recurrent(
+        "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Elman RNN over whole sequences; arguments as `gru`, and nonlinearity "tanh" or "relu"."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return recurrent(
+        "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
+        training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
 
 
 def lstm(
-    input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None, weights: Sequence[Tensor], **options
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """LSTM over whole sequences; arguments as `gru`, with hx = (h_0, c_0) and (h_n, c_n) returned.
 
     weights may hold a projection w_hr ``[P, H]`` behind each direction's others: then h has P features.
     """
-    return recurrent("lstm", input, hx, weights, **options)
+    return recurrent(
+        "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
 
 
 def recurrent(
@@ -88,14 +136,43 @@ def recurrent(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     backend: str | None = None,
-) -> tuple[Tensor | PackedSequence, State]:
-    """What `rnn`, `gru` and `lstm` have in common; `cell` is one of rnn_tanh, rnn_relu, gru, lstm."""
+):
+    """What the functions above have in common; `cell` is the name of one of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
-    per_layer = directions * _weights_of_direction(len(weights), num_layers * directions, bias, cell)
+    checks.count_weights(len(weights), num_layers * directions, bias, cell)
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
+    plan = plan_of(inputs.call, inputs.rows.data.device, backend)
+    y, h_n, c_n = _run(plan, inputs, weights, dropout if training else 0.0)
+    h_n = _restore(h_n, inputs)
+    return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, _restore(c_n, inputs)))
+
+
+class Inputs(NamedTuple):
+    """The arguments of a call, checked, as operators take them; and as `select` sees them."""
+
+    rows: varlen.Rows
+    h_0: Tensor  # [L*D, B, P], in the order of the rows
+    c_0: Tensor | None  # [L*D, B, H]
+    unbatched: bool
+    call: Call
+
+
+def prepare(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    num_layers: int,
+    directions: int,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Inputs:
+    """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
     packed = isinstance(input, PackedSequence)
-    data = input.data if packed else input
-    unbatched = _check_dimensions(cell, input, hx, lengths, cu_seqlens)
-    _check_input(data, weights[0], 2 if packed or cu_seqlens is not None else 3)
+    unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
+    checks.check_input(input.data if packed else input, weights[0], 2 if packed or cu_seqlens is not None else 3)
     hx = _unsqueeze(hx) if unbatched else hx
     transformed = ops.transformed()
     if packed:
@@ -109,39 +186,94 @@ def recurrent(
     else:
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
-    layers = num_layers, directions
-    plan = plan_of(cell, rows.data, weights, (h_0, c_0), rows.sequences, rows.batch_sizes, layers, transformed, backend)
-    if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s rows %d sequences %d: %s", cell, rows.data.shape[0], rows.sequences, plan)
+    call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
+    return Inputs(rows, h_0, c_0, unbatched, call)
 
-    # cuDNN takes all layers at once, unless there is dropout between them: its own could not be differentiated twice.
-    drops = dropout > 0 and training
-    at_once = num_layers if plan.backend == "cudnn" and not drops else 1
-    if num_layers == at_once:
-        y, h_n, c_n = ops.recurrence_forward(
-            plan, cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers
+
+def call_of(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    transformed: bool,
+    num_layers: int = 1,
+    directions: int = 1,
+    one_step: bool = False,
+) -> Call:
+    """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
+    device = x.device
+    if torch.compiler.is_compiling():  # no size is asked for, as that would put a guard on it
+        return Call(
+            cell=cell,
+            device_type=device.type,
+            dtype=x.dtype,
+            transformed=transformed,
+            compiled=True,
+            layers=num_layers,
+            directions=directions,
         )
-    else:
-        y, h_n, c_n = rows.data, [], []
-        for layer in range(num_layers):
-            if layer and drops:
-                y = F.dropout(y, dropout, training)
-            here = slice(layer * directions, (layer + 1) * directions)
-            y, h, c = ops.recurrence_forward(
-                plan,
-                cell,
-                y,
-                weights[layer * per_layer : (layer + 1) * per_layer],
-                h_0[here],
-                None if c_0 is None else c_0[here],
-                rows.batch_sizes,
-                transformed,
-            )
-            h_n.append(h)
-            c_n.append(c)
-        h_n, c_n = torch.cat(h_n), torch.cat(c_n)
-    h_n = _restored(h_n, rows.unsorted_indices, unbatched)
-    return rows.leave(y), ((h_n, _restored(c_n, rows.unsorted_indices, unbatched)) if cell == "lstm" else h_n)
+    sequences = h_0.shape[-2]
+    layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
+    if batch_sizes is not None:
+        layout, steps = "packed" if batch_sizes.device.type == "cpu" else "device", len(batch_sizes)
+    dtype = computed_dtype(x)
+    return Call(
+        cell=cell,
+        device_type=device.type,
+        dtype=dtype,
+        transformed=transformed,
+        hidden_size=weights[1].shape[0] // CELLS[cell].gates,
+        projected=len(weights) // (num_layers * directions) % 2 == 1,
+        tf32=dtype == torch.float32 and hardware.tf32(device),
+        input_size=x.shape[1],
+        layers=num_layers,
+        directions=directions,
+        sequences=sequences,
+        steps=class_of_steps(steps),
+        layout=layout,
+        training=ops.wants_gradients(x, h_0, c_0, *weights),
+        cudnn=torch.backends.cudnn.enabled,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
+    )
+
+
+def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None) -> Call:
+    """The facts of one step of a cell: x ``[B, I]``, states ``[B, H]``."""
+    return call_of(cell, x, weights, h_0, c_0, None, ops.transformed(), one_step=True)
+
+
+def plan_of(call: Call, device: torch.device, backend: str | None) -> select.Plan:
+    """The plan of a call, the same object for every call like it."""
+    machine = hardware.machine_of(device)
+    if torch.compiler.is_compiling():
+        return select.plan(call, machine, backend)
+    plan = select.planned(call, machine, backend)
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s sequences %d: %s", call.cell, call.sequences, plan)
+    return plan
+
+
+def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers, with dropout between them -> y, h_n, c_n."""
+    (y, batch_sizes, *_), h_0, c_0, _, call = inputs
+    layers, directions = call.layers, call.directions
+    # cuDNN takes all layers at once, unless there is dropout between them: its own could not be differentiated twice.
+    if layers == 1 or (plan.backend == "cudnn" and dropout == 0):
+        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes)
+    h_n, c_n, each = [], [], len(weights) // layers
+    for layer in range(layers):
+        if layer and dropout > 0:
+            y = F.dropout(y, dropout, True)
+        here = slice(layer * directions, (layer + 1) * directions)
+        of_layer = weights[layer * each : (layer + 1) * each]
+        states = h_0[here], None if c_0 is None else c_0[here]
+        y, h, c = ops.recurrence_forward(plan, call._replace(layers=1), y, of_layer, *states, batch_sizes)
+        h_n.append(h)
+        c_n.append(c)
+    return y, torch.cat(h_n), torch.cat(c_n)
 
 
 def recurrent_cell(
@@ -158,179 +290,34 @@ def recurrent_cell(
     Raises:
         RuntimeError: torch.nn's own for sizes, dtypes and devices that do not fit.
     """
-    w_ih, w_hh = weights[:2]
-    if input.shape[1] != w_ih.shape[1]:
-        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}")
-    for k, state in enumerate((h_0,) if c_0 is None else (h_0, c_0)):
-        if state.shape[0] != input.shape[0]:
-            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}")
-        if state.shape[1] != w_hh.shape[1]:
-            raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {w_hh.shape[1]}"
-            )
-        _check_same(state, input)
-    _check_same(w_ih, input, "parameter")
-    transformed = ops.transformed()
-    plan = plan_of(cell, input, weights, (h_0, c_0), input.shape[0], None, None, transformed, backend)
-    c_0 = None if c_0 is None else c_0.unsqueeze(0)
+    checks.check_step(input, (h_0,) if c_0 is None else (h_0, c_0), *weights[:2])
+    call = call_of_step(cell, input, weights, h_0, c_0)
+    plan = plan_of(call, input.device, backend)
     # With a single step y is h.
-    y, _, c = ops.recurrence_forward(plan, cell, input, weights, h_0.unsqueeze(0), c_0, None, transformed)
-    return y, c.squeeze(0) if cell == "lstm" else c
-
-
-def plan_of(
-    cell: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    states: Sequence[Tensor | None],
-    sequences: int,
-    batch_sizes: Tensor | None,
-    layers: tuple[int, int] | None,
-    transformed: bool,
-    backend: str | None,
-) -> select.Plan:
-    """The plan of a call on rows x ``[N, I]``, kept for the next one like it; `layers`: their number and that of their
-    directions, None for one step of a cell."""
-    if torch.compiler.is_compiling():
-        return _chosen(cell, x.device, x.dtype, transformed, backend, compiled=True)
-    if not (x.is_cuda or (hardware.THIS_MACHINE.cudnn_on_cpu and x.is_cpu)):
-        return _cached_plan(cell, x.device, x.dtype, transformed, backend)  # on a CPU there is nothing to weigh
-    facts = _facts(cell, x, weights, states, sequences, batch_sizes, layers)
-    return _cached_plan(cell, x.device, ops.computed_dtype(x), transformed, backend, *facts)
-
-
-def _facts(cell, x, weights, states, sequences, batch_sizes, layers) -> tuple:
-    """The fields of `select.Call` that a choice on a GPU depends on."""
-    layout = "cell" if layers is None else "padded"
-    steps = 1 if layers is None else x.shape[0] // max(sequences, 1)
-    if batch_sizes is not None:
-        steps, layout = len(batch_sizes), "packed" if batch_sizes.device.type == "cpu" else "device"
-    number, directions = layers or (1, 1)
-    return (
-        weights[1].shape[0] // GATES[cell],
-        len(weights) // (number * directions) % 2 == 1,
-        hardware.tf32(x.device),
-        x.shape[1],
-        number,
-        directions,
-        select.class_of_sequences(sequences),
-        select.class_of_steps(steps),
-        layout,
-        ops.wants_gradients(x, *states, *weights),
-        torch.backends.cudnn.enabled,
-        torch.are_deterministic_algorithms_enabled(),
-        x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
-    )
-
-
-def _chosen(
-    cell: str, device: torch.device, dtype, transformed: bool, backend: str | None, *facts, compiled: bool = False
-) -> select.Plan:
-    call = select.Call(cell, device.type, dtype, transformed, *facts, compiled=compiled)
-    return select.plan(call, hardware.machine_of(device), backend)
-
-
-_cached_plan = functools.lru_cache(maxsize=4096)(_chosen)
-
-
-def _weights_of_direction(given: int, count: int, bias: bool, cell: str) -> int:
-    """How many weights each of `count` layers and directions has."""
-    each = given // count
-    kinds = 4 if bias else 2
-    if each * count != given or not (each == kinds or (cell == "lstm" and each == kinds + 1)):
-        raise ValueError(
-            f"expected {kinds} weights{' (or one more, a projection)' if cell == 'lstm' else ''} for each of "
-            f"{count} layers and directions, got {given} in all"
-        )
-    return each
+    states = h_0.unsqueeze(0), None if c_0 is None else c_0.unsqueeze(0)
+    y, _, c = ops.recurrence_forward(plan, call, input, weights, *states, None)
+    return y, c if c_0 is None else c.squeeze(0)
 
 
 def _initial_state(
     cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int
 ) -> tuple[Tensor, Tensor | None]:
     """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
-    hidden = w_hh.shape[0] // GATES[cell]
+    hidden, has_c = w_hh.shape[0] // CELLS[cell].gates, CELLS[cell].states == 2
     h_size, c_size = (count, rows.sequences, w_hh.shape[1]), (count, rows.sequences, hidden)
     if hx is None:
         h_0 = rows.data.new_zeros(h_size)
-        return h_0, rows.data.new_zeros(c_size) if cell == "lstm" else None
-    if cell == "lstm":
+        return h_0, rows.data.new_zeros(c_size) if has_c else None
+    if has_c:
         h_0, c_0 = hx
-        _check_state(h_0, h_size, rows.data, "Expected hidden[0] size {}, got {}")
-        _check_state(c_0, c_size, rows.data, "Expected hidden[1] size {}, got {}")
+        checks.check_state(h_0, h_size, rows.data, "Expected hidden[0] size {}, got {}")
+        checks.check_state(c_0, c_size, rows.data, "Expected hidden[1] size {}, got {}")
     else:
         h_0, c_0 = hx, None
-        _check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
+        checks.check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
     if rows.sorted_indices is None:
         return h_0, c_0
     return h_0.index_select(1, rows.sorted_indices), None if c_0 is None else c_0.index_select(1, rows.sorted_indices)
-
-
-def _check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str) -> None:
-    if state.shape != size:
-        raise RuntimeError(message.format(size, list(state.shape)))
-    _check_same(state, data)
-
-
-def _check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
-    """Device and dtype of a state or a weight are those of the input; autocast makes the dtypes equal by itself."""
-    if tensor.device != data.device:
-        raise RuntimeError(
-            f"Input and {name} tensors are not at the same device, found input tensor at {data.device} "
-            f"and {name} tensor at {tensor.device}"
-        )
-    if tensor.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
-        raise RuntimeError(f"RNN {name} tensor dtype ({tensor.dtype}) does not match input dtype ({data.dtype})")
-
-
-_NAMES = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
-
-
-def _check_dimensions(cell: str, input, hx: State | None, lengths, cu_seqlens) -> bool:
-    """Whether the input is one unbatched sequence; raises where numbers of dimensions or options do not fit."""
-    if lengths is not None and cu_seqlens is not None:
-        raise ValueError("give lengths or cu_seqlens, not both")
-    if isinstance(input, PackedSequence):
-        if lengths is not None or cu_seqlens is not None:
-            raise ValueError("a PackedSequence has its lengths in it; give no lengths or cu_seqlens beside it")
-        return False
-    if cu_seqlens is not None:
-        return False
-    name = _NAMES[cell]
-    if input.dim() not in (2, 3):
-        raise ValueError(
-            f"{name}: Expected input to be 2D or 3D, got {input.dim()}D {'tensor ' if name == 'RNN' else ''}instead"
-        )
-    unbatched = input.dim() == 2
-    if unbatched and lengths is not None:
-        raise ValueError("lengths go with a batch of sequences (3-D input); cut one unbatched sequence instead")
-    dimensions = input.dim()
-    if hx is not None and cell == "lstm" and (hx[0].dim() != dimensions or hx[1].dim() != dimensions):
-        raise RuntimeError(
-            f"For {'unbatched 2' if unbatched else 'batched 3'}-D input, hx and cx should also be {dimensions}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-        )
-    if hx is not None and cell != "lstm" and hx.dim() != dimensions:
-        raise RuntimeError(
-            f"For {'unbatched 2' if unbatched else 'batched 3'}-D input, hx should also be {dimensions}-D "
-            f"but got {hx.dim()}-D tensor"
-        )
-    return unbatched
-
-
-def _check_input(data: Tensor, w_ih: Tensor, dimensions: int) -> None:
-    if data.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
-        raise ValueError(
-            f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
-            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({data.dtype})"
-        )
-    if data.dim() not in (2, dimensions):
-        raise RuntimeError(f"input must have {dimensions} dimensions, got {data.dim()}")
-    if data.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {data.shape[-1]}"
-        )
-    _check_same(w_ih, data, "parameter")
 
 
 def _first(hx: State) -> Tensor:
@@ -343,8 +330,9 @@ def _unsqueeze(hx: State | None) -> State | None:
     return hx[0].unsqueeze(1), hx[1].unsqueeze(1)
 
 
-def _restored(state: Tensor, unsorted_indices: Tensor | None, unbatched: bool) -> Tensor:
+def _restore(state: Tensor, inputs: Inputs) -> Tensor:
     """A final state ``[L*D, B, *]`` in the user's order of sequences."""
+    unsorted_indices = inputs.rows.unsorted_indices
     if unsorted_indices is not None:
         state = state.index_select(1, unsorted_indices)
-    return state.squeeze(1) if unbatched else state
+    return state.squeeze(1) if inputs.unbatched else state

@@ -17,7 +17,6 @@ class GPU(NamedTuple):
     target: str  # sm_90, gfx942, ...: what kernels are compiled for
     shared_memory: int  # bytes that one program may have
     multiprocessors: int
-    memory: int  # bytes
     driver: tuple[int, int] | None = None  # the newest CUDA that its driver knows; None: nobody has asked
     clusters: tuple[int, ...] = ()  # of 1, 2, ... 16 blocks: how many run at the same time
 
@@ -40,8 +39,7 @@ class CudaBuild(NamedTuple):
 class Machine(NamedTuple):
     """Facts about a machine and the install on it; tests make machines that are not here."""
 
-    native: bool = True  # the compiled library seqkernels._C is loaded
-    native_missing: str = ""  # if not, why
+    native_missing: str = ""  # why the compiled library seqkernels._C is not loaded; "" if it is
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
     cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
     cuda_build: CudaBuild = CudaBuild()  # if they are
@@ -85,15 +83,13 @@ def _cuda_build() -> CudaBuild:
 
 
 def _here() -> Machine:
-    missing = _load_native()
     emulator = os.environ.get("SEQKERNELS_EMULATOR") or None
     cuda_missing = _load_cuda(emulator)
     return Machine(
         cuda_missing=cuda_missing,
         cuda_build=CudaBuild() if cuda_missing or emulator else _cuda_build(),
         emulator=emulator is not None,
-        native=not missing,
-        native_missing=missing,
+        native_missing=_load_native(),
         cudnn_on_cpu=torch._C._dispatch_has_kernel_for_dispatch_key("aten::_cudnn_rnn", "CPU"),
         forced_backend=os.environ.get("SEQKERNELS_BACKEND") or None,
         triton=importlib.util.find_spec("triton") is not None,  # which does not import it
@@ -104,16 +100,21 @@ def _here() -> Machine:
 THIS_MACHINE = _here()
 
 # What Triton's interpreter and an emulator stand in for, so that they take the paths of a large GPU.
-INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, 0, clusters=16 * (1,))
+INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, clusters=16 * (1,))
 
 
 def machine_of(device: torch.device) -> Machine:
     """This machine, with the GPU that tensors on `device` are on."""
-    return THIS_MACHINE._replace(gpu=gpu_of(device), cudnn=cudnn_version()) if device.type == "cuda" else THIS_MACHINE
+    return _machine_with_gpu(device) if device.type == "cuda" else THIS_MACHINE
 
 
 # torch.compile takes the answer for a constant: torch.compiler.assume_constant_result, without importing the compiler.
 machine_of._dynamo_marked_constant = True
+
+
+@functools.cache
+def _machine_with_gpu(device: torch.device) -> Machine:
+    return THIS_MACHINE._replace(gpu=gpu_of(device), cudnn=cudnn_version())
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def gpu_of(device: torch.device) -> GPU:
         driver = version // 1000, version % 1000 // 10
         with torch.cuda.device(device):
             clusters = tuple(torch.ops.seqkernels.cuda_clusters())
-    return GPU(facts.name, target, shared, facts.multi_processor_count, facts.total_memory, driver, clusters)
+    return GPU(facts.name, target, shared, facts.multi_processor_count, driver, clusters)
 
 
 def cudnn_version() -> int:
@@ -152,11 +153,13 @@ NO_TRITON = "Triton is not installed. Remedy: pip install triton (Linux; torch's
 def describe() -> list[tuple[str, str]]:
     """(what, finding) for each thing that decides what can run here, with the remedy where something is missing."""
     rows = [("torch", torch.__version__)]
-    if THIS_MACHINE.native:
+    if not THIS_MACHINE.native_missing:
         native = importlib.import_module("seqkernels._C")
         rows.append(("CPU kernels", f"{native.isa()} in use; {native.build_info()}"))
     else:
-        rows.append(("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again"))
+        rows.append(
+            ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again")
+        )
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
     rows.append(("CUDA kernels", _cuda_kernels()))

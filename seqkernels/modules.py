@@ -5,67 +5,18 @@ and nn.LSTM. Parameters are read by name in every call: there is no flat weight 
 so parametrizations, weight tying, functional_call, deepcopy, pickle and plain assignment all just work.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, hardware, ops, select
+from seqkernels import drop_in, functional, hardware, select
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
 
 
-class _Drop(type):
-    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` of it is true of
-    torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
-
-    counting: ClassVar[dict[type, type]] = {}  # ours -> the torch.nn class whose instances count as its own
-
-    def __instancecheck__(cls, instance) -> bool:
-        return super().__instancecheck__(instance) or isinstance(instance, _Drop.counting.get(cls, ()))
-
-
-@contextlib.contextmanager
-def counting_as(torchs: dict[type, type]) -> Iterator[None]:
-    """Inside, instances of torch.nn's classes count as instances of ours."""
-    before, _Drop.counting = _Drop.counting, torchs
-    try:
-        yield
-    finally:
-        _Drop.counting = before
-
-
-def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
-    parameters = module._parameters
-    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
-
-
-class _FlatWeights(list):
-    """A layer's weights in torch.nn's order. One put in place of another is used from then on, as in torch.nn."""
-
-    def __init__(self, module: "_Recurrent", weights: Sequence[Tensor]) -> None:
-        super().__init__(weights)
-        self._module = module
-
-    def __setitem__(self, index, value) -> None:
-        super().__setitem__(index, value)
-        self._module._flat_weights = self
-
-    def __reduce__(self):
-        return list, (list(self),)
-
-
-def _traced(module: nn.Module, input: fx.Proxy, hx, **options) -> fx.Proxy:
-    """A call of `module` in a graph that torch.fx traces, where torch.nn's modules are leaves and ours become one."""
-    args = (input,) if hx is None else (input, hx)
-    given = {name: value for name, value in options.items() if value is not None}
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, given)
-
-
-class _Recurrent(nn.RNNBase, metaclass=_Drop):
+class _Recurrent(drop_in.Layer):
     """What RNN, GRU and LSTM share.
 
     Attributes:
@@ -83,7 +34,7 @@ class _Recurrent(nn.RNNBase, metaclass=_Drop):
     ) -> tuple[Tensor | PackedSequence, State]:
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
         if isinstance(input, fx.Proxy):
-            return _traced(self, input, hx, lengths=lengths)
+            return drop_in.traced(self, input, hx, lengths=lengths)
         return functional.recurrent(
             self.mode.lower(),
             input,
@@ -98,65 +49,6 @@ class _Recurrent(nn.RNNBase, metaclass=_Drop):
             lengths=lengths,
             backend=self.backend,
         )
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: parameters are used where they lie."""
-
-    # nn.RNNBase keeps a second list of its parameters up to date in the methods below. Here they are looked up
-    # whenever they are asked for, and only what somebody has put into that list in place of one is kept, by its name.
-
-    def _weights(self) -> list[Tensor]:
-        assigned = self.__dict__.get("_assigned_weights")
-        if not assigned:
-            return _parameters(self, self._flat_weights_names)
-        return [assigned[n] if n in assigned else _parameters(self, (n,))[0] for n in self._flat_weights_names]
-
-    @property
-    def _flat_weights(self) -> list[Tensor]:
-        return _FlatWeights(self, self._weights())
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: Sequence[Tensor]) -> None:
-        names = self._flat_weights_names
-        if len(weights) != len(names):
-            raise ValueError(f"_flat_weights are {', '.join(names)}, got {len(weights)} weights")
-        self.__dict__["_assigned_weights"] = {
-            name: weight for name, weight in zip(names, weights, strict=True) if weight is not getattr(self, name, None)
-        }
-
-    def _init_flat_weights(self) -> None:
-        self.__dict__.pop("_assigned_weights", None)
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def _weights_have_changed(self) -> bool:
-        return False
-
-    def __setattr__(self, name: str, value) -> None:
-        if name == "_flat_weights":  # nn.Module's own does not ask properties where the value is no parameter
-            return object.__setattr__(self, name, value)
-        if "_assigned_weights" in self.__dict__ and name in self._flat_weights_names:
-            self._init_flat_weights()  # a new parameter counts, and in torch.nn puts the others back as well
-        nn.Module.__setattr__(self, name, value)
-
-    def _apply(self, fn, recurse: bool = True):
-        self._init_flat_weights()
-        return nn.Module._apply(self, fn, recurse)
-
-    def _replicate_for_data_parallel(self):
-        replica = nn.Module._replicate_for_data_parallel(self)
-        if assigned := self.__dict__.get("_assigned_weights"):
-            replica.__dict__["_assigned_weights"] = assigned.copy()
-        return replica
-
-    def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        state.pop("_flat_weight_refs", None)  # torch.nn's, which nobody can pickle
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        nn.Module.__setstate__(self, state)
 
 
 class RNN(_Recurrent):
@@ -210,31 +102,42 @@ class LSTM(_Recurrent):
     permute_hidden = nn.LSTM.permute_hidden
 
 
-class _Cell(nn.RNNCellBase, metaclass=_Drop):
+class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
     """What the cells share: one step of input ``[B, I]`` or ``[I]`` from states ``[B, H]`` or ``[H]``."""
 
     backend: str | None = None
 
-    def _step(self, cell: str, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
+    def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
         dimensions = input.dim()
         if dimensions not in (1, 2):
             raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {dimensions}D instead")
         for k, state in enumerate(states or ()):
             if state.dim() not in (1, 2):
-                what = f"hx[{k}]" if cell == "lstm" else "hidden"
+                what = f"hx[{k}]" if isinstance(self, LSTMCell) else "hidden"
                 raise ValueError(f"{self._get_name()}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
-        unbatched = dimensions == 1
-        if unbatched:
-            input = input.unsqueeze(0)
-            states = tuple(state.unsqueeze(0) for state in states) if states else None
-        if states is None:
-            zeros = input.new_zeros(input.shape[0], self.hidden_size)
-            states = (zeros, zeros) if cell == "lstm" else (zeros,)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        weights = _parameters(self, names)
-        h, c = functional.recurrent_cell(cell, input, *states, weights=weights, backend=self.backend)
-        return (h.squeeze(0), c.squeeze(0)) if unbatched else (h, c)
+        x, weights, *given = _inputs_of_step(self, input, states)
+        h, c = functional.recurrent_cell(_cell_of(self), x, *given, weights=weights, backend=self.backend)
+        return (h.squeeze(0), c.squeeze(0)) if dimensions == 1 else (h, c)
+
+
+def _cell_of(module: nn.RNNCellBase) -> str:
+    """The name of a cell of torch.nn or of ours."""
+    if isinstance(module, (nn.RNNCell, RNNCell)):
+        return f"rnn_{module.nonlinearity}"
+    return "gru" if isinstance(module, (nn.GRUCell, GRUCell)) else "lstm"
+
+
+def _inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple:
+    """Input ``[B, I]``, the weights, and the states ``[B, H]``: those given, or zeros."""
+    if input.dim() == 1:
+        input = input.unsqueeze(0)
+        states = tuple(state.unsqueeze(0) for state in states) if states else None
+    if states is None:
+        zeros = input.new_zeros(input.shape[0], module.hidden_size)
+        states = (zeros,) * CELLS[_cell_of(module)].states
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
+    return input, drop_in.parameters(module, names), *states
 
 
 class RNNCell(_Cell):
@@ -257,10 +160,10 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
-            return _traced(self, input, hx)
+            return drop_in.traced(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step("rnn_" + self.nonlinearity, input, None if hx is None else (hx,))[0]
+        return self._step(input, None if hx is None else (hx,))[0]
 
 
 class GRUCell(_Cell):
@@ -274,8 +177,8 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
-            return _traced(self, input, hx)
-        return self._step("gru", input, None if hx is None else (hx,))[0]
+            return drop_in.traced(self, input, hx)
+        return self._step(input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(_Cell):
@@ -289,28 +192,16 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if isinstance(input, fx.Proxy):
-            return _traced(self, input, hx)
-        return self._step("lstm", input, hx)
-
-
-def cell_of(module: nn.Module) -> str | None:
-    """The cell of a layer or of one step of it, ours or torch.nn's; None of other modules."""
-    if isinstance(module, nn.RNNBase):
-        return module.mode.lower()
-    if isinstance(module, (nn.RNNCell, RNNCell)):
-        return "rnn_" + module.nonlinearity
-    if isinstance(module, (nn.GRUCell, GRUCell)):
-        return "gru"
-    return "lstm" if isinstance(module, (nn.LSTMCell, LSTMCell)) else None
+            return drop_in.traced(self, input, hx)
+        return self._step(input, hx)
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Why no backend that may be chosen here runs the drop-in of a module of torch.nn; None if one does."""
     weight = next(module.parameters())
+    cell = module.mode.lower() if isinstance(module, nn.RNNBase) else _cell_of(module)
     try:
-        select.plan(
-            select.Call(cell_of(module), weight.device.type, weight.dtype), hardware.machine_of(weight.device)
-        )
+        select.plan(Call(cell, weight.device.type, weight.dtype), hardware.machine_of(weight.device))
     except ValueError as error:
         return str(error)
     return None
@@ -331,26 +222,16 @@ def explain(
 
     Raises:
         TypeError: a module that is no RNN, GRU, LSTM or cell.
-        ValueError: as the module itself, where the backend that is forced cannot run.
+        ValueError, RuntimeError: as the module itself, for what does not fit, and where the backend that is forced
+            cannot run.
     """
-    cell, layers = cell_of(module), None
-    if cell is None:
-        raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
     if isinstance(module, nn.RNNBase):
-        weights, layers = module._flat_weights, (module.num_layers, 2 if module.bidirectional else 1)
+        directions, weights = 2 if module.bidirectional else 1, module._flat_weights
+        sizes = module.num_layers, directions, module.batch_first
+        call = functional.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
+    elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
+        states = (hx,) if isinstance(hx, Tensor) else hx
+        call = functional.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
     else:
-        weights = [module.weight_ih, module.weight_hh]
-    batch_sizes = None
-    if isinstance(input, PackedSequence):
-        rows, batch_sizes, sequences = input.data, input.batch_sizes, int(input.batch_sizes[0])
-    else:
-        rows, batched = input.reshape(-1, input.shape[-1]), input.dim() == (2 if layers is None else 3)
-        sequences = input.shape[0 if layers is None or module.batch_first else 1] if batched else 1
-    if lengths is not None:
-        steps = rows.shape[0] // max(sequences, 1)
-        where = lengths.device if isinstance(lengths, Tensor) else "cpu"
-        batch_sizes = torch.full((steps,), sequences, device=where)
-    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-    backend = getattr(module, "backend", None)
-    transformed = ops.transformed()
-    return functional.plan_of(cell, rows, weights, states, sequences, batch_sizes, layers, transformed, backend)
+        raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
+    return functional.plan_of(call, input.data.device, getattr(module, "backend", None))

@@ -17,13 +17,16 @@ forward
     keep their state.
     -> y ``[N, D*P]``, h_n ``[D, B, P]``, c_n ``[D, B, H]`` (else ``[D, B, 0]``), saved ``[N, D, K*H]``
 
-`saved` is part of the contract, so any backend's forward pairs with any backend's backward: GRU r, z, n and
-W_hn h + b_hn; LSTM i, f, g, o and c; RNN nothing (y is enough). With ``save=False`` it is ``[N, D, 0]``.
+`saved` is part of the contract, so any backend's forward pairs with any backend's backward: the blocks named at
+`seqkernels.backends.cells.CELLS`. With ``save=False`` it is ``[N, D, 0]``.
 
 backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
 
-The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has its autograd function here.
+launch, the last argument of both: what the plan of the call (`seqkernels.select`) tells its backend of the launch;
+empty where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
+
+The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has an autograd function of its own.
 
 The input projection and the weight gradients belong to the operator, not to torch code around it, because where they
 run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
@@ -34,40 +37,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, flops
-from seqkernels.backends import GATES, SAVED_BLOCKS, torch_eager
-from seqkernels.backends import cuda as cuda_backend
-from seqkernels.backends import cudnn as cudnn_backend
-from seqkernels.backends import triton as triton_backend
+from seqkernels import batching, flops, inplace
+from seqkernels.backends import cuda, cudnn, torch_eager, triton
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.precision import cast_for_autocast
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
-    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save) "
+    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[]) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
     "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, "
-    "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights) "
+    "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
+    "int[] launch=[]) "
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save):
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
     rows, (directions, sequences, projected) = x.shape[0], h_0.shape
-    blocks = SAVED_BLOCKS[cell] if save else 0
+    blocks = CELLS[cell].saved_blocks if save else 0
     return (
         x.new_empty(rows, directions * projected),
         torch.empty_like(h_0, memory_format=torch.contiguous_format),
         h_0.new_empty(directions, sequences, 0 if c_0 is None else c_0.shape[2]),
-        x.new_empty(rows, directions, blocks * (weights[1].shape[0] // GATES[cell])),
+        x.new_empty(rows, directions, blocks * (weights[1].shape[0] // CELLS[cell].gates)),
     )
 
 
 def _fake_backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=()
 ):
     def like(tensor, wanted=True):
         return tensor.new_empty(tensor.shape if wanted else 0)
@@ -80,11 +84,16 @@ def _fake_backward(
     )
 
 
-def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, output):
+def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, launch, output):
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((saved,) if cell == "lstm" else (c_n, saved)))
-    ctx.cell, ctx.save = cell, save
+    ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
+    ctx.cell, ctx.save, ctx.launch = cell, save, launch
+    ctx.changes = None
+    if type(y) is Tensor:
+        ctx.changes, y = inplace.Changes(y), y.data
+    else:  # a compiler's stand-in: what it makes of this copy is one only where y changes
+        y = y.clone()
     ctx.save_for_backward(x, h_0, c_0, batch_sizes, y, saved, *weights)
 
 
@@ -94,7 +103,11 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
         raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = _BACKWARD[backend]
-    args = ctx.cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights
+    if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
+        with torch.no_grad():
+            y = _FORWARD[backend](ctx.cell, x, weights, h_0, c_0, batch_sizes, False, ctx.launch)[0]
+    layer = x, weights, h_0, c_0, batch_sizes, y, saved
+    args = ctx.cell, grad_y, grad_h_n, grad_c_n, *layer, wants_x, wants_weights, ctx.launch
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
@@ -104,6 +117,12 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
         grad_h_0,
         None if c_0 is None else grad_c_0,
     )
+
+
+def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
+    steps = len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
+    return steps or not CELLS[cell].saved_blocks
 
 
 def _setup_forward(ctx, inputs, output):
@@ -116,15 +135,15 @@ def _registered_backward_of(backend: str):
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
             ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
-        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None
+        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *_grad_of_launch(ctx.launch)
 
     return formula
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights, launch = inputs
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.wants = cell, (wants_x, wants_weights)
+    ctx.cell, ctx.wants, ctx.launch = cell, (wants_x, wants_weights), launch
     ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
 
 
@@ -159,30 +178,13 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found, None) if need else None for need in needed)
-    return None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
+    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
+    return *grads, *_grad_of_launch(ctx.launch)
 
 
-def _cast_for_autocast(operator, device_type: str):
-    """The autocast rule: every floating tensor in autocast's dtype (float64 is left alone), as for torch's matmul."""
-
-    def cast(value, dtype):
-        if isinstance(value, (list, tuple)):
-            return [cast(one, dtype) for one in value]
-        eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-        return value.to(dtype) if eligible and value.device.type == device_type else value
-
-    def rule(*args):
-        dtype = torch.get_autocast_dtype(device_type)
-        with torch.amp.autocast(device_type, enabled=False):
-            return operator(*(cast(arg, dtype) for arg in args))
-
-    return rule
-
-
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of x, or the one that autocast will give it."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+def _grad_of_launch(launch: Sequence[int]) -> tuple[None, ...]:
+    """torch.library leaves a last argument out that has its default, and then wants no gradient of it."""
+    return (None,) if launch else ()
 
 
 def _register(backend: str) -> None:
@@ -196,17 +198,18 @@ def _register(backend: str) -> None:
     for name in ("recurrence_forward", "recurrence_backward"):
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            _library.impl(f"{name}.{backend}", _cast_for_autocast(operator, device_type), key)
+            _library.impl(f"{name}.{backend}", cast_for_autocast(operator, device_type), key)
         batching.register(f"{name}.{backend}", operator, _library)
 
 
-for _name, _module in (("torch_eager", torch_eager), ("triton", triton_backend), ("cuda", cuda_backend)):
-    _library.define(f"recurrence_forward.{_name}{FORWARD_SCHEMA}")
-    _library.define(f"recurrence_backward.{_name}{BACKWARD_SCHEMA}")
+_backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
+for _backend in _backends:
+    _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
+    _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
+# csrc/cpu/ops.cpp implements "cpu".
+for _name, _module in (("torch_eager", torch_eager), ("triton", triton), ("cuda", cuda)):
     _library.impl(f"recurrence_forward.{_name}", _module.forward, "CompositeExplicitAutograd")
     _library.impl(f"recurrence_backward.{_name}", _module.backward, "CompositeExplicitAutograd")
-# csrc/cpu/ops.cpp defines and implements "cpu".
-_backends = ["torch_eager", "triton", "cuda"] + (["cpu"] if THIS_MACHINE.native else [])
 for _backend in _backends:
     _register(_backend)
 
@@ -218,8 +221,8 @@ class _Recurrence(torch.autograd.Function):
     """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
-    def forward(ctx, backend, cell, x, h_0, c_0, batch_sizes, *weights):
-        args = cell, x, weights, h_0, c_0, batch_sizes, True
+    def forward(ctx, backend, launch, cell, x, h_0, c_0, batch_sizes, *weights):
+        args = cell, x, weights, h_0, c_0, batch_sizes, True, launch
         output = _below_autograd(_FORWARD[backend], *args)
         _save_for_backward(ctx, *args, output)
         ctx.backend = backend
@@ -229,67 +232,9 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
         needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[2], any(needs[6:])
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[3], any(needs[7:])
         )
-        return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
-
-
-class _Cudnn(torch.autograd.Function):
-    """All layers by torch's own kernels, whose derivative torch cannot differentiate: where that is wanted, the first
-    derivative is that of torch_eager."""
-
-    @staticmethod
-    def forward(ctx, cell, directions, x, h_0, c_0, batch_sizes, *weights):
-        y, h_n, c_n, kept = cudnn_backend.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, True)
-        ctx.set_materialize_grads(False)
-        if cell != "lstm":
-            ctx.mark_non_differentiable(c_n)
-        ctx.cell, ctx.directions, ctx.weights = cell, directions, len(weights)
-        ctx.save_for_backward(x, h_0, c_0, batch_sizes, *weights, y, *kept)
-        return y, h_n, c_n
-
-    @staticmethod
-    def backward(ctx, *grads):
-        x, h_0, c_0, batch_sizes, *rest = ctx.saved_tensors
-        weights, (y, *kept) = rest[: ctx.weights], rest[ctx.weights :]
-        needs = ctx.needs_input_grad[2:]
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():
-            return None, None, *_Cudnn._differentiable(ctx, grads, needs, x, h_0, c_0, batch_sizes, *weights)
-        layers = x, weights, h_0, c_0, batch_sizes
-        wants = (*needs[:3], any(needs[4:]))
-        again = torch._C._autograd._get_current_graph_task_keep_graph()
-        grad_x, grad_h_0, grad_c_0, grad_weights = cudnn_backend.backward(
-            ctx.cell, ctx.directions, *grads, *layers, y, kept, wants, again
-        )
-        return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
-
-    @staticmethod
-    def _differentiable(ctx, grads, needs, *inputs):
-        """The gradients as functions of the gradients of the outputs and of all inputs."""
-        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
-        y, h_0, c_0, batch_sizes, *weights = inputs
-        each = ctx.directions * len(weights) // len(h_0)
-        h_n, c_n = [], []
-        for layer in range(len(h_0) // ctx.directions):
-            here = slice(layer * ctx.directions, (layer + 1) * ctx.directions)
-            states = h_0[here], None if c_0 is None else c_0[here]
-            of_layer = weights[layer * each : (layer + 1) * each]
-            y, h, c, _ = torch_eager.forward(ctx.cell, y, of_layer, *states, batch_sizes, False)
-            h_n.append(h)
-            c_n.append(c)
-        outputs = y, torch.cat(h_n), torch.cat(c_n)
-        outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
-        return [next(found) if need else None for need in needs]
-
-
-def _cudnn(cell, directions, save, x, h_0, c_0, batch_sizes, weights):
-    if save:
-        return _Cudnn.apply(cell, directions, x, h_0, c_0, batch_sizes, *weights)
-    return cudnn_backend.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, save)[:3]
+        return None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
 def _below_autograd(operator, *args):
@@ -301,32 +246,29 @@ def _below_autograd(operator, *args):
 
 def recurrence_forward(
     plan: Plan,
-    cell: str,
+    call: Call,
     x: Tensor,
     weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
-    transformed: bool,
-    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
-    operations. The backend cudnn takes several `layers` at once, with the states and weights of all of them.
+    operations. The backend cudnn takes all layers of `call` at once, the others one.
     """
     save = wants_gradients(x, h_0, c_0, *weights)
     if plan.backend == "cudnn":
-        autocast = torch.is_autocast_enabled(x.device.type)
-        run = _cast_for_autocast(_cudnn, x.device.type) if autocast else _cudnn
-        return run(cell, h_0.shape[0] // layers, save, x, h_0, c_0, batch_sizes, weights)
+        return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
+    args = call.cell, x, weights, h_0, c_0, batch_sizes, save, plan.launch
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
-        return _FORWARD[plan.backend](cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
-    if transformed:
-        return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
+        return _FORWARD[plan.backend](*args)[:3]
+    if call.transformed:
+        return torch_eager.forward(*args)[:3]
     if save:
-        return _Recurrence.apply(plan.backend, cell, x, h_0, c_0, batch_sizes, *weights)[:3]
-    return _below_autograd(_FORWARD[plan.backend], cell, x, weights, h_0, c_0, batch_sizes, save)[:3]
+        return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
+    return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     sequences: int  # B
     sorted_indices: Tensor | None  # [B] sequence at each place of the sorted batch; None: not sorted
     unsorted_indices: Tensor | None  # [B] its inverse
-    leave: Callable[[Tensor], Tensor | PackedSequence]  # y [N, *] -> the user's layout
+    restore_layout: Callable[[Tensor], Tensor | PackedSequence]  # y [N, *] -> the user's layout
 
 
 def from_padded(input: Tensor, batch_first: bool) -> Rows:
@@ -33,11 +33,11 @@ def from_padded(input: Tensor, batch_first: bool) -> Rows:
     steps, sequences, features = time_major.shape
     _check_steps(steps)
 
-    def leave(y: Tensor) -> Tensor:
+    def restore_layout(y: Tensor) -> Tensor:
         y = y.view(steps, sequences, y.shape[1])
         return y.transpose(0, 1) if batch_first else y
 
-    return Rows(time_major.reshape(steps * sequences, features), None, sequences, None, None, leave)
+    return Rows(time_major.reshape(steps * sequences, features), None, sequences, None, None, restore_layout)
 
 
 def from_unbatched(input: Tensor) -> Rows:
@@ -69,10 +69,10 @@ def from_packed(input: PackedSequence, sequences: int | None) -> Rows:
             torch._check(first == sequences, lambda: "batch_sizes[0] is not the batch size")
             first = sequences
 
-    def leave(y: Tensor) -> PackedSequence:
+    def restore_layout(y: Tensor) -> PackedSequence:
         return PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
 
-    return Rows(data, batch_sizes, first, sorted_indices, unsorted_indices, leave)
+    return Rows(data, batch_sizes, first, sorted_indices, unsorted_indices, restore_layout)
 
 
 def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bool, transformed: bool = False) -> Rows:
@@ -101,10 +101,10 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
     data = gather(input.reshape(total, input.shape[2]), index, inverse)
 
-    def leave(y: Tensor) -> Tensor:
+    def restore_layout(y: Tensor) -> Tensor:
         return gather(y, inverse, index).view(*input.shape[:2], y.shape[1])
 
-    return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
+    return _sorted(data, batch_sizes, sequences, sorted_indices, restore_layout)
 
 
 def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, transformed: bool = False) -> Rows:
@@ -133,10 +133,10 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
     data = gather(input, index, inverse)
 
-    def leave(y: Tensor) -> Tensor:
+    def restore_layout(y: Tensor) -> Tensor:
         return gather(y, inverse, index)
 
-    return _sorted(data, batch_sizes, sequences, sorted_indices, leave)
+    return _sorted(data, batch_sizes, sequences, sorted_indices, restore_layout)
 
 
 def _check_steps(steps: int) -> None:
@@ -148,9 +148,9 @@ def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
     return (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
 
 
-def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, leave) -> Rows:
+def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, restore_layout) -> Rows:
     sorted_indices = sorted_indices.to(data.device)
-    return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), leave)
+    return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
 
 
 def _row_index(running: Tensor, position: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """One fixture runs a test on every backend that is here; a backend that is not says why."""
 
-import importlib.util
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ if torch.get_default_device().type == "cpu":
     import cudnn_stand_in  # noqa: F401
 
 from seqkernels import select  # noqa: E402
-from seqkernels.hardware import THIS_MACHINE, machine_of  # noqa: E402
+from seqkernels.hardware import machine_of  # noqa: E402
 
 # Every run on CI tries the same cases; at home they change.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -32,8 +31,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 @pytest.fixture(params=select.BACKENDS)
 def backend(request) -> str:
     device = torch.empty(0).device
-    problem = select.Call("gru", device.type, torch.float32)
-    against = select.reason_against(request.param, problem, machine_of(device))
+    call = select.Call("gru", device.type, torch.float32)
+    against = select.unsupported(request.param, call, machine_of(device))
     if against:
         pytest.skip(f"{request.param}: {against}")
     return request.param
@@ -43,17 +42,6 @@ def backend(request) -> str:
 def dtype(backend) -> torch.dtype:
     """In which a backend's properties show most clearly."""
     return torch.float32 if backend == "triton" else torch.float64
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    """Control of the runs: tests/emulator/run.h."""
-    if not THIS_MACHINE.emulator:
-        pytest.skip("these kernels run on a GPU, and not on the CPU")
-    spec = importlib.util.spec_from_file_location("emulator", os.environ["SEQKERNELS_EMULATOR"])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)

@@ -25,15 +25,7 @@ from benchmarks.checkpoint import fingerprint
 from benchmarks.data import python_documentation, read_text
 from benchmarks.distributed import World
 from benchmarks.options import natural, positive, probability
-from benchmarks.train import (
-    Batch,
-    Run,
-    Task,
-    add_data_options,
-    bucketed,
-    cross_entropy,
-    epoch_seed,
-)
+from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_entropy, epoch_seed
 
 BATCH_SIZE, CHUNK = 4, 100  # small batches learn more from every character
 NO_PRIME = "--prime needs one character or more to begin with."

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from benchmarks.distributed import World
-from benchmarks.train import Batch, Run, Task, cross_entropy
+from benchmarks.task import Batch, Run, Task, cross_entropy
 
 LETTERS = "ehlo"
 WORD, ANSWER = "hello", "ohlol"

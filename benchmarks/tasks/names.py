@@ -26,16 +26,7 @@ from benchmarks.checkpoint import fingerprint
 from benchmarks.data import ascii_name, names_files, read_language_files, read_lines, read_names
 from benchmarks.distributed import World
 from benchmarks.options import positive
-from benchmarks.train import (
-    Batch,
-    Run,
-    Task,
-    add_data_options,
-    bucketed,
-    cross_entropy,
-    epoch_seed,
-    trainable,
-)
+from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_entropy, epoch_seed, trainable
 
 ASCII = 128
 LETTERS = string.ascii_letters + " .,;'"  # of the model from scratch
@@ -163,8 +154,8 @@ class NameClassification(Task):
         self.cell = "RNN" if self.from_scratch else "GRU"
         if self.from_scratch and (options.data_parallel or world.size > 1):
             raise InputError("--model scratch takes one name a step, which cannot be divided.")
-        self.asked = read_lines(options.names) if options.names else []
-        for name in self.asked:
+        self.questions = read_lines(options.names) if options.names else []
+        for name in self.questions:
             self.letters(ascii_name(name))
         if options.form == "csv":
             train_file, test_file = names_files(options.data)
@@ -266,13 +257,13 @@ class NameClassification(Task):
             confusion.index_put_((self.test.countries.cpu(), predicted.cpu()), torch.tensor(1.0), accumulate=True)
             path = out / "train-names-confusion.png"
             training_report.plot_confusion(confusion, self.countries, f"names: {run.label} on the test names", path)
-            for name in self.asked:
+            for name in self.questions:
                 print(self.answer(run.model, name))
             if self.options.interactive:
-                self.ask(run.model)
+                self.interact(run.model)
         return [path]
 
-    def ask(self, model: nn.Module) -> None:
+    def interact(self, model: nn.Module) -> None:
         """Answer names from the keyboard until an empty line or the end of the input."""
         print("A surname (an empty line ends):", file=sys.stderr)
         for line in sys.stdin:

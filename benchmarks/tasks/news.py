@@ -25,7 +25,8 @@ from benchmarks.checkpoint import fingerprint
 from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news, tokens
 from benchmarks.distributed import World
 from benchmarks.options import positive
-from benchmarks.train import Batch, Task, cross_entropy, epoch_seed, is_ours
+from benchmarks.task import Batch, Task, cross_entropy, epoch_seed
+from benchmarks.train import is_ours
 
 PADDING, UNKNOWN = 0, 1
 ENDS = ("padded", "packed", "lengths")

@@ -37,7 +37,7 @@ bool has_avx2() {
 }
 #endif
 
-// Best first; the last runs everywhere. The tests name every flag that setup.py compiles the variant with.
+// Best first. The last runs everywhere. runs_here asks for every flag that setup.py compiles a variant with.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
     {"avx512_bf16", &avx512::kernels, true, has_avx512_bf16},

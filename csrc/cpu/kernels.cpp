@@ -1,6 +1,5 @@
-// The CPU kernels. Compiled once per instruction set with its own value of SEQKERNELS_ISA; everything lies in that
-// namespace, and no std:: function is called, so that the linker can never take code of one instruction set for
-// another.
+// The CPU kernels, compiled once for each instruction set with its own value of SEQKERNELS_ISA. Everything lies in that
+// namespace, and no std:: function is called. So the linker can never take code of one instruction set for another.
 #include "kernels.h"
 
 #include "backward.h"
@@ -16,26 +15,19 @@ auto with_scalar(Scalar scalar, const Call& call) {
     case Scalar::float64: return call(double{});
     case Scalar::bfloat16: return call(bfloat16{});
     case Scalar::float16: return call(float16{});
-    default: return call(float{});
+    case Scalar::float32: break;
   }
+  return call(float{});
 }
 
-// call(number of S, factor of F) for the forward.
+// call(number of S, factor of F) for the forward pass.
 template <class Call>
 auto with_factor(const LayerForward& p, const Call& call) {
 #if defined(__AVX512F__)
   if (p.scalar == Scalar::bfloat16 && p.bfloat16_products) return call(bfloat16{}, bfloat16x2{});
 #endif
-  return with_scalar(p.scalar, [&](auto s) { return call(s, Compute<decltype(s)>{}); });
+  return with_scalar(p.scalar, [&](auto s) { return call(s, acc_t<decltype(s)>{}); });
 }
-
-#define SEQKERNELS_FOR_CELL(cell, function, ...)                                                        \
-  switch (cell) {                                                                                       \
-    case Cell::rnn_tanh: return function<Cell::rnn_tanh, __VA_ARGS__>(p, schedule, begin, end, memory); \
-    case Cell::rnn_relu: return function<Cell::rnn_relu, __VA_ARGS__>(p, schedule, begin, end, memory); \
-    case Cell::gru: return function<Cell::gru, __VA_ARGS__>(p, schedule, begin, end, memory);           \
-    case Cell::lstm: return function<Cell::lstm, __VA_ARGS__>(p, schedule, begin, end, memory);         \
-  }
 
 int64_t forward_bytes(const LayerForward& p, const Schedule& schedule) {
   return with_factor(
@@ -48,11 +40,18 @@ int64_t backward_bytes(const LayerBackward& p, const Schedule& schedule) {
 }
 
 void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* memory) {
-  with_factor(p, [&](auto s, auto f) { SEQKERNELS_FOR_CELL(p.cell, forward, decltype(s), decltype(f)) });
+  with_factor(p, [&](auto s, auto f) {
+    with_cell(p.cell, [&](auto traits) {
+      forward<decltype(traits)::cell, decltype(s), decltype(f)>(p, schedule, begin, end, memory);
+    });
+  });
 }
 
 void run_backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* memory) {
-  with_scalar(p.scalar, [&](auto s) { SEQKERNELS_FOR_CELL(p.cell, backward, decltype(s)) });
+  with_scalar(p.scalar, [&](auto s) {
+    with_cell(p.cell,
+              [&](auto traits) { backward<decltype(traits)::cell, decltype(s)>(p, schedule, begin, end, memory); });
+  });
 }
 
 double multiply_and_add(int64_t rounds) {

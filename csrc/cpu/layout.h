@@ -7,11 +7,11 @@ namespace seqkernels::SEQKERNELS_ISA {
 // How many of a task's sequences run when `running` of the batch do.
 inline int64_t running_of(const Task& task, int64_t running) {
   const int64_t count = running > task.first ? (running - task.first + task.stride - 1) / task.stride : 0;
-  return least(count, task.count);
+  return min(count, task.count);
 }
 
-// Fetch early what the next step loads, or stores to: the core that wrote it last, or reads it next, is often another,
-// and the rows of a step are no stream that the hardware would follow. An address beyond the array does no harm.
+// Another core often wrote what the next step loads, or reads what it stores, and the rows of a step are no stream that
+// the hardware would follow. So both are fetched early. An address beyond the array does no harm.
 template <class T>
 inline void prefetch_load(const T* p) {
   __builtin_prefetch(p, 0);
@@ -48,22 +48,22 @@ struct Units {
   int64_t first, last;
 
   template <class C>
-  static Units of(const Share& share, int64_t n) {
+  static Units of(const WorkRange& work, int64_t n) {
     const int64_t vectors = vectors_of<C>(n);
-    return {share.first(vectors) * kLanes<C>, least(share.last(vectors) * kLanes<C>, n)};
+    return {work.first(vectors) * kLanes<C>, min(work.last(vectors) * kLanes<C>, n)};
   }
 };
 
 template <class S>
-inline void load_state(const S* from, Compute<S>* to, Units units) {
-  constexpr int V = kLanes<Compute<S>>;
+inline void load_state(const S* from, acc_t<S>* to, Units units) {
+  constexpr int V = kLanes<acc_t<S>>;
   for (int64_t i = units.first; i < units.last; i += V)
-    store(to + i, from ? load(from + i, units.last - i) : Vec<Compute<S>>{});
+    store(to + i, from ? load(from + i, units.last - i) : Vec<acc_t<S>>{});
 }
 
 template <class S>
-inline void store_state(const Compute<S>* from, S* to, Units units) {
-  constexpr int V = kLanes<Compute<S>>;
+inline void store_state(const acc_t<S>* from, S* to, Units units) {
+  constexpr int V = kLanes<acc_t<S>>;
   for (int64_t i = units.first; i < units.last; i += V) store(to + i, load(from + i), units.last - i);
 }
 

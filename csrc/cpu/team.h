@@ -1,4 +1,5 @@
-// A member's share of the work, and its meeting with the others.
+// What the members of a call need to work together: the range of work of each, barriers, memory. Also min, max and
+// swap, as no std:: function may be called here (kernels.cpp says why).
 #pragma once
 #include "kernels.h"
 #if defined(__x86_64__)
@@ -8,8 +9,8 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class T>
 inline void swap(T& a, T& b) {
@@ -19,11 +20,11 @@ inline void swap(T& a, T& b) {
 }
 
 // Members [begin, end) of `members`, run by one thread.
-struct Share {
+struct WorkRange {
   int begin, end, members;
   Barrier* barrier;
 
-  // Of n pieces of work, those of this share.
+  // Of n pieces of work, [first, last) are this range's.
   int64_t first(int64_t n) const { return n * begin / members; }
   int64_t last(int64_t n) const { return n * end / members; }
 
@@ -38,7 +39,7 @@ struct Share {
       return;
     }
     for (int spins = 0; __atomic_load_n(&barrier->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
-      constexpr int kPatience = 4000;  // some 50 us; then the other may be waiting for this very core
+      constexpr int kPatience = 4000;  // some 50 us; after that the others may be waiting for this very core
       if (spins > kPatience) sched_yield();
 #if defined(__x86_64__)
       else
@@ -48,20 +49,20 @@ struct Share {
   }
 };
 
-inline Share share_of_all(const Schedule& schedule, int begin, int end) {
+inline WorkRange whole_range(const Schedule& schedule, int begin, int end) {
   return {begin, end, schedule.members, schedule.barriers};
 }
 
-// run(task, team's share) for every task in which one of members [begin, end) has a part.
+// Calls run(i, work) for every task i in which one of members [begin, end) has a part: the range of its team's work.
 template <class Run>
 inline void run_tasks(const Schedule& schedule, int begin, int end, const Run& run) {
   const int size = schedule.team_size;
   for (int team = begin / size; team < schedule.teams && team * size < end; team++) {
     const int first = team * size;
-    const Share share{begin > first ? begin - first : 0, static_cast<int>(least(end - first, size)), size,
-                      schedule.barriers + 1 + team};
+    const WorkRange work{begin > first ? begin - first : 0, static_cast<int>(min(end - first, size)), size,
+                         schedule.barriers + 1 + team};
     const int64_t last = schedule.tasks * (team + 1) / schedule.teams;
-    for (int64_t i = schedule.tasks * team / schedule.teams; i < last; i++) run(i, share);
+    for (int64_t i = schedule.tasks * team / schedule.teams; i < last; i++) run(i, work);
   }
 }
 

@@ -7,8 +7,6 @@
 
 namespace seqkernels {
 
-constexpr int gradient_blocks_of(Cell cell) { return gates_of(cell) == 1 ? 1 : 4; }
-
 struct SweepArgs {
   Cell cell;
   Scalar scalar;

@@ -26,7 +26,8 @@ const char* by_cell(Cell cell, Call call) {
     case Cell::rnn_tanh: return call(OfCell<Cell::rnn_tanh>{});
     case Cell::rnn_relu: return call(OfCell<Cell::rnn_relu>{});
     case Cell::gru: return call(OfCell<Cell::gru>{});
-    default: return call(OfCell<Cell::lstm>{});
+    case Cell::lstm: return call(OfCell<Cell::lstm>{});
+    default: return "there is no CUDA kernel for this cell";
   }
 }
 

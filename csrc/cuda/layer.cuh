@@ -3,9 +3,8 @@
 #include <utility>
 
 #include "device.cuh"
-#include "kernels.h"
-//
 #include "../cells.h"
+#include "kernels.h"
 
 namespace seqkernels::device {
 
@@ -48,24 +47,6 @@ class Steps {
   Global<const int64_t> starts_, sizes_;
   int64_t steps_, sequences_;
 };
-
-// One step forward from its gates; h and c change in place. `saved` has the first four blocks of what is saved.
-template <Cell CELL, class T>
-DEVICE void cell_forward(const T* x, const T* of_h, T& h, T& c, T* saved) {
-  if constexpr (CELL == Cell::gru) {
-    GruGates<T> gates;
-    h = gru_forward(x[0], x[1], x[2], of_h[0], of_h[1], of_h[2], h, gates);
-    saved[0] = gates.r, saved[1] = gates.z, saved[2] = gates.n, saved[3] = gates.hn;
-  } else if constexpr (CELL == Cell::lstm) {
-    LstmGates<T> gates;
-    h = lstm_forward(x[0] + of_h[0], x[1] + of_h[1], x[2] + of_h[2], x[3] + of_h[3], c, gates);
-    saved[0] = gates.i, saved[1] = gates.f, saved[2] = gates.g, saved[3] = gates.o;
-  } else if constexpr (CELL == Cell::rnn_tanh) {
-    h = tanh(x[0] + of_h[0]);
-  } else {
-    h = relu(x[0] + of_h[0]);
-  }
-}
 
 // How many of two units there are, if so many are left.
 DEVICE int two_of(int left) { return left < 0 ? 0 : left < 2 ? left : 2; }
@@ -114,25 +95,6 @@ template <class T>
 struct Past {
   Pair<T> grad_y, saved[4], now, before;  // now: LSTM c, RNN h; before: GRU h, LSTM c
 };
-
-// One step backward; grad_c changes in place. Returns the gradient of the previous h past the gates.
-template <Cell CELL, class T>
-DEVICE T cell_backward(T grad_h, T& grad_c, const T* saved, T now, T before, T* grad) {
-  if constexpr (CELL == Cell::gru) {
-    GruGates<T> gradients;
-    const T past = gru_backward(grad_h, before, {saved[0], saved[1], saved[2], saved[3]}, gradients);
-    grad[0] = gradients.r, grad[1] = gradients.z, grad[2] = gradients.hn, grad[3] = gradients.n;
-    return past;
-  } else if constexpr (CELL == Cell::lstm) {
-    LstmGates<T> gradients;
-    lstm_backward(grad_h, grad_c, now, before, {saved[0], saved[1], saved[2], saved[3]}, gradients);
-    grad[0] = gradients.i, grad[1] = gradients.f, grad[2] = gradients.g, grad[3] = gradients.o;
-    return 0;
-  } else {
-    grad[0] = CELL == Cell::rnn_tanh ? tanh_backward(grad_h, now) : relu_backward(grad_h, now);
-    return 0;
-  }
-}
 
 // The arrays of a forward sweep, and how two units find their place in them: a row of the N of y, and what is to be
 // added to row and unit: `sequence` and `lane`, which are the same for all units of a thread, so that their part of an

@@ -1,92 +1,31 @@
-"""The implementations of the operator pair, one module each, registered by ``seqkernels.ops``; and torch's cuDNN.
+"""The backends, one module or folder each, which owns all that is said of it.
 
-Here stands what they share: the sizes of cells, and the order of a direction's weights.
+`select` asks a backend by the functions of `Backend`; ``seqkernels.ops`` registers the `forward` and `backward` of
+those that are an operator pair. What they share: `cells`, `call`, `arguments`, `precision` and `costs`.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Protocol
 
-import torch
-from torch import Tensor
-
-GATES = {"rnn_tanh": 1, "rnn_relu": 1, "gru": 3, "lstm": 4}
-# Blocks of H columns in `saved`: the contract between any forward and any backward.
-SAVED_BLOCKS = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 5}
+from seqkernels.backends.call import Call
+from seqkernels.hardware import Machine
 
 
-class Weights(NamedTuple):
-    """The weights of one direction, None where there is none."""
+class Backend(Protocol):
+    """What every backend says of itself."""
 
-    w_ih: Tensor  # [G*H, I]
-    w_hh: Tensor  # [G*H, P]
-    b_ih: Tensor | None  # [G*H]
-    b_hh: Tensor | None  # [G*H]
-    w_hr: Tensor | None  # [P, H]
+    DESCRIPTION: str
 
+    def unsupported(self, call: Call, machine: Machine) -> str | None:
+        """Why it cannot run the call; None if it can."""
 
-def by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
-    """A layer's flat weights: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr, for each direction."""
-    each = len(weights) // directions
-    named = []
-    for d in range(directions):
-        w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
-        b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-        named.append(Weights(w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None))
-    return named
+    def reason_not_default(self, call: Call, machine: Machine) -> str | None:
+        """Why, though it can, it is for those alone who name it; None if it is not."""
 
+    def estimate(self, call: Call, machine: Machine) -> float | None:
+        """Microseconds of a step through all layers, forward and, in training, backward; None: nothing is known."""
 
-def check(
-    cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None, batch_sizes: Tensor | None
-) -> None:
-    """Arguments of the operators, before a kernel addresses memory by them; csrc/cpu/ops.cpp says the same in C++.
+    def plan_launch(self, call: Call, machine: Machine) -> tuple[int, ...]:
+        """What its operators are told of the launch; () where there is nothing to tell, or no size is known."""
 
-    Raises:
-        RuntimeError: sizes, dtypes or devices that do not fit. batch_sizes on a GPU are not looked into, as that would
-            wait for it.
-    """
-    _require(cell in GATES, f"unknown cell '{cell}'; the cells are {', '.join(GATES)}")
-    _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
-    _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
-    N, I, (D, B, P), G = *x.shape, h_0.shape, GATES[cell]  # noqa: E741
-    _require(D in (1, 2), f"an RNN has one or two directions, got {D}")
-    _require(
-        len(weights) % D == 0 and 2 <= len(weights) // D <= 5,
-        f"a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got {len(weights)} weights for {D} directions",
-    )
-    directions = by_direction(weights, D)
-    projected = directions[0].w_hr is not None
-    _require(cell == "lstm" or not projected, "w_hr goes with an LSTM only")
-    _require((cell == "lstm") == (c_0 is not None), "c_0 goes with an LSTM and only with it")
-    _require(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size]")
-    GH = weights[0].shape[0]
-    H = GH // G
-    _require(H * G == GH, f"w_ih has {GH} rows, no multiple of {G} gates")
-    _require(projected or P == H, f"h_0 has {P} features, but the hidden size is {H}")
-    expected = {"w_ih": (GH, I), "w_hh": (GH, P), "b_ih": (GH,), "b_hh": (GH,), "w_hr": (P, H)}
-    named = [(name, getattr(w, name), shape) for w in directions for name, shape in expected.items()]
-    for name, tensor, shape in [*named, ("h_0", h_0, (D, B, P)), ("c_0", c_0, (D, B, H))]:
-        expect(name, tensor, shape, x)
-    if batch_sizes is None:
-        _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
-        return
-    _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
-    if batch_sizes.device.type == "cpu":
-        sizes = batch_sizes.tolist()
-        falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
-        _require(falling, f"batch_sizes must not rise, be negative, or exceed the {B} sequences of h_0")
-        _require(sum(sizes) <= N, f"batch_sizes add up to {sum(sizes)} rows, but x has {N}")
-    else:
-        _require(batch_sizes.device == x.device, "batch_sizes is neither on the CPU nor where x is")
-
-
-def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """An argument, if it is given, has this shape and the dtype and device of x; raises RuntimeError."""
-    if tensor is not None:
-        _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
-        _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
-        _require(tensor.device == x.device, f"{name} is on another device than x")
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise RuntimeError(sentence)
+    def kernel(self, call: Call, machine: Machine) -> str:
+        """Which of its kernels run, in words; "" where there is no choice, or no size is known."""

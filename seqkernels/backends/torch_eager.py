@@ -4,11 +4,39 @@ This is the path for machines no kernel reaches, and the one double backward tak
 only copy in Python outside the specification. 16-bit inputs are computed in float32, as the kernels do.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels.backends import GATES, SAVED_BLOCKS, Weights, by_direction
+from seqkernels.backends.arguments import Weights, by_direction
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.precision import to_acc
+from seqkernels.hardware import Machine
+
+DESCRIPTION = "plain torch operations run anywhere; slower than torch.nn where torch has a fused kernel"
+
+
+def unsupported(call: Call, machine: Machine) -> str | None:
+    return None
+
+
+def reason_not_default(call: Call, machine: Machine) -> str | None:
+    return None
+
+
+def estimate(call: Call, machine: Machine) -> float | None:
+    return None
+
+
+def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
+    return ()
+
+
+def kernel(call: Call, machine: Machine) -> str:
+    return ""
 
 
 def forward(
@@ -19,9 +47,10 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
-    x, h_0, c_0, *weights = _wide(x, h_0, c_0, *weights)
+    x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
     steps = _steps(batch_sizes, rows, h_0.shape[1])
     ys, h_n, c_n, saveds = [], [], [], []
     for d, w in enumerate(by_direction(weights, directions)):
@@ -36,7 +65,9 @@ def forward(
             # Sequences that have ended, or (backwards in time) not yet begun, keep their state.
             h, c = torch.cat([h_t, h[size:]]), torch.cat([c_t, c[size:]])
         ys.append(_in_rows(y[::-1] if d else y, rows, h_0.shape[2], h_0))
-        saveds.append(_in_rows(saved[::-1] if d else saved, rows, SAVED_BLOCKS[cell] * _hidden_size(cell, w), h_0))
+        saveds.append(
+            _in_rows(saved[::-1] if d else saved, rows, CELLS[cell].saved_blocks * _hidden_size(cell, w), h_0)
+        )
         h_n.append(h)
         c_n.append(c)
     saved = torch.stack(saveds, 1) if save else h_0.new_zeros(rows, directions, 0)
@@ -57,9 +88,10 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
-    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights = _wide(
+    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights = to_acc(
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights
     )
     steps = _steps(batch_sizes, rows, h_0.shape[1])
@@ -123,7 +155,7 @@ def _sweep_back(cell, grad_y, grad_h, grad_c, w: Weights, h_0, c_0, steps, y, sa
         grad_h = torch.cat([grad_gates_h @ w.w_hh + direct, grad_h[size:]])
         grad_c = torch.cat([grad_c_t, grad_c[size:]])
     in_time = slice(None, None, None if reverse else -1)
-    gates = GATES[cell] * hidden
+    gates = CELLS[cell].gates * hidden
     return (
         _in_rows(grads_x[in_time], rows, gates, h_0),
         _in_rows(grads_h[in_time], rows, gates, h_0),
@@ -210,9 +242,4 @@ def _in_rows(steps: list[Tensor], rows: int, columns: int, like: Tensor) -> Tens
 
 
 def _hidden_size(cell: str, w: Weights) -> int:
-    return w.w_hh.shape[0] // GATES[cell]
-
-
-def _wide(*tensors: Tensor | None) -> list[Tensor | None]:
-    """16-bit tensors as float32."""
-    return [t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    return w.w_hh.shape[0] // CELLS[cell].gates

@@ -21,38 +21,38 @@ double next_number() {
   return static_cast<double>(state >> 33) / (1u << 30) - 1;
 }
 
-// An array of numbers of a problem's type.
+// An array of numbers of a layer's type.
 struct Array {
   Scalar scalar;
   std::vector<unsigned char> bytes;
 
-  Array(Scalar scalar, int64_t size, double scale) : scalar(scalar), bytes(size * width(scalar)) {
+  Array(Scalar scalar, int64_t size, double scale) : scalar(scalar), bytes(size * bytes_of(scalar)) {
     for (int64_t i = 0; i < size; i++) {
       const double x = scale * next_number();
-      const float narrow = static_cast<float>(x);
+      const float single = static_cast<float>(x);
       uint32_t bits;
-      memcpy(&bits, &narrow, 4);
+      memcpy(&bits, &single, 4);
       const uint16_t high = static_cast<uint16_t>(bits >> 16);
       const void* from = scalar == Scalar::float64    ? static_cast<const void*>(&x)
                          : scalar == Scalar::bfloat16 ? static_cast<const void*>(&high)
-                                                      : static_cast<const void*>(&narrow);
-      memcpy(&bytes[i * width(scalar)], from, width(scalar));
+                                                      : static_cast<const void*>(&single);
+      memcpy(&bytes[i * bytes_of(scalar)], from, bytes_of(scalar));
     }
   }
 
-  static int width(Scalar scalar) { return scalar == Scalar::float64 ? 8 : scalar == Scalar::bfloat16 ? 2 : 4; }
+  static int bytes_of(Scalar scalar) { return scalar == Scalar::float64 ? 8 : scalar == Scalar::bfloat16 ? 2 : 4; }
   void* data() { return bytes.data(); }
 
   double norm() const {
     double sum = 0;
-    for (size_t i = 0; i < bytes.size(); i += width(scalar)) {
-      double wide = 0;
-      float narrow = 0;
+    for (size_t i = 0; i < bytes.size(); i += bytes_of(scalar)) {
+      double x = 0;
+      float single = 0;
       const uint32_t bits = static_cast<uint32_t>(bytes[i]) << 16 | static_cast<uint32_t>(bytes[i + 1]) << 24;
-      if (scalar == Scalar::float64) memcpy(&wide, &bytes[i], 8);
-      if (scalar == Scalar::float32) memcpy(&narrow, &bytes[i], 4);
-      if (scalar == Scalar::bfloat16) memcpy(&narrow, &bits, 4);
-      const double x = scalar == Scalar::float64 ? wide : narrow;
+      if (scalar == Scalar::float64) memcpy(&x, &bytes[i], 8);
+      if (scalar == Scalar::float32) memcpy(&single, &bytes[i], 4);
+      if (scalar == Scalar::bfloat16) memcpy(&single, &bits, 4);
+      if (scalar != Scalar::float64) x = single;
       sum += x * x;
     }
     return std::sqrt(sum);
@@ -68,63 +68,93 @@ void run(const P& p, int64_t (*bytes)(const P&, const Schedule&),
   pass(p, schedule, 0, 1, aligned);
 }
 
-void check(const char* scalar_name, Scalar scalar, const char* cell_name, Cell cell, int64_t P) {
-  const int64_t T = 5, B = 3, I = 21, H = 37, G = gates_of(cell), K = saved_blocks_of(cell), N = 12;
-  const int D = 2;
-  const int64_t batch_sizes[] = {3, 3, 3, 2, 1}, offsets[] = {0, 3, 6, 9, 11};
-  Layer common{};
-  common.cell = cell;
-  common.scalar = scalar;
-  common.steps = T;
-  common.sequences = B;
-  common.rows = N;
-  common.input = I;
-  common.hidden = H;
-  common.projected = P;
-  common.directions = D;
-  common.has_projection = P != H;
-  common.batch_sizes = batch_sizes;
-  common.offsets = offsets;
-  std::vector<std::unique_ptr<Array>> arrays;
-  const auto make = [&](int64_t size, double scale) {
-    arrays.emplace_back(new Array(scalar, size, scale));
-    return arrays.back().get();
-  };
-  const int64_t sizes[] = {G * H * I, G * H * P, G * H, G * H, P * H};
-  common.x = make(N * I, 1)->data();
-  for (int d = 0; d < D; d++)
-    common.weights[d] = {make(sizes[0], 0.2)->data(), make(sizes[1], 0.2)->data(), make(sizes[2], 0.2)->data(),
-                         make(sizes[3], 0.2)->data(), P != H ? make(sizes[4], 0.2)->data() : nullptr};
-  common.h_0 = make(D * B * P, 1)->data();
-  common.c_0 = cell == Cell::lstm ? make(D * B * H, 1)->data() : nullptr;
+constexpr int64_t T = 5, B = 3, N = 12, I = 21, H = 37;
+constexpr int D = 2;
+constexpr int64_t kBatchSizes[T] = {3, 3, 3, 2, 1}, kOffsets[T] = {0, 3, 6, 9, 11};
 
-  LayerForward forward{common, nullptr, nullptr, nullptr, nullptr};
-  std::vector<Array*> results{make(N * D * P, 0), make(D * B * P, 0), make(D * B * H, 0), make(N * D * K * H, 0)};
-  forward.y = results[0]->data();
-  forward.h_n = results[1]->data();
-  forward.c_n = cell == Cell::lstm ? results[2]->data() : nullptr;
-  forward.saved = results[3]->data();
-  run(forward, kernels().forward_bytes, kernels().forward);
+// A layer and its results; P is the size of h.
+class Case {
+ public:
+  Case(Cell cell, Scalar scalar, int64_t P) : P_(P), has_c_(states_of(cell) == 2) {
+    layer_.cell = cell;
+    layer_.scalar = scalar;
+    layer_.steps = T;
+    layer_.sequences = B;
+    layer_.rows = N;
+    layer_.input = I;
+    layer_.hidden = H;
+    layer_.projected = P;
+    layer_.directions = D;
+    layer_.has_projection = P != H;
+    layer_.batch_sizes = kBatchSizes;
+    layer_.offsets = kOffsets;
+    layer_.x = random(N * I, 1);
+    set_weights(layer_.weights, [&](int64_t size) { return random(size, 0.2); });
+    layer_.h_0 = random(D * B * P, 1);
+    layer_.c_0 = has_c_ ? random(D * B * H, 1) : nullptr;
+  }
 
-  LayerBackward backward{};
-  static_cast<Layer&>(backward) = common;
-  backward.grad_y = make(N * D * P, 1)->data();
-  backward.y = forward.y;
-  backward.saved = forward.saved;
-  const auto result = [&](int64_t size) {
-    results.push_back(make(size, 0));
-    return results.back()->data();
-  };
-  backward.grad_x = result(N * I);
-  for (int d = 0; d < D; d++)
-    backward.grad_weights[d] = {result(sizes[0]), result(sizes[1]), result(sizes[2]), result(sizes[3]),
-                                P != H ? result(sizes[4]) : nullptr};
-  backward.grad_h_0 = result(D * B * P);
-  backward.grad_c_0 = cell == Cell::lstm ? result(D * B * H) : nullptr;
-  run(backward, kernels().backward_bytes, kernels().backward);
+  void run() {
+    const int64_t K = saved_blocks_of(layer_.cell);
+    LayerForward forward{};
+    static_cast<Layer&>(forward) = layer_;
+    forward.y = result(N * D * P_);
+    forward.h_n = result(D * B * P_);
+    forward.c_n = has_c_ ? result(D * B * H) : nullptr;
+    forward.saved = result(N * D * K * H);
+    ::run(forward, kernels().forward_bytes, kernels().forward);
 
-  printf("%s %s", scalar_name, cell_name);
-  for (const Array* array : results) printf(" %.16e", array->norm());
+    LayerBackward backward{};
+    static_cast<Layer&>(backward) = layer_;
+    backward.grad_y = random(N * D * P_, 1);
+    backward.y = forward.y;
+    backward.saved = forward.saved;
+    backward.grad_x = result(N * I);
+    set_weights(backward.grad_weights, [&](int64_t size) { return result(size); });
+    backward.grad_h_0 = result(D * B * P_);
+    backward.grad_c_0 = has_c_ ? result(D * B * H) : nullptr;
+    ::run(backward, kernels().backward_bytes, kernels().backward);
+  }
+
+  void print_norms() const {
+    for (const Array* array : results_) printf(" %.16e", array->norm());
+  }
+
+ private:
+  void* random(int64_t size, double scale) {
+    arrays_.emplace_back(new Array(layer_.scalar, size, scale));
+    return arrays_.back()->data();
+  }
+  void* result(int64_t size) {
+    void* data = random(size, 0);
+    results_.push_back(arrays_.back().get());
+    return data;
+  }
+
+  template <class Pointer, class Make>
+  void set_weights(WeightsOf<Pointer> (&weights)[D], const Make& make) const {
+    const int64_t G = gates_of(layer_.cell);
+    for (WeightsOf<Pointer>& of : weights) {
+      of.w_ih = make(G * H * I);
+      of.w_hh = make(G * H * P_);
+      of.b_ih = make(G * H);
+      of.b_hh = make(G * H);
+      of.w_hr = P_ != H ? make(P_ * H) : nullptr;
+    }
+  }
+
+  const int64_t P_;
+  const bool has_c_;
+  Layer layer_{};
+  std::vector<std::unique_ptr<Array>> arrays_;
+  std::vector<const Array*> results_;
+};
+
+void check(const char* scalar_name, Scalar scalar, Cell cell, int64_t P) {
+  Case one(cell, scalar, P);
+  one.run();
+  printf("%s %s%s", scalar_name, P != H ? "projected_" : "", name_of(cell));
+  one.print_norms();
   printf("\n");
 }
 
@@ -135,10 +165,9 @@ int main(int, char** arguments) {
   const Scalar scalars[] = {Scalar::float64, Scalar::float32, Scalar::bfloat16};
   const char* names[] = {"float64", "float32", "bfloat16"};
   for (int i = 0; i < 3; i++) {
-    check(names[i], scalars[i], "rnn_tanh", Cell::rnn_tanh, 37);
-    check(names[i], scalars[i], "rnn_relu", Cell::rnn_relu, 37);
-    check(names[i], scalars[i], "gru", Cell::gru, 37);
-    check(names[i], scalars[i], "lstm", Cell::lstm, 37);
-    check(names[i], scalars[i], "projected_lstm", Cell::lstm, 11);
+    for (const Cell cell : kCells) {
+      check(names[i], scalars[i], cell, H);
+      if (can_project(cell)) check(names[i], scalars[i], cell, 11);
+    }
   }
 }

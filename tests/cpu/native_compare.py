@@ -14,14 +14,14 @@ def rows(path: str) -> list[list[str]]:
 def main(one: str, other: str) -> int:
     first, second = rows(one), rows(other)
     if not first or [row[:2] for row in first] != [row[:2] for row in second]:
-        print(f"{one} and {other} do not hold the same cases")
+        print(f"{one} and {other} have different cases")
         return 1
     worst = 0.0
     for (scalar, cell, *a), (_, _, *b) in zip(first, second, strict=True):
         for x, y in zip(map(float, a), map(float, b), strict=True):
-            share = abs(x - y) / (TOLERANCE[scalar] * max(abs(x), 1e-30))
-            worst = max(worst, share)
-            if not share <= 1:
+            relative = abs(x - y) / (TOLERANCE[scalar] * max(abs(x), 1e-30))
+            worst = max(worst, relative)
+            if not relative <= 1:
                 print(f"{scalar} {cell}: {x} and {y} differ")
                 return 1
     print(f"{len(first)} cases agree; the largest difference is {worst:.0%} of what is allowed")

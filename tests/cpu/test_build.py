@@ -13,7 +13,7 @@ import torch
 from gpus import GPUS
 
 import seqkernels
-from seqkernels import select
+from seqkernels.backends import cuda
 from seqkernels.hardware import GPU
 
 SETUP = Path(__file__).parents[2] / "setup.py"
@@ -41,7 +41,6 @@ def setup():
         ("cuda", "/opt/nvcc", ["cpu", "cuda"]),
         ("cuda", None, ["cpu", "cuda"]),  # which then ends with a sentence
         ("none", "/opt/nvcc", []),
-        ("emulator", None, ["emulator"]),
     ],
 )
 def test_which_parts_are_built(setup, build, nvcc, parts):
@@ -50,8 +49,18 @@ def test_which_parts_are_built(setup, build, nvcc, parts):
 
 @needs_setup
 def test_an_unknown_build_is_refused(setup):
-    with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda, none"):
+    with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda or none"):
         setup.parts_of("gpu", None)
+
+
+@needs_setup
+def test_a_platform_that_the_compiled_part_is_not_for_is_refused_in_a_sentence(setup):
+    setup.check_platform("linux", free_threaded=False)
+    for platform in ("darwin", "win32"):
+        with pytest.raises(SystemExit, match=rf"is for Linux, not for {platform}; SEQKERNELS_BUILD=none installs"):
+            setup.check_platform(platform, free_threaded=False)
+    with pytest.raises(SystemExit, match=r"is for Pythons with a GIL .* SEQKERNELS_BUILD=none installs"):
+        setup.check_platform("linux", free_threaded=True)
 
 
 def fake_nvcc(directory: Path, version: str = "13.0", capabilities: tuple[int, ...] = (75, 80, 90, 100)) -> Path:
@@ -141,9 +150,9 @@ def test_a_gpu_that_runs_some_kernels_runs_all_that_it_can(setup, row):
     """So that `select` need not know which file was compiled for what."""
     built = row[2].split()
     for number, lowest in itertools.product((70, 75, 80, 86, 90, 100, 103, 120), setup.CUDA_SOURCES.values()):
-        gpu = GPU("", f"sm_{number}", 0, 0, 0)
-        if number >= lowest and any(select._runs(target, gpu) for target in built):
-            assert any(select._runs(target, gpu) for target in setup.targets_from(lowest, built)), (number, lowest)
+        gpu = GPU("", f"sm_{number}", 0, 0)
+        if number >= lowest and any(cuda._runs(target, gpu) for target in built):
+            assert any(cuda._runs(target, gpu) for target in setup.targets_from(lowest, built)), (number, lowest)
 
 
 @needs_setup
@@ -189,7 +198,7 @@ def test_the_cuda_library_loads_where_torch_has_cuda_and_refuses_cpu_tensors():
         x, h_0 = torch.zeros(6, 4), torch.zeros(1, 2, 3)
         weights = [torch.zeros(9, 4), torch.zeros(9, 3)]
         try:
-            torch.ops.seqkernels.cuda_forward("gru", x, weights, h_0, None, None, False, False, "stepwise", 0, 0, 0)
+            torch.ops.seqkernels.cuda_forward("gru", x, weights, h_0, None, None, False, False, 0, 0, 0)
         except NotImplementedError as error:
             assert "'seqkernels::cuda_forward' with arguments from the 'CPU' backend" in str(error), error
         else:
@@ -205,7 +214,7 @@ def test_the_cuda_library_loads_where_torch_has_cuda_and_refuses_cpu_tensors():
 def test_gpus_run_what_was_built_for_them():
     runs = {
         name: [t for t in ("sm_75", "sm_80", "sm_86", "sm_90a", "sm_100f", "compute_80", "compute_90a")
-               if not gpu.amd and select._runs(t, gpu)]
+               if not gpu.amd and cuda._runs(t, gpu)]
         for name, gpu in GPUS.items()
     }  # fmt: skip
     assert runs == {

@@ -18,7 +18,7 @@ parser.add_argument("--problem", nargs="+", default=[], metavar="NAME", help="of
 parser.add_argument("--cell", nargs="+", default=["RNN", "GRU", "LSTM"])
 parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16", "float64"])
 parser.add_argument("--hidden", nargs="+", type=int, default=[31, 64, 100, 300, 800], help="of the small layers")
-parser.add_argument("--host-run", type=Path, help="the library of an emulator: on the CPU, for trying this out")
+parser.add_argument("--emulator", type=Path, help="the library of an emulator: on the CPU, for trying this out")
 options = parser.parse_args()
 if options.emulator:
     os.environ["SEQKERNELS_EMULATOR"] = str(options.emulator)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cuda_paths import GPU, SHARED, SINGLE_CTA, by_path, faulty
 from gpus import GPUS
-from test_ops import (
+from operators import (
     BACKENDS,
     CELLS,
     SHAPES,
@@ -18,63 +19,24 @@ from test_ops import (
     forward,
 )
 
-from seqkernels import hardware, select
-from seqkernels.select import Path
+from seqkernels import hardware
+from seqkernels.backends import cuda
+from seqkernels.backends.cuda import Path
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
 )
 
-GPU = hardware.gpu_of(torch.empty(0).device)
-SHARED = GPU.shared_memory
-SINGLE_CTA = Path("single CTA", 8, SHARED)
 PATHS = {
     "single CTA": SINGLE_CTA,
     "single CTA of 2": SINGLE_CTA._replace(tile=2),
     "stepwise": Path(),
 }
 if GPU.target == "sm_90":
-    PATHS |= {"cluster": Path("cluster", 8, SHARED, 32), "persistent grid": Path("persistent grid", 8, SHARED, 32)}
+    PATHS |= {"cluster": Path("cluster", 8, 32), "persistent grid": Path("persistent grid", 8, 32)}
 ONE_LAUNCH = {name: path for name, path in PATHS.items() if name != "stepwise"}
 # Of layers whose shape does not say: so many that several blocks share them, the last of which has less to do.
 HIDDEN = {"cluster": 70, "persistent grid": 70}
-
-
-def by_path(path: Path, tf32: bool = False):
-    """Both operators."""
-    operators = torch.ops.seqkernels
-    return (
-        lambda *args: operators.cuda_forward(*args, tf32, *path),
-        lambda *args: operators.cuda_backward(*args, tf32, *path),
-    )
-
-
-def faulty(emulator, run, fault: str, event: int = 0):
-    """The operator with a fault planted (tests/emulator/run.h)."""
-
-    def with_fault(*args):
-        emulator.plant(getattr(emulator.Fault, fault), event)
-        try:
-            return run(*args)
-        finally:
-            emulator.plant(emulator.Fault.none)
-
-    return with_fault
-
-
-def assert_caught(emulator, cell: str, path: Path, fault: tuple[str, str, int, str], seeds: int = 8) -> None:
-    """A fault (of which pass, which, which of a thread's, and what is said), whatever the order of threads; and nothing
-    without it. Of 90 units and four steps."""
-    which, kind, event, message = fault
-    call = Call(cell, 1, 8, 4, 90, dtype=torch.bfloat16)
-    forward, back = by_path(path)
-    for seed in range(seeds):
-        emulator.seed(seed)
-        passes = {"forward": forward, "backward": back}
-        passes[which] = faulty(emulator, passes[which], kind, event)
-        with pytest.raises(RuntimeError, match=message):
-            both_passes(call, *passes.values())
-    both_passes(call, forward, back)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -91,13 +53,6 @@ def test_every_road_errs_by_rounding_alone(path, cell, shape, dtype):
     if path == "cluster" and call.hidden <= 32:
         pytest.skip("a cluster has at least two blocks, of 32 hidden units here")
     assert_rounding_alone_of(call, *by_path(PATHS[path]))
-
-
-@pytest.fixture
-def sizes_on_gpu(emulator):
-    emulator.sizes_on_gpu(True)
-    yield
-    emulator.sizes_on_gpu(False)
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -208,7 +163,7 @@ def test_tf32_follows_torchs_switch(cell, monkeypatch):
     for allowed in (False, True):
         monkeypatch.setattr(hardware, "tf32", lambda device, allowed=allowed: allowed)
         layer = cell, call.hidden, False, call.dtype, allowed, GPU
-        paths = [select.path(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
+        paths = [cuda.path(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
         runs = by_path(paths[0], allowed)[0], by_path(paths[1], allowed)[1]
         found = both_passes(call, forward("cuda"), backward("cuda"))
         for ours, expected in zip(found, both_passes(call, *runs), strict=True):
@@ -261,7 +216,7 @@ def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, emulator):
 
 def test_select_knows_which_layers_have_a_kernel():
     def layers(name, *problem):
-        return [select.single_cta("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
+        return [cuda.single_cta("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
 
     for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA L4"):
         assert layers(name, 256, False, torch.bfloat16, False) == [True, True]
@@ -296,7 +251,7 @@ RESIDENCY = [
 @pytest.mark.parametrize("row", RESIDENCY, ids=str)
 def test_where_the_weights_of_a_block_lie(row):
     cell, hidden, dtype, tf32, gpu, backward, expected = row
-    found = select.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
+    found = cuda.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
     assert tuple(size / KIB for size in found) == expected
 
 
@@ -317,14 +272,14 @@ def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hid
     backward(cell, y, h_n, c_n if cell == "lstm" else None, *layer, y, saved, True, True)
     taken.append(emulator.counts()["shared_bytes"] - before - taken[0])
     assert taken == [
-        select._buffers(cell, hidden, dtype, way) + select.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
+        cuda._buffers(cell, hidden, dtype, way) + cuda.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
         for way in (False, True)
     ]
 
 
 def test_small_batches_are_spread_over_the_gpu():
     def tiles(directions: int, at_once: int, *batches: int) -> list[int]:
-        return [select.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
+        return [cuda.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
 
     assert tiles(1, 132, 0, 1, 132, 133, 1056, 5000) == [1, 1, 1, 2, 8, 8]
     assert tiles(2, 132, 66, 67, 528, 529) == [1, 2, 8, 8]

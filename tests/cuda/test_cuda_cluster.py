@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from cuda_paths import SHARED, assert_caught, by_path
 from gpus import GPUS
-from test_cuda import SHARED, assert_caught, by_path
-from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
+from operators import CELLS, Call, assert_rounding_alone_of, both_passes
 
-from seqkernels import select
+from seqkernels.backends import cuda
+from seqkernels.backends.cuda import Path
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.select import Path
 
 pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator here: `make test` builds build/emulator")
 
@@ -126,17 +126,17 @@ def assert_fits_up_to(find, row: tuple, first: int) -> None:
 
 @pytest.mark.parametrize("row", LARGEST, ids=str)
 def test_select_knows_which_layers_fit(row):
-    assert_fits_up_to(select.clusters, row, 129)
+    assert_fits_up_to(cuda.clusters, row, 129)
 
 
 @pytest.mark.parametrize("row", LARGEST_ON_PERSISTENT_GRID, ids=str)
 def test_select_knows_which_layers_fit_the_persistent_grid(row):
-    assert_fits_up_to(select.persistent_grid, row, 1)
+    assert_fits_up_to(cuda.persistent_grid, row, 1)
 
 
 def assert_a_block_needs_all_its_memory(name: str, call: Call, tf32: bool, backward: bool) -> None:
     """The kernels take just what `select` says, and no byte less."""
-    groups = {"cluster": select.clusters, "persistent grid": select.persistent_grid}[name]
+    groups = {"cluster": cuda.clusters, "persistent grid": cuda.persistent_grid}[name]
     for found in groups(call.cell, call.hidden, False, call.dtype, tf32, H200, backward)[0]:
         paths = (Path(name, 1, found.memory - i, found.units) for i in (0, 1))
         tight, tighter = (by_path(path, tf32)[backward] for path in paths)
@@ -162,7 +162,7 @@ def test_select_knows_the_memory_of_a_block_that_registers_are_not_enough_for(ba
     """In 16 bits that takes more than 1024 units on the persistent grid."""
     call = Call("lstm", 1, 1, 1, 1025, dtype=torch.bfloat16)
     assert all(
-        found.weights for found in select.persistent_grid("lstm", 1025, False, call.dtype, False, H200, backward)[0]
+        found.weights for found in cuda.persistent_grid("lstm", 1025, False, call.dtype, False, H200, backward)[0]
     )
     assert_a_block_needs_all_its_memory("persistent grid", call, False, backward)
 
@@ -175,7 +175,7 @@ def test_the_gpu_says_how_many_clusters_run_at_the_same_time(emulator):
 
 def test_a_road_for_every_batch():
     def paths(hidden, sequences, dtype=torch.bfloat16, gpu=H200):
-        path, step = select.path("lstm", hidden, False, dtype, False, gpu, False, 1, sequences)
+        path, step = cuda.path("lstm", hidden, False, dtype, False, gpu, False, 1, sequences)
         assert 0.1 < step < 1000
         return path
 

@@ -15,8 +15,7 @@ import torch
 from gpus import GPUS
 
 import seqkernels
-from seqkernels import select
-from seqkernels.backends import GATES
+from seqkernels.backends import cells, cuda
 
 LIBRARY = Path(seqkernels.__file__).with_name("_cuda.so")
 NVIDIA = [gpu for gpu in GPUS.values() if not gpu.amd]
@@ -110,7 +109,7 @@ class SingleCta(NamedTuple):
     @property
     def fragments(self) -> int:
         """32 bytes of the weights each, in a thread's registers."""
-        return GATES[self.cell] * min(self.held, self.width * self.dtype.itemsize // 64 * self.blocks)
+        return cells.CELLS[self.cell].gates * min(self.held, self.width * self.dtype.itemsize // 64 * self.blocks)
 
     def serves(self, hidden_size: int) -> bool:
         return hidden_size <= self.width and self.even == (hidden_size % 2 == 0)
@@ -191,7 +190,7 @@ def chosen() -> set[tuple[str, torch.dtype, bool, bool, int]]:
         for dtype, tf32 in PRODUCTS.values()
         for backward in (False, True)
         for hidden in range(1, 513)
-        if any(select.single_cta(cell, hidden, False, dtype, tf32, gpu, backward) for gpu in NVIDIA)
+        if any(cuda.single_cta(cell, hidden, False, dtype, tf32, gpu, backward) for gpu in NVIDIA)
     }
 
 
@@ -219,12 +218,12 @@ def test_no_kernel_adds_in_an_order_of_chance(target):
 def test_weights_lie_where_select_says(target):
     for configuration, kernel in single_ctas(target).items():
         cell, dtype, tf32, backward, width, even, *_ = configuration
-        gates, hidden = GATES[cell], width - (0 if even else 1)
+        gates, hidden = cells.CELLS[cell].gates, width - (0 if even else 1)
         assert kernel.registers >= configuration.fragments * 8, kernel
         assert kernel.registers * configuration.threads <= 65536, kernel
         for gpu in NVIDIA:
-            if select.single_cta(cell, hidden, False, dtype, tf32, gpu, backward):
-                found = select.residency(cell, hidden, dtype, tf32, gpu, backward)
+            if cuda.single_cta(cell, hidden, False, dtype, tf32, gpu, backward):
+                found = cuda.residency(cell, hidden, dtype, tf32, gpu, backward)
                 assert found.registers == configuration.fragments * 32 * configuration.threads
                 assert sum(found) == gates * width * width * dtype.itemsize
     for configuration, kernel in all_slices(target):
@@ -286,7 +285,7 @@ def test_clusters_push_and_count_and_are_all_of_use(hopper):
         assert kernel.instructions["STAS"] and kernel.instructions["SYNCS"], kernel
         # Only the barrier before the first step, where nvcc knows a fence for the others.
         assert kernel.instructions["CCTL"] == 1 or older, kernel
-    assert {configuration[:6] for configuration in there} == fitting(select.clusters, 1024)
+    assert {configuration[:6] for configuration in there} == fitting(cuda.clusters, 1024)
 
 
 def test_the_persistent_grid_copies_states_and_pushes_gradients_of_gates(hopper):
@@ -294,7 +293,7 @@ def test_the_persistent_grid_copies_states_and_pushes_gradients_of_gates(hopper)
     for configuration, kernel in there.items():
         assert kernel.instructions["STAS" if configuration.backward else "UBLKCP"], kernel
         assert kernel.instructions["SYNCS"], kernel
-    used = {(*layer, even) for *layer, _, even in fitting(select.persistent_grid, 2112)}
+    used = {(*layer, even) for *layer, _, even in fitting(cuda.persistent_grid, 2112)}
     assert {(*configuration[:4], configuration.even) for configuration in there} == used
 
 

@@ -1,15 +1,15 @@
-"""The kernels for the persistent grid, run on the CPU: blocks that exchange through global memory, in clusters of 2 and 4,
-every cell and dtype, and every fault found."""
+"""The kernels of the persistent grid in the emulator: CTAs that exchange through global memory, in clusters of 2 and 4;
+every cell and dtype, and every planted fault caught."""
 
 import random
 
 import pytest
 import torch
-from test_cuda import SHARED, assert_caught, by_path
-from test_ops import CELLS, Call, assert_rounding_alone_of, both_passes
+from cuda_paths import SHARED, assert_caught, by_path
+from operators import CELLS, Call, assert_rounding_alone_of, both_passes
 
+from seqkernels.backends.cuda import Path
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.select import Path
 
 pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator here: `make test` builds build/emulator")
 
@@ -20,12 +20,6 @@ CLUSTERS = pytest.mark.parametrize("blocks", [2, 4])
 def persistent_grid(blocks: int, tile: int = 8, memory: int = SHARED) -> Path:
     """In clusters of so many blocks, of 16 hidden units each."""
     return Path("persistent grid", tile, memory, 16 * blocks)
-
-
-@pytest.fixture
-def multiprocessors(emulator):
-    yield emulator.multiprocessors
-    emulator.multiprocessors(132)
 
 
 @pytest.mark.parametrize("hidden", [5, 64, 129, 200])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_cuda import faulty
+from cuda_paths import faulty
 
 from seqkernels.hardware import THIS_MACHINE
 

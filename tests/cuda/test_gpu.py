@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqkernels as sk
 from seqkernels import hardware, select
+from seqkernels.backends.precision import NATIVE_DTYPES
 
 
 def _missing() -> str:
@@ -81,8 +82,8 @@ def test_the_machine_is_one_that_the_kernels_are_for():
     assert machine.gpu.driver >= (12, 0)
     has_clusters = int(machine.gpu.target.removeprefix("sm_")) >= 90
     assert len(machine.gpu.clusters) == 16 and any(machine.gpu.clusters) == has_clusters
-    for dtype in select.NATIVE_DTYPES:
-        assert select.reason_against("cuda", select.Call("gru", "cuda", dtype), machine) is None
+    for dtype in NATIVE_DTYPES:
+        assert select.unsupported("cuda", select.Call("gru", "cuda", dtype), machine) is None
 
 
 @pytest.mark.parametrize("form", FORMS)

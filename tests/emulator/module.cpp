@@ -28,6 +28,9 @@ PYBIND11_MODULE(emulator, m) {
   m.def(
       "multiprocessors", [](int count) { multiprocessors = count; }, "count"_a,
       "How many blocks run at the same time, 132 to begin with.");
+  m.def(
+      "shared_memory", [](int bytes) { shared_memory = bytes; }, "bytes"_a,
+      "How many bytes of it a block may have, 232448 to begin with.");
   m.def("plant", &plant, "fault"_a, "n"_a = 0, "Let the n-th event of each thread go wrong, in every launch.");
   m.def("exchange_by_pushes", &exchange_by_pushes, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
         "waits"_a = true, "The error, or none, and the result of the kernel of exchange.h.");

@@ -18,13 +18,14 @@
 #include <utility>
 #include <vector>
 
-#include "device.cuh"
+#include "device.h"
 
 namespace seqkernels::emulator {
 
 Here here;
 bool sizes_on_gpu = false;
 int multiprocessors = 132;
+int shared_memory = 232448;
 
 namespace {
 
@@ -689,7 +690,7 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
       threads > kMostThreads || threads % kWarp)
     failure = "no such grid: " + std::to_string(grid.blocks) + " by " + std::to_string(grid.blocks_y) + " blocks of " +
               std::to_string(threads) + " threads";
-  else if (shared_bytes < 0 || shared_bytes > kMostShared)
+  else if (shared_bytes < 0 || shared_bytes > shared_memory)
     failure = "no such block: " + std::to_string(shared_bytes) + " bytes of shared memory";
   else if (grid.cluster < 1 || grid.cluster > kMostCluster || grid.blocks % grid.cluster)
     failure = "no such cluster: " + std::to_string(grid.cluster) + " of " + std::to_string(grid.blocks) + " blocks";

@@ -10,8 +10,9 @@ void seed(uint64_t seed);
 // Whether batch_sizes are taken for ones on a GPU, into which the host does not look.
 extern bool sizes_on_gpu;
 
-// Of the GPU whose place the CPU takes: so many blocks run at the same time.
+// Of the GPU whose place the CPU takes: so many blocks run at the same time, and may have so many bytes of shared memory.
 extern int multiprocessors;
+extern int shared_memory;
 
 // What can be made to go wrong, for tests that it is caught: a barrier of a block, of a warp or of a cluster, or a wait
 // for pushes or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are

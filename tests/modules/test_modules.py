@@ -122,7 +122,7 @@ def test_a_weight_may_be_a_computed_tensor():
     assert raw.grad.any()
 
 
-def test_tied_weights_collect_both_gradients():
+def test_tied_weights_sum_both_gradients():
     a, b, x = sk.GRU(4, 4), sk.GRU(4, 4), torch.randn(6, 3, 4)
     b.weight_hh_l0 = a.weight_hh_l0
     b(a(x)[0])[0].sum().backward()
@@ -209,11 +209,17 @@ def test_wrong_constructor_arguments_raise_torchs_errors():
             ((4, 5), {"proj_size": 5}),
             ((4, 5), {"nonlinearity": "gelu"}),
         ):
-            with pytest.raises(Exception) as expected:
+            try:
                 getattr(nn, name)(*args, **kwargs)
-            with pytest.raises(type(expected.value)) as ours:
+            except Exception as error:
+                expected = error
+            else:  # torch 2.10 takes an input size of 0 and a bias of 1, and so do we there
+                assert torch.__version__ < "2.11" and (args[0] == 0 or "bias" in kwargs)
                 getattr(sk, name)(*args, **kwargs)
-            assert str(ours.value).replace("_Recurrent", "RNNBase") == str(expected.value)
+                continue
+            with pytest.raises(type(expected)) as ours:
+                getattr(sk, name)(*args, **kwargs)
+            assert str(ours.value).replace("_Recurrent", "RNNBase") == str(expected)
 
 
 def test_meta_modules_need_no_memory():

@@ -1,35 +1,13 @@
 """Every backend against the float64 specification: outputs, final states and all gradients."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from cases import CELLS, DTYPES, Case, generated, run_ours, run_spec, run_torch
-from tolerances import assert_as_close_as_torch
+from cases import CELLS, DTYPES, Case, generated
 from hypothesis import HealthCheck, given, settings
+from specification import NO_CUDNN, assert_right
 
-from seqkernels import select
-from seqkernels.hardware import THIS_MACHINE, NO_TRITON, machine_of
-
-DEVICE = torch.empty(0).device
-NO_CUDNN = select.reason_against("cudnn", select.Call("gru", DEVICE.type, torch.float32), machine_of(DEVICE))
-
-
-def judged(results: dict, case: Case) -> dict:
-    """In 16 bits a relu whose input rounds across zero has another gradient, for torch.nn at other places than for us:
-    there the gradients say nothing (test_ops judges them from one and the same forward)."""
-    kinked = case.cell == "rnn_relu" and case.dtype in (torch.float16, torch.bfloat16)
-    return {name: value for name, value in results.items() if not (kinked and name.startswith("grad"))}
-
-
-def assert_right(case: Case, backend: str | None, draws: int | None = None) -> None:
-    # The fewer numbers a draw has, the more draws it takes for luck to even out.
-    draws = draws or max(3, 32 // case.hidden_size)
-    cases = [replace(case, seed=case.seed + 3 * draw) for draw in range(draws)]
-    ours, torchs, spec = (
-        [judged(run(case), case) for case in cases] for run in (lambda c: run_ours(c, backend), run_torch, run_spec)
-    )
-    assert_as_close_as_torch(ours, torchs, spec, case.dtype)
+from seqkernels.backends import triton
+from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 
 
 @given(case=generated())
@@ -52,7 +30,7 @@ def test_generated_configuration_on_cudnn_is_as_close_as_torch(case):
 
 
 @pytest.mark.skipif(not THIS_MACHINE.triton, reason=NO_TRITON)
-@given(case=generated(select.TRITON_DTYPES))
+@given(case=generated(triton.DTYPES))
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))
 def test_generated_configuration_on_triton_is_as_close_as_torch(case):
     assert_right(case, "triton")

@@ -191,7 +191,7 @@ def test_explain_says_what_runs_and_why():
     for module in (sk.GRU(4, 5), nn.LSTM(4, 5), sk.RNNCell(4, 5), nn.GRUCell(4, 5), nn.RNN(4, 5)):
         plan = sk.explain(module, x)
         assert plan.backend in ("cpu", "torch_eager") and plan.reason in str(plan)
-    meta = str(sk.explain(sk.GRU(4, 5), x.to("meta")))
+    meta = str(sk.explain(sk.GRU(4, 5, device="meta"), x.to("meta")))
     assert "not cpu: the tensors are on meta" in meta
     forced = sk.GRU(4, 5)
     forced.backend = "torch_eager"

@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from cases import CELLS, Case, on_device
-from test_specification import NO_CUDNN
+from cases import TORCH_CELLS, Case, on_device
+from specification import NO_CUDNN
 from torch import nn
 
 import seqkernels as sk
-from seqkernels.backends import cudnn
+from seqkernels.backends.cudnn import host
 
 pytestmark = pytest.mark.skipif(bool(NO_CUDNN), reason=str(NO_CUDNN))
 
@@ -30,7 +30,7 @@ def results(module: nn.Module, x: torch.Tensor, *args, **kwargs) -> list[torch.T
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["padded", "ragged", "one length", "empty"])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_results_are_those_of_torch_eager(cell, layout, bias):
     lengths = {"padded": None, "ragged": (3, 0, 5), "one length": (4, 4, 4), "empty": (0, 0, 0)}[layout]
     options = {"num_layers": 2, "bidirectional": True, "bias": bias, "proj_size": 2 if cell == "lstm" else 0}
@@ -40,7 +40,7 @@ def test_results_are_those_of_torch_eager(cell, layout, bias):
     torch.testing.assert_close(found, results(module_of(cell, "torch_eager", **options), x, **given))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_weights_stay_where_they_are_and_nothing_is_said(cell):
     """torch.nn would warn that weights are not part of a single contiguous chunk of memory."""
     module, x = module_of(cell), torch.randn(5, 3, 4, dtype=torch.float64)
@@ -55,24 +55,24 @@ def test_weights_stay_where_they_are_and_nothing_is_said(cell):
         assert not torch.equal(module(x)[0], expected), "weights are read anew in every call"
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_weights_that_lie_as_cudnn_reads_them_are_not_copied(cell):
     module, x = module_of(cell, num_layers=2, bidirectional=True), torch.randn(5, 3, 4, dtype=torch.float64)
     expected = module(x)[0]
     weights = list(module.parameters())
-    call = cudnn._Call(cell, 2, x.flatten(0, 1), weights, torch.zeros(4, 3, 6), None, None)
-    copy = cudnn._flat(weights, *call.layout)
+    call = host._Call(cell, 2, x.flatten(0, 1), weights, torch.zeros(4, 3, 6), None, None)
+    copy = host._flat(weights, *call.layout)
     assert copy.data_ptr() not in [w.data_ptr() for w in weights]
-    total, places = cudnn._layout(*call.layout)
+    total, places = host._layout(*call.layout)
     with torch.no_grad():
         for weight, place in zip(weights, places, strict=True):
             weight.set_(copy[place : place + weight.numel()].view(weight.shape))
-    flat = cudnn._flat(weights, *call.layout)
+    flat = host._flat(weights, *call.layout)
     assert flat.data_ptr() == weights[0].data_ptr() == copy.data_ptr() and flat.shape == (total,)
     assert torch.equal(module(x)[0], expected)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_what_lies_behind_weights_in_their_memory_is_not_taken_for_biases(cell):
     """torch.nn.utils.vector_to_parameters lets a model's parameters lie one behind the other."""
     module, x = module_of(cell, bias=False), torch.randn(5, 3, 4, dtype=torch.float64)
@@ -83,7 +83,7 @@ def test_what_lies_behind_weights_in_their_memory_is_not_taken_for_biases(cell):
     torch.testing.assert_close(found, results(module, x))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_a_graph_that_is_kept_can_be_gone_through_again(cell):
     """cuDNN's backward spoils what its forward has saved."""
     module, x = module_of(cell), torch.randn(5, 3, 4, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_a_graph_that_is_kept_can_be_gone_through_again(cell):
         torch.autograd.grad(loss, weights)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_dropout_draws_the_numbers_of_other_backends_and_has_two_derivatives(cell):
     x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
 
@@ -114,7 +114,7 @@ def test_dropout_draws_the_numbers_of_other_backends_and_has_two_derivatives(cel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", TORCH_CELLS)
 def test_autocast_gives_its_dtype(cell, dtype):
     """Under torch's own rule cuDNN computes in float16, whatever autocast's dtype."""
     module, x = Case(cell, num_layers=2).module(sk), torch.randn(5, 3, 4)
@@ -174,6 +174,6 @@ def test_torchs_own_rule_of_shapes_is_met(projected, batch_sizes, monkeypatch):
     x = torch.empty(9 if batch_sizes is None else sum(batch_sizes), 4, device="meta")
     h_0, c_0 = (torch.empty(4, 3, size, device="meta") for size in (projected or 6, 6))
     sizes = None if batch_sizes is None else torch.tensor(batch_sizes, device="cpu")
-    monkeypatch.setattr(cudnn, "_flat", lambda weights, *layout: weights[0].new_empty(1))
-    y, h_n, c_n, _ = cudnn.forward("lstm", 2, x, module._flat_weights, h_0, c_0, sizes, True)
+    monkeypatch.setattr(host, "_flat", lambda weights, *layout: weights[0].new_empty(1))
+    y, h_n, c_n, _ = host.forward("lstm", 2, x, module._flat_weights, h_0, c_0, sizes, True)
     assert (y.shape, h_n.shape, c_n.shape) == ((len(x), 2 * (projected or 6)), h_0.shape, c_0.shape)

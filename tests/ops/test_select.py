@@ -9,13 +9,14 @@ import torch
 from gpus import GPUS, MIG
 
 import seqkernels as sk
-from seqkernels import select
+from seqkernels.backends import cuda
+from seqkernels.backends.call import Call, class_of_steps
 from seqkernels.hardware import Machine
-from seqkernels.select import BACKENDS, Call, class_of_sequences, class_of_steps, plan
+from seqkernels.select import BACKENDS, plan
 
 THIS_MACHINE = Machine()
 TRITON = Machine(triton=True)
-PURE = Machine(native=False, native_missing="this install has no compiled part")
+PURE = Machine(native_missing="this install has no compiled part")
 TABLE = [
     # device, dtype, transformed, machine, backend
     ("cpu", torch.float32, False, THIS_MACHINE, "cpu"),
@@ -82,11 +83,12 @@ ON_GPUS = [
 
 
 @pytest.mark.parametrize("row", ON_GPUS, ids=str)
-def test_the_road_on_gpus_that_are_not_here(row):
-    cell, hidden, projected, dtype, tf32, widths = row
+def test_the_tile_on_gpus_that_are_not_here(row):
+    cell, hidden, projected, dtype, exact_or_tf32, widths = row
     gpus = [gpu for gpu in GPUS.values() if gpu.target != "sm_75"]
     for gpu, units in zip(gpus, widths, strict=True):
-        call = Call(cell, "cuda", dtype, False, hidden, projected, tf32 and not gpu.amd)
+        tf32 = exact_or_tf32 and not gpu.amd
+        call = Call(cell, "cuda", dtype, hidden_size=hidden, projected=projected, tf32=tf32)
         chosen = plan(call, TRITON._replace(gpu=gpu))
         assert chosen.backend == "triton"
         assert chosen.kernel.startswith(f"resident, 16 sequences by {units} units" if units else "stepwise"), gpu
@@ -138,10 +140,20 @@ WITHOUT_CUDA_KERNELS = [
 ]
 
 
-def problem_of(cell, hidden, input, steps, sequences, dtype, layout, training, gpu, layers=1, tf32=True) -> Call:
-    sizes = input, layers, 1, class_of_sequences(sequences), class_of_steps(steps)
-    tf32 = tf32 and dtype == SINGLE and not gpu.amd
-    return Call(cell, "cuda", dtype, False, hidden, False, tf32, *sizes, layout, training)
+def call_of(cell, hidden, input, steps, sequences, dtype, layout, training, gpu, layers=1, tf32=True) -> Call:
+    return Call(
+        cell=cell,
+        device_type="cuda",
+        dtype=dtype,
+        layers=layers,
+        hidden_size=hidden,
+        tf32=tf32 and dtype == SINGLE and not gpu.amd,
+        input_size=input,
+        sequences=sequences,
+        steps=class_of_steps(steps),
+        layout=layout,
+        training=training,
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,7 @@ def test_the_choice_on_gpus_that_are_not_here(row, machine):
     for layout, training in itertools.product(layouts.split(), (False, True)):
         found = []
         for name in PLACES:
-            chosen = plan(problem_of(*sizes, layout, training, GPUS[name]), machine._replace(gpu=GPUS[name]))
+            chosen = plan(call_of(*sizes, layout, training, GPUS[name]), machine._replace(gpu=GPUS[name]))
             assert {refused for refused, reason in chosen.refusals if reason} == set(BACKENDS) - {chosen.backend}
             found.append(chosen.backend)
         assert " ".join(found) == expected, (layout, training)
@@ -183,7 +195,7 @@ def test_the_choice_for_wide_layers(row, dtype, layout, training):
         ("NVIDIA A100-SXM4-80GB", "cudnn cudnn cudnn cudnn"),  # without clusters ours are stepwise
     ):
         gpu = GPUS[name]
-        problems = [problem_of(cell, hidden, hidden, 64, n, dtype, layout, training, gpu) for n in (1, 8, 16, 64)]
+        problems = [call_of(cell, hidden, hidden, 64, n, dtype, layout, training, gpu) for n in (1, 8, 16, 64)]
         assert " ".join(plan(call, FULL._replace(gpu=gpu)).backend for call in problems) == expected
 
 
@@ -215,31 +227,31 @@ PATHS = [
 
 
 @pytest.mark.parametrize("row", PATHS, ids=lambda row: " ".join(map(str, (row[0].name, *row[1:6]))))
-def test_the_roads_of_both_passes(row):
+def test_the_paths_of_both_passes(row):
     gpu, cell, hidden, dtype, directions, sequences, *expected = row
     for backward in (False, True):
-        path, _ = select.path(cell, hidden, False, dtype, False, gpu, backward, directions, sequences)
+        path, _ = cuda.path(cell, hidden, False, dtype, False, gpu, backward, directions, sequences)
         assert " ".join([path.name, *(str(size) for size in (path.tile, path.units) if size)]) == expected[backward]
 
 
 GROUPS = [
     # Which groups of blocks, the layer, whether it is projected, the dtype (exact), the GPU, and why there are none.
-    (select.clusters, "gru", 256, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
-    (select.clusters, "lstm", 256, True, HALF, ON_H200, "takes a projection"),
-    (select.clusters, "gru", 256, False, DOUBLE, ON_H200, "takes float64"),
-    (select.clusters, "gru", 32, False, HALF, ON_H200, "a cluster of one block, which 32 hidden units would be"),
-    (select.clusters, "gru", 1000, False, SINGLE, ON_H200, "no 16 blocks hold the weights of 1000 hidden units"),
-    (select.clusters, "lstm", 512, False, HALF, MIG, "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks"),
-    (select.clusters, "lstm", 250, False, HALF, ON_H200._replace(clusters=()), "runs no cluster of 8 or 6 or 4 blocks"),
-    (select.persistent_grid, "gru", 1024, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
-    (select.persistent_grid, "lstm", 1024, True, HALF, ON_H200, "takes a projection"),
-    (select.persistent_grid, "gru", 1024, False, DOUBLE, ON_H200, "takes float64"),
-    (select.persistent_grid, "lstm", 1025, False, SINGLE, ON_H200, "do not hold the weights of 1025, 4 gates"),
+    (cuda.clusters, "gru", 256, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
+    (cuda.clusters, "lstm", 256, True, HALF, ON_H200, "takes a projection"),
+    (cuda.clusters, "gru", 256, False, DOUBLE, ON_H200, "takes float64"),
+    (cuda.clusters, "gru", 32, False, HALF, ON_H200, "a cluster of one block, which 32 hidden units would be"),
+    (cuda.clusters, "gru", 1000, False, SINGLE, ON_H200, "no 16 blocks hold the weights of 1000 hidden units"),
+    (cuda.clusters, "lstm", 512, False, HALF, MIG, "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks"),
+    (cuda.clusters, "lstm", 250, False, HALF, ON_H200._replace(clusters=()), "runs no cluster of 8 or 6 or 4 blocks"),
+    (cuda.persistent_grid, "gru", 1024, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
+    (cuda.persistent_grid, "lstm", 1024, True, HALF, ON_H200, "takes a projection"),
+    (cuda.persistent_grid, "gru", 1024, False, DOUBLE, ON_H200, "takes float64"),
+    (cuda.persistent_grid, "lstm", 1025, False, SINGLE, ON_H200, "do not hold the weights of 1025, 4 gates"),
     (
-        *(select.persistent_grid, "gru", 2113, False, HALF, ON_H200),
+        *(cuda.persistent_grid, "gru", 2113, False, HALF, ON_H200),
         "H200 does not run 136 blocks in clusters of 4 or 134 blocks in clusters of 2 at the same time",
     ),
-    (select.persistent_grid, "gru", 257, False, HALF, MIG, "MIG 1g.18gb does not run 20 blocks in clusters of 4 or 18"),
+    (cuda.persistent_grid, "gru", 257, False, HALF, MIG, "MIG 1g.18gb does not run 20 blocks in clusters of 4 or 18"),
 ]
 
 
@@ -255,15 +267,15 @@ def test_figures_that_were_published_of_clusters():
     assert (16 * ON_H200.clusters_of(16), 8 * ON_H200.clusters_of(8), ON_H200.clusters_of(1)) == (112, 120, 132)
 
 
-def test_a_plan_names_the_roads_of_both_passes():
-    chosen = plan(problem_of("lstm", 768, 768, 1024, 16, HALF, "padded", True, ON_H200), FULL._replace(gpu=ON_H200))
+def test_a_plan_names_the_paths_of_both_passes():
+    chosen = plan(call_of("lstm", 768, 768, 1024, 16, HALF, "padded", True, ON_H200), FULL._replace(gpu=ON_H200))
     assert chosen.kernel == "forward persistent grid with 64 units a cluster, backward cluster with 48 units a block"
     assert chosen.kernel in str(chosen)
 
 
 def test_a_plan_says_what_it_weighed():
     gpu = GPUS["NVIDIA H200"]
-    said = str(plan(problem_of("gru", 128, 128, 50, 32, HALF, "padded", True, gpu), FULL._replace(gpu=gpu)))
+    said = str(plan(call_of("gru", 128, 128, 50, 32, HALF, "padded", True, gpu), FULL._replace(gpu=gpu)))
     assert "cuda: compiled kernels" in said and "us a step forward and backward" in said
     assert "not cudnn: by estimate about" in said and "PERSIST_STATIC_SMALL_H" in said
     assert "not triton: by estimate about" in said and "not torch_eager" in said and "not cpu" in said
@@ -289,7 +301,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("change", "machine", "reason"), REFUSALS, ids=[reason for *_, reason in REFUSALS])
 def test_cudnn_is_refused_with_a_reason(change, machine, reason):
     gpu = GPUS["NVIDIA H200"]
-    call = problem_of("gru", 512, 128, 200, 32, HALF, "padded", True, gpu)
+    call = call_of("gru", 512, 128, 200, 32, HALF, "padded", True, gpu)
     assert plan(call, FULL._replace(gpu=gpu), "cudnn").backend == "cudnn"
     with pytest.raises(ValueError, match=reason):
         plan(call._replace(**change), FULL._replace(gpu=gpu)._replace(**machine), "cudnn")
@@ -297,15 +309,14 @@ def test_cudnn_is_refused_with_a_reason(change, machine, reason):
 
 def test_cudnn_that_may_not_repeat_its_bits_is_for_those_who_name_it():
     machine = FULL._replace(gpu=GPUS["NVIDIA H200"])
-    call = problem_of("gru", 512, 128, 200, 32, HALF, "padded", True, machine.gpu)._replace(deterministic=True)
+    call = call_of("gru", 512, 128, 200, 32, HALF, "padded", True, machine.gpu)._replace(deterministic=True)
     assert plan(call, machine).backend == "cuda" and "the same bits" in str(plan(call, machine))
     assert plan(call, machine, "cudnn").backend == "cudnn"
 
 
-def test_sizes_have_few_classes():
+def test_steps_have_few_classes():
     assert len({class_of_steps(steps) for steps in range(1, 70000)}) == 18
     assert class_of_steps(65535) == 65535 < class_of_steps(65536)
-    assert [class_of_sequences(n) for n in (1, 127, 128, 129, 1000)] == [1, 127, 128, 256, 1024]
 
 
 def test_measured_rows_do_not_speak_against_the_choice():
@@ -323,7 +334,7 @@ def test_measured_rows_do_not_speak_against_the_choice():
         cell = {"RNN": "rnn_tanh"}.get(first["cell"], first["cell"].lower())
         sizes = (first[letter] for letter in "HITB")
         given = getattr(torch, first["dtype"]), first["layout"], first["mode"] == "train", gpu, first["layers"]
-        chosen = plan(problem_of(cell, *sizes, *given, bool(first["tf32"])), FULL._replace(gpu=gpu)).backend
+        chosen = plan(call_of(cell, *sizes, *given, bool(first["tf32"])), FULL._replace(gpu=gpu)).backend
         times = {row["contender"]: row["median_ms"] for row in group if row["contender"] in MEASURED}
         if f"seqkernels {chosen}" in times:
             assert 0.98 * times[f"seqkernels {chosen}"] <= min(times.values()), (first["call"], chosen, times)
@@ -342,7 +353,7 @@ def test_what_has_no_triton_says_how_to_get_it():
 
 
 def test_no_gpu_gives_the_cpu_its_kernels():
-    chosen = plan(Call("gru", "cpu", SINGLE, False, 128), TRITON)
+    chosen = plan(Call("gru", "cpu", SINGLE, hidden_size=128), TRITON)
     assert (chosen.backend, chosen.kernel) == ("cpu", "")
 
 

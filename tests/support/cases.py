@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import torch
+from ligru import LiGRU
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
 from seqkernels import reference
 
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")
+TORCH_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # that torch.nn has, and cuDNN
+CELLS = TORCH_CELLS
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("padded", "unbatched", "packed_sorted", "packed_unsorted", "lengths", "cu_seqlens")
 
@@ -48,15 +50,16 @@ class Case:
         }
         if self.cell == "lstm":
             options["proj_size"] = self.proj_size
-        elif self.cell != "gru":
+        elif self.cell.startswith("rnn"):
             options["nonlinearity"] = self.cell[4:]
         return options
 
     def module(self, namespace) -> nn.Module:
         """The module of torch.nn or of seqkernels, with weights that depend on the seed alone."""
         torch.manual_seed(self.seed)
-        name = {"gru": "GRU", "lstm": "LSTM"}.get(self.cell, "RNN")
-        return getattr(namespace, name)(self.input_size, self.hidden_size, **self.module_options)
+        name = {"gru": "GRU", "lstm": "LSTM", "ligru": "LiGRU"}.get(self.cell, "RNN")
+        module_class = LiGRU if (namespace, name) == (nn, "LiGRU") else getattr(namespace, name)
+        return module_class(self.input_size, self.hidden_size, **self.module_options)
 
     def data(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Input ``[T, B, I]`` and the initial states, all leaves that require gradients."""
@@ -201,9 +204,9 @@ def _call(module: nn.Module, x, hx, case: Case, lengths: Tensor | None = None) -
 
 
 @st.composite
-def generated(draw, dtypes=DTYPES) -> Case:
+def generated(draw, dtypes=DTYPES, cells=CELLS) -> Case:
     """Any configuration of small size, drawn so that the awkward ones are frequent."""
-    cell = draw(st.sampled_from(CELLS))
+    cell = draw(st.sampled_from(cells))
     layout = draw(st.sampled_from(LAYOUTS))
     shortest = 0 if layout in ("lengths", "cu_seqlens") else 1
     if layout == "unbatched":

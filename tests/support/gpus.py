@@ -13,18 +13,18 @@ def clusters_of(*groups: int) -> tuple[int, ...]:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GPU("NVIDIA A100-SXM4-80GB", "sm_80", 163 << 10, 108, 80 << 30),
-        GPU("NVIDIA L4", "sm_89", 99 << 10, 58, 24 << 30),
-        GPU("NVIDIA GeForce RTX 4060 Laptop GPU", "sm_89", 99 << 10, 24, 8 << 30),
+        GPU("NVIDIA A100-SXM4-80GB", "sm_80", 163 << 10, 108),
+        GPU("NVIDIA L4", "sm_89", 99 << 10, 58),
+        GPU("NVIDIA GeForce RTX 4060 Laptop GPU", "sm_89", 99 << 10, 24),
         # How large the groups are differs from one to the next. Of an H100, as large, clusters of 16 were seen to reach
         # 112 of 132 multiprocessors (Luehnen, HPEC 2024), those of 8 reach 120: as with these.
-        GPU("NVIDIA H200", "sm_90", 227 << 10, 132, 141 << 30, None, clusters_of(18, 18, 18, 16, 16, 16, 16, 14)),
-        GPU("NVIDIA B200", "sm_100", 227 << 10, 148, 180 << 30),
-        GPU("AMD Instinct MI300X", "gfx942", 64 << 10, 304, 192 << 30),
-        GPU("Tesla T4", "sm_75", 64 << 10, 40, 16 << 30),
+        GPU("NVIDIA H200", "sm_90", 227 << 10, 132, None, clusters_of(18, 18, 18, 16, 16, 16, 16, 14)),
+        GPU("NVIDIA B200", "sm_100", 227 << 10, 148),
+        GPU("AMD Instinct MI300X", "gfx942", 64 << 10, 304),
+        GPU("Tesla T4", "sm_75", 64 << 10, 40),
     )
 }
 
 # A seventh of it. On what is too small clusters have fewer blocks (CUDA programming guide); that up to 7 remain is made
 # up, so that tests have some that do not.
-MIG = GPU("NVIDIA H200 MIG 1g.18gb", "sm_90", 227 << 10, 16, 18 << 30, None, (*clusters_of(16)[:7], *(9 * (0,))))
+MIG = GPU("NVIDIA H200 MIG 1g.18gb", "sm_90", 227 << 10, 16, None, (*clusters_of(16)[:7], *(9 * (0,))))

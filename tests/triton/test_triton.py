@@ -3,10 +3,10 @@
 import pytest
 import torch
 from cases import Case
-from test_ops import (
+from operators import (
     BACKENDS,
+    BELOW_FLOAT64,
     CELLS,
-    NARROW,
     SHAPES,
     Call,
     assert_as_in_float64,
@@ -14,12 +14,12 @@ from test_ops import (
     both_passes,
     calls,
 )
-from test_ops import backward as backward_of
-from test_ops import forward as forward_of
-from test_specification import assert_right
+from operators import backward as backward_of
+from operators import forward as forward_of
+from specification import assert_right
 
-from seqkernels import select
 from seqkernels.backends.triton import host as backend
+from seqkernels.backends.triton.tiles import Launch
 from seqkernels.hardware import NO_TRITON
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
@@ -29,13 +29,8 @@ forward, backward = (of("triton") if "triton" in BACKENDS else None for of in (f
 @pytest.fixture(params=["resident", "stepwise"])
 def path(request, monkeypatch) -> str:
     """Take one path, wherever the other would be taken as well."""
-    tile = select.Tile(False, 4, 128, 4) if request.param == "stepwise" else None
-    chosen = select.triton_tile
-
-    def triton_tile(*problem):
-        return tile or chosen(*problem)
-
-    monkeypatch.setattr(select, "triton_tile", triton_tile)
+    if request.param == "stepwise":
+        monkeypatch.setattr(backend, "launch_of", lambda call, gpu: Launch(call.tf32, False, 4, 128, 4))
     return request.param
 
 
@@ -46,7 +41,7 @@ def test_both_roads_give_what_torch_eager_gives(call, path):
     assert_as_in_float64(both_passes(call, forward, backward), call)
 
 
-@NARROW
+@BELOW_FLOAT64
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
 def test_both_roads_err_by_rounding_alone(cell, bias, dtype, path):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from gpus import GPUS
 
-from seqkernels.hardware import THIS_MACHINE, NO_TRITON
-from seqkernels.select import _SCRATCH
+from seqkernels.backends.triton.tiles import SCRATCH
+from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 TARGETS = ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA B200", "AMD Instinct MI300X")
@@ -40,9 +40,9 @@ def test_every_tile_compiles_without_spilling_and_fits(name, monkeypatch):
         if not kernel["name"].startswith("resident"):
             assert kernel["tensor_cores"] == 0, kernel
             continue
-        # What select.triton_tile reckons with.
+        # What tiles.launch_of reckons with.
         units, size = int(sizes["UNITS"]), 4 if kernel["types"]["w_hh"] == "*fp32" else 2
         weights = (1 if gpu.amd else int(sizes["GATES"])) * units * units * size
-        assert kernel["shared"] <= weights + _SCRATCH * units, kernel
+        assert kernel["shared"] <= weights + SCRATCH * units, kernel
         exact = size == 4 and sizes["PRECISION"] == "ieee" and not gpu.amd
         assert (kernel["tensor_cores"] == 0) == exact, kernel

@@ -21,15 +21,18 @@ from gpus import GPUS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from seqkernels import hardware, select
+from seqkernels import hardware
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
 from seqkernels.backends.triton import host as backend
+from seqkernels.backends.triton.tiles import MIN_UNITS, launch_of
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
 
 
 def launches(gpu: hardware.GPU) -> list[dict]:
-    """Every kernel in every tile of `select`, at sizes that fill the tile and at odd ones, as the host would launch it.
+    """Every kernel in every tile of `tiles`, at sizes that fill the tile and at odd ones, as the host would launch it.
 
     The host runs as it does, on a CPU, except that kernels are noted down instead of run."""
     noted = {}
@@ -44,13 +47,14 @@ def launches(gpu: hardware.GPU) -> list[dict]:
 
     backend._run = note
     hardware.gpu_of = lambda device: gpu
-    for cell, (dtype, tf32) in itertools.product(backend.GATES, PRECISIONS):
+    for cell, (dtype, tf32) in itertools.product(CELLS, PRECISIONS):
         if tf32 and gpu.amd:  # never asked for there
             continue
         hardware.tf32 = lambda device, allowed=tf32: allowed
-        units = select.NARROWEST
-        while select.triton_tile(cell, units, False, dtype, tf32, gpu).resident:
-            if select.triton_tile(cell, units - 3, False, dtype, tf32, gpu).resident:
+        units = MIN_UNITS
+        call = Call(cell, "cuda", dtype, tf32=tf32)
+        while launch_of(call._replace(hidden_size=units), gpu).resident:
+            if launch_of(call._replace(hidden_size=units - 3), gpu).resident:
                 run(cell, dtype, units - 3, 0)
             if dtype != torch.float16:  # two 16-bit dtypes differ in no more than their conversions
                 run(cell, dtype, units, 0)
@@ -62,7 +66,7 @@ def launches(gpu: hardware.GPU) -> list[dict]:
 
 def run(cell: str, dtype: torch.dtype, hidden: int, projected: int) -> None:
     """Both passes: ragged both ways and saving, as the most that a kernel can be asked to do; and padded inference."""
-    gates, out = backend.GATES[cell] * hidden, projected or hidden
+    gates, out = CELLS[cell].gates * hidden, projected or hidden
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)

@@ -1,5 +1,54 @@
-"""The operator pair by Triton kernels: `host` says when and how they are launched, `kernels` what they compute."""
+"""The operator pair by Triton kernels: any GPU that Triton reaches, or its interpreter on the CPU, for tests.
 
+Here stands when it runs; `tiles` says how a layer is cut, `host` how the kernels are launched, `kernels` what they
+compute.
+"""
+
+import torch
+
+from seqkernels.backends.call import NO_TRANSFORMS, Call
 from seqkernels.backends.triton.host import backward, forward
+from seqkernels.backends.triton.tiles import launch_of, step_cost
+from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
 
-__all__ = ["backward", "forward"]
+__all__ = ["DTYPES", "backward", "estimate", "forward", "kernel", "plan_launch", "reason_not_default", "unsupported"]
+
+DESCRIPTION = "kernels that Triton compiles for this GPU"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(call: Call, machine: Machine) -> str | None:
+    if call.device_type == "cpu" and not machine.interpreter:
+        return "the tensors are on the CPU (TRITON_INTERPRET=1 lets Triton's kernels run there, slowly, for tests)"
+    if call.device_type not in ("cpu", "cuda"):
+        return f"the tensors are on {call.device_type}"
+    if not machine.triton:
+        return NO_TRITON
+    if call.dtype not in DTYPES:
+        return f"no Triton kernel for {call.dtype}: the kernels compute in float32"
+    if call.transformed:
+        return NO_TRANSFORMS
+    gpu = machine.gpu
+    if gpu and not gpu.amd and int(gpu.target.removeprefix("sm_")) < 80:
+        return f"Triton needs compute capability 8.0, {gpu.name} has {gpu.target}"
+    return None
+
+
+def reason_not_default(call: Call, machine: Machine) -> str | None:
+    return "Triton's interpreter runs for those who name it: backend='triton'" if machine.interpreter else None
+
+
+def estimate(call: Call, machine: Machine) -> float | None:
+    gpu = machine.gpu
+    if call.device_type != "cuda" or gpu is None or not call.hidden_size:
+        return None
+    passes = (False, True) if call.training else (False,)
+    return call.layers * sum(step_cost(call, gpu, backward) for backward in passes)
+
+
+def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
+    return tuple(map(int, launch_of(call, machine.gpu or INTERPRETED))) if call.hidden_size else ()
+
+
+def kernel(call: Call, machine: Machine) -> str:
+    return str(launch_of(call, machine.gpu or INTERPRETED)) if call.hidden_size else ""

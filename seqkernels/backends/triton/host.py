@@ -1,6 +1,6 @@
-"""The operator pair by Triton kernels: any GPU that Triton reaches, or its interpreter on the CPU, for tests.
+"""How the Triton kernels are launched, and the matrix products around them.
 
-Two paths, chosen by `select.triton_tile` from the sizes and the GPU alone: *resident*, one kernel that walks a tile of
+Two paths, which `tiles` chooses from the sizes and the GPU alone: *resident*, one kernel that walks a tile of
 sequences through all its steps with the recurrent weights on chip, and *stepwise*, for each step a matrix product and a
 kernel, both directions in each. Nothing waits for the device, so both can be captured in a CUDA graph.
 
@@ -12,13 +12,17 @@ torch.backends.cuda.matmul.
 import contextlib
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seqkernels import hardware, select
-from seqkernels.backends import GATES, SAVED_BLOCKS, Weights, by_direction, check, expect
+from seqkernels import hardware
+from seqkernels.backends.arguments import Weights, by_direction, check, expect
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.triton.tiles import Launch, launch_of
 
 
 def forward(
@@ -29,8 +33,9 @@ def forward(
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes)
+    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     # Rows that no step uses come out as zeros.
     new = x.new_empty if batch_sizes is None else x.new_zeros
     y = new(layer.N, layer.D * layer.P)
@@ -61,8 +66,9 @@ def backward(
     saved: Tensor,  # [N, D, K*H]
     wants_x: bool,
     wants_weights: bool,
+    launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes)
+    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
     for name, tensor, shape in (
         ("y", y, (N, D * P)),
@@ -98,20 +104,26 @@ def backward(
 class _Layer:
     """Sizes of a call, by the letters of ``seqkernels.ops``, where its steps begin, and how it is cut into tiles."""
 
-    def __init__(self, cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, c_0, batch_sizes: Tensor | None):
+    def __init__(
+        self,
+        cell: str,
+        x: Tensor,
+        weights: list[Tensor],
+        h_0: Tensor,
+        c_0: Tensor | None,
+        batch_sizes: Tensor | None,
+        launch: Sequence[int],
+    ):
         check(cell, x, weights, h_0, c_0, batch_sizes)
-        self.cell, self.device = cell, x.device
+        self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
-        self.N, self.G, self.K = x.shape[0], GATES[cell], SAVED_BLOCKS[cell]
-        self.F = 1 if self.G == 1 else 4  # blocks of grad_gates
+        self.N, self.G, self.K, self.F = x.shape[0], self.cell.gates, self.cell.saved_blocks, self.cell.gradient_blocks
         self.H = self.weights[0].w_hh.shape[0] // self.G
         self.projected = self.weights[0].w_hr is not None
         self.bias = self.weights[0].b_hh is not None
-        self.precision = "tf32" if x.dtype == torch.float32 and hardware.tf32(x.device) else "ieee"
-        self.tile = select.triton_tile(
-            cell, self.H, self.projected, x.dtype, self.precision == "tf32", hardware.gpu_of(x.device)
-        )
+        self.tile = _launch(launch, x, self)
+        self.precision = "tf32" if self.tile.tf32 else "ieee"
         self.ragged = batch_sizes is not None
         self.T = len(batch_sizes) if self.ragged else self.N // max(self.B, 1)
         self.used = self.N  # rows that steps use, as far as that is known without asking the device
@@ -143,12 +155,28 @@ class _Layer:
         every = {"starts": self.starts, "sizes": self.sizes, "T": self.T, "B": self.B, "D": self.D}
         every |= {"RAGGED": self.ragged, "ROWS": self.tile.rows, "UNITS": self.tile.units}
         if "P" not in arguments:
-            every |= {"N": self.N, "CELL": self.cell, "H": self.H, "GATES": self.G, "BLOCKS": self.K}
+            every |= {"N": self.N, "CELL": self.cell.name, "H": self.H, "GATES": self.G, "BLOCKS": self.K}
         _run(name, grid, {**every, **arguments}, self.tile.warps)
 
     def grid(self, rows: int, units: int) -> tuple[int, int, int]:
         """Programs for a step."""
         return -(-rows // self.tile.rows), -(-units // self.tile.units), self.D
+
+
+def _launch(planned: Sequence[int], x: Tensor, layer: _Layer) -> Launch:
+    """What was planned, or by the sizes that arrive."""
+    if planned:
+        tf32, resident, *tile = planned
+        return Launch(bool(tf32), bool(resident), *tile)
+    call = Call(
+        cell=layer.cell.name,
+        device_type=x.device.type,
+        dtype=x.dtype,
+        hidden_size=layer.H,
+        projected=layer.projected,
+        tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
+    )
+    return launch_of(call, hardware.gpu_of(x.device))
 
 
 def _run(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
@@ -258,10 +286,10 @@ def _grad_weights(layer: _Layer, x, h_0, y, saved, grad_gates, grad_projected) -
 
 def _blocks_of_x(layer: _Layer) -> list[tuple[slice, slice]]:
     """Which columns of grad_gates belong to which rows of w_ih: see `kernels.cell_backward`."""
-    H = layer.H
-    if layer.cell == "gru":
-        return [(slice(0, 2 * H), slice(0, 2 * H)), (slice(3 * H, 4 * H), slice(2 * H, 3 * H))]
-    return [(slice(0, layer.G * H), slice(0, layer.G * H))]
+    H, G, apart = layer.H, layer.G, layer.cell.gates_apart
+    together = slice(0, (G - apart) * H)
+    own = [(slice(G * H, (G + apart) * H), slice((G - apart) * H, G * H))] if apart else []
+    return [(together, together), *own]
 
 
 def _previous(layer: _Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:

@@ -1,11 +1,9 @@
-"""torch's own kernels for NVIDIA GPUs, those of cuDNN: all layers in one call, where they are the faster ones.
+"""The calls of cuDNN by torch's operators.
 
-What cuDNN's backward needs of its forward is in a form that cuDNN alone knows, so this backend has no operators of the
-pair's contract; ``seqkernels.ops`` runs it by an autograd function of its own. The calls are those of torch's gru and
-lstm (aten/src/ATen/native/cudnn/RNN.cpp of PyTorch), but for three things. cuDNN reads the weights from one buffer,
-which is made here in every call unless they lie in one already: the user's parameters are never moved. Its training
-mode is a matter of whether gradients are wanted, so that they can be had in eval mode as well. And sequences that never
-run, which cuDNN does not know, are left out.
+They are those of torch's gru and lstm (aten/src/ATen/native/cudnn/RNN.cpp of PyTorch), but for three things. cuDNN
+reads the weights from one buffer, which is made here in every call unless they lie in one already: the user's
+parameters are never moved. Its training mode is a matter of whether gradients are wanted, so that they can be had in
+eval mode as well. And sequences that never run, which cuDNN does not know, are left out.
 
 Whether two runs give the same bits is up to cuDNN and cuBLAS: see the note on determinism at torch.nn.LSTM.
 """
@@ -16,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels.backends import GATES
+from seqkernels.backends.cells import CELLS
 
-_MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # cudnnRNNMode_t
+MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}  # cudnnRNNMode_t
 
 
 def forward(
@@ -96,9 +94,9 @@ class _Call:
         # Sequences of one length are a padded batch, for which cuDNN has the faster kernels.
         self.sizes = sizes if sizes and sizes[-1] < sizes[0] else []
         self.each = len(weights) // len(h_0)
-        hidden_size = weights[0].shape[0] // GATES[cell]
+        hidden_size = weights[0].shape[0] // CELLS[cell].gates
         projected = weights[1].shape[1] if self.each % 2 else 0
-        self._model = _MODES[cell], hidden_size, projected, len(h_0) // directions
+        self._model = MODES[cell], hidden_size, projected, len(h_0) // directions
         self._bidirectional = directions == 2
         first = weights[0]
         self.layout = (*self._model, self._bidirectional, self.each, first.shape[1], first.dtype, first.device)
@@ -156,7 +154,8 @@ def _layout(
     device: torch.device,
 ) -> tuple[int, tuple[int, ...]]:
     """The number of elements of cuDNN's buffer, and where each weight begins in it: cuDNN is asked once."""
-    gates = {0: 1, 1: 1, 2: 4, 3: 3}[mode] * hidden_size
+    cell = next(name for name, number in MODES.items() if number == mode)
+    gates = CELLS[cell].gates * hidden_size
     directions = 2 if bidirectional else 1
     weights = []
     for layer in range(layers):

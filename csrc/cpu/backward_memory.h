@@ -1,0 +1,128 @@
+// What the backward pass of a layer works in: packed weights, the gradients of a chunk's gates, sums of the gradients
+// of weights, and each task's gradients of states.
+#pragma once
+#include "layout.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// A chunk has at most so many rows and bytes of gradients, but at least one step.
+constexpr int64_t kGradientRows = 512;
+constexpr int64_t kGradientBytes = 4 << 20;
+
+// How the columns of a gradient row belong to the weights. A row has, of width H each, the gradients for W_ih x of the
+// gates that stay apart (CellTraits::apart), those of the gates that add both products, and the gradients for W_hh h of
+// the gates that stay apart. So both those for W_ih and those for W_hh lie together: a GRU's row is n for x, r, z, n
+// for h, of which the first three belong to W_ih (as n r z) and the last three to W_hh (r z n). With a projection the
+// gradient of the projected h follows.
+struct Columns {
+  int64_t gates;      // G*H
+  int64_t recurrent;  // where those for W_hh begin
+  int64_t projected;  // where those for W_hr begin
+  int64_t width;
+
+  explicit Columns(const Layer& p)
+      : gates(gates_of(p.cell) * p.hidden),
+        recurrent(apart_of(p.cell) * p.hidden),
+        projected(recurrent + gates),
+        width(projected + (p.has_projection ? p.projected : 0)) {}
+
+  // The row of W_ih that a column belongs to.
+  int64_t gate_of_input(int64_t column) const {
+    return column < recurrent ? column + gates - recurrent : column - recurrent;
+  }
+};
+
+// The memory of one backward call. S is the type of the layer's numbers.
+template <class S>
+struct BackwardMemory {
+  using C = acc_t<S>;
+  static constexpr bool kSumsApart = !std::is_same<S, C>::value;
+  struct PerDirection {
+    C *w_hh, *w_hr;
+    C *grad_w_ih, *grad_w_hh, *grad_w_hr;  // sums so far; in the results themselves where these have the type of sums
+    C* column_sums;                        // [ldg]
+  };
+  struct PerTask {
+    C* grad_h;            // [count, ldp]: of each sequence's h, what comes back from later steps
+    C* grad_c;            // [count, ldh]
+    C* grad_unprojected;  // [count, ldh]
+  };
+
+  const Columns columns;
+  const Panels<C> ih, hh, hr;
+  const int64_t ldh, ldp, ldg;
+  const int64_t chunk_steps;
+  bool wants_weights;
+  PerDirection direction[2] = {};
+  C* w_ih;             // of all directions, one below the other
+  C* grads;            // [rows of a chunk, D, ldg]
+  int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - sequence for h_0
+  C* panels;           // [members, kKc, kMaxVectors]: right factors of a weight gradient
+  Arena tasks;
+  int64_t task_bytes;
+
+  BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
+      : columns(p),
+        ih(p.directions * columns.gates, p.grad_x ? p.input : 0, 1),
+        hh(columns.gates, p.projected, 1),
+        hr(p.projected, p.has_projection ? p.hidden : 0, 1),
+        ldh(leading<C>(p.hidden)),
+        ldp(leading<C>(p.projected)),
+        ldg(leading<C>(columns.width)),
+        chunk_steps(steps_of_chunk(p)),
+        wants_weights(p.grad_weights[0].w_ih) {
+    Arena arena{static_cast<char*>(base)};
+    w_ih = arena.take<C>(ih.size());
+    for (int d = 0; d < p.directions; d++) {
+      PerDirection& one = direction[d];
+      one.w_hh = arena.take<C>(hh.size());
+      one.w_hr = arena.take<C>(hr.size());
+      const auto sums = [&](void* user, int64_t size) {
+        return kSumsApart && wants_weights ? arena.take<C>(size) : static_cast<C*>(user);
+      };
+      one.grad_w_ih = sums(p.grad_weights[d].w_ih, columns.gates * p.input);
+      one.grad_w_hh = sums(p.grad_weights[d].w_hh, columns.gates * p.projected);
+      one.grad_w_hr = sums(p.grad_weights[d].w_hr, p.has_projection ? p.projected * p.hidden : 0);
+      one.column_sums = arena.take<C>(ldg);
+      before[d] = arena.take<int64_t>(wants_weights ? p.rows : 0);
+    }
+    grads = arena.take<C>(min(p.rows, chunk_steps * p.sequences) * p.directions * ldg);
+    panels = arena.take<C>(wants_weights ? schedule.members * panel_size() : 0);
+    tasks = arena;
+    Arena one{nullptr};
+    take_task(p, schedule, one);
+    task_bytes = one.used;
+  }
+
+  static constexpr int64_t panel_size() { return kKc * kMaxVectors * kLanes<C>; }
+  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+
+  PerTask task(const LayerBackward& p, const Schedule& schedule, int64_t i) const {
+    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    return take_task(p, schedule, arena);
+  }
+
+ private:
+  PerTask take_task(const LayerBackward& p, const Schedule& schedule, Arena& arena) const {
+    const int64_t count = schedule.max_sequences;
+    PerTask task;
+    task.grad_h = arena.take<C>(count * ldp);
+    task.grad_c = arena.take<C>(p.c_0 ? count * ldh : 0);
+    task.grad_unprojected = arena.take<C>(p.has_projection ? count * ldh : 0);
+    return task;
+  }
+
+  int64_t steps_of_chunk(const LayerBackward& p) const {
+    // The two directions reach a step at different times, but its grad_x is one sum: all steps are one chunk.
+    if (p.directions == 2) return p.steps;
+    const int64_t rows = min(kGradientRows, kGradientBytes / (ldg * static_cast<int64_t>(sizeof(C))));
+    return min(p.steps, max(1, rows / max(1, p.sequences)));
+  }
+};
+
+// Steps [first, last) of one chunk, and its rows.
+struct Chunk {
+  int64_t first, last, row, rows;
+};
+
+}  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,100 @@
+// What the forward pass of a layer works in: packed weights and biases, and each task's states and gates.
+#pragma once
+#include "layout.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+// The gates of a chunk have at most so many bytes, but a chunk has at least so many rows: enough to use each panel of
+// W_ih often.
+constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkRows = 48;
+// A layer of so few rows multiplies by its weights where they lie: packing them does not pay.
+constexpr int64_t kFewRows = 8;
+
+// The memory of one forward call. S is the type of the layer's numbers, F what products take of them: the type of
+// computation, or pairs of bfloat16 as they are.
+template <class S, class F>
+struct ForwardMemory {
+  using C = acc_t<S>;
+  struct PerDirection {
+    F *w_ih, *w_hh, *w_hr;
+    C* bias;        // [G*H]: all biases but those of b_hh that stay apart
+    C* bias_apart;  // [A*H]: those, of the last A gates (CellTraits::apart)
+  };
+  struct PerTask {
+    C *h, *h_next;              // [count, ldp]
+    F *factors, *factors_next;  // h for products: the same memory where the type is the same
+    C* c;                       // [count, ldh]
+    F* unprojected;             // [count, ldh]: h before its projection
+    C* gates;                   // [chunk, ldg]: W_ih x and bias
+    int64_t* rows;              // [members of the team, chunk]: which rows of the layer they are
+  };
+
+  const Panels<F> ih, hh, hr;
+  const bool packed;  // whether the weights are
+  const int64_t ldh, ldp, ldi, ldg, chunk;
+  PerDirection direction[2] = {};
+  F* x;  // [N, ldi] where the user's x cannot be taken as it is, else null
+  Arena tasks;
+  int64_t task_bytes;
+
+  ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
+      : ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1),
+        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell)),
+        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1),
+        packed(p.rows > kFewRows),
+        ldh(leading<C>(p.hidden)),
+        ldp(leading<C>(p.projected)),
+        ldi(leading<C>(p.input)),
+        ldg(leading<C>(ih.units)),
+        chunk(chunk_rows(p, schedule)) {
+    Arena arena{static_cast<char*>(base)};
+    for (int d = 0; d < p.directions; d++) {
+      if (packed) {
+        direction[d].w_ih = arena.take<F>(ih.size());
+        direction[d].w_hh = arena.take<F>(hh.size());
+        direction[d].w_hr = arena.take<F>(hr.size());
+      }
+      direction[d].bias = arena.take<C>(ldg);
+      direction[d].bias_apart = arena.take<C>(leading<C>(apart_of(p.cell) * p.hidden));
+    }
+    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % sizeof(F) == 0 && p.input % kPerFactor<F> == 0;
+    const bool as_it_is = sizeof(S) * kPerFactor<F> == sizeof(F) && aligned;
+    x = as_it_is ? nullptr : arena.take<F>(p.rows * ldi);
+    tasks = arena;
+    Arena one{nullptr};
+    take_task(p, schedule, one);
+    task_bytes = one.used;
+  }
+
+  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+
+  PerTask task(const LayerForward& p, const Schedule& schedule, int64_t i) const {
+    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    return take_task(p, schedule, arena);
+  }
+
+ private:
+  PerTask take_task(const LayerForward& p, const Schedule& schedule, Arena& arena) const {
+    const int64_t count = schedule.max_sequences;
+    PerTask task;
+    task.h = arena.take<C>(count * ldp);
+    task.h_next = arena.take<C>(count * ldp);
+    const bool same = std::is_same<C, F>::value;
+    task.factors = same ? reinterpret_cast<F*>(task.h) : arena.take<F>(count * ldp);
+    task.factors_next = same ? reinterpret_cast<F*>(task.h_next) : arena.take<F>(count * ldp);
+    task.c = arena.take<C>(p.c_0 ? count * ldh : 0);
+    task.unprojected = arena.take<F>(p.has_projection ? count * ldh : 0);
+    task.gates = arena.take<C>(chunk * ldg);
+    task.rows = arena.take<int64_t>(schedule.team_size * chunk);
+    return task;
+  }
+
+  int64_t chunk_rows(const LayerForward& p, const Schedule& schedule) const {
+    const int64_t fitting = kChunkBytes / (ldg * static_cast<int64_t>(sizeof(C)));
+    const int64_t all = p.steps * schedule.max_sequences;
+    return min(max(max(fitting, kChunkRows), schedule.max_sequences), all);
+  }
+};
+
+}  // namespace seqkernels::SEQKERNELS_ISA

@@ -1,0 +1,193 @@
+// What matrix products multiply: factors, and weights packed into panels.
+#pragma once
+#include <utility>
+
+#include "team.h"
+#include "vec.h"
+
+namespace seqkernels::SEQKERNELS_ISA {
+
+template <class C>
+inline int64_t vectors_of(int64_t n) {
+  return (n + kLanes<C> - 1) / kLanes<C>;
+}
+
+// The distance between rows of n numbers, in whole vectors. Rows a multiple of 1 KiB apart fall into the same few sets
+// of the first-level cache; one vector more spreads them.
+template <class C>
+inline int64_t leading(int64_t n) {
+  const int64_t padded = vectors_of<C>(n) * kLanes<C>;
+  return padded * sizeof(C) % 1024 ? padded : padded + kLanes<C>;
+}
+
+// ---- factors: what products multiply, and what they add up in
+
+// Two successive bfloat16 of a row, which AVX512-BF16 multiplies and adds as one.
+struct bfloat16x2 {
+  bfloat16 low, high;
+};
+
+template <class F>
+struct SumOf {
+  typedef F type;
+};
+template <>
+struct SumOf<bfloat16x2> {
+  typedef float type;
+};
+template <class F>
+using Sum = typename SumOf<F>::type;
+
+template <class F>
+constexpr int kPerFactor = sizeof(F) / sizeof(Sum<F>) * (std::is_same<F, bfloat16x2>::value ? 2 : 1);
+
+// Factors of a row of n numbers.
+template <class F>
+inline int64_t factors_of(int64_t n) {
+  return (n + kPerFactor<F> - 1) / kPerFactor<F>;
+}
+
+// sum + w * x, lane by lane.
+template <class F>
+inline Vec<Sum<F>> add_product(Vec<Sum<F>> sum, Vec<Sum<F>> w, Vec<Sum<F>> x) {
+  return sum + w * x;
+}
+
+// x in every lane.
+template <class F>
+inline Vec<Sum<F>> broadcast(F x) {
+  return x - Vec<F>{};
+}
+
+#if defined(__AVX512F__)
+// Functions that may run AVX512-BF16; they do where the machine has it (see Layer::bfloat16_products).
+#define SEQKERNELS_PRODUCT_TARGET __attribute__((target("avx512bf16")))
+template <>
+SEQKERNELS_PRODUCT_TARGET inline Vec<float> add_product<bfloat16x2>(Vec<float> sum, Vec<float> w, Vec<float> x) {
+  return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(w), bits_of<__m512bh>(x));
+}
+template <>
+inline Vec<float> broadcast(bfloat16x2 x) {
+  return bits_of<Vec<float>>(_mm512_set1_epi32(bits_of<int>(x)));
+}
+#else
+#define SEQKERNELS_PRODUCT_TARGET
+#endif
+
+// A vector of factors, as bits: of the first n numbers from p on, zeros behind them.
+template <class F, class S>
+inline Vec<Sum<F>> load_factors(const S* p, int64_t n) {
+  if constexpr (std::is_same<F, bfloat16x2>::value) {
+    S numbers[2 * kLanes<float>] = {};
+    memcpy(numbers, p, n < 2 * kLanes<float> ? n * sizeof(S) : sizeof(numbers));
+    return bits_of<Vec<float>>(numbers);
+  } else {
+    return load(p, n);
+  }
+}
+
+// Stores numbers [at, at + lanes of a vector) of a row of n numbers. An unpaired last one is paired with zero.
+template <class F>
+inline void store_factors(F* row, int64_t at, int64_t n, Vec<Sum<F>> x) {
+  if constexpr (std::is_same<F, bfloat16x2>::value) {
+    bfloat16* numbers = &row->low + at;
+    store(numbers, x);
+    if (n % 2 && n - at < kLanes<float>) numbers[n - at] = {};
+  } else {
+    store(row + at, x);
+  }
+}
+
+constexpr int kMaxVectors = 4;  // of a panel: gates of a cell, or units of a single matrix
+
+// A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel has `width`
+// vectors of units of every group, so that all gates of a unit come out of one pass. Per k its vectors lie together.
+// The last panel may have fewer. With a single group, lanes behind the last unit are zero. With several, the units that
+// remain for the last panel are packed closely, one group's lanes after the other's: 100 units of 4 gates are 25
+// vectors and not 28. k counts factors.
+template <class F>
+struct Panels {
+  static constexpr int V = kLanes<Sum<F>>;
+  int64_t k, units;
+  int groups;
+  int width;
+
+  // Several vectors a row fill the accumulators with few broadcasts. A single group takes them from its units.
+  Panels(int64_t k, int64_t units, int groups)
+      : k(k), units(units), groups(groups), width(groups == 1 ? kMaxVectors : 1) {}
+
+  int64_t vectors() const { return vectors_of<Sum<F>>(units); }  // of one group
+  int64_t count() const { return (vectors() + width - 1) / width; }
+  int64_t size() const { return count() ? offset(count() - 1) + vectors_in(count() - 1) * V * k : 0; }
+  int64_t offset(int64_t panel) const { return panel * width * V * groups * k; }
+  int width_of(int64_t panel) const { return static_cast<int>(min(width, vectors() - panel * width)); }
+  // How many lanes lie between a unit's gates.
+  int64_t lanes_of_group(int64_t panel) const { return groups == 1 ? V : min(V, units - panel * V); }
+  int vectors_in(int64_t panel) const {
+    return static_cast<int>(groups == 1 ? width_of(panel) : vectors_of<Sum<F>>(groups * lanes_of_group(panel)));
+  }
+};
+
+// ---- packing
+
+// rows[i][k] <-> rows[k][i], in log2(V) rounds. Each swaps blocks of half the size.
+template <int kBlock, class C, int... kLane>
+inline void swap_blocks(Vec<C>& a, Vec<C>& b, std::integer_sequence<int, kLane...>) {
+  const Vec<C> low = shuffle<C, (kLane & kBlock ? kLane - kBlock + kLanes<C> : kLane)...>(a, b);
+  b = shuffle<C, (kLane & kBlock ? kLane + kLanes<C> : kLane + kBlock)...>(a, b);
+  a = low;
+}
+
+template <class C, int kBlock = 1>
+inline void transpose(Vec<C>* rows) {
+  constexpr int V = kLanes<C>;
+  if constexpr (kBlock < V) {
+#pragma GCC unroll 16
+    for (int i = 0; i < V; i++)
+      if (!(i & kBlock)) swap_blocks<kBlock, C>(rows[i], rows[i + kBlock], std::make_integer_sequence<int, V>{});
+    transpose<C, kBlock * 2>(rows);
+  }
+}
+
+// Panel j of a source whose number (group, unit, i) lies at (group * units + unit) * n + i: torch's [gates * H, n].
+template <class F, class S>
+__attribute__((noinline)) void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t n,
+                                               F* packed) {
+  using C = Sum<F>;
+  constexpr int V = kLanes<C>;
+  const int vectors = shape.vectors_in(j);
+  const int64_t lanes = shape.lanes_of_group(j), first = j * shape.width * V;
+  C* panel = reinterpret_cast<C*>(packed + shape.offset(j));
+  const S* from[kMaxVectors * V];
+  for (int lane = 0; lane < vectors * V; lane++) {
+    const int64_t group = shape.groups == 1 ? 0 : lane / lanes, unit = first + lane - group * lanes;
+    from[lane] = group < shape.groups && unit < shape.units ? source + (group * shape.units + unit) * n : nullptr;
+  }
+  for (int64_t k = 0; k < shape.k; k += V)
+    for (int v = 0; v < vectors; v++) {
+      const int64_t i = k * kPerFactor<F>;
+      Vec<C> rows[V];
+#pragma GCC unroll 16
+      for (int u = 0; u < V; u++) rows[u] = from[v * V + u] ? load_factors<F>(from[v * V + u] + i, n - i) : Vec<C>{};
+      transpose<C>(rows);
+      for (int64_t u = 0; u < min(V, shape.k - k); u++) store(panel + ((k + u) * vectors + v) * V, rows[u]);
+    }
+}
+
+// Panel j of a source of one group whose element (k, unit) lies at k * units + unit. Rows [first, first + count) of the
+// source become the panel's rows from `to` on.
+template <class S>
+__attribute__((noinline)) void pack_rows(const Panels<acc_t<S>>& shape, int64_t j, const S* source, int64_t first,
+                                         int64_t count, int64_t to, acc_t<S>* packed) {
+  using C = acc_t<S>;
+  constexpr int V = kLanes<C>;
+  const int width = shape.width_of(j);
+  C* panel = packed + shape.offset(j) + to * width * V;
+  for (int64_t k = 0; k < count; k++)
+    for (int v = 0; v < width; v++) {
+      const int64_t unit = (j * shape.width + v) * V;
+      store(panel + (k * width + v) * V, load(source + (first + k) * shape.units + unit, shape.units - unit));
+    }
+}
+
+}  // namespace seqkernels::SEQKERNELS_ISA

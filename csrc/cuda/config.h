@@ -1,0 +1,323 @@
+// What the CUDA kernels are made of, and what fits on a GPU: paths, math policies, tile sizes, how many fragments of
+// the weights stay in registers, and where everything lies in shared memory. Each fact stands here once: the kernels
+// take their layouts from here, the planner (plan.cpp) what fits. Plain constexpr C++, no CUDA header, so that both can
+// be compiled anywhere. Letters as in layer.h; a CTA is a block of threads, a target is a compute capability (90
+// is 9.0).
+//
+// To support another architecture: a row in Arch, its paths in has_path(), and rows in kResident where its compiler
+// needs other numbers than those of the architecture before it.
+#pragma once
+#include "../layer.h"
+
+namespace seqkernels {
+
+// ---- paths, arithmetic, architectures
+
+enum class Path { stepwise, single_cta, cluster, persistent_grid };
+
+// How a CTA multiplies by the recurrent weights: float32 by plain multiply-adds, float32 rounded to TF32 by tensor
+// cores, or 16-bit numbers by tensor cores. mma.cuh has a policy for each.
+enum class Math { fp32_fma, tf32, tensor_core };
+
+constexpr Math math_of(Scalar scalar, bool tf32) {
+  return scalar == Scalar::bfloat16 || scalar == Scalar::float16 ? Math::tensor_core
+         : tf32                                                  ? Math::tf32
+                                                                 : Math::fp32_fma;
+}
+constexpr int element_bytes(Math math) { return math == Math::tensor_core ? 2 : 4; }
+
+// Architectures that differ in what fits; each number is the first target that it is for.
+enum class Arch { sm_80 = 80, sm_90 = 90 };
+
+constexpr Arch arch_of(int target) { return target >= 90 ? Arch::sm_90 : Arch::sm_80; }
+
+// The lowest target that the kernels of a path can be compiled for; setup.py compiles them for those.
+constexpr int min_target(Path path) { return path == Path::stepwise ? 70 : path == Path::single_cta ? 80 : 90; }
+
+// Whether a GPU runs a path. Clusters are tuned for 9.0 alone.
+constexpr bool has_path(Path path, int target) {
+  return path == Path::cluster || path == Path::persistent_grid ? target == 90 : target >= min_target(path);
+}
+
+// ---- tiles
+
+constexpr int ceil_div(int64_t n, int divisor) { return static_cast<int>((n + divisor - 1) / divisor); }
+
+constexpr int kMaxTile = 8;      // sequences that a CTA takes at most: the columns of one MMA
+constexpr int kMmaRows = 16;     // rows of a matrix that a warp multiplies at once: hidden units
+constexpr int kWarp = 32;        // lanes of a warp
+constexpr int kChunkBytes = 64;  // of a row that a warp multiplies at once: 16 for each of the 4 lanes that share a row
+constexpr int kFragmentBytes = 32;  // what a lane has of 16 rows by a chunk
+
+// Columns of a matrix that are multiplied at once.
+constexpr int chunk_of(Math math) { return kChunkBytes / element_bytes(math); }
+
+// Factors from one sequence's row to the next in shared memory, for rows of `width`, a multiple of a chunk. Rows begin
+// 64 bytes apart modulo 128, so that 8 lanes read 16 bytes each from different banks.
+constexpr int row_stride(int width, Math math) { return width + (width / chunk_of(math) % 2 ? 0 : chunk_of(math)); }
+
+// Two buffers, so that one barrier or one exchange a step is enough; each has a row of factors for every sequence.
+constexpr int factor_buffer_bytes(int stride, Math math) { return kMaxTile * stride * element_bytes(math); }
+
+// A kernel of one path, but for its sizes.
+struct Variant {
+  Arch arch;
+  Cell cell;
+  Math math;
+  bool backward;
+  bool even;  // the layer has an even number of units: two are read in one access
+};
+
+// ---- register-resident weights: as many as a thread can have beside all else without spilling, as the compiler's code
+// shows (tests/cuda/test_cuda_compiled.py reads it there)
+
+struct ResidentRow {
+  Path path;
+  Arch arch;  // and newer ones, up to the next with a row for the same
+  int gates;
+  Math math;
+  int max_width;  // units of the widest kernel; of a cluster or the grid: any
+  struct {
+    int even, odd;  // for even and odd numbers of units
+  } forward, backward;
+};
+
+constexpr int kAnyWidth = 1 << 30;
+
+// For a single CTA groups of fragments, a group having one of each gate; for the others fragments.
+constexpr ResidentRow kResident[] = {
+    {Path::single_cta, Arch::sm_80, 1, Math::fp32_fma, 128, {16, 16}, {16, 16}},
+    {Path::single_cta, Arch::sm_80, 1, Math::tf32, 128, {16, 16}, {16, 16}},
+    {Path::single_cta, Arch::sm_80, 1, Math::tensor_core, 256, {16, 16}, {16, 16}},
+    {Path::single_cta, Arch::sm_80, 3, Math::fp32_fma, 128, {3, 3}, {4, 4}},
+    {Path::single_cta, Arch::sm_80, 3, Math::tf32, 128, {6, 6}, {5, 5}},
+    {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 128, {4, 4}, {4, 4}},
+    {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 256, {5, 5}, {4, 4}},
+    {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 64, {1, 1}, {2, 2}},
+    {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 128, {1, 1}, {3, 2}},
+    {Path::single_cta, Arch::sm_80, 4, Math::tf32, 128, {4, 4}, {3, 3}},
+    {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 128, {4, 4}, {4, 4}},
+    {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 256, {4, 2}, {2, 2}},
+
+    {Path::cluster, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {12, 12}},
+    {Path::cluster, Arch::sm_90, 1, Math::tf32, kAnyWidth, {22, 22}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 1, Math::tensor_core, kAnyWidth, {22, 22}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 3, Math::fp32_fma, kAnyWidth, {12, 12}, {11, 11}},
+    {Path::cluster, Arch::sm_90, 3, Math::tf32, kAnyWidth, {18, 18}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 3, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 4, Math::fp32_fma, kAnyWidth, {10, 10}, {11, 11}},
+    {Path::cluster, Arch::sm_90, 4, Math::tf32, kAnyWidth, {18, 18}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
+
+    {Path::persistent_grid, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {12, 12}},
+    {Path::persistent_grid, Arch::sm_90, 1, Math::tf32, kAnyWidth, {22, 22}, {17, 17}},
+    {Path::persistent_grid, Arch::sm_90, 1, Math::tensor_core, kAnyWidth, {22, 22}, {18, 18}},
+    {Path::persistent_grid, Arch::sm_90, 3, Math::fp32_fma, kAnyWidth, {10, 10}, {9, 9}},
+    {Path::persistent_grid, Arch::sm_90, 3, Math::tf32, kAnyWidth, {18, 18}, {17, 17}},
+    {Path::persistent_grid, Arch::sm_90, 3, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
+    {Path::persistent_grid, Arch::sm_90, 4, Math::fp32_fma, kAnyWidth, {8, 8}, {8, 8}},
+    {Path::persistent_grid, Arch::sm_90, 4, Math::tf32, kAnyWidth, {18, 18}, {16, 16}},
+    {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
+};
+
+// What kResident says of a kernel of so many units; 0: there is no row for it.
+constexpr int resident_of(Path path, const Variant& v, int width) {
+  const ResidentRow* best = nullptr;
+  for (const ResidentRow& row : kResident) {
+    if (row.path != path || row.gates != gates_of(v.cell) || row.math != v.math || row.max_width < width) continue;
+    if (row.arch <= v.arch && (!best || row.arch > best->arch)) best = &row;
+  }
+  if (!best) return 0;
+  const auto& pass = v.backward ? best->backward : best->forward;
+  return v.even ? pass.even : pass.odd;
+}
+
+// ---- single CTA: a CTA owns up to 8 sequences; its weights lie in registers, then shared memory, then the L2 cache
+
+struct SingleCtaLayout {
+  int width;        // hidden units that the kernel is made for
+  int m_tiles;      // of 16 rows that a warp takes
+  int threads;      //
+  int stride;       // of a row of factors
+  int buffers;      // bytes of both buffers of factors, at the begin of shared memory; weights follow
+  int groups;       // of fragments that a thread needs: one of each gate, for one chunk and one of its tiles of 16 rows
+  int resident;     // of them in registers
+  int group_bytes;  // of a group of all threads
+
+  // Groups in shared memory, where a CTA may have so many bytes of it; the others are read from L2 in every step.
+  constexpr int shared_groups(int shared_memory) const {
+    const int others = groups - resident, fitting = (shared_memory - buffers) / group_bytes;
+    return fitting < others ? fitting : others;
+  }
+  constexpr int bytes(int shared_memory) const { return buffers + shared_groups(shared_memory) * group_bytes; }
+  constexpr bool fits(int shared_memory) const { return width > 0 && buffers <= shared_memory; }
+};
+
+constexpr int kSingleCtaWidths[] = {32, 64, 96, 128, 192, 256};
+constexpr int max_single_cta_width(Math math) { return math == Math::tensor_core ? 256 : 128; }
+
+// Units of the narrowest kernel for a layer; 0: there is none. For odd numbers of units there are fewer kernels.
+constexpr int single_cta_width(Math math, int64_t hidden) {
+  for (const int width : kSingleCtaWidths) {
+    const bool for_odd = width == 64 || width == 128 || width == 256;
+    if (hidden <= width && width <= max_single_cta_width(math) && (for_odd || hidden % 2 == 0)) return width;
+  }
+  return 0;
+}
+
+// For a kernel of so many units, as single_cta_width() says.
+constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
+  SingleCtaLayout l{};
+  if (width == 0) return l;
+  const int gates = gates_of(v.cell);
+  l.width = width;
+  l.m_tiles = width > 128 ? 2 : 1;
+  l.threads = width / kMmaRows / l.m_tiles * kWarp;
+  l.stride = row_stride(v.backward ? gates * width : width, v.math);
+  l.buffers = 2 * factor_buffer_bytes(l.stride, v.math);
+  l.groups = width / chunk_of(v.math) * l.m_tiles;
+  const int resident = resident_of(Path::single_cta, v, width);
+  l.resident = resident < l.groups ? resident : l.groups;
+  l.group_bytes = gates * l.threads * kFragmentBytes;
+  return l;
+}
+
+// ---- cluster and persistent grid: a group of CTAs shares the hidden units of a layer, a slice for each
+
+constexpr int kClusterUnits[] = {32, 48, 64};     // hidden units of a CTA of a cluster
+constexpr int kMinCluster = 2, kMaxCluster = 16;  // CTAs of a cluster; st.async needs a peer
+constexpr int kGridUnits = 16;                    // hidden units of a CTA of the grid
+constexpr int kGridClusters[] = {4, 2};           // CTAs of a cluster of the grid
+
+// How a layer is shared.
+struct SliceShape {
+  Path path;
+  int units;    // of a CTA
+  int blocks;   // CTAs of a group
+  int cluster;  // CTAs of a cluster
+};
+constexpr SliceShape cluster_shape(int64_t hidden, int units) {
+  SliceShape shape{};
+  shape.path = Path::cluster;
+  shape.units = units;
+  shape.blocks = shape.cluster = ceil_div(hidden, units);
+  return shape;
+}
+constexpr SliceShape grid_shape(int64_t hidden, int cluster) {
+  SliceShape shape{};
+  shape.path = Path::persistent_grid;
+  shape.units = kGridUnits;
+  shape.cluster = cluster;
+  shape.blocks = ceil_div(hidden, cluster * kGridUnits) * cluster;
+  return shape;
+}
+
+constexpr int slice_warps(int units, bool backward) { return units == 48 && !backward ? 6 : 8; }
+// Warps that own states: two units of one sequence a thread.
+constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarp; }
+
+// Forward: warps that share the columns of 16 rows, each having a part of the chunks.
+constexpr int forward_parts(int units) { return slice_warps(units, false) / (units / kMmaRows); }
+// Their sums lie so far apart that 16 lanes store two each to different banks.
+constexpr int sums_stride(int units) { return units + 4; }
+constexpr int forward_sums(int gates, int units) {
+  return forward_parts(units) * gates * kMaxTile * sums_stride(units) - 4;
+}
+
+// Backward: a warp multiplies for 32 states at once, so that factors are read half as often.
+constexpr int kBackwardRows = 2 * kMmaRows;
+// Units whose gates' gradients a CTA multiplies at once: its own, on the grid those of two CTAs of its cluster; so many
+// such sets; for so many states: all, on the grid its part of them.
+constexpr int backward_set_units(Path path, int units) { return path == Path::persistent_grid ? 2 * units : units; }
+constexpr int backward_sets(const SliceShape& shape) {
+  return shape.path == Path::persistent_grid ? shape.cluster / 2 : 1;
+}
+constexpr int backward_states(const SliceShape& shape, int64_t hidden) {
+  return shape.path == Path::persistent_grid ? shape.blocks / shape.cluster * shape.units : static_cast<int>(hidden);
+}
+constexpr int backward_chunks(Path path, int gates, int units, Math math) {
+  return ceil_div(gates * backward_set_units(path, units), chunk_of(math));
+}
+// On the grid all threads add up partial gradients, by teams that have a thread for each owner; the first is the
+// owners'.
+constexpr int grid_teams() { return slice_warps(kGridUnits, true) / owner_warps(kGridUnits); }
+constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarp * 2; }
+
+// Shared memory of a CTA, in bytes from its begin: two mbarriers, two buffers of factors, what is exchanged (forward
+// the sums of the parts; backward partial gradients of two exchanges, on the grid the teams' sums), weights.
+struct SliceLayout {
+  int stride;                        // of a row of factors
+  int factors, exchange, weights;    // where they begin
+  int bytes;                         // all
+  int fragments, resident, threads;  // fragments that a thread needs at most, and has in registers at most
+
+  constexpr int shared_weights() const { return bytes - weights; }
+};
+
+constexpr int kMbarrierBytes = 2 * 8;
+
+constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, int64_t hidden) {
+  const int gates = gates_of(v.cell), chunk = chunk_of(v.math), warps = slice_warps(shape.units, v.backward);
+  SliceLayout l{};
+  int width = 0, exchange = 0;  // factors of a sequence, bytes
+  if (v.backward) {
+    const int chunks = backward_chunks(shape.path, gates, shape.units, v.math), sets = backward_sets(shape);
+    width = sets * chunks * chunk;
+    exchange =
+        shape.path == Path::persistent_grid ? grid_team_sums() * 4 : 2 * shape.blocks * kMaxTile * shape.units * 4;
+    l.fragments = ceil_div(ceil_div(backward_states(shape, hidden), kBackwardRows), warps) * sets * 2 * chunks;
+  } else {
+    width = ceil_div(shape.blocks * shape.units, chunk) * chunk;
+    exchange = forward_sums(gates, shape.units) * 4;
+    l.fragments = ceil_div(ceil_div(hidden, chunk), forward_parts(shape.units)) * gates;
+  }
+  l.threads = warps * kWarp;
+  l.resident = resident_of(shape.path, v, shape.units);
+  l.stride = row_stride(width, v.math);
+  l.factors = kMbarrierBytes;
+  l.exchange = l.factors + 2 * factor_buffer_bytes(l.stride, v.math);
+  l.weights = l.exchange + exchange;
+  const int shared = l.fragments > l.resident ? l.fragments - l.resident : 0;
+  l.bytes = l.weights + shared * l.threads * kFragmentBytes;
+  return l;
+}
+
+// ---- persistent grid: groups of CTAs that run at the same time and take the tiles of sequences in rounds, and what
+// they need in the GPU's memory to exchange
+
+struct GridGroups {
+  int directions;        // that run at once
+  int groups;            // of a direction
+  int64_t values;        // that an exchange of a group has
+  int64_t bytes, flags;  // of all exchanges; flags begin as 0
+};
+
+constexpr int grid_flags_of_block(bool backward) { return backward ? 1 : owner_warps(kGridUnits); }
+
+// Forward [sequence, unit] states, backward [cluster, sequence, unit] partial gradients.
+constexpr int64_t grid_values(const SliceShape& shape, bool backward) {
+  return int64_t{backward ? shape.blocks / shape.cluster : 1} * kMaxTile * shape.blocks * shape.units;
+}
+
+// How many groups run at the same time, on a GPU that runs so many clusters of the shape's size.
+constexpr int grid_groups_at_once(const SliceShape& shape, int clusters) {
+  return clusters * shape.cluster / shape.blocks;
+}
+
+// No groups: the GPU does not run as many CTAs at the same time as a group has.
+constexpr GridGroups grid_groups(const Variant& v, const SliceShape& shape, int directions, int64_t sequences, int tile,
+                                 int clusters) {
+  GridGroups g{};
+  const int at_once = grid_groups_at_once(shape, clusters);
+  if (at_once == 0) return g;
+  g.directions = at_once < directions ? 1 : directions;
+  const int64_t tiles = (sequences + tile - 1) / tile, of_direction = at_once / g.directions;
+  g.groups = static_cast<int>(tiles < of_direction ? tiles : of_direction);
+  g.values = grid_values(shape, v.backward);
+  const int64_t all = int64_t{directions} * g.groups;
+  g.bytes = all * 2 * g.values * (v.backward ? 4 : element_bytes(v.math));
+  g.flags = all * shape.blocks * grid_flags_of_block(v.backward);
+  return g;
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,108 @@
+// What an operator does on its GPU besides launching our kernels: allocation, views, torch's matrix products. The tests
+// build it for the CPU as well, where kernels run as tests/emulator/device.h says.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
+
+#include "../check.h"
+#include "plan.h"
+
+#ifdef SEQKERNELS_EMULATOR
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include "emulator/run.h"
+#define SEQKERNELS_SHIM(operation) aoti_torch_cpu_##operation
+#else
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
+#define SEQKERNELS_SHIM(operation) aoti_torch_cuda_##operation
+#endif
+
+namespace seqkernels {
+
+// The GPU and the stream that a call runs on, and the layer's dtype.
+class CallContext {
+ public:
+  explicit CallContext(const Tensor& x);
+
+  void* stream() const { return stream_; }
+
+  // What plans go by. Asked of the GPU once.
+  Gpu gpu() const;
+
+  Tensor allocate(const Shape& shape) const { return allocate(shape, type_); }
+
+  Tensor allocate(const Shape& shape, ScalarType type) const {
+    const Shape strides = contiguous_strides(shape);
+    AtenTensorHandle handle;
+    const auto error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                number_of(type), number_of(device_.type()), device_.index(), &handle);
+    // The stable ABI passes no reason on; torch has printed its own.
+    check(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", text_of(shape.data(), shape.size()));
+    Tensor tensor(handle);
+#ifdef SEQKERNELS_EMULATOR  // all memory starts as NaN
+    if (tensor.numel()) memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+#endif
+    return tensor;
+  }
+
+  // A tensor of memory that another one owns.
+  Tensor view(const void* data, const Shape& shape, const Shape& strides) const {
+    return torch::stable::from_blob(const_cast<void*>(data), shape, strides, device_, type_);
+  }
+  Tensor view(const void* data, const Shape& shape) const { return view(data, shape, contiguous_strides(shape)); }
+
+  // Element `i` of an array of the layer's dtype.
+  const void* at(const void* data, int64_t i) const { return static_cast<const char*>(data) + i * element_size(); }
+  void* at(void* data, int64_t i) const { return static_cast<char*>(data) + i * element_size(); }
+
+  // The dtype of sums and of the LSTM's c between steps.
+  ScalarType accumulator_type() const { return type_ == ScalarType::Double ? type_ : ScalarType::Float; }
+
+ private:
+  template <class T>
+  static int32_t number_of(T type) {
+    return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  }
+  int64_t element_size() const { return type_ == ScalarType::Double ? 8 : type_ == ScalarType::Float ? 4 : 2; }
+
+  ScalarType type_;
+  torch::stable::Device device_;
+#ifndef SEQKERNELS_EMULATOR
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  void* stream_ = nullptr;
+};
+
+// Of what a launch says: null, or the text of an error.
+inline void check_launch(const char* error) {
+  check(!error, "a CUDA kernel of seqkernels was not started: ", error ? error : "");
+}
+
+inline void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
+
+inline void copy(Tensor& to, const Tensor& from) { torch::stable::copy_(to, from); }
+
+// ---- matrix products; with `add` the result is added to
+
+inline void check_product(AOTITorchError error) {
+  check(error == AOTI_TORCH_SUCCESS, "a matrix product of seqkernels failed for the reason that torch has printed");
+}
+
+inline void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
+  check_product(add ? SEQKERNELS_SHIM(addmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
+                    : SEQKERNELS_SHIM(mm_out)(result.get(), a.get(), b.get()));
+}
+
+inline void multiply_with_bias(const Tensor& result, const Tensor& bias, const Tensor& a, const Tensor& b) {
+  check_product(SEQKERNELS_SHIM(addmm_out)(result.get(), bias.get(), a.get(), b.get(), 1, 1));
+}
+
+// One product for each direction.
+inline void multiply_each(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
+  check_product(add ? SEQKERNELS_SHIM(baddbmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
+                    : SEQKERNELS_SHIM(bmm_out)(result.get(), a.get(), b.get()));
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,154 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <sstream>
+
+namespace seqkernels {
+
+namespace {
+
+template <class... Args>
+std::string text(const Args&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+std::string capability(int target) { return text(target / 10, ".", target % 10); }
+
+Variant variant_of(const LayerFacts& layer, const Gpu& gpu, bool backward) {
+  return {arch_of(gpu.target), layer.cell, math_of(layer.scalar, layer.tf32), backward, layer.hidden % 2 == 0};
+}
+
+// As few sequences as let the tiles of all directions run at once: a step lasts the longer, the more there is to read
+// and write.
+int tile_of(const LayerFacts& layer, int at_once) {
+  const int max = static_cast<int>(std::clamp<int64_t>(layer.sequences, 1, kMaxTile));
+  for (int tile = 1; tile < max; tile++)
+    if (layer.directions * ((layer.sequences + tile - 1) / tile) <= at_once) return tile;
+  return max;
+}
+
+// ---- single CTA
+
+std::string reason_against_single_cta(const LayerFacts& layer, const Gpu& gpu) {
+  if (!has_path(Path::single_cta, gpu.target))
+    return text("a single CTA needs compute capability ", capability(min_target(Path::single_cta)), ", the GPU has ",
+                capability(gpu.target));
+  if (layer.has_projection) return "no single CTA kernel takes a projection";
+  if (layer.scalar == Scalar::float64 || !single_cta_width(math_of(layer.scalar, layer.tf32), layer.hidden))
+    return text("no single CTA kernel for ", layer.hidden, " hidden units in ", name_of(layer.scalar));
+  return "";
+}
+
+Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
+  Candidate found;
+  found.plan.path = Path::single_cta;
+  found.reason = reason_against_single_cta(layer, gpu);
+  if (!found.reason.empty()) return found;
+  const Variant variant = variant_of(layer, gpu, backward);
+  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(variant.math, layer.hidden));
+  if (!layout.fits(gpu.shared_memory)) {
+    found.reason = text("a block needs ", layout.buffers, " bytes of shared memory, and may have ", gpu.shared_memory);
+    return found;
+  }
+  const int shared = layout.shared_groups(gpu.shared_memory);
+  found.plan.tile = tile_of(layer, gpu.multiprocessors);
+  found.blocks = found.cluster = 1;
+  found.at_once = gpu.multiprocessors;
+  found.registers = int64_t{layout.resident} * layout.group_bytes;
+  found.shared_weights = int64_t{shared} * layout.group_bytes;
+  found.l2 = int64_t{layout.groups - layout.resident - shared} * layout.group_bytes;
+  found.shared_memory = layout.bytes(gpu.shared_memory);
+  return found;
+}
+
+// ---- slices: clusters, and the clusters of the persistent grid
+
+std::string reason_against_slices(const LayerFacts& layer, const Gpu& gpu) {
+  if (!has_path(Path::cluster, gpu.target))
+    return text("clusters are for compute capability 9.0, the GPU has ", capability(gpu.target));
+  if (layer.has_projection) return "no kernel for several blocks takes a projection";
+  return layer.scalar == Scalar::float64 ? "no kernel for several blocks takes float64" : "";
+}
+
+// Fills in what a block of the shape has; why it does not fit, or nothing.
+std::string lay_out(Candidate& found, const LayerFacts& layer, const Gpu& gpu, const SliceShape& shape, bool backward) {
+  const SliceLayout layout = slice_layout(variant_of(layer, gpu, backward), shape, layer.hidden);
+  found.blocks = shape.blocks;
+  found.cluster = shape.cluster;
+  found.registers = int64_t{std::min(layout.fragments, layout.resident)} * layout.threads * kFragmentBytes;
+  found.shared_weights = layout.shared_weights();
+  found.shared_memory = layout.bytes;
+  if (layout.bytes <= gpu.shared_memory) return "";
+  return text("the weights do not fit: a block needs ", layout.bytes, " bytes of shared memory, and may have ",
+              gpu.shared_memory);
+}
+
+Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backward) {
+  Candidate found;
+  found.plan = {Path::cluster, 0, units};
+  found.reason = reason_against_slices(layer, gpu);
+  if (!found.reason.empty()) return found;
+  const SliceShape shape = cluster_shape(layer.hidden, units);
+  if (shape.blocks < kMinCluster || shape.blocks > kMaxCluster) {
+    found.reason = text("a cluster has ", kMinCluster, " to ", kMaxCluster, " blocks, and ", layer.hidden,
+                        " hidden units, ", units, " a block, make ", shape.blocks);
+    return found;
+  }
+  found.reason = lay_out(found, layer, gpu, shape, backward);
+  found.at_once = gpu.clusters[shape.cluster - 1];
+  if (found.reason.empty() && !found.at_once)
+    found.reason = text("the GPU runs no cluster of ", shape.blocks, " blocks");
+  if (found.reason.empty()) found.plan.tile = tile_of(layer, found.at_once);
+  return found;
+}
+
+Candidate persistent_grid(const LayerFacts& layer, const Gpu& gpu, int clusters_of, bool backward) {
+  Candidate found;
+  found.plan = {Path::persistent_grid, 0, clusters_of * kGridUnits};
+  found.reason = reason_against_slices(layer, gpu);
+  if (!found.reason.empty()) return found;
+  const SliceShape shape = grid_shape(layer.hidden, clusters_of);
+  if (!shape.blocks) {
+    found.reason = "a layer without hidden units has no blocks";
+    return found;
+  }
+  found.reason = lay_out(found, layer, gpu, shape, backward);
+  const int groups = grid_groups_at_once(shape, gpu.clusters[shape.cluster - 1]);
+  // As many for either direction; or if there is not even one for each, one direction after the other.
+  found.at_once = groups < layer.directions ? groups : groups - groups % layer.directions;
+  if (found.reason.empty() && !found.at_once)
+    found.reason =
+        text("the GPU does not run ", shape.blocks, " blocks in clusters of ", shape.cluster, " at the same time");
+  if (found.reason.empty()) found.plan.tile = tile_of(layer, found.at_once);
+  return found;
+}
+
+}  // namespace
+
+const char* name_of(Path path) {
+  switch (path) {
+    case Path::single_cta: return "single CTA";
+    case Path::cluster: return "cluster";
+    case Path::persistent_grid: return "persistent grid";
+    default: return "stepwise";
+  }
+}
+
+std::vector<Candidate> candidates(const LayerFacts& layer, const Gpu& gpu, bool backward) {
+  std::vector<Candidate> all{Candidate{}, single_cta(layer, gpu, backward)};
+  for (const int units : kClusterUnits) all.push_back(cluster(layer, gpu, units, backward));
+  for (const int clusters_of : kGridClusters) all.push_back(persistent_grid(layer, gpu, clusters_of, backward));
+  return all;
+}
+
+std::string reason_against(const Plan& plan, const LayerFacts& layer, const Gpu& gpu, bool backward) {
+  if (plan.path != Path::stepwise && (plan.tile < 1 || plan.tile > kMaxTile))
+    return text("a block takes 1 to ", kMaxTile, " sequences, got ", plan.tile);
+  for (const Candidate& candidate : candidates(layer, gpu, backward))
+    if (candidate.plan.path == plan.path && candidate.plan.units == plan.units) return candidate.reason;
+  return text("no kernel for a ", name_of(plan.path), " with ", plan.units, " units");
+}
+
+}  // namespace seqkernels

@@ -1,0 +1,85 @@
+"""The derivative of cuDNN's kernels, and the way to them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkernels.backends import torch_eager
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.cudnn import host
+from seqkernels.backends.precision import cast_for_autocast
+
+
+class Recurrence(torch.autograd.Function):
+    """All layers by torch's own kernels, whose derivative torch cannot differentiate: where that is wanted, the first
+    derivative is that of torch_eager."""
+
+    @staticmethod
+    def forward(ctx, cell, directions, x, h_0, c_0, batch_sizes, *weights):
+        y, h_n, c_n, kept = host.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, True)
+        ctx.set_materialize_grads(False)
+        if CELLS[cell].states == 1:
+            ctx.mark_non_differentiable(c_n)
+        ctx.cell, ctx.directions, ctx.weights = cell, directions, len(weights)
+        ctx.save_for_backward(x, h_0, c_0, batch_sizes, *weights, y, *kept)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, h_0, c_0, batch_sizes, *rest = ctx.saved_tensors
+        weights, (y, *kept) = rest[: ctx.weights], rest[ctx.weights :]
+        needs = ctx.needs_input_grad[2:]
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():
+            return None, None, *Recurrence._differentiable(ctx, grads, needs, x, h_0, c_0, batch_sizes, *weights)
+        layers = x, weights, h_0, c_0, batch_sizes
+        wants = (*needs[:3], any(needs[4:]))
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        grad_x, grad_h_0, grad_c_0, grad_weights = host.backward(
+            ctx.cell, ctx.directions, *grads, *layers, y, kept, wants, again
+        )
+        return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+
+    @staticmethod
+    def _differentiable(ctx, grads, needs, *inputs):
+        """The gradients as functions of the gradients of the outputs and of all inputs."""
+        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        y, h_0, c_0, batch_sizes, *weights = inputs
+        each = ctx.directions * len(weights) // len(h_0)
+        h_n, c_n = [], []
+        for layer in range(len(h_0) // ctx.directions):
+            here = slice(layer * ctx.directions, (layer + 1) * ctx.directions)
+            states = h_0[here], None if c_0 is None else c_0[here]
+            of_layer = weights[layer * each : (layer + 1) * each]
+            y, h, c, _ = torch_eager.forward(ctx.cell, y, of_layer, *states, batch_sizes, False)
+            h_n.append(h)
+            c_n.append(c)
+        outputs = y, torch.cat(h_n), torch.cat(c_n)
+        outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+
+def run(
+    cell: str,
+    directions: int,
+    save: bool,
+    x: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers, whose states and weights lie one behind the other -> y, h_n, c_n; `save`: gradients are wanted."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    runs = cast_for_autocast(_run, x.device.type) if autocast else _run
+    return runs(cell, directions, save, x, h_0, c_0, batch_sizes, weights)
+
+
+def _run(cell, directions, save, x, h_0, c_0, batch_sizes, weights):
+    if save:
+        return Recurrence.apply(cell, directions, x, h_0, c_0, batch_sizes, *weights)
+    return host.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, save)[:3]

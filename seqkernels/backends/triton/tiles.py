@@ -1,0 +1,87 @@
+"""How the Triton backend cuts a layer into programs: what fits on chip, and what a step costs."""
+
+from typing import NamedTuple
+
+from seqkernels.backends import costs
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
+from seqkernels.hardware import GPU
+
+
+class Launch(NamedTuple):
+    """How a layer is launched: `rows` sequences by `units` hidden units a program."""
+
+    tf32: bool  # products may round float32 factors to TF32
+    resident: bool  # a program walks all steps, with the recurrent weights on chip; else every step is a launch
+    rows: int
+    units: int
+    warps: int
+
+    def __str__(self) -> str:
+        path = "resident" if self.resident else "stepwise"
+        return f"{path}, {self.rows} sequences by {self.units} units a program, {self.warps} warps"
+
+
+# The widest layer whose weights a program can keep in registers and shared memory without spilling, as the compiler's
+# code for a family of GPUs has it: for H a multiple of 16, and for any other, which takes more registers to address.
+# Each with 16-bit factors; with float32 factors in tensor cores (TF32; AMD's take float32 as it is); in exact float32
+# without them. tests/triton/test_triton_compiled.py compiles every tile for every family, and reads registers, spills
+# and shared memory from what comes out.
+_WIDEST = {
+    "ampere": {  # and all that has its matrix instructions: sm_80 to sm_89, sm_120
+        "RNN": ((128, 128, 32), (128, 128, 32)),
+        "GRU": ((128, 64, 32), (64, 64, 32)),
+        "LSTM": ((128, 32, 32), (32, 32, 32)),
+    },
+    "hopper": {
+        "RNN": ((128, 128, 32), (128, 128, 32)),
+        "GRU": ((128, 128, 32), (128, 128, 32)),
+        "LSTM": ((128, 64, 32), (128, 64, 32)),
+    },
+    "blackwell": {  # of data centres: sm_100, sm_103
+        "RNN": ((128, 128, 32), (64, 128, 32)),
+        "GRU": ((128, 64, 32), (128, 64, 32)),
+        "LSTM": ((128, 64, 32), (128, 64, 32)),
+    },
+    "amd": {
+        "RNN": ((128, 64, 0), (128, 64, 0)),
+        "GRU": ((128, 64, 0), (128, 64, 0)),
+        "LSTM": ((128, 64, 0), (128, 64, 0)),
+    },
+}
+ROWS, MIN_UNITS = 16, 32  # no tile is smaller: tensor cores take no fewer sequences, and fewer units would save nothing
+SCRATCH = 2 * 4 * ROWS  # bytes a unit that the kernels have been seen to take beside the weights, at most
+
+# Triton's launcher in Python beside torch.bmm is taken for so long, on no measurement: several operators' worth of
+# Python.
+_THROUGH_PYTHON = 30.0
+# A program that walks 16 sequences, by its units: FlashRNN's fused Triton kernels on an H100, B = 16, bfloat16.
+_RESIDENT = {32: 1.4, 64: 2.0, 128: 3.2}
+
+
+def launch_of(call: Call, gpu: GPU) -> Launch:
+    """From facts alone: no trial launches, nothing that depends on the batch."""
+    size = call.dtype.itemsize
+    units = max(MIN_UNITS, 1 << (call.hidden_size - 1).bit_length())
+    precision = 0 if size == 2 else 1 if call.tf32 or gpu.amd else 2
+    widest = _WIDEST[_family(gpu)][CELLS[call.cell].display_name][call.hidden_size % 16 != 0][precision]
+    # What AMD's compiler keeps in registers passes through shared memory gate by gate.
+    weights = (1 if gpu.amd else call.gates) * units * units * size
+    if call.projected or units > widest or weights + SCRATCH * units > gpu.shared_memory:
+        return Launch(call.tf32, False, 4, 128, 4)
+    few_warps = units < 128 if gpu.amd else call.gates == 1 and precision == 2
+    return Launch(call.tf32, True, ROWS, units, 4 if few_warps else 8)
+
+
+def step_cost(call: Call, gpu: GPU, backward: bool) -> float:
+    """Microseconds of a step; one that is not resident is launched from Python."""
+    launch = launch_of(call, gpu)
+    if not launch.resident:
+        return (2 if call.projected else 1) * _THROUGH_PYTHON + costs.step_product(call, gpu)
+    return costs.rounds(call, launch.rows, gpu.multiprocessors) * _RESIDENT[launch.units] * (1.5 if backward else 1)
+
+
+def _family(gpu: GPU) -> str:
+    if gpu.amd:
+        return "amd"
+    return {"9": "hopper", "10": "blackwell"}.get(gpu.target.removeprefix("sm_")[:-1], "ampere")

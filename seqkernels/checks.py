@@ -1,0 +1,118 @@
+"""Argument checks of the functions and modules, with torch.nn's own messages where torch.nn has one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels.backends.cells import CELLS
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+def count_weights(given: int, count: int, bias: bool, cell: str) -> int:
+    """How many weights each of `count` layers and directions has."""
+    each = given // count
+    kinds = 4 if bias else 2
+    if each * count != given or not (each == kinds or (cell == "lstm" and each == kinds + 1)):
+        raise ValueError(
+            f"expected {kinds} weights{' (or one more, a projection)' if cell == 'lstm' else ''} for each of "
+            f"{count} layers and directions, got {given} in all"
+        )
+    return each
+
+
+def is_unbatched(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    lengths: Tensor | Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+) -> bool:
+    """Whether the input is one unbatched sequence; raises where numbers of dimensions or options do not fit."""
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError("give lengths or cu_seqlens, not both")
+    if isinstance(input, PackedSequence):
+        if lengths is not None or cu_seqlens is not None:
+            raise ValueError("a PackedSequence has its lengths in it; give no lengths or cu_seqlens beside it")
+        return False
+    if cu_seqlens is not None:
+        return False
+    name, dimensions = CELLS[cell].display_name, input.dim()
+    if dimensions not in (2, 3):
+        raise ValueError(
+            f"{name}: Expected input to be 2D or 3D, got {dimensions}D {'tensor ' if name == 'RNN' else ''}instead"
+        )
+    unbatched = dimensions == 2
+    if unbatched and lengths is not None:
+        raise ValueError("lengths go with a batch of sequences (3-D input); cut one unbatched sequence instead")
+    batch = "unbatched 2" if unbatched else "batched 3"
+    if hx is not None and CELLS[cell].states == 2 and (hx[0].dim() != dimensions or hx[1].dim() != dimensions):
+        raise RuntimeError(
+            f"For {batch}-D input, hx and cx should also be {dimensions}-D "
+            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+        )
+    if hx is not None and CELLS[cell].states == 1 and hx.dim() != dimensions:  # type: ignore[union-attr]
+        raise RuntimeError(
+            f"For {batch}-D input, hx should also be {dimensions}-D but got {hx.dim()}-D tensor"  # type: ignore[union-attr]
+        )
+    return unbatched
+
+
+def check_kind(weight: Tensor) -> None:
+    """No ExpandedWeight of call_for_per_sample_grads: it knows torch's operations alone, and refuses without a hint."""
+    if type(weight).__name__ == "ExpandedWeight":
+        raise RuntimeError(
+            "call_for_per_sample_grads knows no rule for layers of seqkernels; take the gradients of each sample by "
+            "torch.func.vmap(torch.func.grad(loss)), or make the layers torch.nn's by seqkernels.swap_out"
+        )
+
+
+def check_input(data: Tensor, w_ih: Tensor, dimensions: int) -> None:
+    check_kind(w_ih)
+    if data.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
+            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({data.dtype})"
+        )
+    if data.dim() not in (2, dimensions):
+        raise RuntimeError(f"input must have {dimensions} dimensions, got {data.dim()}")
+    if data.shape[-1] != w_ih.shape[1]:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {data.shape[-1]}"
+        )
+    check_same(w_ih, data, "parameter")
+
+
+def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str) -> None:
+    if state.shape != size:
+        raise RuntimeError(message.format(size, list(state.shape)))
+    check_same(state, data)
+
+
+def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
+    """Device and dtype of a state or a weight are those of the input; autocast makes the dtypes equal by itself."""
+    if tensor.device != data.device:
+        raise RuntimeError(
+            f"Input and {name} tensors are not at the same device, found input tensor at {data.device} "
+            f"and {name} tensor at {tensor.device}"
+        )
+    if tensor.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(f"RNN {name} tensor dtype ({tensor.dtype}) does not match input dtype ({data.dtype})")
+
+
+def check_step(input: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:
+    """Arguments of one step of a cell: input ``[B, I]``, states ``[B, H]``."""
+    check_kind(w_ih)
+    if input.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}")
+    for k, state in enumerate(states):
+        if state.shape[0] != input.shape[0]:
+            raise RuntimeError(f"Input batch size {input.shape[0]} doesn't match hidden{k} batch size {state.shape[0]}")
+        if state.shape[1] != w_hh.shape[1]:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {w_hh.shape[1]}"
+            )
+        check_same(state, input)
+    check_same(w_ih, input, "parameter")

@@ -1,0 +1,42 @@
+"""Builds build/emulator/emulator.so: the CUDA kernels compiled for the CPU, with every access checked (run.h).
+
+conftest.py lets the tests find it. setup.py, whose build this is, says which sources there are."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pybind11
+
+ROOT = Path(__file__).parents[2].resolve()
+_spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+setup = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(setup)
+
+
+def library() -> "setup.Library":
+    """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
+    flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
+    headers = setup.header_flags()
+    kernels = [setup.Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in setup.CUDA_SOURCES]
+    host = [
+        setup.Object(f"csrc/cuda/{name}.cpp", f"{name}_host.o", f"{flags} {headers} {setup.STABLE}")
+        for name in setup.CUDA_HOST_SOURCES
+    ]
+    return setup.Library(
+        [
+            *kernels,
+            *host,
+            setup.Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
+            setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),
+            setup.Object(
+                "tests/emulator/module.cpp", "module.o", f"{flags} {headers} -isystem {pybind11.get_include()}"
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    target = ROOT / "build/emulator/emulator.so"
+    if not setup.build({target: library()}, ROOT / "build/emulator-objects"):
+        sys.exit("compiling the emulator failed, see above")

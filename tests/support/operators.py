@@ -1,0 +1,194 @@
+"""The operator pair: calls of it, what both of its passes compute, and what decides that this is right."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqkernels import select
+from seqkernels.backends import cells, torch_eager
+from seqkernels.hardware import THIS_MACHINE
+
+MISSING = {
+    "cpu": THIS_MACHINE.native_missing or torch.get_default_device().type != "cpu",
+    "cuda": THIS_MACHINE.cuda_missing or THIS_MACHINE.emulator != (torch.get_default_device().type == "cpu"),
+    "triton": not THIS_MACHINE.triton,
+    "cudnn": True,  # it has no operators
+}
+BACKENDS = [backend for backend in select.BACKENDS if not MISSING.get(backend)]
+CELLS = tuple(cells.CELLS)
+
+
+@dataclass
+class Call:
+    """Arguments of recurrence_forward."""
+
+    cell: str
+    directions: int = 1
+    sequences: int = 3
+    steps: int = 4
+    hidden: int = 5
+    input: int = 3
+    projected: int | None = None
+    batch_sizes: tuple[int, ...] | None = None
+    spare_rows: int = 0  # rows behind the last step
+    bias: bool = True
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+
+    def arguments(self, requires_grad: bool = False, save: bool = True) -> tuple:
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+
+        def random(*shape: int) -> Tensor:
+            x = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+            return x.to(torch.get_default_device(), self.dtype).requires_grad_(requires_grad)
+
+        def weight(*shape: int) -> Tensor:
+            # So small that rounding errors do not grow from step to step.
+            return (random(*shape).detach() / (2 * shape[-1] ** 0.5)).requires_grad_(requires_grad)
+
+        D, B, H, P = self.directions, self.sequences, self.hidden, self.projected or self.hidden
+        rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
+        gates = cells.CELLS[self.cell].gates * H
+        weights = []
+        for _ in range(D):
+            weights += [weight(gates, self.input), weight(gates, P)]
+            weights += [random(gates), random(gates)] if self.bias else []
+            weights += [weight(P, H)] if self.projected else []
+        return (
+            self.cell,
+            random(rows, self.input),
+            weights,
+            random(D, B, P),
+            random(D, B, H) if self.cell == "lstm" else None,
+            None if self.batch_sizes is None else torch.tensor(self.batch_sizes),
+            save,
+        )
+
+
+def forward(backend: str):
+    return getattr(torch.ops.seqkernels.recurrence_forward, backend)
+
+
+def backward(backend: str):
+    return getattr(torch.ops.seqkernels.recurrence_backward, backend)
+
+
+def both_passes(call: Call, run_forward, run_backward) -> list[Tensor]:
+    """All outputs of forward and backward, for random gradients of the outputs."""
+    cell, *layer, save = call.arguments()
+    y, h_n, c_n, saved = run_forward(cell, *layer, save)
+    generator = torch.Generator("cpu").manual_seed(call.seed + 1)
+    grads = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in (y, h_n, c_n)]
+    grads[2] = grads[2] if cell == "lstm" else None
+    grad_x, grad_weights, *grad_states = run_backward(cell, *grads, *layer, y, saved, True, True)
+    return [y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states]
+
+
+def to_float64(args) -> list:
+    """Floating tensors, also those in lists, as float64."""
+    return [
+        to_float64(a)
+        if isinstance(a, (list, tuple))
+        else a.double()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    ]
+
+
+def in_float64(call: Call) -> list[Tensor]:
+    """Both passes by torch_eager in float64, which test_specification judges."""
+    return both_passes(
+        call,
+        lambda *args: torch_eager.forward(*to_float64(args)),
+        lambda *args: torch_eager.backward(*to_float64(args)),
+    )
+
+
+def for_backends(call: Call, *backends: str) -> Call:
+    """The call in a dtype that all of them take."""
+    return replace(call, dtype=torch.float32) if "triton" in backends else call
+
+
+def assert_as_in_float64(found: list[Tensor], call: Call) -> None:
+    tolerance = {"rtol": 1e-11, "atol": 1e-12} if call.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    for ours, expected in zip(found, in_float64(call), strict=True):
+        torch.testing.assert_close(ours.double(), expected, **tolerance)
+
+
+SHAPES = {
+    "padded": {},
+    "two directions": {"directions": 2},
+    "ragged": {"batch_sizes": (4, 4, 2, 1), "sequences": 4},
+    "ragged both ways": {"batch_sizes": (4, 3, 1), "sequences": 4, "directions": 2},
+    "empty sequences": {"batch_sizes": (2, 1), "sequences": 4, "directions": 2},
+    "steps in which nothing runs": {"batch_sizes": (2, 1, 0, 0), "sequences": 3, "directions": 2},
+    "spare rows": {"batch_sizes": (3, 1), "sequences": 3, "spare_rows": 3, "directions": 2},
+    "all sequences empty": {"batch_sizes": (0, 0), "sequences": 2, "directions": 2},
+    "no steps": {"steps": 0},
+    "no sequences": {"sequences": 0, "steps": 0},
+    "one unit": {"hidden": 1, "sequences": 2},
+    "one row off the vectors": {"hidden": 17, "sequences": 9},
+    "whole vectors": {"hidden": 32, "sequences": 16, "directions": 2},
+    "many rows": {"hidden": 33, "sequences": 131, "steps": 3, "batch_sizes": (131, 130, 67)},
+    "many units": {"hidden": 129, "sequences": 5, "steps": 2},
+    # Deeper than a slice of a panel, and more rows than a chunk of gates or of gradients.
+    "deep": {"hidden": 200, "input": 401, "sequences": 4, "steps": 3},
+    "long": {"hidden": 9, "sequences": 7, "steps": 150},
+    # Few sequences: threads share the units of a step.
+    "one long sequence": {"hidden": 130, "sequences": 1, "steps": 9},
+    "two long sequences both ways": {"hidden": 150, "sequences": 2, "batch_sizes": (2, 2, 2, 1, 1, 1), "directions": 2},
+}
+
+
+def calls(dtype: torch.dtype = torch.float64, **more) -> list:
+    named = []
+    for cell in CELLS:
+        for name, shape in SHAPES.items():
+            named.append(pytest.param(Call(cell, dtype=dtype, **shape, **more), id=f"{cell}-{name}"))
+            if cell == "lstm":
+                projected = Call(cell, dtype=dtype, **{"hidden": 5, **shape}, **more)
+                projected.projected = max(1, projected.hidden // 2)
+                named.append(pytest.param(projected, id=f"{cell}-{name}-projected"))
+            if cell == "gru":
+                named.append(
+                    pytest.param(Call(cell, bias=False, dtype=dtype, **shape, **more), id=f"gru-{name}-no bias")
+                )
+    return named
+
+
+def assert_rounding_alone(call: Call, backend: str) -> None:
+    assert_rounding_alone_of(call, forward(backend), backward(backend))
+
+
+def assert_rounding_alone_of(call: Call, run_forward, run_backward) -> None:
+    """Each output errs by a few units of its dtype against float64. The float64 backward starts from the forward under
+    test: a relu whose input rounds across zero has another gradient, which is no error of the backward."""
+    ours = both_passes(call, run_forward, run_backward)
+    y, saved = ours[0].double(), ours[3].double()
+    layer = to_float64(call.arguments())[1:-1]
+    expected = both_passes(
+        Call(**{**vars(call), "dtype": torch.float64}),
+        lambda *_: torch_eager.forward(call.cell, *layer, True),
+        lambda cell, gy, gh, gc, *_: torch_eager.backward(cell, gy, gh, gc, *layer, y, saved, True, True),
+    )
+    for value, right in zip(ours, expected, strict=True):
+        error = (value.double() - right).norm() / right.norm().clamp(min=1e-30)
+        assert value.dtype == call.dtype and error <= 8 * torch.finfo(call.dtype).eps
+
+
+def assert_an_infinite_last_state_is_no_factor(run_forward, run_backward) -> None:
+    """The row behind the last step started from no state: even times zero that of the row before would be NaN."""
+    call = Call("rnn_relu", sequences=2, batch_sizes=(2, 1), spare_rows=1, dtype=torch.float32)
+    cell, x, weights, *states, batch_sizes, save = call.arguments()
+    x[1], weights[0][:] = 1e30, 1e30
+    layer = x, weights, *states, batch_sizes
+    y, _, _, saved = run_forward(cell, *layer, save)
+    assert y[1].isinf().all() and y[[0, 2]].isfinite().all()
+    _, grads, *_ = run_backward(cell, torch.ones_like(y), None, None, *layer, y, saved, True, True)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+BELOW_FLOAT64 = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
