@@ -10,7 +10,7 @@ enum class Cell { rnn_tanh, rnn_relu, gru, lstm, ligru };
 struct CellDefaults {
   static constexpr int states = 1;        // h, and an LSTM's c
   static constexpr int saved_blocks = 0;  // K: numbers per unit that the forward pass saves for the backward pass
-  // So many gates, the last ones, keep W_hh h + b_hh apart from W_ih x + b_ih: the cell does not simply add them.
+  // So many gates, the last ones, have W_hh h + b_hh apart from W_ih x + b_ih: the cell does not simply add them.
   static constexpr int apart = 0;
   static constexpr bool can_project = false;  // whether w_hr may make a smaller h of the cell's own
   // The backward pass reads the new h, or the one before. In the second case the gradient of h has a part that goes
@@ -181,7 +181,7 @@ SEQKERNELS_CELL T lstm_forward(T i, T f, T g, T o, T& c, LstmGates<T>& gates) {
   return gates.o * tanh(c);
 }
 
-// grad_c enters as the gradient of c and leaves as that of c_prev.
+// grad_c is the gradient of c before the call, and that of c_prev after it.
 template <class T>
 SEQKERNELS_CELL void lstm_backward(T grad_h, T& grad_c, T c, T c_prev, const LstmGates<T>& gates, LstmGates<T>& grad) {
   const T tanh_c = tanh(c);

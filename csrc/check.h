@@ -63,33 +63,33 @@ WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int
 // Checks arguments, fills a layer with pointers to them, and keeps contiguous copies alive as long as these are used.
 class CheckedArguments {
  public:
-  CheckedArguments(Layer& p, const LayerArguments& given, CheckOptions options = {})
-      : type_(given.x.scalar_type()),
-        device_(given.x.device()),
-        alignment_(options.alignment * given.x.element_size()),
-        has_c_(given.c_0.has_value()) {
-    p.cell = cell_of(given.cell);
+  CheckedArguments(Layer& p, const LayerArguments& arguments, CheckOptions options = {})
+      : type_(arguments.x.scalar_type()),
+        device_(arguments.x.device()),
+        alignment_(options.alignment * arguments.x.element_size()),
+        has_c_(arguments.c_0.has_value()) {
+    p.cell = cell_of(arguments.cell);
     p.scalar = scalar_of(type_);
-    set_sizes(p, given);
-    set_arrays(p, given);
-    set_steps(p, given.x.size(0), given.batch_sizes, options.read_sizes);
+    set_sizes(p, arguments);
+    set_arrays(p, arguments);
+    set_steps(p, arguments.x.size(0), arguments.batch_sizes, options.read_sizes);
   }
 
-  void set_backward(LayerBackward& p, const BackwardArguments& given) {
+  void set_backward(LayerBackward& p, const BackwardArguments& arguments) {
     const int64_t D = p.directions, N = rows_, B = p.sequences, H = p.hidden, P = p.projected;
     const auto optional = [&](const Optional& tensor, const char* name, const Shape& shape) {
       return tensor ? check_contiguous(*tensor, name, shape) : nullptr;
     };
-    p.grad_y = optional(given.grad_y, "grad_y", {N, D * P});
-    p.grad_h_n = optional(given.grad_h_n, "grad_h_n", {D, B, P});
-    p.grad_c_n = has_c_ ? optional(given.grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
-    p.y = check_contiguous(given.y, "y", {N, D * P});
-    p.saved = check_contiguous(given.saved, "saved", {N, D, saved_blocks_of(p.cell) * H});
+    p.grad_y = optional(arguments.grad_y, "grad_y", {N, D * P});
+    p.grad_h_n = optional(arguments.grad_h_n, "grad_h_n", {D, B, P});
+    p.grad_c_n = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
+    p.y = check_contiguous(arguments.y, "y", {N, D * P});
+    p.saved = check_contiguous(arguments.saved, "saved", {N, D, saved_blocks_of(p.cell) * H});
   }
 
  private:
-  void set_sizes(Layer& p, const LayerArguments& given) {
-    const auto& [cell, x, weights, h_0, c_0, batch_sizes] = given;
+  void set_sizes(Layer& p, const LayerArguments& arguments) {
+    const auto& [cell, x, weights, h_0, c_0, batch_sizes] = arguments;
     check(x.dim() == 2, "x is [rows, input size], got ", x.dim(), " dimensions");
     check(h_0.dim() == 3, "h_0 is [directions, sequences, hidden size], got ", h_0.dim(), " dimensions");
     check(h_0.size(0) == 1 || h_0.size(0) == 2, "an RNN has one or two directions, got ", h_0.size(0));
@@ -99,7 +99,7 @@ class CheckedArguments {
           "a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got ", weights.size(), " weights for ", p.directions,
           " directions");
     p.has_projection = each % 2;
-    check(!p.has_projection || p.cell == Cell::lstm, "w_hr goes with an LSTM only");
+    check(!p.has_projection || can_project(p.cell), "w_hr goes with an LSTM only");
     check((states_of(p.cell) == 2) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
     check(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size], got ", weights[0].dim(), " dimensions");
     const int64_t gates = gates_of(p.cell), rows = weights[0].size(0);
@@ -113,20 +113,20 @@ class CheckedArguments {
           p.hidden);
   }
 
-  void set_arrays(Layer& p, const LayerArguments& given) {
+  void set_arrays(Layer& p, const LayerArguments& arguments) {
     const int64_t D = p.directions, I = p.input, B = p.sequences, H = p.hidden, P = p.projected;
     const int64_t GH = gates_of(p.cell) * H;
-    p.x = check_contiguous(given.x, "x", {rows_, I});
+    p.x = check_contiguous(arguments.x, "x", {rows_, I});
     for (int d = 0; d < D; d++) {
-      const auto of = weights_of_direction(given.weights.data(), given.weights.size(), p.directions, d);
+      const auto of = weights_of_direction(arguments.weights.data(), arguments.weights.size(), p.directions, d);
       p.weights[d].w_ih = check_contiguous(*of.w_ih, "w_ih", {GH, I});
       p.weights[d].w_hh = check_contiguous(*of.w_hh, "w_hh", {GH, P});
       p.weights[d].b_ih = of.b_ih ? check_contiguous(*of.b_ih, "b_ih", {GH}) : nullptr;
       p.weights[d].b_hh = of.b_hh ? check_contiguous(*of.b_hh, "b_hh", {GH}) : nullptr;
       p.weights[d].w_hr = of.w_hr ? check_contiguous(*of.w_hr, "w_hr", {P, H}) : nullptr;
     }
-    p.h_0 = check_contiguous(given.h_0, "h_0", {D, B, P});
-    p.c_0 = given.c_0 ? check_contiguous(*given.c_0, "c_0", {D, B, H}) : nullptr;
+    p.h_0 = check_contiguous(arguments.h_0, "h_0", {D, B, P});
+    p.c_0 = arguments.c_0 ? check_contiguous(*arguments.c_0, "c_0", {D, B, H}) : nullptr;
   }
 
   const void* check_contiguous(const Tensor& tensor, const char* name, const Shape& shape) {

@@ -65,12 +65,26 @@ namespace {
 // What the dictionary of a candidate says.
 PyObject* dictionary_of(const Candidate& candidate) {
   const Plan& plan = candidate.plan;
-  return Py_BuildValue("{s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:L,s:L,s:L,s:L}", "path", name_of(plan.path), "reason",
-                       candidate.reason.c_str(), "tile", plan.tile, "units", plan.units, "blocks", candidate.blocks,
-                       "cluster", candidate.cluster, "at_once", candidate.at_once, "registers",
-                       static_cast<long long>(candidate.registers), "shared_memory",
-                       static_cast<long long>(candidate.shared_weights), "l2", static_cast<long long>(candidate.l2),
-                       "bytes", static_cast<long long>(candidate.shared_memory));
+  PyObject* found = Py_BuildValue("{s:s,s:s}", "path", name_of(plan.path), "reason", candidate.reason.c_str());
+  const std::pair<const char*, int64_t> sizes[] = {
+      {"tile", plan.tile},
+      {"units", plan.units},
+      {"blocks", candidate.blocks},
+      {"cluster", candidate.cluster},
+      {"width", candidate.width},
+      {"threads", candidate.threads},
+      {"at_once", candidate.at_once},
+      {"registers", candidate.registers},
+      {"shared_memory", candidate.shared_weights},
+      {"l2", candidate.l2},
+      {"bytes", candidate.shared_memory},
+  };
+  for (const auto& [name, size] : sizes) {
+    PyObject* number = PyLong_FromLongLong(size);
+    PyDict_SetItemString(found, name, number);
+    Py_DECREF(number);
+  }
+  return found;
 }
 
 // The number of clusters at once for each size of a cluster; beyond the tuple there are none.

@@ -78,13 +78,13 @@ def _swap(model: nn.Module, classes: dict[type, type]) -> Report:
     return report
 
 
-def _reason_to_leave(module: nn.Module, classes: dict[type, type]) -> str | None:
+def _reason_to_leave(module, classes: dict[type, type]) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced"
     return modules.unsupported(module) if classes is _OURS else None
 
 
-def _take_flat_weights(module: nn.Module) -> dict[int, Tensor]:
+def _take_flat_weights(module: nn.Module) -> dict[int, Tensor | None]:
     """Takes away what a layer keeps beside its parameters: ours needs none of it, and torch.nn makes it anew. Returns
     the weights that somebody has put into `_flat_weights` to be used in place of a parameter, by their place there."""
     if not isinstance(module, nn.RNNBase):

@@ -27,7 +27,7 @@ def counting_as(torchs: dict[type, type]) -> Iterator[None]:
         DropIn.counting = before
 
 
-def parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+def parameters(module: nn.Module, names: Sequence[str]) -> list:
     # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
     parameters = module._parameters
     return [parameters[name] if name in parameters else getattr(module, name) for name in names]
@@ -52,7 +52,8 @@ def traced(module: nn.Module, input: fx.Proxy, hx, **options) -> fx.Proxy:
     """A call of `module` in a graph that torch.fx traces, where torch.nn's modules are leaves and ours become one."""
     args = (input,) if hx is None else (input, hx)
     given = {name: value for name, value in options.items() if value is not None}
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), args, given)
+    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return input.tracer.create_proxy("call_module", path, args, given)
 
 
 class Layer(nn.RNNBase, metaclass=DropIn):
@@ -71,11 +72,11 @@ class Layer(nn.RNNBase, metaclass=DropIn):
         return [assigned[n] if n in assigned else parameters(self, (n,))[0] for n in self._flat_weights_names]
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self) -> list:
         return FlatWeights(self, self._weights())
 
     @_flat_weights.setter
-    def _flat_weights(self, weights: Sequence[Tensor]) -> None:
+    def _flat_weights(self, weights: Sequence[Tensor]) -> None:  # type: ignore[override]
         names = self._flat_weights_names
         if len(weights) != len(names):
             raise ValueError(f"_flat_weights are {', '.join(names)}, got {len(weights)} weights")

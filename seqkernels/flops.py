@@ -38,13 +38,14 @@ class _WhenImported(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
         def execute_and_register(module):
             execute(module)
             _register(module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 

@@ -1,4 +1,4 @@
-"""RNN, GRU and LSTM as functions: layers, directions and dropout around the operator pair.
+"""RNN, GRU, LSTM and LiGRU as functions: layers, directions and dropout around the operator pair.
 
 Results, argument checks and their messages are those of torch.nn's modules
 (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html and its siblings).
@@ -120,6 +120,30 @@ def lstm(
     )  # fmt: skip
 
 
+def ligru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
+    return recurrent(
+        "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
+
+
 def recurrent(
     cell: str,
     input: Tensor | PackedSequence,
@@ -170,24 +194,33 @@ def prepare(
     max_seqlen: int | None = None,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
-    packed = isinstance(input, PackedSequence)
     unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
-    checks.check_input(input.data if packed else input, weights[0], 2 if packed or cu_seqlens is not None else 3)
+    data = input.data if isinstance(input, PackedSequence) else input
+    checks.check_input(data, weights[0], 3 if data is input and cu_seqlens is None else 2)
     hx = _unsqueeze(hx) if unbatched else hx
     transformed = ops.transformed()
-    if packed:
-        rows = varlen.from_packed(input, None if hx is None else _first(hx).shape[1])
-    elif cu_seqlens is not None:
-        rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
-    elif lengths is not None:
-        rows = varlen.from_lengths(input, lengths, batch_first, transformed)
-    elif unbatched:
-        rows = varlen.from_unbatched(input)
-    else:
-        rows = varlen.from_padded(input, batch_first)
+    rows = _rows_of(input, hx, batch_first, lengths, cu_seqlens, max_seqlen, transformed)
     h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
     call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
     return Inputs(rows, h_0, c_0, unbatched, call)
+
+
+def _rows_of(
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    transformed: bool,
+) -> varlen.Rows:
+    if isinstance(input, PackedSequence):
+        return varlen.from_packed(input, None if hx is None else _first(hx).shape[1])
+    if cu_seqlens is not None:
+        return varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
+    if lengths is not None:
+        return varlen.from_lengths(input, lengths, batch_first, transformed)
+    return varlen.from_unbatched(input) if input.dim() == 2 else varlen.from_padded(input, batch_first)
 
 
 def call_of(
@@ -308,12 +341,13 @@ def _initial_state(
     if hx is None:
         h_0 = rows.data.new_zeros(h_size)
         return h_0, rows.data.new_zeros(c_size) if has_c else None
+    c_0: Tensor | None = None
     if has_c:
         h_0, c_0 = hx
         checks.check_state(h_0, h_size, rows.data, "Expected hidden[0] size {}, got {}")
         checks.check_state(c_0, c_size, rows.data, "Expected hidden[1] size {}, got {}")
     else:
-        h_0, c_0 = hx, None
+        h_0 = _first(hx)
         checks.check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
     if rows.sorted_indices is None:
         return h_0, c_0

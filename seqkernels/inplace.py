@@ -14,7 +14,7 @@ class Changes:
     def __init__(self, tensor: Tensor) -> None:
         with torch.no_grad():
             self._view = tensor.view_as(tensor)  # a view has the version counter of its base,
-            self._view.set_(tensor.new_empty(0))  # also with other memory
+            self._view.set_(tensor.new_empty(0))  # type: ignore[call-overload]  # also with other memory
         self._before = self._view._version
 
     def any(self) -> bool:

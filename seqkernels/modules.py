@@ -1,4 +1,4 @@
-"""RNN, GRU, LSTM and their cells as drop-in modules: torch.nn's arguments, parameters, results and errors.
+"""RNN, GRU, LSTM and their cells as drop-in modules: torch.nn's arguments, parameters, results and errors; and LiGRU.
 
 They derive from nn.RNNBase and not from nn.GRU itself, because torch.compile refuses every instance of nn.RNN, nn.GRU
 and nn.LSTM. Parameters are read by name in every call: there is no flat weight buffer and no cached copy to go stale,
@@ -98,8 +98,36 @@ class LSTM(_Recurrent):
 
     # What torch.nn.LSTM has for its two states.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+
+class LiGRU(_Recurrent):
+    """Light gated recurrent unit: no reset gate, and relu in place of tanh; torch.nn has none.
+
+        a = relu(W_ia x + b_ia + W_ha h + b_ha)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        h' = z * h + (1 - z) * a
+
+    Takes the arguments of GRU. weight_ih_l0 ``[2*H, I]`` and the others have the rows of a before those of z, as
+    SpeechBrain's LiGRU has them. Two things differ from it: there is no batch normalization, and biases are optional
+    and added to both products, as in torch.nn. Input, state and result are described at `seqkernels.functional.gru`.
+
+    Source of the formula: Ravanelli, Brakel, Omologo and Bengio, "Light Gated Recurrent Units for Speech Recognition",
+    2018, https://arxiv.org/abs/1803.10225; speechbrain.nnet.RNN.LiGRU.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not LiGRU")
+        # nn.RNNBase knows no cell of two gates: it checks the arguments and names the parameters, as those of an RNN;
+        # then they get their sizes.
+        super().__init__("RNN_RELU", input_size, hidden_size, *args, **kwargs)
+        self.mode = "LIGRU"
+        for name in self._flat_weights_names:
+            before = getattr(self, name)
+            setattr(self, name, nn.Parameter(before.new_empty(2 * hidden_size, *before.shape[1:])))
+        self.reset_parameters()
 
 
 class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
@@ -196,7 +224,7 @@ class LSTMCell(_Cell):
         return self._step(input, hx)
 
 
-def unsupported(module: nn.Module) -> str | None:
+def unsupported(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
     """Why no backend that may be chosen here runs the drop-in of a module of torch.nn; None if one does."""
     weight = next(module.parameters())
     cell = module.mode.lower() if isinstance(module, nn.RNNBase) else _cell_of(module)
@@ -226,10 +254,11 @@ def explain(
             cannot run.
     """
     if isinstance(module, nn.RNNBase):
-        directions, weights = 2 if module.bidirectional else 1, module._flat_weights
+        directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
         call = functional.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
     elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
+        assert isinstance(input, Tensor)
         states = (hx,) if isinstance(hx, Tensor) else hx
         call = functional.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
     else:

@@ -32,7 +32,7 @@ The input projection and the weight gradients belong to the operator, not to tor
 run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ def _fake_backward(
     )
 
 
-def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, launch, output):
+def _save_for_backward(ctx, inputs, output):
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch = inputs
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
@@ -123,10 +124,6 @@ def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> b
     """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
     steps = len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
     return steps or not CELLS[cell].saved_blocks
-
-
-def _setup_forward(ctx, inputs, output):
-    _save_for_backward(ctx, *inputs, output)
 
 
 def _registered_backward_of(backend: str):
@@ -173,7 +170,7 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    found = iter(())
+    found: Iterator[Tensor | None] = iter(())
     if pairs:
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
@@ -193,7 +190,7 @@ def _register(backend: str) -> None:
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
     formula = _registered_backward_of(backend)
-    torch.library.register_autograd(forward, formula, setup_context=_setup_forward, lib=_library)
+    torch.library.register_autograd(forward, formula, setup_context=_save_for_backward, lib=_library)
     torch.library.register_autograd(backward, _double_backward, setup_context=_setup_backward, lib=_library)
     for name in ("recurrence_forward", "recurrence_backward"):
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
@@ -224,7 +221,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx, backend, launch, cell, x, h_0, c_0, batch_sizes, *weights):
         args = cell, x, weights, h_0, c_0, batch_sizes, True, launch
         output = _below_autograd(_FORWARD[backend], *args)
-        _save_for_backward(ctx, *args, output)
+        _save_for_backward(ctx, args, output)
         ctx.backend = backend
         return output
 
@@ -261,7 +258,7 @@ def recurrence_forward(
     save = wants_gradients(x, h_0, c_0, *weights)
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
-    args = call.cell, x, weights, h_0, c_0, batch_sizes, save, plan.launch
+    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return _FORWARD[plan.backend](*args)[:3]
     if call.transformed:

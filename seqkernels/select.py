@@ -70,8 +70,9 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
     chosen = _choice(offers)
     against |= {name: _why_not(offer, call, chosen) for name, offer in offers.items() if name != chosen}
     reason = _MODULES[chosen].DESCRIPTION
-    if offers[chosen].cost is not None:
-        reason += f", {_words(offers[chosen].cost, call)}"
+    cost = offers[chosen].cost
+    if cost is not None:
+        reason += f", {_words(cost, call)}"
     refusals = tuple((name, against[name]) for name in BACKENDS if name != chosen)
     return Plan(chosen, reason, refusals, offers[chosen].kernel, _MODULES[chosen].plan_launch(call, machine))
 

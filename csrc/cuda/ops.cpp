@@ -139,12 +139,12 @@ BackwardResults allocate_results(const CallContext& context, const LayerBackward
   return results;
 }
 
-// The gradient of a state, if it is added to in place, begins as that of the final state: `given`, or zero.
-void begin_as(const CallContext& context, Tensor& grad, const void* given) {
+// The gradient of a state, if it is added to in place, begins as that of the final state: `final_grad`, or zero.
+void begin_as(const CallContext& context, Tensor& grad, const void* final_grad) {
   if (!grad.numel()) return;
   const auto sizes = grad.sizes();
-  if (given)
-    copy(grad, context.view(given, Shape(sizes.begin(), sizes.end())));
+  if (final_grad)
+    copy(grad, context.view(final_grad, Shape(sizes.begin(), sizes.end())));
   else
     torch::stable::zero_(grad);
 }
@@ -224,7 +224,7 @@ std::vector<int64_t> cuda_clusters() {
 
 }  // namespace
 
-// What seqkernels/backends/cuda.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
+// What seqkernels/backends/cuda/host.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
 // factors may be rounded to TF32, and the plan of the pass (plan.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(

@@ -48,6 +48,10 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   if (!found.reason.empty()) return found;
   const Variant variant = variant_of(layer, gpu, backward);
   const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(variant.math, layer.hidden));
+  if (!layout.resident) {
+    found.reason = text("no single CTA kernel for the cell ", name_of(layer.cell));
+    return found;
+  }
   if (!layout.fits(gpu.shared_memory)) {
     found.reason = text("a block needs ", layout.buffers, " bytes of shared memory, and may have ", gpu.shared_memory);
     return found;
@@ -55,6 +59,8 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   const int shared = layout.shared_groups(gpu.shared_memory);
   found.plan.tile = tile_of(layer, gpu.multiprocessors);
   found.blocks = found.cluster = 1;
+  found.width = layout.width;
+  found.threads = layout.threads;
   found.at_once = gpu.multiprocessors;
   found.registers = int64_t{layout.resident} * layout.group_bytes;
   found.shared_weights = int64_t{shared} * layout.group_bytes;
@@ -77,9 +83,12 @@ std::string lay_out(Candidate& found, const LayerFacts& layer, const Gpu& gpu, c
   const SliceLayout layout = slice_layout(variant_of(layer, gpu, backward), shape, layer.hidden);
   found.blocks = shape.blocks;
   found.cluster = shape.cluster;
+  found.width = shape.units;
+  found.threads = layout.threads;
   found.registers = int64_t{std::min(layout.fragments, layout.resident)} * layout.threads * kFragmentBytes;
   found.shared_weights = layout.shared_weights();
   found.shared_memory = layout.bytes;
+  if (!layout.resident) return text("no kernel for several blocks and the cell ", name_of(layer.cell));
   if (layout.bytes <= gpu.shared_memory) return "";
   return text("the weights do not fit: a block needs ", layout.bytes, " bytes of shared memory, and may have ",
               gpu.shared_memory);
@@ -144,10 +153,16 @@ std::vector<Candidate> candidates(const LayerFacts& layer, const Gpu& gpu, bool 
 }
 
 std::string reason_against(const Plan& plan, const LayerFacts& layer, const Gpu& gpu, bool backward) {
-  if (plan.path != Path::stepwise && (plan.tile < 1 || plan.tile > kMaxTile))
+  if (plan.path == Path::stepwise) return "";
+  if (plan.tile < 1 || plan.tile > kMaxTile)
     return text("a block takes 1 to ", kMaxTile, " sequences, got ", plan.tile);
-  for (const Candidate& candidate : candidates(layer, gpu, backward))
-    if (candidate.plan.path == plan.path && candidate.plan.units == plan.units) return candidate.reason;
+  // No more than the one candidate: this is asked in every call.
+  if (plan.path == Path::single_cta && plan.units == 0) return single_cta(layer, gpu, backward).reason;
+  for (const int units : kClusterUnits)
+    if (plan.path == Path::cluster && plan.units == units) return cluster(layer, gpu, units, backward).reason;
+  for (const int clusters_of : kGridClusters)
+    if (plan.path == Path::persistent_grid && plan.units == clusters_of * kGridUnits)
+      return persistent_grid(layer, gpu, clusters_of, backward).reason;
   return text("no kernel for a ", name_of(plan.path), " with ", plan.units, " units");
 }
 

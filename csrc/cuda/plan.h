@@ -1,6 +1,6 @@
 // What can run a layer on a GPU, and how: the paths with their tiles and sizes, or what speaks against them. Plain C++,
 // no CUDA header and no torch, so that it answers for GPUs that are not here. What a path costs is said in
-// seqkernels/backends/cuda.py, which chooses by it.
+// seqkernels/backends/cuda/launch.py, which chooses by it.
 #pragma once
 #include <string>
 #include <vector>
@@ -48,6 +48,7 @@ struct Candidate {
   Plan plan;
   std::string reason;                                 // why it cannot run; empty if it can
   int blocks = 0, cluster = 0;                        // CTAs that share the hidden units, and CTAs of a cluster
+  int width = 0, threads = 0;                         // of a CTA: hidden units that its kernel is made for, and threads
   int at_once = 0;                                    // tiles that run at the same time
   int64_t registers = 0, shared_weights = 0, l2 = 0;  // bytes of a CTA's weights there; from L2 they come in every step
   int64_t shared_memory = 0;                          // bytes of a CTA

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_paths import GPU, SHARED, SINGLE_CTA, by_path, faulty
-from gpus import GPUS
+from cuda_paths import HERE, SINGLE_CTA, STEPWISE, by_path, faulty, path
 from operators import (
     BACKENDS,
     CELLS,
@@ -20,8 +19,8 @@ from operators import (
 )
 
 from seqkernels import hardware
-from seqkernels.backends import cuda
-from seqkernels.backends.cuda import Path
+from seqkernels.backends import call as calls
+from seqkernels.backends.cuda.launch import PassLaunch, launch_of
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
@@ -30,10 +29,10 @@ pytestmark = pytest.mark.skipif(
 PATHS = {
     "single CTA": SINGLE_CTA,
     "single CTA of 2": SINGLE_CTA._replace(tile=2),
-    "stepwise": Path(),
+    "stepwise": STEPWISE,
 }
-if GPU.target == "sm_90":
-    PATHS |= {"cluster": Path("cluster", 8, 32), "persistent grid": Path("persistent grid", 8, 32)}
+if HERE.target == "sm_90":
+    PATHS |= {"cluster": path("cluster", units=32), "persistent grid": path("persistent grid", units=32)}
 ONE_LAUNCH = {name: path for name, path in PATHS.items() if name != "stepwise"}
 # Of layers whose shape does not say: so many that several blocks share them, the last of which has less to do.
 HIDDEN = {"cluster": 70, "persistent grid": 70}
@@ -42,17 +41,17 @@ HIDDEN = {"cluster": 70, "persistent grid": 70}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name not in ("many rows", "deep", "long")])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("path", PATHS)
-def test_every_road_errs_by_rounding_alone(path, cell, shape, dtype):
-    call = Call(cell, dtype=dtype, **{"hidden": HIDDEN.get(path, 5), **SHAPES[shape]})
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_errs_by_rounding_alone(name, cell, shape, dtype):
+    call = Call(cell, dtype=dtype, **{"hidden": HIDDEN.get(name, 5), **SHAPES[shape]})
     single_cta = {torch.float32: 128, torch.float64: 0}.get(dtype, 256)
     several_blocks = 0 if dtype == torch.float64 else 512
-    widest = {"cluster": several_blocks, "persistent grid": several_blocks, "stepwise": 1 << 30}.get(path, single_cta)
+    widest = {"cluster": several_blocks, "persistent grid": several_blocks, "stepwise": 1 << 30}.get(name, single_cta)
     if call.hidden > widest:
         pytest.skip("there is no such kernel for it")
-    if path == "cluster" and call.hidden <= 32:
+    if name == "cluster" and call.hidden <= 32:
         pytest.skip("a cluster has at least two blocks, of 32 hidden units here")
-    assert_rounding_alone_of(call, *by_path(PATHS[path]))
+    assert_rounding_alone_of(call, *by_path(PATHS[name]))
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -60,24 +59,24 @@ def test_every_road_errs_by_rounding_alone(path, cell, shape, dtype):
     "shape", ["ragged", "ragged both ways", "empty sequences", "steps in which nothing runs", "spare rows"]
 )
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("path", PATHS)
-def test_sizes_that_only_the_gpu_knows(path, cell, shape, projected, sizes_on_gpu):
-    if projected and (cell, path) != ("lstm", "stepwise"):
+@pytest.mark.parametrize("name", PATHS)
+def test_sizes_that_only_the_gpu_knows(name, cell, shape, projected, sizes_on_gpu):
+    if projected and (cell, name) != ("lstm", "stepwise"):
         pytest.skip("only an LSTM is projected, and only step by step")
-    hidden = HIDDEN.get(path, 5)
+    hidden = HIDDEN.get(name, 5)
     call = Call(cell, projected=2 if projected else None, hidden=hidden, dtype=torch.float32, **SHAPES[shape])
-    assert_rounding_alone_of(call, *by_path(PATHS[path]))
+    assert_rounding_alone_of(call, *by_path(PATHS[name]))
 
 
 def test_an_infinite_last_state_is_no_factor_of_a_weight_gradient(sizes_on_gpu):
     """That of test_ops, where the host does not know which rows no step uses."""
-    assert_an_infinite_last_state_is_no_factor(*by_path(Path()))
+    assert_an_infinite_last_state_is_no_factor(*by_path(STEPWISE))
 
 
 @pytest.mark.parametrize("hidden", [33, 65, 70, 128])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("path", ONE_LAUNCH)
-def test_infinity_reaches_what_it_does_step_by_step(path, cell, hidden):
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+def test_infinity_reaches_what_it_does_step_by_step(name, cell, hidden):
     """And not, as NaN, all others by units that a kernel has beyond those of the layer."""
 
     def results(path, h_0, weight, grad):
@@ -92,7 +91,7 @@ def test_infinity_reaches_what_it_does_step_by_step(path, cell, hidden):
         return [x.where(~x.isfinite(), 0) for x in (y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states)]
 
     for h_0, weight, grad in ((30000, 1, 1), (float("inf"), 1, 1), (0.5, 2**-10, float("inf"))):
-        found, expected = (results(one, h_0, weight, grad) for one in (ONE_LAUNCH[path], Path()))
+        found, expected = (results(one, h_0, weight, grad) for one in (ONE_LAUNCH[name], STEPWISE))
         torch.testing.assert_close(found, expected, equal_nan=True)
 
 
@@ -110,27 +109,28 @@ def test_every_width_of_a_single_cta(cell, dtype, hidden):
     ("hidden", "dtype"), [(128, torch.float32), (127, torch.float32), (256, torch.bfloat16)], ids=str
 )
 @pytest.mark.parametrize("cell", CELLS)
-def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype):
+def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype, shared_memory):
     """With less shared memory a block reads more of the weights from global memory in each step."""
-    call = Call(cell, 1, 3, 2, hidden, dtype=dtype)
-    first, *others = (
-        both_passes(call, *by_path(SINGLE_CTA._replace(memory=memory << 10))) for memory in (SHARED >> 10, 99, 80, 64)
-    )
+    call, found = Call(cell, 1, 3, 2, hidden, dtype=dtype), []
+    for bytes_of_a_block in (HERE.shared_memory, 99 << 10, 80 << 10, 64 << 10):
+        shared_memory(bytes_of_a_block)
+        found.append(both_passes(call, *by_path(SINGLE_CTA)))
+    first, *others = found
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("path", ONE_LAUNCH)
-def test_how_many_sequences_a_block_takes_changes_no_bit(path, cell):
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+def test_how_many_sequences_a_block_takes_changes_no_bit(name, cell):
     """Exact float32 multiplies for 1, 2, 4 or 8 of them, in each step for no more than run in it."""
     call = Call(cell, 1, 8, 8, 40, batch_sizes=(8, 7, 6, 5, 4, 3, 2, 1), dtype=torch.float32)
-    first, *others = (both_passes(call, *by_path(ONE_LAUNCH[path]._replace(tile=tile))) for tile in (8, 4, 3, 2, 1))
+    first, *others = (both_passes(call, *by_path(ONE_LAUNCH[name]._replace(tile=tile))) for tile in (8, 4, 3, 2, 1))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_arguments_at_any_address(path, dtype):
+def test_arguments_at_any_address(name, dtype):
     """Kernels read two units at once, whose address need not be a multiple of both."""
 
     def shifted(x):
@@ -141,7 +141,7 @@ def test_arguments_at_any_address(path, dtype):
         return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
     call = Call("lstm", 2, 3, 4, 40, batch_sizes=(3, 3, 2, 1), dtype=dtype)
-    forward, back = by_path(PATHS[path])
+    forward, back = by_path(PATHS[name])
     expected = both_passes(call, forward, back)
     found = both_passes(call, lambda *args: forward(*map(shifted, args)), lambda *args: back(*map(shifted, args)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -162,19 +162,21 @@ def test_tf32_follows_torchs_switch(cell, monkeypatch):
     call = Call(cell, 2, 5, 4, 40, dtype=torch.float32)
     for allowed in (False, True):
         monkeypatch.setattr(hardware, "tf32", lambda device, allowed=allowed: allowed)
-        layer = cell, call.hidden, False, call.dtype, allowed, GPU
-        paths = [cuda.path(*layer, back, call.directions, call.sequences)[0] for back in (False, True)]
-        runs = by_path(paths[0], allowed)[0], by_path(paths[1], allowed)[1]
+        layer = calls.Call(
+            cell, "cuda", call.dtype, hidden_size=call.hidden, tf32=allowed, directions=2, sequences=call.sequences
+        )
+        plan = launch_of(layer, HERE)
+        runs = by_path(plan.forward, allowed)[0], by_path(plan.backward, allowed)[1]
         found = both_passes(call, forward("cuda"), backward("cuda"))
         for ours, expected in zip(found, both_passes(call, *runs), strict=True):
             assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("path", ONE_LAUNCH)
+@pytest.mark.parametrize("name", ONE_LAUNCH)
 @pytest.mark.parametrize("cell", CELLS)
-def test_tf32_rounds_factors_to_ten_bits(cell, path):
+def test_tf32_rounds_factors_to_ten_bits(cell, name):
     call = Call(cell, 2, 5, 4, 70, dtype=torch.float32)
-    exact, rounded = (both_passes(call, *by_path(PATHS[path], tf32)) for tf32 in (False, True))
+    exact, rounded = (both_passes(call, *by_path(PATHS[name], tf32)) for tf32 in (False, True))
     # A relu input that rounds across zero has another gradient, which is no error.
     compared = slice(2) if cell == "rnn_relu" else slice(None)
     pairs = zip(rounded[compared], exact[compared], strict=True)
@@ -182,14 +184,14 @@ def test_tf32_rounds_factors_to_ten_bits(cell, path):
     assert 1e-5 < max(gaps) < 3e-3
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_no_order_of_threads_changes_a_bit(cell, path, emulator):
+def test_no_order_of_threads_changes_a_bit(cell, name, emulator):
     call = Call(cell, 2, 11, 4, 33, batch_sizes=(11, 9, 9, 2), dtype=torch.float32)
-    expected = both_passes(call, *by_path(PATHS[path]))
+    expected = both_passes(call, *by_path(PATHS[name]))
     for seed in range(5):
         emulator.seed(seed)
-        for ours, first in zip(both_passes(call, *by_path(PATHS[path])), expected, strict=True):
+        for ours, first in zip(both_passes(call, *by_path(PATHS[name])), expected, strict=True):
             assert torch.equal(ours, first)
 
 
@@ -214,82 +216,33 @@ def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, emulator):
     both_passes(call, forward, back)
 
 
-def test_select_knows_which_layers_have_a_kernel():
-    def layers(name, *problem):
-        return [cuda.single_cta("lstm", *problem, GPUS[name], backward) for backward in (False, True)]
-
-    for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H200", "NVIDIA L4"):
-        assert layers(name, 256, False, torch.bfloat16, False) == [True, True]
-        assert layers(name, 257, False, torch.float16, False) == [False, False]
-        assert (
-            layers(name, 128, False, torch.float32, False)
-            == layers(name, 128, False, torch.float32, True)
-            == [True] * 2
-        )
-        assert layers(name, 129, False, torch.float32, True) == [False, False]
-        assert layers(name, 64, False, torch.float64, False) == [False, False]
-        assert layers(name, 64, True, torch.bfloat16, False) == [False, False]
-    assert layers("Tesla T4", 64, False, torch.float16, False) == [False, False]
-
-
-KIB = 1 << 10
-RESIDENCY = [
-    # cell, hidden size, dtype, TF32, GPU, backward, and KiB in registers, shared memory, L2
-    ("gru", 128, torch.bfloat16, False, "NVIDIA L4", True, (96, 0, 0)),
-    ("lstm", 128, torch.bfloat16, False, "NVIDIA H200", True, (128, 0, 0)),
-    ("lstm", 100, torch.float16, False, "NVIDIA L4", False, (128, 0, 0)),
-    ("gru", 128, torch.float32, True, "NVIDIA H200", False, (144, 48, 0)),
-    ("lstm", 128, torch.float32, True, "NVIDIA H200", True, (96, 160, 0)),
-    ("lstm", 128, torch.float32, False, "NVIDIA H200", False, (32, 192, 32)),
-    ("lstm", 128, torch.float32, False, "NVIDIA L4", False, (32, 64, 160)),
-    ("gru", 256, torch.bfloat16, False, "NVIDIA H200", False, (120, 216, 48)),
-    ("lstm", 256, torch.bfloat16, False, "NVIDIA H200", False, (128, 192, 192)),
-    ("rnn_relu", 256, torch.bfloat16, False, "NVIDIA L4", True, (128, 0, 0)),
-]
-
-
-@pytest.mark.parametrize("row", RESIDENCY, ids=str)
-def test_where_the_weights_of_a_block_lie(row):
-    cell, hidden, dtype, tf32, gpu, backward, expected = row
-    found = cuda.residency(cell, hidden, dtype, tf32, GPUS[gpu], backward)
-    assert tuple(size / KIB for size in found) == expected
-
-
-@pytest.mark.parametrize("gpu", ["NVIDIA H200", "NVIDIA L4"])
-@pytest.mark.parametrize("hidden", [31, 64, 128, 200, 256])
-@pytest.mark.parametrize(("dtype", "tf32"), [(torch.bfloat16, False), (torch.float32, True), (torch.float32, False)])
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_block_takes_the_shared_memory_that_select_says(cell, dtype, tf32, hidden, gpu, emulator):
-    if hidden > 128 and dtype == torch.float32:
-        pytest.skip("there is no single CTA kernel for it")
-    gpu = GPUS[gpu]
-    layer, save = Call(cell, 1, 1, 1, hidden, dtype=dtype).arguments()[1:-1], True
-    forward, backward = by_path(SINGLE_CTA._replace(memory=gpu.shared_memory), tf32)
-    taken = []
-    before = emulator.counts()["shared_bytes"]
-    y, h_n, c_n, saved = forward(cell, *layer, save)
-    taken.append(emulator.counts()["shared_bytes"] - before)
-    backward(cell, y, h_n, c_n if cell == "lstm" else None, *layer, y, saved, True, True)
-    taken.append(emulator.counts()["shared_bytes"] - before - taken[0])
-    assert taken == [
-        cuda._buffers(cell, hidden, dtype, way) + cuda.residency(cell, hidden, dtype, tf32, gpu, way).shared_memory
-        for way in (False, True)
-    ]
-
-
-def test_small_batches_are_spread_over_the_gpu():
-    def tiles(directions: int, at_once: int, *batches: int) -> list[int]:
-        return [cuda.sequences_of_tile(directions, sequences, at_once) for sequences in batches]
-
-    assert tiles(1, 132, 0, 1, 132, 133, 1056, 5000) == [1, 1, 1, 2, 8, 8]
-    assert tiles(2, 132, 66, 67, 528, 529) == [1, 2, 8, 8]
-    # A tile is of one direction: by twos, 7 sequences both ways are 8 tiles, for which 7 clusters would take two turns.
-    assert tiles(2, 7, 3, 7, 12, 24, 25) == [1, 3, 4, 8, 8]
-    assert tiles(1, 1, 5) == tiles(2, 1, 5) == [5]
-
-
 def test_dtypes_and_sizes_without_a_kernel_say_so():
-    wide = (129, torch.float32), (257, torch.bfloat16)
-    for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in wide)):
+    too_large = (129, torch.float32), (257, torch.bfloat16)
+    for call in (Call("gru", dtype=torch.float64), *(Call("gru", hidden=h, dtype=dtype) for h, dtype in too_large)):
         with pytest.raises(RuntimeError, match="no single CTA kernel"):
             both_passes(replace(call), *by_path(SINGLE_CTA))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_block_takes_no_more_shared_memory_than_there_is(cell, shared_memory, emulator):
+    """And a single CTA all that its weights can be in; without space for two buffers of factors it is refused."""
+    call = Call(cell, 1, 1, 1, 128, dtype=torch.float32)
+    before = emulator.counts()["shared_bytes"]
+    shared_memory(64 << 10)
+    both_passes(call, *by_path(SINGLE_CTA))
+    taken = (emulator.counts()["shared_bytes"] - before) / 2
+    assert (32 << 10) < taken <= (64 << 10) or cell.startswith("rnn")
+    shared_memory(8 << 10)
+    with pytest.raises(RuntimeError, match="bytes of shared memory, and may have 8192"):
+        both_passes(call, *by_path(SINGLE_CTA))
+
+
+def test_plans_that_nothing_can_run_are_refused():
+    call = Call("gru", dtype=torch.float32)
+    for launch, reason in (
+        (PassLaunch(9, 8, 0), "unknown path 9"),
+        (SINGLE_CTA._replace(tile=9), "takes 1 to 8 sequences, got 9"),
+        (SINGLE_CTA._replace(units=32), "no kernel for a single CTA with 32 units"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            both_passes(call, *by_path(launch))

@@ -5,10 +5,10 @@ import random
 
 import pytest
 import torch
-from cuda_paths import SHARED, assert_caught, by_path
+from cuda_paths import assert_caught, by_path, path
 from operators import CELLS, Call, assert_rounding_alone_of, both_passes
 
-from seqkernels.backends.cuda import Path
+from seqkernels.backends.cuda.launch import PassLaunch
 from seqkernels.hardware import THIS_MACHINE
 
 pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator here: `make test` builds build/emulator")
@@ -17,9 +17,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 CLUSTERS = pytest.mark.parametrize("blocks", [2, 4])
 
 
-def persistent_grid(blocks: int, tile: int = 8, memory: int = SHARED) -> Path:
+def persistent_grid(blocks: int, tile: int = 8) -> PassLaunch:
     """In clusters of so many blocks, of 16 hidden units each."""
-    return Path("persistent grid", tile, memory, 16 * blocks)
+    return path("persistent grid", tile, 16 * blocks)
 
 
 @pytest.mark.parametrize("hidden", [5, 64, 129, 200])
@@ -113,14 +113,15 @@ def test_every_fault_is_caught(cell, fault, emulator):
     assert_caught(emulator, cell, persistent_grid(2), fault)
 
 
-def test_what_has_no_kernel_says_why(multiprocessors):
+def test_what_has_no_kernel_says_why(multiprocessors, shared_memory):
     multiprocessors(60)
-    for call, path, reason in (
-        (Call("gru", hidden=1000, dtype=torch.float32), persistent_grid(4), "as many blocks at the same time"),
+    shared_memory(99 << 10)
+    for call, launch, reason in (
+        (Call("rnn_tanh", hidden=1000, dtype=torch.float32), persistent_grid(4), "64 blocks in clusters of 4"),
         (Call("gru", dtype=torch.float64), persistent_grid(4), "float64"),
-        (Call("gru", dtype=torch.float32), persistent_grid(3), "clusters of so many blocks"),
+        (Call("gru", dtype=torch.float32), persistent_grid(3), "no kernel for a persistent grid with 48 units"),
         (Call("gru", dtype=torch.float32), persistent_grid(4, tile=9), "takes 1 to 8 sequences"),
-        (Call("lstm", hidden=900, dtype=torch.float32), persistent_grid(4, memory=99 << 10), "do not fit"),
+        (Call("lstm", hidden=900, dtype=torch.float32), persistent_grid(4), "do not fit"),
     ):
         with pytest.raises(RuntimeError, match=reason):
-            both_passes(call, *by_path(path))
+            both_passes(call, *by_path(launch))

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpus import GPUS, MIG
+from gpus import GPUS
 
 import seqkernels as sk
-from seqkernels.backends import cuda
 from seqkernels.backends.call import Call, class_of_steps
 from seqkernels.hardware import Machine
 from seqkernels.select import BACKENDS, plan
@@ -199,68 +198,7 @@ def test_the_choice_for_wide_layers(row, dtype, layout, training):
         assert " ".join(plan(call, FULL._replace(gpu=gpu)).backend for call in problems) == expected
 
 
-ON_H200, ON_A100 = GPUS["NVIDIA H200"], GPUS["NVIDIA A100-SXM4-80GB"]
-PATHS = [
-    # GPU, cell, H, dtype (exact), directions, sequences, and the paths forward and backward: sequences of a tile, units
-    (ON_H200, "lstm", 1024, HALF, 1, 1, "persistent grid 1 64", "persistent grid 1 64"),
-    # 31 clusters of 4 are one group of 16 of them; but 66 clusters of 2 are two groups of 32, for two tiles at once,
-    (ON_H200, "lstm", 1024, HALF, 1, 8, "persistent grid 4 32", "persistent grid 4 32"),
-    (ON_H200, "lstm", 1024, HALF, 1, 16, "persistent grid 8 32", "persistent grid 8 32"),
-    (ON_H200, "gru", 1024, HALF, 1, 64, "persistent grid 8 32", "persistent grid 8 32"),
-    (ON_H200, "gru", 1024, HALF, 2, 8, "persistent grid 8 32", "persistent grid 8 32"),  # or both directions.
-    (ON_H200, "gru", 1536, HALF, 1, 16, "persistent grid 8 64", "persistent grid 8 64"),
-    (ON_H200, "lstm", 1536, HALF, 1, 64, "persistent grid 8 64", "stepwise"),
-    # 128 blocks are more than 31 clusters of 4; a direction follows upon the other.
-    (ON_H200, "lstm", 2048, HALF, 1, 8, "persistent grid 8 32", "persistent grid 8 32"),
-    (ON_H200, "lstm", 2048, HALF, 2, 5, "persistent grid 5 32", "persistent grid 5 32"),
-    # Where clusters hold the weights as well: the exchange through L2 takes longer, and what each of fewer blocks has
-    # to read of the weights.
-    (ON_H200, "gru", 768, HALF, 1, 16, "cluster 3 48", "cluster 3 48"),
-    (ON_H200, "lstm", 768, HALF, 1, 16, "persistent grid 8 64", "cluster 3 48"),
-    (ON_H200, "lstm", 1024, SINGLE, 1, 16, "stepwise", "persistent grid 8 32"),
-    (ON_H200, "lstm", 2113, HALF, 1, 1, "stepwise", "stepwise"),
-    (ON_A100, "lstm", 1024, HALF, 1, 1, "stepwise", "stepwise"),
-    (ON_A100, "gru", 300, HALF, 1, 16, "stepwise", "stepwise"),
-    (MIG, "lstm", 400, HALF, 1, 4, "cluster 2 64", "cluster 2 64"),
-    (MIG, "lstm", 512, HALF, 1, 4, "stepwise", "stepwise"),
-]
-
-
-@pytest.mark.parametrize("row", PATHS, ids=lambda row: " ".join(map(str, (row[0].name, *row[1:6]))))
-def test_the_paths_of_both_passes(row):
-    gpu, cell, hidden, dtype, directions, sequences, *expected = row
-    for backward in (False, True):
-        path, _ = cuda.path(cell, hidden, False, dtype, False, gpu, backward, directions, sequences)
-        assert " ".join([path.name, *(str(size) for size in (path.tile, path.units) if size)]) == expected[backward]
-
-
-GROUPS = [
-    # Which groups of blocks, the layer, whether it is projected, the dtype (exact), the GPU, and why there are none.
-    (cuda.clusters, "gru", 256, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
-    (cuda.clusters, "lstm", 256, True, HALF, ON_H200, "takes a projection"),
-    (cuda.clusters, "gru", 256, False, DOUBLE, ON_H200, "takes float64"),
-    (cuda.clusters, "gru", 32, False, HALF, ON_H200, "a cluster of one block, which 32 hidden units would be"),
-    (cuda.clusters, "gru", 1000, False, SINGLE, ON_H200, "no 16 blocks hold the weights of 1000 hidden units"),
-    (cuda.clusters, "lstm", 512, False, HALF, MIG, "MIG 1g.18gb runs no cluster of 16 or 11 or 8 blocks"),
-    (cuda.clusters, "lstm", 250, False, HALF, ON_H200._replace(clusters=()), "runs no cluster of 8 or 6 or 4 blocks"),
-    (cuda.persistent_grid, "gru", 1024, False, HALF, ON_A100, "clusters are for compute capability 9.0"),
-    (cuda.persistent_grid, "lstm", 1024, True, HALF, ON_H200, "takes a projection"),
-    (cuda.persistent_grid, "gru", 1024, False, DOUBLE, ON_H200, "takes float64"),
-    (cuda.persistent_grid, "lstm", 1025, False, SINGLE, ON_H200, "do not hold the weights of 1025, 4 gates"),
-    (
-        *(cuda.persistent_grid, "gru", 2113, False, HALF, ON_H200),
-        "H200 does not run 136 blocks in clusters of 4 or 134 blocks in clusters of 2 at the same time",
-    ),
-    (cuda.persistent_grid, "gru", 257, False, HALF, MIG, "MIG 1g.18gb does not run 20 blocks in clusters of 4 or 18"),
-]
-
-
-@pytest.mark.parametrize("row", GROUPS, ids=lambda row: f"{row[0].__name__}: {row[-1]}")
-def test_why_no_group_of_blocks_takes_a_layer(row):
-    groups, cell, hidden, projected, dtype, gpu, reason = row
-    for backward in (False, True):
-        found, against = groups(cell, hidden, projected, dtype, False, gpu, backward)
-        assert found == [] and reason in against
+ON_H200 = GPUS["NVIDIA H200"]
 
 
 def test_figures_that_were_published_of_clusters():

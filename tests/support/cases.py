@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
 from seqkernels import reference
+from seqkernels.backends import cells
 
 TORCH_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # that torch.nn has, and cuDNN
-CELLS = TORCH_CELLS
+CELLS = tuple(cells.CELLS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("padded", "unbatched", "packed_sorted", "packed_unsorted", "lengths", "cu_seqlens")
 
@@ -204,9 +205,9 @@ def _call(module: nn.Module, x, hx, case: Case, lengths: Tensor | None = None) -
 
 
 @st.composite
-def generated(draw, dtypes=DTYPES, cells=CELLS) -> Case:
+def generated(draw, dtypes=DTYPES, of=CELLS) -> Case:
     """Any configuration of small size, drawn so that the awkward ones are frequent."""
-    cell = draw(st.sampled_from(cells))
+    cell = draw(st.sampled_from(of))
     layout = draw(st.sampled_from(LAYOUTS))
     shortest = 0 if layout in ("lengths", "cu_seqlens") else 1
     if layout == "unbatched":

@@ -1,24 +1,62 @@
-"""The CUDA operators by a path of the caller's choice, and with planted faults in the emulator."""
+"""The CUDA operators by a path of the caller's choice, with planted faults in the emulator; what can run on GPUs that
+are not here."""
+
+from typing import Any
 
 import pytest
 import torch
 from operators import Call, both_passes
 
-from seqkernels import _C, hardware
-from seqkernels.backends.cuda import Path
+from seqkernels import hardware
+from seqkernels.backends import call
+from seqkernels.backends.cuda.launch import PassLaunch, candidates, path_names
+from seqkernels.hardware import GPU
 
-GPU = hardware.gpu_of(torch.empty(0).device)
-SHARED = GPU.shared_memory
-SINGLE_CTA = Path("single CTA", 8)
+HERE = hardware.gpu_of(torch.empty(0).device)
 
 
-def by_path(path: Path, tf32: bool = False):
+def path(name: str, tile: int = 8, units: int = 0) -> PassLaunch:
+    return PassLaunch(path_names().index(name), tile, units)
+
+
+STEPWISE, SINGLE_CTA = path("stepwise", tile=0), path("single CTA")
+
+
+def by_path(launch: PassLaunch, tf32: bool = False):
     """Both operators."""
-    operators, launch = torch.ops.seqkernels, (_C.CUDA_PATHS.index(path.name), path.tile, path.units)
+    operators = torch.ops.seqkernels
     return (
         lambda *args: operators.cuda_forward(*args, tf32, *launch),
         lambda *args: operators.cuda_backward(*args, tf32, *launch),
     )
+
+
+def found(
+    gpu: GPU,
+    cell: str,
+    hidden: int,
+    dtype: torch.dtype,
+    backward: bool = False,
+    *,
+    tf32: bool = False,
+    projected: bool = False,
+    directions: int = 1,
+    sequences: int = 1,
+) -> dict[str, list[dict[str, Any]]]:
+    """All candidates for a pass, by their path."""
+    layer = call.Call(
+        cell, "cuda", dtype, hidden_size=hidden, projected=projected, tf32=tf32, directions=directions,
+        sequences=sequences,
+    )  # fmt: skip
+    by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in path_names()}
+    for one in candidates(layer, gpu, backward):
+        by_name[one["path"]].append(one)
+    return by_name
+
+
+def fitting(name: str, *layer, **more) -> list[dict[str, Any]]:
+    """Those of one path that can run; the layer as for `found`."""
+    return [one for one in found(*layer, **more)[name] if not one["reason"]]
 
 
 def faulty(emulator, run, fault: str, event: int = 0):
@@ -34,16 +72,16 @@ def faulty(emulator, run, fault: str, event: int = 0):
     return with_fault
 
 
-def assert_caught(emulator, cell: str, path: Path, fault: tuple[str, str, int, str], seeds: int = 8) -> None:
+def assert_caught(emulator, cell: str, launch: PassLaunch, fault: tuple[str, str, int, str], seeds: int = 8) -> None:
     """A fault (of which pass, which, which of a thread's, and what is said), whatever the order of threads; and nothing
     without it. Of 90 units and four steps."""
     which, kind, event, message = fault
-    call = Call(cell, 1, 8, 4, 90, dtype=torch.bfloat16)
-    forward, back = by_path(path)
+    layer = Call(cell, 1, 8, 4, 90, dtype=torch.bfloat16)
+    forward, back = by_path(launch)
     for seed in range(seeds):
         emulator.seed(seed)
         passes = {"forward": forward, "backward": back}
         passes[which] = faulty(emulator, passes[which], kind, event)
         with pytest.raises(RuntimeError, match=message):
-            both_passes(call, *passes.values())
-    both_passes(call, forward, back)
+            both_passes(layer, *passes.values())
+    both_passes(layer, forward, back)

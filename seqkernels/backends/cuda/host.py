@@ -1,0 +1,70 @@
+"""The operator pair, by the operators of csrc/cuda/ops.cpp."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seqkernels import hardware
+from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
+
+
+def forward(
+    cell: str,
+    x: Tensor,  # [N, I]
+    weights: list[Tensor],
+    h_0: Tensor,  # [D, B, P]
+    c_0: Tensor | None,  # [D, B, H]
+    batch_sizes: Tensor | None,  # [T]
+    save: bool,
+    launch: Sequence[int] = (),  # by `Launch`
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    plan = _planned(launch, cell, x, weights, h_0)
+    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, plan.tf32, *plan.forward)
+
+
+def backward(
+    cell: str,
+    grad_y: Tensor | None,  # [N, D*P]
+    grad_h_n: Tensor | None,  # [D, B, P]
+    grad_c_n: Tensor | None,  # [D, B, H]
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    y: Tensor,  # [N, D*P]
+    saved: Tensor,  # [N, D, K*H]
+    wants_x: bool,
+    wants_weights: bool,
+    launch: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    plan = _planned(launch, cell, x, weights, h_0)
+    grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
+    return torch.ops.seqkernels.cuda_backward(
+        cell, *grads, *layer, y, saved, wants_x, wants_weights, plan.tf32, *plan.backward
+    )
+
+
+def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor) -> Launch:
+    """What was planned for the call; where nothing was, the plan for the sizes that arrive."""
+    if launch:
+        return Launch.from_ints(launch)
+    known = h_0.dim() == 3 and h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
+    hidden_size = weights[0].shape[0] // CELLS[cell].gates if known else 0
+    if not hidden_size:
+        return Launch(False, PassLaunch(), PassLaunch())  # the operator says what is wrong
+    directions, sequences, _ = h_0.shape
+    call = Call(
+        cell=cell,
+        device_type=x.device.type,
+        dtype=x.dtype,
+        hidden_size=hidden_size,
+        projected=len(weights) // directions % 2 == 1,
+        tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
+        directions=directions,
+        sequences=sequences,
+    )
+    return launch_of(call, hardware.gpu_of(x.device))
