@@ -75,8 +75,8 @@ class Layer(nn.RNNBase, metaclass=DropIn):
     def _flat_weights(self) -> list:
         return FlatWeights(self, self._weights())
 
-    @_flat_weights.setter
-    def _flat_weights(self, weights: Sequence[Tensor]) -> None:  # type: ignore[override]
+    @_flat_weights.setter  # type: ignore[override]
+    def _flat_weights(self, weights: Sequence[Tensor]) -> None:
         names = self._flat_weights_names
         if len(weights) != len(names):
             raise ValueError(f"_flat_weights are {', '.join(names)}, got {len(weights)} weights")
