@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import drop_in, functional, hardware, select
+from seqkernels import drop_in, functional, hardware, inputs, select
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
@@ -256,11 +256,11 @@ def explain(
     if isinstance(module, nn.RNNBase):
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
-        call = functional.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
+        call = inputs.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
     elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
         assert isinstance(input, Tensor)
         states = (hx,) if isinstance(hx, Tensor) else hx
-        call = functional.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
+        call = inputs.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
     else:
         raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
-    return functional.plan_of(call, input.data.device, getattr(module, "backend", None))
+    return select.plan_of(call, input.data.device, getattr(module, "backend", None))

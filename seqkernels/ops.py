@@ -249,13 +249,13 @@ def recurrence_forward(
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
+    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n; `save`: gradients are wanted.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
     operations. The backend cudnn takes all layers of `call` at once, the others one.
     """
-    save = wants_gradients(x, h_0, c_0, *weights)
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
     args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch
@@ -266,21 +266,6 @@ def recurrence_forward(
     if save:
         return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
-
-
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # faster than any(), in every call of a module
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 flops.register()

@@ -21,10 +21,6 @@ class Cell(NamedTuple):
     # W_ih x that differ from them.
     gates_apart: int = 0
 
-    @property
-    def gradient_blocks(self) -> int:
-        return self.gates + self.gates_apart
-
 
 CELLS = {
     cell.name: cell

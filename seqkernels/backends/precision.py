@@ -13,15 +13,6 @@ def to_acc(*tensors: Tensor | None) -> list:
     return [t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of x, or the one that autocast will give it."""
-    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
-        return x.dtype
-    device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocast else x.dtype
-
-
 def cast_for_autocast(function: Callable, device_type: str) -> Callable:
     """The autocast rule: every floating tensor in autocast's dtype (float64 is left alone), as for torch's matmul."""
 

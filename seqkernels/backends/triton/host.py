@@ -118,7 +118,8 @@ class _Layer:
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
-        self.N, self.G, self.K, self.F = x.shape[0], self.cell.gates, self.cell.saved_blocks, self.cell.gradient_blocks
+        self.N, self.G, self.K = x.shape[0], self.cell.gates, self.cell.saved_blocks
+        self.F = self.G + self.cell.gates_apart  # blocks of grad_gates
         self.H = self.weights[0].w_hh.shape[0] // self.G
         self.projected = self.weights[0].w_hr is not None
         self.bias = self.weights[0].b_hh is not None
