@@ -14,10 +14,10 @@ State = Tensor | tuple[Tensor, Tensor]
 def count_weights(given: int, count: int, bias: bool, cell: str) -> int:
     """How many weights each of `count` layers and directions has."""
     each = given // count
-    kinds = 4 if bias else 2
-    if each * count != given or not (each == kinds or (cell == "lstm" and each == kinds + 1)):
+    kinds, can_project = 4 if bias else 2, CELLS[cell].can_project
+    if each * count != given or not (each == kinds or (can_project and each == kinds + 1)):
         raise ValueError(
-            f"expected {kinds} weights{' (or one more, a projection)' if cell == 'lstm' else ''} for each of "
+            f"expected {kinds} weights{' (or one more, a projection)' if can_project else ''} for each of "
             f"{count} layers and directions, got {given} in all"
         )
     return each

@@ -1,4 +1,4 @@
-"""RNN, GRU, LSTM and their cells as drop-in modules: torch.nn's arguments, parameters, results and errors.
+"""RNN, GRU, LSTM and their cells as drop-in modules: torch.nn's arguments, parameters, results and errors; and LiGRU.
 
 They derive from nn.RNNBase and not from nn.GRU itself, because torch.compile refuses every instance of nn.RNN, nn.GRU
 and nn.LSTM. Parameters are read by name in every call: there is no flat weight buffer and no cached copy to go stale,
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, select
+from seqkernels import functional, inputs, select
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
 
 
-def _parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+def _parameters(module: nn.Module, names: Sequence[str]) -> list:
     # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
     parameters = module._parameters
     return [parameters[name] if name in parameters else getattr(module, name) for name in names]
@@ -60,7 +60,7 @@ class _Recurrent(nn.RNNBase):
     # whenever they are asked for, and the methods are nn.Module's own again.
 
     @property
-    def _flat_weights(self) -> list[Tensor]:
+    def _flat_weights(self) -> list:  # type: ignore[override]
         return _parameters(self, self._flat_weights_names)
 
     def _init_flat_weights(self) -> None:
@@ -129,6 +129,34 @@ class LSTM(_Recurrent):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
+
+
+class LiGRU(_Recurrent):
+    """Light gated recurrent unit: no reset gate, and relu in place of tanh; torch.nn has none.
+
+        a = relu(W_ia x + b_ia + W_ha h + b_ha)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        h' = z * h + (1 - z) * a
+
+    Takes the arguments of GRU. weight_ih_l0 ``[2*H, I]`` and the others have the rows of a before those of z, as
+    SpeechBrain's LiGRU has them. Two things differ from it: there is no batch normalization, and biases are optional
+    and added to both products, as in torch.nn. Input, state and result are described at `seqkernels.functional.gru`.
+
+    Source of the formula: Ravanelli, Brakel, Omologo and Bengio, "Light Gated Recurrent Units for Speech Recognition",
+    2018, https://arxiv.org/abs/1803.10225; speechbrain.nnet.RNN.LiGRU.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *args, **kwargs) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not LiGRU")
+        # nn.RNNBase knows no cell of two gates: it checks the arguments and names the parameters, as those of an RNN;
+        # then they get their sizes.
+        super().__init__("RNN_RELU", input_size, hidden_size, *args, **kwargs)
+        self.mode = "LIGRU"
+        for name in self._flat_weights_names:
+            before = getattr(self, name)
+            setattr(self, name, nn.Parameter(before.new_empty(2 * hidden_size, *before.shape[1:])))
+        self.reset_parameters()
 
 
 class _Cell(nn.RNNCellBase):
@@ -238,12 +266,13 @@ def explain(
             cannot run.
     """
     if isinstance(module, nn.RNNBase):
-        directions, weights = 2 if module.bidirectional else 1, module._flat_weights
+        directions, weights = 2 if module.bidirectional else 1, _parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
-        call = functional.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
+        call = inputs.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
     elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
+        assert isinstance(input, Tensor)
         states = (hx,) if isinstance(hx, Tensor) else hx
-        call = functional.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
+        call = inputs.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
     else:
         raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
-    return functional.plan_of(call, input.data.device, getattr(module, "backend", None))
+    return select.plan_of(call, input.data.device, getattr(module, "backend", None))

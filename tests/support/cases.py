@@ -59,8 +59,11 @@ class Case:
         """The module of torch.nn or of seqkernels, with weights that depend on the seed alone."""
         torch.manual_seed(self.seed)
         name = {"gru": "GRU", "lstm": "LSTM", "ligru": "LiGRU"}.get(self.cell, "RNN")
-        module_class = LiGRU if (namespace, name) == (nn, "LiGRU") else getattr(namespace, name)
-        return module_class(self.input_size, self.hidden_size, **self.module_options)
+        if namespace is nn and self.cell not in TORCH_CELLS:
+            module = LiGRU(self.input_size, self.hidden_size, **self.module_options)
+            module.load_state_dict(self.module(sk).state_dict())
+            return module
+        return getattr(namespace, name)(self.input_size, self.hidden_size, **self.module_options)
 
     def data(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Input ``[T, B, I]`` and the initial states, all leaves that require gradients."""

@@ -118,19 +118,20 @@ class _Layer:
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
-        self.N, self.G, self.K, self.F = x.shape[0], self.cell.gates, self.cell.saved_blocks, self.cell.gradient_blocks
+        self.N, self.G, self.K = x.shape[0], self.cell.gates, self.cell.saved_blocks
+        self.F = self.G + self.cell.gates_apart  # blocks of grad_gates
         self.H = self.weights[0].w_hh.shape[0] // self.G
         self.projected = self.weights[0].w_hr is not None
         self.bias = self.weights[0].b_hh is not None
         self.tile = _launch(launch, x, self)
         self.precision = "tf32" if self.tile.tf32 else "ieee"
         self.ragged = batch_sizes is not None
-        self.T = len(batch_sizes) if self.ragged else self.N // max(self.B, 1)
+        self.T = self.N // max(self.B, 1) if batch_sizes is None else len(batch_sizes)
         self.used = self.N  # rows that steps use, as far as that is known without asking the device
         self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
         # How many sequences run in each step, as far as that is known without asking the device.
         self.known = [self.B] * self.T
-        if self.ragged:
+        if batch_sizes is not None:
             if batch_sizes.device.type == "cpu":
                 self.known = batch_sizes.tolist()
                 self.used = sum(self.known)
@@ -155,7 +156,7 @@ class _Layer:
         every = {"starts": self.starts, "sizes": self.sizes, "T": self.T, "B": self.B, "D": self.D}
         every |= {"RAGGED": self.ragged, "ROWS": self.tile.rows, "UNITS": self.tile.units}
         if "P" not in arguments:
-            every |= {"N": self.N, "CELL": self.cell.name, "H": self.H, "GATES": self.G, "BLOCKS": self.K}
+            every |= {"N": self.N, "CELL": self.cell.name, "H": self.H, "GATES": self.G, "SAVED": self.K}
         _run(name, grid, {**every, **arguments}, self.tile.warps)
 
     def grid(self, rows: int, units: int) -> tuple[int, int, int]:
@@ -225,7 +226,7 @@ def _resident_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved
     layer.launch(
         "resident_backward", (-(-layer.B // layer.tile.rows), layer.D), grad_y=y if grad_y is None else grad_y,
         grad_h=grad_h, grad_c=grad_c, w_hh=layer.stacked("w_hh"), h_0=h_0, c_0=c_0, y=y, saved=saved,
-        grad_gates=grad_gates, HAS_GRAD_Y=grad_y is not None, PRECISION=layer.precision,
+        grad_gates=grad_gates, GRADS=layer.F, HAS_GRAD_Y=grad_y is not None, PRECISION=layer.precision,
     )  # fmt: skip
 
 
@@ -247,7 +248,7 @@ def _stepwise_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved
         layer.launch(
             "step_backward", layer.grid(rows, H), grad_y=grad_y, grad_h=grad_before_projection, grad_c=grad_c, h_0=h_0,
             c_0=c_0, y=y, saved=saved, grad_gates=grad_gates, grad_step=grad_step, k=k,
-            HAS_GRAD_Y=given and not projected, PROJECTED=projected,
+            GRADS=layer.F, HAS_GRAD_Y=given and not projected, PROJECTED=projected,
         )  # fmt: skip
         grad_h[:, :rows].baddbmm_(grad_step[:, :rows], w_hh)
 
@@ -256,11 +257,14 @@ def _stepwise_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved
 
 
 def _grad_x(layer: _Layer, grad_gates: Tensor) -> Tensor:
-    total = None
-    for w, grads in zip(layer.weights, grad_gates, strict=True):
-        for columns, rows in _blocks_of_x(layer):
-            factors = grads[:, columns], w.w_ih[rows]
-            total = torch.mm(*factors) if total is None else total.addmm_(*factors)
+    (grads, weight), *others = [
+        (grads[:, columns], w.w_ih[rows])
+        for w, grads in zip(layer.weights, grad_gates, strict=True)
+        for columns, rows in _blocks_of_x(layer)
+    ]
+    total = torch.mm(grads, weight)
+    for grads, weight in others:
+        total.addmm_(grads, weight)
     return total
 
 

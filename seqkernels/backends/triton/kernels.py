@@ -1,13 +1,15 @@
 """The Triton kernels: whole sequences with the recurrent weights on chip, and single steps between matrix products.
 
-Letters as in ``seqkernels.ops``; G and K are called GATES and BLOCKS here. A tile is ``[UNITS, ROWS]``: hidden units
-by sequences, so that a step reads as the mathematics does, W h + b, and the weights are the left factor, which matrix
-cores read best. UNITS is a power of two, in the resident kernels at least H; what lies beyond H or B is masked, and
-zero wherever it enters a product. Gates, states and sums are float32, factors have the dtype of the weights.
+Letters as in ``seqkernels.ops``; G and K are called GATES and SAVED here, and GRADS are the blocks of grad_gates. A
+tile is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the mathematics does, W h + b, and the
+weights are the left factor, which tensor cores read best. UNITS is a power of two, in the resident kernels at least H;
+what lies beyond H or B is masked, and zero wherever it enters a product. Gates, states and sums are float32, factors
+have the dtype of the weights.
 
 Only the host side, ``host.py``, imports this file.
 
-Sources: the torch.nn documentation of RNN, GRU and LSTM; the polynomial of tanh is that of Cephes' tanhf.
+Sources: the torch.nn documentation of RNN, GRU and LSTM, for LiGRU arXiv 1803.10225; the polynomial of tanh is that of
+Cephes' tanhf.
 """
 
 import triton
@@ -23,7 +25,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr):
+def from_acc(x, dtype: tl.constexpr):
     """x in another dtype, to the nearest even. Triton's interpreter cuts bfloat16 off, so there we round before it."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
@@ -35,7 +37,7 @@ def rounded(x, dtype: tl.constexpr):
 @triton.jit
 def product(w, x, PRECISION: tl.constexpr):
     """w x in float32, with x rounded to the dtype of w."""
-    x = rounded(x, w.dtype)
+    x = from_acc(x, w.dtype)
     if INTERPRETED and w.dtype == tl.bfloat16:  # of which the interpreter would multiply the bits
         w, x = w.to(tl.float32), x.to(tl.float32)
     return tl.dot(w, x, input_precision=PRECISION)
@@ -43,7 +45,7 @@ def product(w, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def store(pointer, x, there):
-    tl.store(pointer, rounded(x, pointer.dtype.element_ty), there)
+    tl.store(pointer, from_acc(x, pointer.dtype.element_ty), there)
 
 
 # ---- gate algebra: the only copy of these formulas in Triton
@@ -60,6 +62,11 @@ def tanh(x):
 
 
 @triton.jit
+def relu(x):
+    return tl.where(x < 0, 0.0, x)  # NaN passes
+
+
+@triton.jit
 def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexpr):
     """One step from its gates -> (h, c, four blocks of `saved`); cells with fewer gates ignore the others."""
     if CELL == "gru":
@@ -70,12 +77,14 @@ def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexp
         i, f, g, o = tl.sigmoid(x_0 + h_0), tl.sigmoid(x_1 + h_1), tanh(x_2 + h_2), tl.sigmoid(x_3 + h_3)
         c = f * c + i * g
         return o * tanh(c), c, i, f, g, o
+    elif CELL == "ligru":
+        a, z = relu(x_0 + h_0), tl.sigmoid(x_1 + h_1)
+        return a + z * (h - a), c, a, z, z, z
     elif CELL == "rnn_tanh":
         h = tanh(x_0 + h_0)
         return h, c, h, h, h, h
     else:
-        h = x_0 + h_0
-        h = tl.where(h < 0, 0.0, h)  # NaN passes
+        h = relu(x_0 + h_0)
         return h, c, h, h, h, h
 
 
@@ -83,9 +92,9 @@ def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexp
 def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.constexpr):
     """Gradients of one step -> (four blocks of gates, that of h_prev past the gates, that of c_prev).
 
-    s_0..s_3 are the blocks of `saved`; now and before are the states that the formulas name: GRU h_prev (before), LSTM
-    c and c_prev, RNN h (now). GRU's blocks are r, z, W_hn h + b_hn and n: the gates of h are the first three, those of
-    x all but the third."""
+    s_0..s_3 are the blocks of `saved`; now and before are the states that the formulas name: GRU and LiGRU h_prev
+    (before), LSTM c and c_prev, RNN h (now). GRU's gradients are those of r, z, W_hn h + b_hn and n: the gates of h
+    are the first three, those of x all but the third."""
     if CELL == "gru":
         r, z, n, h_n = s_0, s_1, s_2, s_3
         grad_n = grad_h * (1 - z) * (1 - n * n)
@@ -99,6 +108,11 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.cons
         grad_i, grad_f = grad_c * g * i * (1 - i), grad_c * before * f * (1 - f)
         grad_g, grad_o = grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
         return grad_i, grad_f, grad_g, grad_o, grad_h * 0, grad_c * f
+    elif CELL == "ligru":
+        a, z = s_0, s_1
+        grad_a = tl.where(a <= 0, 0.0, grad_h * (1 - z))
+        grad_z = grad_h * (before - a) * z * (1 - z)
+        return grad_a, grad_z, grad_z, grad_z, grad_h * z, grad_c
     elif CELL == "rnn_tanh":
         grad = grad_h * (1 - now * now)
         return grad, grad, grad, grad, grad_h * 0, grad_c
@@ -140,24 +154,27 @@ def steps_of_tile(sizes, first, T, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(pointer, at, there, H, BLOCKS: tl.constexpr):
+def load_blocks(pointer, at, there, H, COUNT: tl.constexpr):
     """Up to four blocks of H; the first one stands in for those that are not there."""
     a = tl.load(pointer + at, there, 0.0)
     b, c, d = a, a, a
-    if BLOCKS > 1:
-        b, c = tl.load(pointer + at + H, there, 0.0), tl.load(pointer + at + 2 * H, there, 0.0)
-    if BLOCKS > 3:
+    if COUNT > 1:
+        b = tl.load(pointer + at + H, there, 0.0)
+    if COUNT > 2:
+        c = tl.load(pointer + at + 2 * H, there, 0.0)
+    if COUNT > 3:
         d = tl.load(pointer + at + 3 * H, there, 0.0)
     return a, b, c, d
 
 
 @triton.jit
-def store_blocks(pointer, at, there, H, a, b, c, d, BLOCKS: tl.constexpr):
+def store_blocks(pointer, at, there, H, a, b, c, d, COUNT: tl.constexpr):
     store(pointer + at, a, there)
-    if BLOCKS > 1:
+    if COUNT > 1:
         store(pointer + at + H, b, there)
+    if COUNT > 2:
         store(pointer + at + 2 * H, c, there)
-    if BLOCKS > 3:
+    if COUNT > 3:
         store(pointer + at + 3 * H, d, there)
 
 
@@ -185,7 +202,7 @@ def load_x(
 @triton.jit
 def load_step(
     grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-    CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, RAGGED: tl.constexpr,
+    CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr,
     HAS_GRAD_Y: tl.constexpr,
 ):  # fmt: skip
     """What cell_backward needs of step t -> (the tile's first row of [N], what runs, gradient of y, s_0..s_3, now,
@@ -198,17 +215,18 @@ def load_step(
     place_before = (start_before + first) * D + direction
     ran = running & (first + lane < size_before)
     state = (direction * B + first) * H
-    if CELL == "gru":
-        s_0, s_1, s_2, s_3 = load_blocks(saved + place * 4 * H, lane * D * 4 * H + unit, running, H, 4)
+    if CELL == "gru" or CELL == "ligru":
+        in_row = lane * D * SAVED * H + unit
+        s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, SAVED)
         before = tl.load(h_0 + state + (lane * H + unit), running & ~ran, 0.0)
         before = tl.where(ran, tl.load(y + place_before * H + (lane * D * H + unit), ran, 0.0), before)
         now = before
     elif CELL == "lstm":
-        in_row = lane * D * 5 * H + unit
-        s_0, s_1, s_2, s_3 = load_blocks(saved + place * 5 * H, in_row, running, H, 4)
-        now = tl.load(saved + (place * 5 + 4) * H + in_row, running, 0.0)
+        in_row = lane * D * SAVED * H + unit
+        s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, 4)
+        now = tl.load(saved + (place * SAVED + 4) * H + in_row, running, 0.0)
         before = tl.load(c_0 + state + (lane * H + unit), running & ~ran, 0.0)
-        before = tl.where(ran, tl.load(saved + (place_before * 5 + 4) * H + in_row, ran, 0.0), before)
+        before = tl.where(ran, tl.load(saved + (place_before * SAVED + 4) * H + in_row, ran, 0.0), before)
     else:
         now = tl.load(y + place * H + (lane * D * H + unit), running, 0.0)
         s_0, s_1, s_2, s_3, before = now, now, now, now, now
@@ -219,7 +237,7 @@ def load_step(
 
 
 @triton.jit
-def widened(a, b, c, d, e, f):
+def to_acc(a, b, c, d, e, f):
     a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
     return a, b, c, d.to(tl.float32), e.to(tl.float32), f.to(tl.float32)
 
@@ -240,7 +258,7 @@ def resident_forward(
     h_n,  # [D, B, H]; may be h_0 itself, as c_n may be c_0
     c_n,
     saved,  # [N, D, K*H]
-    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
+    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -285,6 +303,7 @@ def resident_forward(
         a_1, a_2, a_3 = a_0, a_0, a_0
         if GATES > 1:
             a_1 = product(w_1, h, PRECISION) + b_1
+        if GATES > 2:
             a_2 = product(w_2, h, PRECISION) + b_2
         if GATES > 3:
             a_3 = product(w_3, h, PRECISION) + b_3
@@ -293,11 +312,11 @@ def resident_forward(
         h, c = tl.where(running, h_t, h), tl.where(running, c_t, c)
         place = at * D + direction
         store(y + place * H + (lane * D * H + unit), h, running)
-        if SAVE and BLOCKS > 0:
-            in_row = lane * D * BLOCKS * H + unit
-            store_blocks(saved + place * BLOCKS * H, in_row, running, H, s_0, s_1, s_2, s_3, 4)
+        if SAVE and SAVED > 0:
+            in_row = lane * D * SAVED * H + unit
+            store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
             if CELL == "lstm":
-                store(saved + (place * 5 + 4) * H + in_row, c, running)
+                store(saved + (place * SAVED + 4) * H + in_row, c, running)
         at, running, x_0, x_1, x_2, x_3 = next_at, next_running, next_0, next_1, next_2, next_3
     store(h_n + state, h, here)
     if CELL == "lstm":
@@ -311,9 +330,9 @@ def resident_backward(
     grad_c, w_hh, h_0,
     c_0,  # [D, B, H], in the dtype of h_0
     starts, sizes, y, saved,
-    grad_gates,  # [D, N, F*H] with F = 4 blocks as cell_backward has them, for RNN one
-    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    grad_gates,  # [D, N, GRADS*H], blocks as cell_backward has them
+    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
+    RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
@@ -325,32 +344,42 @@ def resident_backward(
     if CELL == "lstm":
         grad_c_t = tl.load(grad_c + state, here, 0.0)
     w_0, w_1, w_2, w_3 = load_weights(w_hh + direction * GATES * H * H, UNITS, H, GATES, True)
-    F: tl.constexpr = 1 if GATES == 1 else 4
 
     steps = steps_of_tile(sizes, first, T, RAGGED)
     t = step_of(steps - 1, steps, direction)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-        CELL, H, D, BLOCKS, RAGGED, HAS_GRAD_Y,
+        CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
     )  # fmt: skip
     for k in range(steps):
         t = step_of(steps - 2 - k, steps, direction)
         next_at, next_running, next_grad, next_0, next_1, next_2, next_3, next_now, next_before = load_step(
             grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-            CELL, H, D, BLOCKS, RAGGED, HAS_GRAD_Y,
+            CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
         )  # fmt: skip
         total = grad_h_t
         if HAS_GRAD_Y:
             total += grad.to(tl.float32)
-        s_0, s_1, s_2, s_3, now, before = widened(s_0, s_1, s_2, s_3, now, before)
+        s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
         g_0, g_1, g_2, g_3, total, grad_c_before = cell_backward(total, grad_c_t, s_0, s_1, s_2, s_3, now, before, CELL)
         total += product(w_0, tl.where(running, g_0, 0.0), PRECISION)
         if GATES > 1:
             total += product(w_1, tl.where(running, g_1, 0.0), PRECISION)
+        if GATES > 2:
             total += product(w_2, tl.where(running, g_2, 0.0), PRECISION)
         if GATES > 3:
             total += product(w_3, tl.where(running, g_3, 0.0), PRECISION)
-        store_blocks(grad_gates + (direction * N + at) * F * H, lane * F * H + unit, running, H, g_0, g_1, g_2, g_3, F)
+        store_blocks(
+            grad_gates + (direction * N + at) * GRADS * H,
+            lane * GRADS * H + unit,
+            running,
+            H,
+            g_0,
+            g_1,
+            g_2,
+            g_3,
+            GRADS,
+        )
         grad_h_t, grad_c_t = tl.where(running, total, grad_h_t), tl.where(running, grad_c_before, grad_c_t)
         at, running, grad, now, before = next_at, next_running, next_grad, next_now, next_before
         s_0, s_1, s_2, s_3 = next_0, next_1, next_2, next_3
@@ -370,7 +399,7 @@ def step_forward(
     h,  # [D, B, H], changed in place; with a projection what is to be projected
     c,  # [D, B, H] float32, changed in place
     starts, sizes, y, saved, k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr,
-    BLOCKS: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
+    SAVED: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
@@ -388,7 +417,7 @@ def step_forward(
     a_0, a_1 = a_0.to(tl.float32) + b_0, a_1.to(tl.float32) + b_1
     a_2, a_3 = a_2.to(tl.float32) + b_2, a_3.to(tl.float32) + b_3
     h_t, c_t = a_0, a_0
-    if CELL == "gru":
+    if CELL == "gru" or CELL == "ligru":
         h_t = tl.load(h + state, running, 0.0).to(tl.float32)
     if CELL == "lstm":
         c_t = tl.load(c + state, running, 0.0)
@@ -399,11 +428,11 @@ def step_forward(
         store(y + place * H + (lane * D * H + unit), h_t, running)
     if CELL == "lstm":
         store(c + state, c_t, running)
-    if SAVE and BLOCKS > 0:
-        in_row = lane * D * BLOCKS * H + unit
-        store_blocks(saved + place * BLOCKS * H, in_row, running, H, s_0, s_1, s_2, s_3, 4)
+    if SAVE and SAVED > 0:
+        in_row = lane * D * SAVED * H + unit
+        store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
         if CELL == "lstm":
-            store(saved + (place * 5 + 4) * H + in_row, c_t, running)
+            store(saved + (place * SAVED + 4) * H + in_row, c_t, running)
 
 
 @kernel
@@ -432,10 +461,10 @@ def step_backward(
     grad_c,  # [D, B, H] float32, changed in place
     h_0,  # [D, B, H]
     c_0, starts, sizes, y, saved,
-    grad_gates,  # [D, N, F*H]
+    grad_gates,  # [D, N, GRADS*H]
     grad_step,  # [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
-    k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr,
+    k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
+    RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
@@ -443,7 +472,7 @@ def step_backward(
     here = (first + lane < B) & (unit < H)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, step_of(k, T, direction), direction, first, lane, unit, here, T, B,
-        CELL, H, D, BLOCKS, RAGGED, HAS_GRAD_Y,
+        CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
     )  # fmt: skip
     of_state = direction * B + first
     state = of_state * H + (lane * H + unit)
@@ -453,10 +482,11 @@ def step_backward(
     grad_c_t = total
     if CELL == "lstm":
         grad_c_t = tl.load(grad_c + state, running, 0.0)
-    s_0, s_1, s_2, s_3, now, before = widened(s_0, s_1, s_2, s_3, now, before)
+    s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
     g_0, g_1, g_2, g_3, total, grad_c_t = cell_backward(total, grad_c_t, s_0, s_1, s_2, s_3, now, before, CELL)
-    F: tl.constexpr = 1 if GATES == 1 else 4
-    store_blocks(grad_gates + (direction * N + at) * F * H, lane * F * H + unit, running, H, g_0, g_1, g_2, g_3, F)
+    store_blocks(
+        grad_gates + (direction * N + at) * GRADS * H, lane * GRADS * H + unit, running, H, g_0, g_1, g_2, g_3, GRADS
+    )
     g_0, g_1 = tl.where(running, g_0, 0.0), tl.where(running, g_1, 0.0)
     g_2, g_3 = tl.where(running, g_2, 0.0), tl.where(running, g_3, 0.0)
     store_blocks(grad_step + of_state * GATES * H, lane * GATES * H + unit, here, H, g_0, g_1, g_2, g_3, GATES)
