@@ -54,13 +54,13 @@ def test_both_paths_err_by_rounding_alone(cell, bias, dtype, path):
 def test_sizes_that_only_the_device_knows_give_the_same_results(cell, shape, path, monkeypatch):
     """The host then multiplies for all sequences in every step; the kernels leave alone what does not run."""
     call = Call(cell, dtype=torch.float32, **SHAPES[shape])
-    steps = backend._Layer.steps
+    steps = backend.Layer.steps
 
     def all_sequences(layer, back=False):
         layer.known = [layer.B] * layer.T
         return steps(layer, back)
 
-    monkeypatch.setattr(backend._Layer, "steps", all_sequences)
+    monkeypatch.setattr(backend.Layer, "steps", all_sequences)
     assert_as_in_float64(both_passes(call, forward, backward), call)
 
 
