@@ -84,6 +84,9 @@ LARGEST = [
     ("rnn_tanh", SINGLE, False, (1024, 960), (2112, 2112)),
     ("gru", SINGLE, False, (512, 512), (1152, 1536)),
     ("lstm", SINGLE, False, (512, 512), (768, 1024)),
+    ("ligru", HALF, False, (1024, 1024), (2112, 2112)),
+    ("ligru", SINGLE, True, (736, 768), (1920, 2112)),
+    ("ligru", SINGLE, False, (640, 512), (1536, 2048)),
 ]
 
 
