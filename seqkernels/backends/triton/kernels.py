@@ -201,9 +201,8 @@ def resident_forward(
 @kernel
 def resident_backward(
     grad_y,  # [N, D*H]
-    grad_h,  # [D, B, H] float32, as is grad_c: of h_n and c_n, and then of h_0 and c_0
-    grad_c, w_hh, h_0,
-    c_0,  # [D, B, H], in the dtype of h_0
+    grad_h, grad_c,  # [D, B, H] float32: of h_n and c_n, and then of h_0 and c_0
+    w_hh, h_0, c_0,  # both states [D, B, H], in the dtype of the layer
     starts, sizes, y, saved,
     grad_gates,  # [D, N, GRADS*H], blocks as cell_backward has them
     T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
