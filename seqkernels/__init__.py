@@ -7,7 +7,7 @@
 
 from seqkernels import functional
 from seqkernels.convert import patch_torch, swap_in, swap_out
-from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell, explain
+from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, explain
 
 __version__ = "0.1.0"
 
@@ -17,6 +17,7 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "LiGRU",
     "RNNCell",
     "explain",
     "functional",

@@ -1,25 +1,19 @@
-"""RNN, GRU and LSTM as functions: layers, directions and dropout around the operator pair.
+"""RNN, GRU, LSTM and LiGRU as functions: layers, directions and dropout around the operator pair.
 
 Results, argument checks and their messages are those of torch.nn's modules
 (https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html and its siblings).
 """
 
-import logging
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, hardware, ops, select, varlen
-from seqkernels.backends.call import Call, class_of_steps
-from seqkernels.backends.cells import CELLS
-from seqkernels.backends.precision import computed_dtype
+from seqkernels import checks, modes, ops, select
 from seqkernels.checks import State
-
-_log = logging.getLogger("seqkernels")
+from seqkernels.inputs import Inputs, call_of_step, prepare
 
 
 def gru(
@@ -120,6 +114,30 @@ def lstm(
     )  # fmt: skip
 
 
+def ligru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
+    return recurrent(
+        "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
+        bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, backend=backend,
+    )  # fmt: skip
+
+
 def recurrent(
     cell: str,
     input: Tensor | PackedSequence,
@@ -141,119 +159,10 @@ def recurrent(
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
-    plan = plan_of(inputs.call, inputs.rows.data.device, backend)
+    plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     y, h_n, c_n = _run(plan, inputs, weights, dropout if training else 0.0)
     h_n = _restore(h_n, inputs)
     return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, _restore(c_n, inputs)))
-
-
-class Inputs(NamedTuple):
-    """The arguments of a call, checked, as operators take them; and as `select` sees them."""
-
-    rows: varlen.Rows
-    h_0: Tensor  # [L*D, B, P], in the order of the rows
-    c_0: Tensor | None  # [L*D, B, H]
-    unbatched: bool
-    call: Call
-
-
-def prepare(
-    cell: str,
-    input: Tensor | PackedSequence,
-    hx: State | None,
-    weights: Sequence[Tensor],
-    num_layers: int,
-    directions: int,
-    batch_first: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> Inputs:
-    """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
-    packed = isinstance(input, PackedSequence)
-    unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
-    checks.check_input(input.data if packed else input, weights[0], 2 if packed or cu_seqlens is not None else 3)
-    hx = _unsqueeze(hx) if unbatched else hx
-    transformed = ops.transformed()
-    if packed:
-        rows = varlen.from_packed(input, None if hx is None else _first(hx).shape[1])
-    elif cu_seqlens is not None:
-        rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
-    elif lengths is not None:
-        rows = varlen.from_lengths(input, lengths, batch_first, transformed)
-    elif unbatched:
-        rows = varlen.from_unbatched(input)
-    else:
-        rows = varlen.from_padded(input, batch_first)
-    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
-    call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
-    return Inputs(rows, h_0, c_0, unbatched, call)
-
-
-def call_of(
-    cell: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    transformed: bool,
-    num_layers: int = 1,
-    directions: int = 1,
-    one_step: bool = False,
-) -> Call:
-    """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
-    device = x.device
-    if torch.compiler.is_compiling():  # no size is asked for, as that would put a guard on it
-        return Call(
-            cell=cell,
-            device_type=device.type,
-            dtype=x.dtype,
-            transformed=transformed,
-            compiled=True,
-            layers=num_layers,
-            directions=directions,
-        )
-    sequences = h_0.shape[-2]
-    layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
-    if batch_sizes is not None:
-        layout, steps = "packed" if batch_sizes.device.type == "cpu" else "device", len(batch_sizes)
-    dtype = computed_dtype(x)
-    return Call(
-        cell=cell,
-        device_type=device.type,
-        dtype=dtype,
-        transformed=transformed,
-        hidden_size=weights[1].shape[0] // CELLS[cell].gates,
-        projected=len(weights) // (num_layers * directions) % 2 == 1,
-        tf32=dtype == torch.float32 and hardware.tf32(device),
-        input_size=x.shape[1],
-        layers=num_layers,
-        directions=directions,
-        sequences=sequences,
-        steps=class_of_steps(steps),
-        layout=layout,
-        training=ops.wants_gradients(x, h_0, c_0, *weights),
-        cudnn=torch.backends.cudnn.enabled,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
-    )
-
-
-def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None) -> Call:
-    """The facts of one step of a cell: x ``[B, I]``, states ``[B, H]``."""
-    return call_of(cell, x, weights, h_0, c_0, None, ops.transformed(), one_step=True)
-
-
-def plan_of(call: Call, device: torch.device, backend: str | None) -> select.Plan:
-    """The plan of a call, the same object for every call like it."""
-    machine = hardware.machine_of(device)
-    if torch.compiler.is_compiling():
-        return select.plan(call, machine, backend)
-    plan = select.planned(call, machine, backend)
-    if _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s sequences %d: %s", call.cell, call.sequences, plan)
-    return plan
 
 
 def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,7 +171,8 @@ def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: 
     layers, directions = call.layers, call.directions
     # cuDNN takes all layers at once, unless there is dropout between them: its own could not be differentiated twice.
     if layers == 1 or (plan.backend == "cudnn" and dropout == 0):
-        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes)
+        save = modes.wants_gradients(y, h_0, c_0, *weights)
+        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)
     h_n, c_n, each = [], [], len(weights) // layers
     for layer in range(layers):
         if layer and dropout > 0:
@@ -270,7 +180,8 @@ def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: 
         here = slice(layer * directions, (layer + 1) * directions)
         of_layer = weights[layer * each : (layer + 1) * each]
         states = h_0[here], None if c_0 is None else c_0[here]
-        y, h, c = ops.recurrence_forward(plan, call._replace(layers=1), y, of_layer, *states, batch_sizes)
+        save = modes.wants_gradients(y, *states, *of_layer)
+        y, h, c = ops.recurrence_forward(plan, call._replace(layers=1), y, of_layer, *states, batch_sizes, save)
         h_n.append(h)
         c_n.append(c)
     return y, torch.cat(h_n), torch.cat(c_n)
@@ -292,42 +203,12 @@ def recurrent_cell(
     """
     checks.check_step(input, (h_0,) if c_0 is None else (h_0, c_0), *weights[:2])
     call = call_of_step(cell, input, weights, h_0, c_0)
-    plan = plan_of(call, input.device, backend)
+    plan = select.plan_of(call, input.device, backend)
     # With a single step y is h.
     states = h_0.unsqueeze(0), None if c_0 is None else c_0.unsqueeze(0)
-    y, _, c = ops.recurrence_forward(plan, call, input, weights, *states, None)
+    save = modes.wants_gradients(input, h_0, c_0, *weights)
+    y, _, c = ops.recurrence_forward(plan, call, input, weights, *states, None, save)
     return y, c if c_0 is None else c.squeeze(0)
-
-
-def _initial_state(
-    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int
-) -> tuple[Tensor, Tensor | None]:
-    """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
-    hidden, has_c = w_hh.shape[0] // CELLS[cell].gates, CELLS[cell].states == 2
-    h_size, c_size = (count, rows.sequences, w_hh.shape[1]), (count, rows.sequences, hidden)
-    if hx is None:
-        h_0 = rows.data.new_zeros(h_size)
-        return h_0, rows.data.new_zeros(c_size) if has_c else None
-    if has_c:
-        h_0, c_0 = hx
-        checks.check_state(h_0, h_size, rows.data, "Expected hidden[0] size {}, got {}")
-        checks.check_state(c_0, c_size, rows.data, "Expected hidden[1] size {}, got {}")
-    else:
-        h_0, c_0 = hx, None
-        checks.check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
-    if rows.sorted_indices is None:
-        return h_0, c_0
-    return h_0.index_select(1, rows.sorted_indices), None if c_0 is None else c_0.index_select(1, rows.sorted_indices)
-
-
-def _first(hx: State) -> Tensor:
-    return hx if isinstance(hx, Tensor) else hx[0]
-
-
-def _unsqueeze(hx: State | None) -> State | None:
-    if hx is None or isinstance(hx, Tensor):
-        return hx if hx is None else hx.unsqueeze(1)
-    return hx[0].unsqueeze(1), hx[1].unsqueeze(1)
 
 
 def _restore(state: Tensor, inputs: Inputs) -> Tensor:

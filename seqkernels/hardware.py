@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,8 @@ def _load_native() -> str:
     try:
         importlib.import_module("seqkernels._C")
     except ModuleNotFoundError:
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):
+            return "the compiled part is for Pythons with a GIL, and this one has none"
         return "this install has no compiled part (it was built with SEQKERNELS_BUILD=none)"
     except ImportError as error:
         return f"the compiled part does not load: {error}"
@@ -109,7 +112,7 @@ def machine_of(device: torch.device) -> Machine:
 
 
 # torch.compile takes the answer for a constant: torch.compiler.assume_constant_result, without importing the compiler.
-machine_of._dynamo_marked_constant = True
+machine_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -125,7 +128,7 @@ def gpu_of(device: torch.device) -> GPU:
     if torch.version.hip:
         target, shared = facts.gcnArchName.split(":")[0], facts.shared_memory_per_block
     else:
-        target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin
+        target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
     driver, clusters = None, ()
     if not THIS_MACHINE.cuda_missing and not THIS_MACHINE.emulator:
         version = torch.ops.seqkernels.cuda_driver()
@@ -144,7 +147,7 @@ def tf32(device: torch.device) -> bool:
     """Whether torch lets recurrent layers on `device` round float32 factors to TF32, as nn.GRU then does."""
     if device.type != "cuda" or torch.version.hip:
         return False
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 NO_TRITON = "Triton is not installed. Remedy: pip install triton (Linux; torch's builds for GPUs bring it)"
@@ -152,7 +155,7 @@ NO_TRITON = "Triton is not installed. Remedy: pip install triton (Linux; torch's
 
 def describe() -> list[tuple[str, str]]:
     """(what, finding) for each thing that decides what can run here, with the remedy where something is missing."""
-    rows = [("torch", torch.__version__)]
+    rows = [("torch", str(torch.__version__))]
     if not THIS_MACHINE.native_missing:
         native = importlib.import_module("seqkernels._C")
         rows.append(("CPU kernels", f"{native.isa()} in use; {native.build_info()}"))

@@ -32,11 +32,12 @@ The input projection and the weight gradients belong to the operator, not to tor
 run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from seqkernels import batching, flops, inplace
 from seqkernels.backends import cuda, cudnn, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -83,11 +84,17 @@ def _fake_backward(
     )
 
 
-def _save_for_backward(ctx, cell, x, weights, h_0, c_0, batch_sizes, save, launch, output):
+def _save_for_backward(ctx, inputs, output):
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch = inputs
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
     ctx.cell, ctx.save, ctx.launch = cell, save, launch
+    ctx.changes = None
+    if type(y) is Tensor:
+        ctx.changes, y = inplace.Changes(y), y.data
+    else:  # a compiler's stand-in: what it makes of this copy is one only where y changes
+        y = y.clone()
     ctx.save_for_backward(x, h_0, c_0, batch_sizes, y, saved, *weights)
 
 
@@ -97,6 +104,9 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
         raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = _BACKWARD[backend]
+    if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
+        with torch.no_grad():
+            y = _FORWARD[backend](ctx.cell, x, weights, h_0, c_0, batch_sizes, False, ctx.launch)[0]
     layer = x, weights, h_0, c_0, batch_sizes, y, saved
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *layer, wants_x, wants_weights, ctx.launch
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -110,8 +120,10 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     )
 
 
-def _setup_forward(ctx, inputs, output):
-    _save_for_backward(ctx, *inputs, output)
+def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
+    steps = len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
+    return steps or not CELLS[cell].saved_blocks
 
 
 def _registered_backward_of(backend: str):
@@ -158,7 +170,7 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    found = iter(())
+    found: Iterator[Tensor | None] = iter(())
     if pairs:
         outputs, grads = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
@@ -178,12 +190,13 @@ def _register(backend: str) -> None:
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
     formula = _registered_backward_of(backend)
-    torch.library.register_autograd(forward, formula, setup_context=_setup_forward, lib=_library)
+    torch.library.register_autograd(forward, formula, setup_context=_save_for_backward, lib=_library)
     torch.library.register_autograd(backward, _double_backward, setup_context=_setup_backward, lib=_library)
     for name in ("recurrence_forward", "recurrence_backward"):
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", cast_for_autocast(operator, device_type), key)
+        batching.register(f"{name}.{backend}", operator, _library)
 
 
 _backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
@@ -208,7 +221,7 @@ class _Recurrence(torch.autograd.Function):
     def forward(ctx, backend, launch, cell, x, h_0, c_0, batch_sizes, *weights):
         args = cell, x, weights, h_0, c_0, batch_sizes, True, launch
         output = _below_autograd(_FORWARD[backend], *args)
-        _save_for_backward(ctx, *args, output)
+        _save_for_backward(ctx, args, output)
         ctx.backend = backend
         return output
 
@@ -236,16 +249,16 @@ def recurrence_forward(
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
+    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n; `save`: gradients are wanted.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
     operations. The backend cudnn takes all layers of `call` at once, the others one.
     """
-    save = wants_gradients(x, h_0, c_0, *weights)
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
-    args = call.cell, x, weights, h_0, c_0, batch_sizes, save, plan.launch
+    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return _FORWARD[plan.backend](*args)[:3]
     if call.transformed:
@@ -255,16 +268,4 @@ def recurrence_forward(
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 
 
-def wants_gradients(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # faster than any(), in every call of a module
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
-
-
-def transformed() -> bool:
-    """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+flops.register()

@@ -1,8 +1,9 @@
-"""The specification: RNN, GRU and LSTM in float64, one sequence and one step at a time.
+"""The specification: RNN, GRU, LSTM and LiGRU in float64, one sequence and one step at a time.
 
 Every backend is judged by this page and never by another backend; the page itself is checked against
 ``torch.nn`` in float64. Formulas: the torch.nn documentation of RNN, GRU and LSTM (LSTM projections:
-Sak, Senior and Beaufays 2014, https://arxiv.org/abs/1402.1128).
+Sak, Senior and Beaufays 2014, https://arxiv.org/abs/1402.1128); LiGRU: Ravanelli et al. 2018,
+https://arxiv.org/abs/1803.10225, without its batch normalization.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,13 @@ def step(
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)
         return (1 - z) * n + z * h, None
+    if cell == "ligru":
+        a, z = (gates_x + gates_h).chunk(2)
+        z = torch.sigmoid(z)
+        return z * h + (1 - z) * torch.relu(a), None
     if cell == "lstm":
         i, f, g, o = (gates_x + gates_h).chunk(4)
+        assert c is not None
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         return (h if w_hr is None else w_hr @ h), c
@@ -47,7 +53,7 @@ def forward(
     """Run every sequence by itself through all layers and directions, in float64 (differentiable).
 
     Args:
-        cell: "rnn_tanh", "rnn_relu", "gru" or "lstm".
+        cell: "rnn_tanh", "rnn_relu", "gru", "lstm" or "ligru".
         sequences: B tensors ``[T_b, I]``; T_b may be 0.
         h_0: ``[L*D, B, P]``.
         c_0: ``[L*D, B, H]``, LSTM only.
@@ -62,7 +68,7 @@ def forward(
     each = len(weights) // (num_layers * directions)
     h_n, c_n = [], []
     for layer in range(num_layers):
-        outputs = []
+        outputs: list[list[Tensor]] = []
         for direction in range(directions):
             k = layer * directions + direction
             w_ih, w_hh, *rest = (w.double() for w in weights[k * each : (k + 1) * each])
@@ -81,5 +87,5 @@ def forward(
     return sequences, _states(h_n, h_0), None if c_0 is None else _states(c_n, c_0)
 
 
-def _states(states: list[Tensor], like: Tensor) -> Tensor:
+def _states(states: list, like: Tensor) -> Tensor:
     return torch.stack(states).view(like.shape) if states else torch.zeros_like(like)

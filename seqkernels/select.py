@@ -4,11 +4,17 @@ What a backend can run, what that costs and how it is launched the backends say 
 """
 
 import functools
+import logging
 from typing import NamedTuple
 
+import torch
+
+from seqkernels import hardware
 from seqkernels.backends import Backend, cpu, cuda, cudnn, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.hardware import THIS_MACHINE, Machine
+
+_log = logging.getLogger("seqkernels")
 
 _MODULES: dict[str, Backend] = {
     "cpu": cpu,
@@ -37,11 +43,13 @@ class Plan(NamedTuple):
 
 def unsupported(backend: str, call: Call, machine: Machine) -> str | None:
     """Why `backend` cannot run `call` on `machine`; None if it can."""
-    if not call.dtype.is_floating_point:
-        return f"{call.dtype} is no floating dtype"
     if backend not in _MODULES:
         return f"there is no such backend; choose one of {', '.join(BACKENDS)}"
-    return _MODULES[backend].unsupported(call, machine)
+    return _no_dtype(call) or _MODULES[backend].unsupported(call, machine)
+
+
+def _no_dtype(call: Call) -> str | None:
+    return None if call.dtype.is_floating_point else f"{call.dtype} is no floating dtype"
 
 
 def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None) -> Plan:
@@ -58,9 +66,11 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
             raise _nothing_runs(call, {forced: reason})
         module = _MODULES[forced]
         return Plan(forced, "forced", (), module.kernel(call, machine), module.plan_launch(call, machine))
-    offers, against = {}, {}
+    offers, against, no_dtype = {}, {}, _no_dtype(call)
     for name in BACKENDS:
-        reason = unsupported(name, call, machine) or _MODULES[name].reason_not_default(call, machine)
+        reason = (
+            no_dtype or _MODULES[name].unsupported(call, machine) or _MODULES[name].reason_not_default(call, machine)
+        )
         if reason:
             against[name] = reason
         else:
@@ -70,14 +80,25 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
     chosen = _choice(offers)
     against |= {name: _why_not(offer, call, chosen) for name, offer in offers.items() if name != chosen}
     reason = _MODULES[chosen].DESCRIPTION
-    if offers[chosen].cost is not None:
-        reason += f", {_words(offers[chosen].cost, call)}"
+    cost = offers[chosen].cost
+    if cost is not None:
+        reason += f", {_words(cost, call)}"
     refusals = tuple((name, against[name]) for name in BACKENDS if name != chosen)
     return Plan(chosen, reason, refusals, offers[chosen].kernel, _MODULES[chosen].plan_launch(call, machine))
 
 
-planned = functools.lru_cache(maxsize=4096)(plan)
-"""`plan`, kept for the next call like it."""
+_planned = functools.lru_cache(maxsize=4096)(plan)
+
+
+def plan_of(call: Call, device: torch.device, backend: str | None) -> Plan:
+    """The plan of a call on this machine, the same object for every call like it."""
+    machine = hardware.machine_of(device)
+    if torch.compiler.is_compiling():
+        return plan(call, machine, backend)
+    chosen = _planned(call, machine, backend)
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s sequences %d: %s", call.cell, call.sequences, chosen)
+    return chosen
 
 
 class _Offer(NamedTuple):

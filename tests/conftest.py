@@ -31,7 +31,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 @pytest.fixture(params=select.BACKENDS)
 def backend(request) -> str:
     device = torch.empty(0).device
-    call = select.Call("gru", device.type, torch.float32)
+    cell = request.node.callspec.params.get("cell", "gru")
+    call = select.Call(cell, device.type, torch.float32)
     against = select.unsupported(request.param, call, machine_of(device))
     if against:
         pytest.skip(f"{request.param}: {against}")

@@ -224,7 +224,7 @@ std::vector<int64_t> cuda_clusters() {
 
 }  // namespace
 
-// What seqkernels/backends/cuda.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
+// What seqkernels/backends/cuda/host.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
 // factors may be rounded to TF32, and the plan of the pass (plan.h).
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(

@@ -58,16 +58,25 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
   }
   FirstRows rows_of_gates(context, p, gates_h, GH), rows_of_h(context, p, h, P);
   FirstRows rows_of_unprojected(context, p, unprojected, H), rows_of_projected(context, p, projected, P);
+  StepForward step{};
+  step.layer = sweep;
+  step.gates_h = gates_h.const_data_ptr();
+  step.h = unprojected.mutable_data_ptr();
+  step.c = pointer(c);
+  step.has_projection = p.has_projection;
+  StepProject projection{};
+  projection.layer = sweep;
+  projection.result = projected.const_data_ptr();
+  projection.h = h.mutable_data_ptr();
+  projection.y = sweep.y;
   for (int64_t k = 0; k < p.steps; k++) {
-    const int64_t running = steps.running(k);
-    multiply_each(rows_of_gates(running), rows_of_h(running), w_hh_t);
-    check_launch(step_forward(
-        {sweep, k, running, gates_h.const_data_ptr(), unprojected.mutable_data_ptr(), pointer(c), p.has_projection},
-        context.stream()));
+    step.k = projection.k = k;
+    step.running = projection.running = steps.running(k);
+    multiply_each(rows_of_gates(step.running), rows_of_h(step.running), w_hh_t);
+    check_launch(step_forward(step, context.stream()));
     if (!p.has_projection) continue;
-    multiply_each(rows_of_projected(running), rows_of_unprojected(running), w_hr_t);
-    check_launch(
-        step_project({sweep, k, running, projected.const_data_ptr(), h.mutable_data_ptr(), sweep.y}, context.stream()));
+    multiply_each(rows_of_projected(step.running), rows_of_unprojected(step.running), w_hr_t);
+    check_launch(step_project(projection, context.stream()));
   }
 }
 
@@ -76,27 +85,35 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
   const int64_t D = p.directions, B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
   const Tensor w_hh = all_directions(context, p, &WeightsOf<const void*>::w_hh, GH, P);
   Tensor grad_step = context.allocate({D, B, GH}), unprojected = grad_h, projected = grad_h, w_hr = grad_h;
-  BackwardArgs before_projection = sweep;
   if (p.has_projection) {
-    before_projection.grad_y = nullptr;
     unprojected = context.allocate({D, B, H}), projected = context.allocate({D, B, P});
     w_hr = all_directions(context, p, &WeightsOf<const void*>::w_hr, P, H);
   }
   FirstRows rows_of_gates(context, p, grad_step, GH), rows_of_grad_h(context, p, grad_h, P);
   FirstRows rows_of_projected(context, p, projected, P), rows_of_unprojected(context, p, unprojected, H);
   Tensor all_projected = grads.projected;
+  StepBackward step{};
+  step.layer = sweep;
+  if (p.has_projection) step.layer.grad_y = nullptr;
+  step.grad_h = unprojected.mutable_data_ptr();
+  step.grad_c = pointer(grad_c);
+  step.grad_step = grad_step.mutable_data_ptr();
+  step.has_projection = p.has_projection;
+  StepProjectBackward projection{};
+  projection.layer = sweep;
+  projection.grad_y = sweep.grad_y;
+  projection.grad_h = grad_h.mutable_data_ptr();
+  projection.grad_step = projected.mutable_data_ptr();
+  projection.grad_projected = pointer(all_projected);
   for (int64_t k = p.steps; k-- > 0;) {
-    const int64_t running = steps.running(k);
+    step.k = projection.k = k;
+    step.running = projection.running = steps.running(k);
     if (p.has_projection) {
-      check_launch(step_project_backward({sweep, k, running, sweep.grad_y, grad_h.mutable_data_ptr(),
-                                          projected.mutable_data_ptr(), pointer(all_projected)},
-                                         context.stream()));
-      multiply_each(rows_of_unprojected(running), rows_of_projected(running), w_hr);
+      check_launch(step_project_backward(projection, context.stream()));
+      multiply_each(rows_of_unprojected(step.running), rows_of_projected(step.running), w_hr);
     }
-    check_launch(step_backward({before_projection, k, running, unprojected.mutable_data_ptr(), pointer(grad_c),
-                                grad_step.mutable_data_ptr(), p.has_projection},
-                               context.stream()));
-    multiply_each(rows_of_grad_h(running), rows_of_gates(running), w_hh, true);
+    check_launch(step_backward(step, context.stream()));
+    multiply_each(rows_of_grad_h(step.running), rows_of_gates(step.running), w_hh, true);
   }
 }
 

@@ -77,7 +77,11 @@ Tensor project_input(const CallContext& context, const Layer& p, int64_t rows) {
     }
     Tensor bias = context.allocate({GH});
     const int64_t folded = GH - apart_of(p.cell) * p.hidden;
-    check_launch(fold_biases({w.b_ih, w.b_hh, bias.mutable_data_ptr(), GH, folded}, p.scalar, context.stream()));
+    FoldBiases fold{};
+    fold.b_ih = w.b_ih, fold.b_hh = w.b_hh;
+    fold.result = bias.mutable_data_ptr();
+    fold.size = GH, fold.folded = folded;
+    check_launch(fold_biases(fold, p.scalar, context.stream()));
     multiply_with_bias(result, bias, inputs, w_ih);
   }
   return gates;
@@ -101,12 +105,22 @@ void multiply_grad_weights(const CallContext& context, const LayerBackward& p, c
     const Direction grad(context, p, grads, d);
     multiply_grad_w_ih(context, p, grad, *of.w_ih);
     Tensor states = context.allocate({N, P});  // that steps started from
-    check_launch(previous({sweep, d, p.h_0, p.y, states.mutable_data_ptr()}, context.stream()));
+    Previous gather{};
+    gather.layer = sweep;
+    gather.direction = d;
+    gather.h_0 = p.h_0, gather.y = p.y;
+    gather.result = states.mutable_data_ptr();
+    check_launch(previous(gather, context.stream()));
     multiply(*of.w_hh, grad.transposed(0, gates_of(p.cell) * H), context.view(states.const_data_ptr(), {R, P}));
     if (of.b_ih) add_up_biases(context, p, grad, *of.b_ih, *of.b_hh);
     if (!p.has_projection) continue;
     Tensor h = context.allocate({N, H});  // before the projection
-    check_launch(unprojected({sweep, d, p.saved, h.mutable_data_ptr()}, context.stream()));
+    Unprojected recompute{};
+    recompute.layer = sweep;
+    recompute.direction = d;
+    recompute.saved = p.saved;
+    recompute.result = h.mutable_data_ptr();
+    check_launch(unprojected(recompute, context.stream()));
     multiply(*of.w_hr, grad.projected_transposed(P), context.view(h.const_data_ptr(), {R, H}));
   }
 }

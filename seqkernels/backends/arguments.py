@@ -50,7 +50,7 @@ def check(
     )
     directions = by_direction(weights, D)
     projected = directions[0].w_hr is not None
-    _require(cell == "lstm" or not projected, "w_hr goes with an LSTM only")
+    _require(CELLS[cell].can_project or not projected, "w_hr goes with an LSTM only")
     _require((CELLS[cell].states == 2) == (c_0 is not None), "c_0 goes with an LSTM and only with it")
     _require(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size]")
     GH = weights[0].shape[0]

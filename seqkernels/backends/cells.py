@@ -15,14 +15,11 @@ class Cell(NamedTuple):
     gates: int  # G: w_ih and w_hh have G*H rows
     saved_blocks: int  # K: blocks of H columns in `saved`, the contract between any forward and any backward
     states: int = 1  # 2: c beside h
+    can_project: bool = False  # h may be projected to fewer features, by w_hr
     # The gates, always the last ones, in which W_ih x and W_hh h do not just add up, so that each has a gradient of
     # its own. A backward sweep writes `gates` + `gates_apart` blocks of gradients: first those of W_hh h, then those of
     # W_ih x that differ from them.
     gates_apart: int = 0
-
-    @property
-    def gradient_blocks(self) -> int:
-        return self.gates + self.gates_apart
 
 
 CELLS = {
@@ -31,6 +28,7 @@ CELLS = {
         Cell("rnn_tanh", "RNN", gates=1, saved_blocks=0),  # y is enough
         Cell("rnn_relu", "RNN", gates=1, saved_blocks=0),
         Cell("gru", "GRU", gates=3, saved_blocks=4, gates_apart=1),  # r, z, n, and W_hn h + b_hn
-        Cell("lstm", "LSTM", gates=4, saved_blocks=5, states=2),  # i, f, g, o, and c
+        Cell("lstm", "LSTM", gates=4, saved_blocks=5, states=2, can_project=True),  # i, f, g, o, and c
+        Cell("ligru", "LiGRU", gates=2, saved_blocks=2),  # a, z
     )
 }

@@ -8,18 +8,9 @@ from torch import Tensor
 NATIVE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # those of the kernels in C++ and CUDA
 
 
-def to_acc(*tensors: Tensor | None) -> list[Tensor | None]:
+def to_acc(*tensors: Tensor | None) -> list:
     """Tensors in the dtype of their accumulators: 16-bit ones as float32."""
     return [t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
-
-
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of x, or the one that autocast will give it."""
-    if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
-        return x.dtype
-    device_type = x.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocast else x.dtype
 
 
 def cast_for_autocast(function: Callable, device_type: str) -> Callable:

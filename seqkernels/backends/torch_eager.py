@@ -70,8 +70,8 @@ def forward(
         )
         h_n.append(h)
         c_n.append(c)
-    saved = torch.stack(saveds, 1) if save else h_0.new_zeros(rows, directions, 0)
-    return torch.cat(ys, 1).to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype), saved.to(dtype)
+    all_saved = torch.stack(saveds, 1) if save else h_0.new_zeros(rows, directions, 0)
+    return torch.cat(ys, 1).to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype), all_saved.to(dtype)
 
 
 def backward(
@@ -96,7 +96,7 @@ def backward(
     )
     steps = _steps(batch_sizes, rows, h_0.shape[1])
     projected, used = h_0.shape[2], sum(size for _, size in steps)
-    grad_x, grad_weights, grads_h_0, grads_c_0 = 0, [], [], []
+    grads_x, grad_weights, grads_h_0, grads_c_0 = [], [], [], []
     for d, w in enumerate(by_direction(weights, directions)):
         columns = slice(d * projected, (d + 1) * projected)
         grad_gates_x, grad_gates_h, grad_projected, grad_h_0, grad_c_0 = _sweep_back(
@@ -113,7 +113,7 @@ def backward(
             reverse=d == 1,
         )
         if wants_x:
-            grad_x = grad_x + grad_gates_x @ w.w_ih
+            grads_x.append(grad_gates_x @ w.w_ih)
         if wants_weights:
             h_prev = _all_previous(steps, d == 1, y[:, columns], h_0[d])
             grad_weights += [grad_gates_x[:used].T @ x[:used], grad_gates_h.T @ h_prev]
@@ -125,7 +125,7 @@ def backward(
         grads_h_0.append(grad_h_0)
         grads_c_0.append(grad_c_0)
     return (
-        grad_x.to(dtype) if wants_x else x.new_zeros(0, dtype=dtype),
+        sum(grads_x, h_0.new_zeros(())).to(dtype) if wants_x else x.new_zeros(0, dtype=dtype),
         [grad.to(dtype) for grad in grad_weights] or [x.new_zeros(0, dtype=dtype) for _ in weights],
         torch.stack(grads_h_0).to(dtype),
         torch.stack(grads_c_0).to(dtype),
@@ -178,6 +178,10 @@ def _step(cell, gates_x, gates_h, w_hr, h, c):
         c = f * c + i * g
         h = o * torch.tanh(c)
         return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o, c], 1)
+    if cell == "ligru":
+        a, z = (gates_x + gates_h).chunk(2, 1)
+        a, z = torch.relu(a), torch.sigmoid(z)
+        return a + z * (h - a), c, torch.cat([a, z], 1)
     h = gates_x + gates_h
     return torch.tanh(h) if cell == "rnn_tanh" else torch.relu(h), c, h[:, :0]
 
@@ -206,6 +210,11 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
             1,
         )
         return grad_gates, grad_gates, 0, grad_c * f
+    if cell == "ligru":
+        a, z = saved.chunk(2, 1)
+        grad_a = torch.where(a <= 0, 0, grad_h * (1 - z))
+        grad_gates = torch.cat([grad_a, grad_h * (h_prev - a) * z * (1 - z)], 1)
+        return grad_gates, grad_gates, grad_h * z, grad_c
     grad_gates = grad_h * (1 - h * h) if cell == "rnn_tanh" else torch.where(h <= 0, 0, grad_h)
     return grad_gates, grad_gates, 0, grad_c
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from gpus import GPUS
 
 import seqkernels
+from seqkernels import hardware
 from seqkernels.backends import cuda
 from seqkernels.hardware import GPU
 
@@ -61,6 +63,13 @@ def test_a_platform_that_the_compiled_part_is_not_for_is_refused_in_a_sentence(s
             setup.check_platform(platform, free_threaded=False)
     with pytest.raises(SystemExit, match=r"is for Pythons with a GIL .* SEQKERNELS_BUILD=none installs"):
         setup.check_platform("linux", free_threaded=True)
+
+
+def test_an_install_without_the_compiled_part_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqkernels._C", None)
+    assert "SEQKERNELS_BUILD=none" in hardware._load_native()
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 1}.get)
+    assert "for Pythons with a GIL" in hardware._load_native()
 
 
 def fake_nvcc(directory: Path, version: str = "13.0", capabilities: tuple[int, ...] = (75, 80, 90, 100)) -> Path:

@@ -243,7 +243,7 @@ def test_the_persistent_grid_copies_states_and_pushes_gradients_of_gates(hopper)
 
 
 def test_the_oldest_gpu_has_all_but_the_single_cta():
-    """Those of a single CTA need matrix cores of compute capability 8.0."""
+    """Those of a single CTA need tensor cores of compute capability 8.0."""
     older = [target for target in _build()[1] if target in ("sm_70", "sm_75")]
     if not older or "sm_80" not in _build()[1]:
         pytest.skip(f"the CUDA kernels here are built for {', '.join(_build()[1])} only")

@@ -18,7 +18,10 @@ def library() -> "setup.Library":
     """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
     flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
     headers = setup.header_flags()
-    kernels = [setup.Object(f"csrc/cuda/{name}.cu", f"{name}.o", f"{flags} -x c++") for name in setup.CUDA_SOURCES]
+    kernels = [
+        setup.Object(f"csrc/cuda/{of.source}.cu", f"{of.name}.o", f"{flags} {of.flags} -x c++")
+        for of in setup.cuda_instances()
+    ]
     host = [
         setup.Object(f"csrc/cuda/{name}.cpp", f"{name}_host.o", f"{flags} {headers} {setup.STABLE}")
         for name in setup.CUDA_HOST_SOURCES
@@ -26,6 +29,7 @@ def library() -> "setup.Library":
     return setup.Library(
         [
             *kernels,
+            setup.Object("csrc/cuda/dispatch.cpp", "dispatch.o", flags),
             *host,
             setup.Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
             setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),

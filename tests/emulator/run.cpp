@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "device.h"
+#include "launch.h"
 
 namespace seqkernels::emulator {
 
@@ -29,8 +29,8 @@ int shared_memory = 232448;
 
 namespace {
 
-constexpr int kMostThreads = 1024, kWarp = 32, kMostShared = 232448, kMostCluster = 16;
-constexpr int kMostMbarriers = 4;  // of a block
+constexpr int kMaxThreads = 1024, kWarp = 32, kMaxShared = 232448, kMaxCluster = 16;
+constexpr int kMaxMbarriers = 4;  // of a block
 constexpr int kStackBytes = 128 << 10, kGuardBytes = 64;
 constexpr unsigned char kGuard = 0xa5;
 
@@ -80,25 +80,25 @@ class Gathering {
 
   void close() {
     closed_ = clock_of(std::move(of_));
-    of_.clear(), joined_.clear(), given_.clear();
+    of_.clear(), joined_.clear(), passed_.clear();
   }
 
   // What `known` becomes for one who comes after.
-  const Known& give(const Known& known) {
+  const Known& pass(const Known& known) {
     if (!closed_) return known;
-    for (const auto& [before, after] : given_)
+    for (const auto& [before, after] : passed_)
       if (before == known) return after;
     std::vector<uint64_t> of = closed_->of;
     for (size_t i = 0; i < of.size(); i++) of[i] = std::max(of[i], known->of[i]);
-    given_.emplace_back(known, of == closed_->of ? closed_ : clock_of(std::move(of)));
-    return given_.back().second;
+    passed_.emplace_back(known, of == closed_->of ? closed_ : clock_of(std::move(of)));
+    return passed_.back().second;
   }
 
  private:
   std::vector<uint64_t> of_;
   std::vector<Known> joined_;
   Known closed_;
-  std::deque<std::pair<Known, Known>> given_;
+  std::deque<std::pair<Known, Known>> passed_;
 };
 
 // ---- fibers
@@ -126,7 +126,7 @@ struct Fiber {
 struct Warp {
   int arrived, first;     // lanes in the operation, and the thread that came first
   const char* operation;  // one of the constants below
-  float given[kWarp], received[kWarp];
+  float sent[kWarp], received[kWarp];
   int from[kWarp];
   float a[16][16], b[16][8], sum[16][8];
   Gathering barrier;
@@ -211,7 +211,7 @@ struct Group {
 };
 std::map<uint64_t, Group> begun;  // of this launch, by their first time
 
-int actors() { return blocks * (threads + kMostMbarriers); }
+int actors() { return blocks * (threads + kMaxMbarriers); }
 
 Known clock_of(std::vector<uint64_t> of) {
   auto clock = std::make_shared<Clock>();
@@ -292,7 +292,7 @@ std::string name(Stamp access) {
   if (Stamp(actor) == kSeveralBlocks) return "threads of several blocks";
   if (Stamp(actor) >= kBlock) return "several threads of " + block(actor - int(kBlock));
   if (actor < blocks * threads) return "thread " + std::to_string(actor % threads) + " of " + block(actor / threads);
-  return "a push to " + block((actor - blocks * threads) / kMostMbarriers);
+  return "a push to " + block((actor - blocks * threads) / kMaxMbarriers);
 }
 
 void end_block(const Block& block);
@@ -341,7 +341,7 @@ void meet(const char* operation, Act act) {
     if (index != mine->index) ready.push_back(index);
 }
 
-constexpr char kExchange[] = "exchange", kSynchronize[] = "synchronize_warp";
+constexpr char kShuffle[] = "shfl_xor", kSynchronize[] = "synchronize_warp";
 
 template <class T>
 struct Factor;
@@ -355,7 +355,7 @@ template <>
 struct Factor<device::float16> {
   static constexpr char operation[] = "multiply of float16";
   static constexpr int per_word = 2;
-  static float of(uint32_t word, int i) { return wide(device::float16{static_cast<uint16_t>(word >> 16 * i)}); }
+  static float of(uint32_t word, int i) { return to_acc(device::float16{static_cast<uint16_t>(word >> 16 * i)}); }
 };
 template <>
 struct Factor<float> {
@@ -559,7 +559,8 @@ void describe_deadlock() {
 void run_group(const Grid& grid, int64_t first) {
   counted.blocks += blocks;
   group_begin = ++latest;
-  begun[group_begin] = {first % grid.blocks, grid.all ? grid.blocks : blocks, static_cast<int>(first / grid.blocks)};
+  begun[group_begin] = {first % grid.blocks, grid.whole_grid ? grid.blocks : blocks,
+                        static_cast<int>(first / grid.blocks)};
   if (static_cast<int>(running.size()) < blocks) running.resize(blocks);
   if (static_cast<int>(fibers.size()) < blocks * threads) fibers.resize(blocks * threads);
   const int warps_here = (blocks * threads + kWarp - 1) / kWarp;
@@ -578,7 +579,7 @@ void run_group(const Grid& grid, int64_t first) {
     block.in_barrier = block.finished = 0;
     block.barrier = {};
     block.mbarriers.clear();
-    if (!block.memory) block.memory.reset(new unsigned char[kMostShared]);
+    if (!block.memory) block.memory.reset(new unsigned char[kMaxShared]);
     block.shadows.resize(std::max<size_t>(block.shadows.size(), (shared_bytes + 1) / 2));
     std::fill_n(block.memory.get(), shared_bytes, 0xff);
     for (int thread = 0; thread < threads; thread++) {
@@ -687,18 +688,18 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
   kernel = kernel_, kernel_parameters = parameters, threads = grid.threads, shared_bytes = grid.shared_bytes;
   const int64_t all = grid.blocks * grid.blocks_y;
   if (grid.blocks < 1 || grid.blocks > INT32_MAX || grid.blocks_y < 1 || grid.blocks_y > 65535 || threads < 1 ||
-      threads > kMostThreads || threads % kWarp)
+      threads > kMaxThreads || threads % kWarp)
     failure = "no such grid: " + std::to_string(grid.blocks) + " by " + std::to_string(grid.blocks_y) + " blocks of " +
               std::to_string(threads) + " threads";
   else if (shared_bytes < 0 || shared_bytes > shared_memory)
     failure = "no such block: " + std::to_string(shared_bytes) + " bytes of shared memory";
-  else if (grid.cluster < 1 || grid.cluster > kMostCluster || grid.blocks % grid.cluster)
+  else if (grid.cluster < 1 || grid.cluster > kMaxCluster || grid.blocks % grid.cluster)
     failure = "no such cluster: " + std::to_string(grid.cluster) + " of " + std::to_string(grid.blocks) + " blocks";
-  else if (grid.all && all > multiprocessors)
+  else if (grid.whole_grid && all > multiprocessors)
     failure = std::to_string(all) + " blocks do not run at the same time";
   if (!failure.empty()) return failure.c_str();
 
-  blocks = static_cast<int>(grid.all ? all : grid.cluster), cluster_blocks = grid.cluster;
+  blocks = static_cast<int>(grid.whole_grid ? all : grid.cluster), cluster_blocks = grid.cluster;
   launch_begin = latest + 1;
   begun.clear();
   global_shadows.clear();
@@ -740,7 +741,7 @@ void synchronize() {
     for (int thread = 0; thread < threads; thread++) ready.push_back(block.rank * threads + thread);
     wait(State::ready);
   }
-  mine->known = mine->block->barrier.give(mine->known);
+  mine->known = mine->block->barrier.pass(mine->known);
   set_time(mine->block->time);
 }
 
@@ -749,7 +750,7 @@ void synchronize_warp() {
   Warp& warp = warps[mine->index / kWarp];
   warp.barrier.bring(mine->known, mine->index, mine->time);
   meet(kSynchronize, [](Warp& warp) { warp.barrier.close(); });
-  mine->known = warp.barrier.give(mine->known);
+  mine->known = warp.barrier.pass(mine->known);
   set_time(++latest);
 }
 
@@ -774,7 +775,7 @@ void cluster_wait() {
   if (mine->skips_cluster) return;
   Cluster& cluster = cluster_of(*mine->block);
   while (mine->clusters > cluster.ended) wait_among(cluster.waiting, State::in_cluster);
-  mine->known = cluster.gathering.give(mine->known);
+  mine->known = cluster.gathering.pass(mine->known);
   set_time(++latest);
 }
 
@@ -791,10 +792,10 @@ void fence_copies_to_shared() {
 void Mbarrier::init() const {
   Block& block = *mine->block;
   const int at = at_in(block, byte_, 8, 0, 8, " initialised ");
-  if (block.mbarriers.size() == kMostMbarriers) fail("too many mbarriers: " + name(now) + " initialised one more");
+  if (block.mbarriers.size() == kMaxMbarriers) fail("too many mbarriers: " + name(now) + " initialised one more");
   for (int half = at / 2; half < (at + 8) / 2; half++)
     check_race(block.shadows[half], Access::write, group_begin, [&] { return place_in(block, half * 2); });
-  const int actor = blocks * threads + block.rank * kMostMbarriers + static_cast<int>(block.mbarriers.size());
+  const int actor = blocks * threads + block.rank * kMaxMbarriers + static_cast<int>(block.mbarriers.size());
   Phases& phases = block.mbarriers[at];
   if (phases.init) fail("divergence: " + name(now) + " initialised " + name(phases, block) + " again");
   phases.byte = at, phases.actor = actor, phases.init = now, phases.time = ++latest;
@@ -818,7 +819,7 @@ void Mbarrier::wait(int parity) const {
   if (goes_wrong(Fault::wait)) return;
   if (goes_wrong(Fault::parity)) parity = 1 - parity;
   while (phases.ended % 2 == parity) wait_among(phases.waiting, State::in_phase);
-  mine->known = phases.gathering.give(mine->known);
+  mine->known = phases.gathering.pass(mine->known);
   set_time(++latest);
 }
 
@@ -840,16 +841,16 @@ void Flags::wait(int64_t i, uint32_t value) const {
   if (goes_wrong(Fault::wait)) return;
   Flag& flag = flags[data_ + i];
   while (data_[i] < value) wait_among(flag.waiting, State::in_flag);
-  mine->known = flag.gathering.give(mine->known);
+  mine->known = flag.gathering.pass(mine->known);
   set_time(++latest);
 }
 
-float exchange(float value, int mask) {
+float shfl_xor(float value, int mask) {
   const int lane = mine->index % kWarp;
   Warp& warp = warps[mine->index / kWarp];
-  warp.given[lane] = value, warp.from[lane] = (lane ^ mask) % kWarp;
-  meet(kExchange, [](Warp& warp) {
-    for (int lane = 0; lane < kWarp; lane++) warp.received[lane] = warp.given[warp.from[lane]];
+  warp.sent[lane] = value, warp.from[lane] = (lane ^ mask) % kWarp;
+  meet(kShuffle, [](Warp& warp) {
+    for (int lane = 0; lane < kWarp; lane++) warp.received[lane] = warp.sent[warp.from[lane]];
   });
   return warp.received[lane];
 }

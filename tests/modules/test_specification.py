@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CELLS, DTYPES, Case, generated
+from cases import CELLS, DTYPES, TORCH_CELLS, Case, generated
 from hypothesis import HealthCheck, given, settings
 from specification import NO_CUDNN, assert_right
 
@@ -23,7 +23,7 @@ def test_generated_configuration_on_torch_eager_is_as_close_as_torch(case):
 
 
 @pytest.mark.skipif(bool(NO_CUDNN), reason=str(NO_CUDNN))
-@given(case=generated())
+@given(case=generated(of=TORCH_CELLS))
 @settings(max_examples=50, suppress_health_check=list(HealthCheck))
 def test_generated_configuration_on_cudnn_is_as_close_as_torch(case):
     assert_right(case, "cudnn")

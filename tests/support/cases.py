@@ -11,9 +11,10 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
 from seqkernels import reference
+from seqkernels.backends import cells
 
 TORCH_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # that torch.nn has, and cuDNN
-CELLS = TORCH_CELLS
+CELLS = tuple(cells.CELLS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("padded", "unbatched", "packed_sorted", "packed_unsorted", "lengths", "cu_seqlens")
 
@@ -58,8 +59,11 @@ class Case:
         """The module of torch.nn or of seqkernels, with weights that depend on the seed alone."""
         torch.manual_seed(self.seed)
         name = {"gru": "GRU", "lstm": "LSTM", "ligru": "LiGRU"}.get(self.cell, "RNN")
-        module_class = LiGRU if (namespace, name) == (nn, "LiGRU") else getattr(namespace, name)
-        return module_class(self.input_size, self.hidden_size, **self.module_options)
+        if namespace is nn and self.cell not in TORCH_CELLS:
+            module = LiGRU(self.input_size, self.hidden_size, **self.module_options)
+            module.load_state_dict(self.module(sk).state_dict())
+            return module
+        return getattr(namespace, name)(self.input_size, self.hidden_size, **self.module_options)
 
     def data(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Input ``[T, B, I]`` and the initial states, all leaves that require gradients."""
@@ -204,9 +208,9 @@ def _call(module: nn.Module, x, hx, case: Case, lengths: Tensor | None = None) -
 
 
 @st.composite
-def generated(draw, dtypes=DTYPES, cells=CELLS) -> Case:
+def generated(draw, dtypes=DTYPES, of=CELLS) -> Case:
     """Any configuration of small size, drawn so that the awkward ones are frequent."""
-    cell = draw(st.sampled_from(cells))
+    cell = draw(st.sampled_from(of))
     layout = draw(st.sampled_from(LAYOUTS))
     shortest = 0 if layout in ("lengths", "cu_seqlens") else 1
     if layout == "unbatched":

@@ -22,8 +22,7 @@ class LiGRU(nn.Module):
                 shapes = {"weight_ih": (gates, features), "weight_hh": (gates, hidden_size)}
                 shapes |= {"bias_ih": (gates,), "bias_hh": (gates,)} if bias else {}
                 for name, shape in shapes.items():
-                    parameter = nn.Parameter(torch.empty(shape, dtype=dtype))
-                    nn.init.uniform_(parameter, -(hidden_size**-0.5), hidden_size**-0.5)
+                    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
                     self.register_parameter(f"{name}_l{layer}{direction}", parameter)
 
     def forward(self, x: Tensor | PackedSequence, h_0: Tensor | None = None):

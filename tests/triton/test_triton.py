@@ -35,7 +35,7 @@ def path(request, monkeypatch) -> str:
 
 
 @pytest.mark.parametrize("call", calls(torch.float32))
-def test_both_roads_give_what_torch_eager_gives(call, path):
+def test_both_paths_compute_what_torch_eager_does(call, path):
     if path == "resident" and (call.projected or call.hidden > 32):
         pytest.skip("there is no resident kernel for it: the stepwise test is the one")
     assert_as_in_float64(both_passes(call, forward, backward), call)
@@ -44,7 +44,7 @@ def test_both_roads_give_what_torch_eager_gives(call, path):
 @BELOW_FLOAT64
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cell", CELLS)
-def test_both_roads_err_by_rounding_alone(cell, bias, dtype, path):
+def test_both_paths_err_by_rounding_alone(cell, bias, dtype, path):
     call = Call(cell, 2, 19, 6, 29, batch_sizes=(19, 17, 3, 2, 2, 1), bias=bias, dtype=dtype)
     assert_rounding_alone(call, "triton")
 
@@ -54,13 +54,13 @@ def test_both_roads_err_by_rounding_alone(cell, bias, dtype, path):
 def test_sizes_that_only_the_device_knows_give_the_same_results(cell, shape, path, monkeypatch):
     """The host then multiplies for all sequences in every step; the kernels leave alone what does not run."""
     call = Call(cell, dtype=torch.float32, **SHAPES[shape])
-    steps = backend._Layer.steps
+    steps = backend.Layer.steps
 
     def all_sequences(layer, back=False):
         layer.known = [layer.B] * layer.T
         return steps(layer, back)
 
-    monkeypatch.setattr(backend._Layer, "steps", all_sequences)
+    monkeypatch.setattr(backend.Layer, "steps", all_sequences)
     assert_as_in_float64(both_passes(call, forward, backward), call)
 
 

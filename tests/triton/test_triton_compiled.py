@@ -1,6 +1,7 @@
 """Every kernel and tile of the Triton backend, compiled for GPUs that are not here: nothing spills, all fits."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,8 @@ KERNELS = {
 def test_every_tile_compiles_without_spilling_and_fits(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     gpu = GPUS[name]
-    done = subprocess.run([sys.executable, SCRIPT, name], capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # with tests/support
+    done = subprocess.run([sys.executable, SCRIPT, name], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["name"] for kernel in compiled} == KERNELS

@@ -14,7 +14,17 @@ from seqkernels.backends.cudnn.host import MODES, backward, forward
 from seqkernels.backends.precision import NATIVE_DTYPES
 from seqkernels.hardware import GPU, INTERPRETED, Machine
 
-__all__ = ["backward", "estimate", "forward", "kernel", "plan_launch", "reason_not_default", "run", "unsupported"]
+__all__ = [
+    "DESCRIPTION",
+    "backward",
+    "estimate",
+    "forward",
+    "kernel",
+    "plan_launch",
+    "reason_not_default",
+    "run",
+    "unsupported",
+]
 
 DESCRIPTION = "torch's own kernels for NVIDIA GPUs"
 

@@ -26,7 +26,8 @@ class Recurrence(torch.autograd.Function):
         return y, h_n, c_n
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, grad_y, grad_h_n, grad_c_n):
+        grads = grad_y, grad_h_n, grad_c_n
         x, h_0, c_0, batch_sizes, *rest = ctx.saved_tensors
         weights, (y, *kept) = rest[: ctx.weights], rest[ctx.weights :]
         needs = ctx.needs_input_grad[2:]
@@ -45,8 +46,8 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def _differentiable(ctx, grads, needs, *inputs):
         """The gradients as functions of the gradients of the outputs and of all inputs."""
-        inputs = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
-        y, h_0, c_0, batch_sizes, *weights = inputs
+        aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
+        y, h_0, c_0, batch_sizes, *weights = aliases
         each = ctx.directions * len(weights) // len(h_0)
         h_n, c_n = [], []
         for layer in range(len(h_0) // ctx.directions):
@@ -56,9 +57,9 @@ class Recurrence(torch.autograd.Function):
             y, h, c, _ = torch_eager.forward(ctx.cell, y, of_layer, *states, batch_sizes, False)
             h_n.append(h)
             c_n.append(c)
-        outputs = y, torch.cat(h_n), torch.cat(c_n)
-        outputs, grads = zip(*((o, g) for o, g in zip(outputs, grads, strict=True) if g is not None), strict=True)
-        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        results = y, torch.cat(h_n), torch.cat(c_n)
+        outputs, grads = zip(*((o, g) for o, g in zip(results, grads, strict=True) if g is not None), strict=True)
+        wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
         return [next(found) if need else None for need in needs]
 

@@ -36,10 +36,10 @@ def forward(
         return y, h_0.clone(), c_n if c_0 is None else c_0.clone(), ()
     flat = _flat(weights, *call.layout)
     inputs = call.x, weights, call.each, flat, call.h_0, call.c_0
-    y, h_n, c_n, reserve, _ = torch._cudnn_rnn(*inputs, *call.options(train=save), None)
+    y, h_n, c_n, reserve, _ = torch.ops.aten._cudnn_rnn(*inputs, *call.options(train=save), None)
     y = _with_zero_rows(y.view(call.rows, -1), len(x))
-    h_n = _with_rest(h_n, h_0, call.running)
-    c_n = h_0.new_zeros(*h_0.shape[:2], 0) if c_0 is None else _with_rest(c_n, c_0, call.running)
+    h_n = _with_rest(h_n, h_0, call.running, h_0.shape[1])
+    c_n = h_0.new_zeros(*h_0.shape[:2], 0) if c_0 is None else _with_rest(c_n, c_0, call.running, h_0.shape[1])
     return y, h_n, c_n, (reserve, flat) if save else ()
 
 
@@ -165,7 +165,7 @@ def _layout(
         weights += [torch.empty(shape, dtype=dtype, device=device) for shape in shapes * directions]
     options = input_size, mode, hidden_size, proj_size, layers, False, bidirectional
     flat = torch._cudnn_rnn_flatten_weight(weights, each, *options)
-    return flat.numel(), tuple(weight.storage_offset() for weight in weights)
+    return flat.numel(), tuple(int(weight.storage_offset()) for weight in weights)
 
 
 def _with_zero_rows(rows: Tensor, count: int) -> Tensor:
@@ -173,9 +173,8 @@ def _with_zero_rows(rows: Tensor, count: int) -> Tensor:
     return rows if len(rows) == count else torch.cat([rows, rows.new_zeros(count - len(rows), rows.shape[1])])
 
 
-def _with_rest(states: Tensor, others: Tensor | None, running: int, sequences: int | None = None) -> Tensor:
+def _with_rest(states: Tensor, others: Tensor | None, running: int, sequences: int) -> Tensor:
     """States ``[L*D, running, *]``, and those of the sequences that never run; zeros where there are none."""
-    sequences = others.shape[1] if others is not None else sequences
     if running == sequences:
         return states
     if others is None:

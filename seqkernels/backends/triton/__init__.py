@@ -11,7 +11,17 @@ from seqkernels.backends.triton.host import backward, forward
 from seqkernels.backends.triton.tiles import launch_of, step_cost
 from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
 
-__all__ = ["DTYPES", "backward", "estimate", "forward", "kernel", "plan_launch", "reason_not_default", "unsupported"]
+__all__ = [
+    "DESCRIPTION",
+    "DTYPES",
+    "backward",
+    "estimate",
+    "forward",
+    "kernel",
+    "plan_launch",
+    "reason_not_default",
+    "unsupported",
+]
 
 DESCRIPTION = "kernels that Triton compiles for this GPU"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -22,6 +22,7 @@ from seqkernels import hardware
 from seqkernels.backends.arguments import Weights, by_direction, check, expect
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
+from seqkernels.backends.triton import gradients
 from seqkernels.backends.triton.tiles import Launch, launch_of
 
 
@@ -35,7 +36,7 @@ def forward(
     save: bool,
     launch: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
+    layer = Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     # Rows that no step uses come out as zeros.
     new = x.new_empty if batch_sizes is None else x.new_zeros
     y = new(layer.N, layer.D * layer.P)
@@ -68,7 +69,7 @@ def backward(
     wants_weights: bool,
     launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    layer = _Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
+    layer = Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
     for name, tensor, shape in (
         ("y", y, (N, D * P)),
@@ -93,15 +94,15 @@ def backward(
         with layer.guard():
             run = _resident_backward if layer.tile.resident else _stepwise_backward
             run(layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected)
-    grad_x = _grad_x(layer, grad_gates) if wants_x else x.new_empty(0)
+    grad_x = gradients.grad_x(layer, grad_gates) if wants_x else x.new_empty(0)
     if wants_weights:
-        grad_weights = _grad_weights(layer, x, h_0, y, saved, grad_gates, grad_projected)
+        grad_weights = gradients.grad_weights(layer, x, h_0, y, saved, grad_gates, grad_projected)
     else:
         grad_weights = [x.new_empty(0) for _ in weights]
     return grad_x, grad_weights, grad_h.to(x.dtype), grad_c.to(x.dtype)
 
 
-class _Layer:
+class Layer:
     """Sizes of a call, by the letters of ``seqkernels.ops``, where its steps begin, and how it is cut into tiles."""
 
     def __init__(
@@ -118,19 +119,20 @@ class _Layer:
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
-        self.N, self.G, self.K, self.F = x.shape[0], self.cell.gates, self.cell.saved_blocks, self.cell.gradient_blocks
+        self.N, self.G, self.K = x.shape[0], self.cell.gates, self.cell.saved_blocks
+        self.F = self.G + self.cell.gates_apart  # blocks of grad_gates
         self.H = self.weights[0].w_hh.shape[0] // self.G
         self.projected = self.weights[0].w_hr is not None
         self.bias = self.weights[0].b_hh is not None
         self.tile = _launch(launch, x, self)
         self.precision = "tf32" if self.tile.tf32 else "ieee"
         self.ragged = batch_sizes is not None
-        self.T = len(batch_sizes) if self.ragged else self.N // max(self.B, 1)
+        self.T = self.N // max(self.B, 1) if batch_sizes is None else len(batch_sizes)
         self.used = self.N  # rows that steps use, as far as that is known without asking the device
         self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
         # How many sequences run in each step, as far as that is known without asking the device.
         self.known = [self.B] * self.T
-        if self.ragged:
+        if batch_sizes is not None:
             if batch_sizes.device.type == "cpu":
                 self.known = batch_sizes.tolist()
                 self.used = sum(self.known)
@@ -155,7 +157,7 @@ class _Layer:
         every = {"starts": self.starts, "sizes": self.sizes, "T": self.T, "B": self.B, "D": self.D}
         every |= {"RAGGED": self.ragged, "ROWS": self.tile.rows, "UNITS": self.tile.units}
         if "P" not in arguments:
-            every |= {"N": self.N, "CELL": self.cell.name, "H": self.H, "GATES": self.G, "BLOCKS": self.K}
+            every |= {"N": self.N, "CELL": self.cell.name, "H": self.H, "GATES": self.G, "SAVED": self.K}
         _run(name, grid, {**every, **arguments}, self.tile.warps)
 
     def grid(self, rows: int, units: int) -> tuple[int, int, int]:
@@ -163,7 +165,7 @@ class _Layer:
         return -(-rows // self.tile.rows), -(-units // self.tile.units), self.D
 
 
-def _launch(planned: Sequence[int], x: Tensor, layer: _Layer) -> Launch:
+def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
     """What was planned, or by the sizes that arrive."""
     if planned:
         tf32, resident, *tile = planned
@@ -194,7 +196,7 @@ def _kernels() -> Any:
 # ---- the sweeps
 
 
-def _resident_forward(layer: _Layer, gates_x, h_n, c_n, y, saved, save) -> None:
+def _resident_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
     # A tile reads its states before it writes them, so they may change in place.
     layer.launch(
         "resident_forward", (-(-layer.B // layer.tile.rows), layer.D), gates_x=gates_x, w_hh=layer.stacked("w_hh"),
@@ -203,7 +205,7 @@ def _resident_forward(layer: _Layer, gates_x, h_n, c_n, y, saved, save) -> None:
     )  # fmt: skip
 
 
-def _stepwise_forward(layer: _Layer, gates_x, h_n, c_n, y, saved, save) -> None:
+def _stepwise_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
     D, B, H, P = layer.D, layer.B, layer.H, layer.P
     w_hh, b_hh = layer.stacked("w_hh").mT, layer.stacked("b_hh") if layer.bias else gates_x
     gates_h = y.new_empty(D, B, layer.G * H)
@@ -221,15 +223,15 @@ def _stepwise_forward(layer: _Layer, gates_x, h_n, c_n, y, saved, save) -> None:
             layer.launch("step_project", layer.grid(rows, P), projected=projected, h=h_n, y=y, k=k, P=P)
 
 
-def _resident_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, _) -> None:
+def _resident_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, _) -> None:
     layer.launch(
         "resident_backward", (-(-layer.B // layer.tile.rows), layer.D), grad_y=y if grad_y is None else grad_y,
         grad_h=grad_h, grad_c=grad_c, w_hh=layer.stacked("w_hh"), h_0=h_0, c_0=c_0, y=y, saved=saved,
-        grad_gates=grad_gates, HAS_GRAD_Y=grad_y is not None, PRECISION=layer.precision,
+        grad_gates=grad_gates, GRADS=layer.F, HAS_GRAD_Y=grad_y is not None, PRECISION=layer.precision,
     )  # fmt: skip
 
 
-def _stepwise_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected) -> None:
+def _stepwise_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected) -> None:
     D, B, H, P, projected = layer.D, layer.B, layer.H, layer.P, layer.projected
     w_hh, given = layer.stacked("w_hh"), grad_y is not None
     grad_y = grad_y if given else y
@@ -247,67 +249,9 @@ def _stepwise_backward(layer: _Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved
         layer.launch(
             "step_backward", layer.grid(rows, H), grad_y=grad_y, grad_h=grad_before_projection, grad_c=grad_c, h_0=h_0,
             c_0=c_0, y=y, saved=saved, grad_gates=grad_gates, grad_step=grad_step, k=k,
-            HAS_GRAD_Y=given and not projected, PROJECTED=projected,
+            GRADS=layer.F, HAS_GRAD_Y=given and not projected, PROJECTED=projected,
         )  # fmt: skip
         grad_h[:, :rows].baddbmm_(grad_step[:, :rows], w_hh)
-
-
-# ---- over all rows
-
-
-def _grad_x(layer: _Layer, grad_gates: Tensor) -> Tensor:
-    total = None
-    for w, grads in zip(layer.weights, grad_gates, strict=True):
-        for columns, rows in _blocks_of_x(layer):
-            factors = grads[:, columns], w.w_ih[rows]
-            total = torch.mm(*factors) if total is None else total.addmm_(*factors)
-    return total
-
-
-def _grad_weights(layer: _Layer, x, h_0, y, saved, grad_gates, grad_projected) -> list[Tensor]:
-    """The gradients of the weights, in their order: products and sums over all rows that steps use."""
-    H, P, used = layer.H, layer.P, layer.used
-    of_h = slice(0, layer.G * H)
-    found = []
-    for d, (w, grads) in enumerate(zip(layer.weights, grad_gates[:, :used], strict=True)):
-        grad_w_ih = torch.empty_like(w.w_ih, memory_format=torch.contiguous_format)
-        for columns, rows in _blocks_of_x(layer):
-            torch.mm(grads[:, columns].t(), x[:used], out=grad_w_ih[rows])
-        h_prev = _previous(layer, y[:, d * P : (d + 1) * P], h_0[d], reverse=d == 1)[:used]
-        found += [grad_w_ih, grads[:, of_h].t() @ h_prev]
-        if layer.bias:
-            found.append(torch.cat([grads[:, columns].sum(0) for columns, _ in _blocks_of_x(layer)]))
-            found.append(grads[:, of_h].sum(0))
-        if layer.projected:
-            o, c = saved[:used, d, 3 * H : 4 * H], saved[:used, d, 4 * H :]
-            found.append(grad_projected[d, :used].t() @ (o.float() * torch.tanh(c.float())).to(x.dtype))
-    return found
-
-
-def _blocks_of_x(layer: _Layer) -> list[tuple[slice, slice]]:
-    """Which columns of grad_gates belong to which rows of w_ih: see `kernels.cell_backward`."""
-    H, G, apart = layer.H, layer.G, layer.cell.gates_apart
-    together = slice(0, (G - apart) * H)
-    own = [(slice(G * H, (G + apart) * H), slice((G - apart) * H, G * H))] if apart else []
-    return [(together, together), *own]
-
-
-def _previous(layer: _Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
-    """For every row ``[N]`` the h that it started from; zeros for rows that no step uses, which have no gradient."""
-    if y.numel() == 0:
-        return y
-    if not layer.ragged:
-        return torch.cat([y[layer.B :], h_0] if reverse else [h_0, y[: -layer.B]])
-    starts, sizes = layer.starts, layer.sizes
-    row = torch.arange(layer.N, device=y.device)
-    t = torch.searchsorted(starts + sizes, row, right=True).clamp(max=layer.T - 1)
-    sequence = (row - starts[t]).clamp(max=layer.B - 1)
-    before = t + 1 if reverse else t - 1
-    there = before.clamp(0, layer.T - 1)
-    ran = (before == there) & (sequence < sizes[there])
-    source = torch.where(ran, layer.B + starts[there] + sequence, sequence)
-    source = torch.where(row < starts[-1] + sizes[-1], source, layer.B + layer.N)
-    return torch.cat([h_0, y, y.new_zeros(1, layer.P)])[source]
 
 
 # ---- small things
@@ -322,7 +266,7 @@ def _starts_and_sizes(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor
 
 
 def _written_there(batch_sizes: Tensor, device: torch.device) -> Tensor:
-    """A copy that a CUDA graph may capture: it cannot read the host's memory again, but write what it held."""
+    """A copy that a CUDA graph may capture: it cannot read the host's memory again, but write what it had."""
     there, at = torch.empty_like(batch_sizes, device=device), 0
     for size, run in itertools.groupby(batch_sizes.tolist()):
         end = at + len(list(run))

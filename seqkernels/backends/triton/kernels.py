@@ -1,110 +1,21 @@
 """The Triton kernels: whole sequences with the recurrent weights on chip, and single steps between matrix products.
 
-Letters as in ``seqkernels.ops``; G and K are called GATES and BLOCKS here. A tile is ``[UNITS, ROWS]``: hidden units
-by sequences, so that a step reads as the mathematics does, W h + b, and the weights are the left factor, which matrix
-cores read best. UNITS is a power of two, in the resident kernels at least H; what lies beyond H or B is masked, and
-zero wherever it enters a product. Gates, states and sums are float32, factors have the dtype of the weights.
+Letters as in ``seqkernels.ops``; G and K are called GATES and SAVED here, and GRADS are the blocks of grad_gates. A
+tile is ``[UNITS, ROWS]``: hidden units by sequences, so that a step reads as the mathematics does, W h + b, and the
+weights are the left factor, which tensor cores read best. UNITS is a power of two, in the resident kernels at least H;
+what lies beyond H or B is masked, and zero wherever it enters a product. Gates, states and sums are float32, factors
+have the dtype of the weights.
 
-Only the host side, ``host.py``, imports this file.
-
-Sources: the torch.nn documentation of RNN, GRU and LSTM; the polynomial of tanh is that of Cephes' tanhf.
+The formulas of the cells stand in ``algebra.py``. Only the host side, ``host.py``, imports this file.
 """
 
 import triton
 import triton.language as tl
 
+from seqkernels.backends.triton.algebra import cell_backward, cell_forward, product, store, to_acc
+
 # Sizes change from call to call: no kernel is compiled anew because one is a multiple of 16, or 1.
 kernel = triton.jit(do_not_specialize=["T", "B", "N", "k"])
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-# ---- factors and results in the dtype of the layer
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x in another dtype, to the nearest even. Triton's interpreter cuts bfloat16 off, so there we round before it."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, nearest, x)
-    return x.to(dtype)
-
-
-@triton.jit
-def product(w, x, PRECISION: tl.constexpr):
-    """w x in float32, with x rounded to the dtype of w."""
-    x = rounded(x, w.dtype)
-    if INTERPRETED and w.dtype == tl.bfloat16:  # of which the interpreter would multiply the bits
-        w, x = w.to(tl.float32), x.to(tl.float32)
-    return tl.dot(w, x, input_precision=PRECISION)
-
-
-@triton.jit
-def store(pointer, x, there):
-    tl.store(pointer, rounded(x, pointer.dtype.element_ty), there)
-
-
-# ---- gate algebra: the only copy of these formulas in Triton
-
-
-@triton.jit
-def tanh(x):
-    """Within 2 ulp of float32: a polynomial where 1 - 2 / (exp(2x) + 1) would cancel."""
-    s = x * x
-    p = ((((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s) * s
-    small = x + x * (p - 3.33332819422e-1 * s)
-    large = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)
-    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexpr):
-    """One step from its gates -> (h, c, four blocks of `saved`); cells with fewer gates ignore the others."""
-    if CELL == "gru":
-        r, z = tl.sigmoid(x_0 + h_0), tl.sigmoid(x_1 + h_1)
-        n = tanh(x_2 + r * h_2)
-        return n + z * (h - n), c, r, z, n, h_2
-    elif CELL == "lstm":
-        i, f, g, o = tl.sigmoid(x_0 + h_0), tl.sigmoid(x_1 + h_1), tanh(x_2 + h_2), tl.sigmoid(x_3 + h_3)
-        c = f * c + i * g
-        return o * tanh(c), c, i, f, g, o
-    elif CELL == "rnn_tanh":
-        h = tanh(x_0 + h_0)
-        return h, c, h, h, h, h
-    else:
-        h = x_0 + h_0
-        h = tl.where(h < 0, 0.0, h)  # NaN passes
-        return h, c, h, h, h, h
-
-
-@triton.jit
-def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.constexpr):
-    """Gradients of one step -> (four blocks of gates, that of h_prev past the gates, that of c_prev).
-
-    s_0..s_3 are the blocks of `saved`; now and before are the states that the formulas name: GRU h_prev (before), LSTM
-    c and c_prev, RNN h (now). GRU's blocks are r, z, W_hn h + b_hn and n: the gates of h are the first three, those of
-    x all but the third."""
-    if CELL == "gru":
-        r, z, n, h_n = s_0, s_1, s_2, s_3
-        grad_n = grad_h * (1 - z) * (1 - n * n)
-        grad_r = grad_n * h_n * r * (1 - r)
-        grad_z = grad_h * (before - n) * z * (1 - z)
-        return grad_r, grad_z, grad_n * r, grad_n, grad_h * z, grad_c
-    elif CELL == "lstm":
-        i, f, g, o = s_0, s_1, s_2, s_3
-        tanh_c = tanh(now)
-        grad_c += grad_h * o * (1 - tanh_c * tanh_c)
-        grad_i, grad_f = grad_c * g * i * (1 - i), grad_c * before * f * (1 - f)
-        grad_g, grad_o = grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
-        return grad_i, grad_f, grad_g, grad_o, grad_h * 0, grad_c * f
-    elif CELL == "rnn_tanh":
-        grad = grad_h * (1 - now * now)
-        return grad, grad, grad, grad, grad_h * 0, grad_c
-    else:
-        grad = tl.where(now <= 0, 0.0, grad_h)
-        return grad, grad, grad, grad, grad_h * 0, grad_c
 
 
 # ---- where things lie
@@ -140,24 +51,27 @@ def steps_of_tile(sizes, first, T, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def load_blocks(pointer, at, there, H, BLOCKS: tl.constexpr):
+def load_blocks(pointer, at, there, H, COUNT: tl.constexpr):
     """Up to four blocks of H; the first one stands in for those that are not there."""
     a = tl.load(pointer + at, there, 0.0)
     b, c, d = a, a, a
-    if BLOCKS > 1:
-        b, c = tl.load(pointer + at + H, there, 0.0), tl.load(pointer + at + 2 * H, there, 0.0)
-    if BLOCKS > 3:
+    if COUNT > 1:
+        b = tl.load(pointer + at + H, there, 0.0)
+    if COUNT > 2:
+        c = tl.load(pointer + at + 2 * H, there, 0.0)
+    if COUNT > 3:
         d = tl.load(pointer + at + 3 * H, there, 0.0)
     return a, b, c, d
 
 
 @triton.jit
-def store_blocks(pointer, at, there, H, a, b, c, d, BLOCKS: tl.constexpr):
+def store_blocks(pointer, at, there, H, a, b, c, d, COUNT: tl.constexpr):
     store(pointer + at, a, there)
-    if BLOCKS > 1:
+    if COUNT > 1:
         store(pointer + at + H, b, there)
+    if COUNT > 2:
         store(pointer + at + 2 * H, c, there)
-    if BLOCKS > 3:
+    if COUNT > 3:
         store(pointer + at + 3 * H, d, there)
 
 
@@ -185,7 +99,7 @@ def load_x(
 @triton.jit
 def load_step(
     grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-    CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BLOCKS: tl.constexpr, RAGGED: tl.constexpr,
+    CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr,
     HAS_GRAD_Y: tl.constexpr,
 ):  # fmt: skip
     """What cell_backward needs of step t -> (the tile's first row of [N], what runs, gradient of y, s_0..s_3, now,
@@ -198,17 +112,18 @@ def load_step(
     place_before = (start_before + first) * D + direction
     ran = running & (first + lane < size_before)
     state = (direction * B + first) * H
-    if CELL == "gru":
-        s_0, s_1, s_2, s_3 = load_blocks(saved + place * 4 * H, lane * D * 4 * H + unit, running, H, 4)
+    if CELL == "gru" or CELL == "ligru":
+        in_row = lane * D * SAVED * H + unit
+        s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, SAVED)
         before = tl.load(h_0 + state + (lane * H + unit), running & ~ran, 0.0)
         before = tl.where(ran, tl.load(y + place_before * H + (lane * D * H + unit), ran, 0.0), before)
         now = before
     elif CELL == "lstm":
-        in_row = lane * D * 5 * H + unit
-        s_0, s_1, s_2, s_3 = load_blocks(saved + place * 5 * H, in_row, running, H, 4)
-        now = tl.load(saved + (place * 5 + 4) * H + in_row, running, 0.0)
+        in_row = lane * D * SAVED * H + unit
+        s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, 4)
+        now = tl.load(saved + (place * SAVED + 4) * H + in_row, running, 0.0)
         before = tl.load(c_0 + state + (lane * H + unit), running & ~ran, 0.0)
-        before = tl.where(ran, tl.load(saved + (place_before * 5 + 4) * H + in_row, ran, 0.0), before)
+        before = tl.where(ran, tl.load(saved + (place_before * SAVED + 4) * H + in_row, ran, 0.0), before)
     else:
         now = tl.load(y + place * H + (lane * D * H + unit), running, 0.0)
         s_0, s_1, s_2, s_3, before = now, now, now, now, now
@@ -216,12 +131,6 @@ def load_step(
     if HAS_GRAD_Y:
         grad = tl.load(grad_y + place * H + (lane * D * H + unit), running, 0.0)
     return at, running, grad, s_0, s_1, s_2, s_3, now, before
-
-
-@triton.jit
-def widened(a, b, c, d, e, f):
-    a, b, c = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32)
-    return a, b, c, d.to(tl.float32), e.to(tl.float32), f.to(tl.float32)
 
 
 # ---- resident: a program walks all steps of its tile
@@ -232,15 +141,12 @@ def resident_forward(
     gates_x,  # [D, N, G*H], with b_ih
     w_hh,  # [D, G*H, H]
     b_hh,  # [D, G*H]
-    h_0,  # [D, B, H]
-    c_0,
-    starts,  # [T] int64
-    sizes,  # [T] int64
+    h_0, c_0,  # [D, B, H]
+    starts, sizes,  # [T] int64
     y,  # [N, D*H]
-    h_n,  # [D, B, H]; may be h_0 itself, as c_n may be c_0
-    c_n,
+    h_n, c_n,  # [D, B, H]; may be h_0 and c_0 themselves
     saved,  # [N, D, K*H]
-    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
+    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -258,22 +164,9 @@ def resident_forward(
         b_0, b_1, b_2, b_3 = load_blocks(b_hh + direction * GATES * H, unit, unit < H, H, GATES)
 
     steps = steps_of_tile(sizes, first, T, RAGGED)
+    t = step_of(0, steps, direction)
     at, running, x_0, x_1, x_2, x_3 = load_x(
-        gates_x,
-        starts,
-        sizes,
-        step_of(0, steps, direction),
-        direction,
-        first,
-        lane,
-        unit,
-        here,
-        T,
-        B,
-        N,
-        H,
-        GATES,
-        RAGGED,
+        gates_x, starts, sizes, t, direction, first, lane, unit, here, T, B, N, H, GATES, RAGGED
     )
     for k in range(steps):
         # One step ahead, so that reading overlaps with the products.
@@ -285,6 +178,7 @@ def resident_forward(
         a_1, a_2, a_3 = a_0, a_0, a_0
         if GATES > 1:
             a_1 = product(w_1, h, PRECISION) + b_1
+        if GATES > 2:
             a_2 = product(w_2, h, PRECISION) + b_2
         if GATES > 3:
             a_3 = product(w_3, h, PRECISION) + b_3
@@ -293,11 +187,11 @@ def resident_forward(
         h, c = tl.where(running, h_t, h), tl.where(running, c_t, c)
         place = at * D + direction
         store(y + place * H + (lane * D * H + unit), h, running)
-        if SAVE and BLOCKS > 0:
-            in_row = lane * D * BLOCKS * H + unit
-            store_blocks(saved + place * BLOCKS * H, in_row, running, H, s_0, s_1, s_2, s_3, 4)
+        if SAVE and SAVED > 0:
+            in_row = lane * D * SAVED * H + unit
+            store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
             if CELL == "lstm":
-                store(saved + (place * 5 + 4) * H + in_row, c, running)
+                store(saved + (place * SAVED + 4) * H + in_row, c, running)
         at, running, x_0, x_1, x_2, x_3 = next_at, next_running, next_0, next_1, next_2, next_3
     store(h_n + state, h, here)
     if CELL == "lstm":
@@ -307,13 +201,12 @@ def resident_forward(
 @kernel
 def resident_backward(
     grad_y,  # [N, D*H]
-    grad_h,  # [D, B, H] float32, as is grad_c: of h_n and c_n, and then of h_0 and c_0
-    grad_c, w_hh, h_0,
-    c_0,  # [D, B, H], in the dtype of h_0
+    grad_h, grad_c,  # [D, B, H] float32: of h_n and c_n, and then of h_0 and c_0
+    w_hh, h_0, c_0,  # both states [D, B, H], in the dtype of the layer
     starts, sizes, y, saved,
-    grad_gates,  # [D, N, F*H] with F = 4 blocks as cell_backward has them, for RNN one
-    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
+    grad_gates,  # [D, N, GRADS*H], blocks as cell_backward has them
+    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
+    RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
@@ -325,32 +218,42 @@ def resident_backward(
     if CELL == "lstm":
         grad_c_t = tl.load(grad_c + state, here, 0.0)
     w_0, w_1, w_2, w_3 = load_weights(w_hh + direction * GATES * H * H, UNITS, H, GATES, True)
-    F: tl.constexpr = 1 if GATES == 1 else 4
 
     steps = steps_of_tile(sizes, first, T, RAGGED)
     t = step_of(steps - 1, steps, direction)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-        CELL, H, D, BLOCKS, RAGGED, HAS_GRAD_Y,
+        CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
     )  # fmt: skip
     for k in range(steps):
         t = step_of(steps - 2 - k, steps, direction)
         next_at, next_running, next_grad, next_0, next_1, next_2, next_3, next_now, next_before = load_step(
             grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-            CELL, H, D, BLOCKS, RAGGED, HAS_GRAD_Y,
+            CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
         )  # fmt: skip
         total = grad_h_t
         if HAS_GRAD_Y:
             total += grad.to(tl.float32)
-        s_0, s_1, s_2, s_3, now, before = widened(s_0, s_1, s_2, s_3, now, before)
+        s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
         g_0, g_1, g_2, g_3, total, grad_c_before = cell_backward(total, grad_c_t, s_0, s_1, s_2, s_3, now, before, CELL)
         total += product(w_0, tl.where(running, g_0, 0.0), PRECISION)
         if GATES > 1:
             total += product(w_1, tl.where(running, g_1, 0.0), PRECISION)
+        if GATES > 2:
             total += product(w_2, tl.where(running, g_2, 0.0), PRECISION)
         if GATES > 3:
             total += product(w_3, tl.where(running, g_3, 0.0), PRECISION)
-        store_blocks(grad_gates + (direction * N + at) * F * H, lane * F * H + unit, running, H, g_0, g_1, g_2, g_3, F)
+        store_blocks(
+            grad_gates + (direction * N + at) * GRADS * H,
+            lane * GRADS * H + unit,
+            running,
+            H,
+            g_0,
+            g_1,
+            g_2,
+            g_3,
+            GRADS,
+        )
         grad_h_t, grad_c_t = tl.where(running, total, grad_h_t), tl.where(running, grad_c_before, grad_c_t)
         at, running, grad, now, before = next_at, next_running, next_grad, next_now, next_before
         s_0, s_1, s_2, s_3 = next_0, next_1, next_2, next_3
@@ -370,7 +273,7 @@ def step_forward(
     h,  # [D, B, H], changed in place; with a projection what is to be projected
     c,  # [D, B, H] float32, changed in place
     starts, sizes, y, saved, k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr,
-    BLOCKS: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
+    SAVED: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
@@ -388,7 +291,7 @@ def step_forward(
     a_0, a_1 = a_0.to(tl.float32) + b_0, a_1.to(tl.float32) + b_1
     a_2, a_3 = a_2.to(tl.float32) + b_2, a_3.to(tl.float32) + b_3
     h_t, c_t = a_0, a_0
-    if CELL == "gru":
+    if CELL == "gru" or CELL == "ligru":
         h_t = tl.load(h + state, running, 0.0).to(tl.float32)
     if CELL == "lstm":
         c_t = tl.load(c + state, running, 0.0)
@@ -399,11 +302,11 @@ def step_forward(
         store(y + place * H + (lane * D * H + unit), h_t, running)
     if CELL == "lstm":
         store(c + state, c_t, running)
-    if SAVE and BLOCKS > 0:
-        in_row = lane * D * BLOCKS * H + unit
-        store_blocks(saved + place * BLOCKS * H, in_row, running, H, s_0, s_1, s_2, s_3, 4)
+    if SAVE and SAVED > 0:
+        in_row = lane * D * SAVED * H + unit
+        store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
         if CELL == "lstm":
-            store(saved + (place * 5 + 4) * H + in_row, c_t, running)
+            store(saved + (place * SAVED + 4) * H + in_row, c_t, running)
 
 
 @kernel
@@ -414,7 +317,7 @@ def step_project(
     y,  # [N, D*P]
     k, T, B, P: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Give the projected h of the sequences that run to their state and to y."""
+    """Write the projected h of the sequences that run into their state and into y."""
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
     start, size = rows_of_step(starts, sizes, step_of(k, T, direction), T, B, RAGGED)
@@ -432,10 +335,10 @@ def step_backward(
     grad_c,  # [D, B, H] float32, changed in place
     h_0,  # [D, B, H]
     c_0, starts, sizes, y, saved,
-    grad_gates,  # [D, N, F*H]
+    grad_gates,  # [D, N, GRADS*H]
     grad_step,  # [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
-    k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, BLOCKS: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr,
+    k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
+    RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr,
     UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
@@ -443,7 +346,7 @@ def step_backward(
     here = (first + lane < B) & (unit < H)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, step_of(k, T, direction), direction, first, lane, unit, here, T, B,
-        CELL, H, D, BLOCKS, RAGGED, HAS_GRAD_Y,
+        CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
     )  # fmt: skip
     of_state = direction * B + first
     state = of_state * H + (lane * H + unit)
@@ -453,10 +356,11 @@ def step_backward(
     grad_c_t = total
     if CELL == "lstm":
         grad_c_t = tl.load(grad_c + state, running, 0.0)
-    s_0, s_1, s_2, s_3, now, before = widened(s_0, s_1, s_2, s_3, now, before)
+    s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
     g_0, g_1, g_2, g_3, total, grad_c_t = cell_backward(total, grad_c_t, s_0, s_1, s_2, s_3, now, before, CELL)
-    F: tl.constexpr = 1 if GATES == 1 else 4
-    store_blocks(grad_gates + (direction * N + at) * F * H, lane * F * H + unit, running, H, g_0, g_1, g_2, g_3, F)
+    store_blocks(
+        grad_gates + (direction * N + at) * GRADS * H, lane * GRADS * H + unit, running, H, g_0, g_1, g_2, g_3, GRADS
+    )
     g_0, g_1 = tl.where(running, g_0, 0.0), tl.where(running, g_1, 0.0)
     g_2, g_3 = tl.where(running, g_2, 0.0), tl.where(running, g_3, 0.0)
     store_blocks(grad_step + of_state * GATES * H, lane * GATES * H + unit, here, H, g_0, g_1, g_2, g_3, GATES)
