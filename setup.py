@@ -154,7 +154,18 @@ def dotted(version: tuple[int, int]) -> str:
 
 
 # The lowest compute capability that a file's kernels can be compiled for.
-CUDA_SOURCES = {"stepwise": 70, "single_cta": 80, "cluster": 90, "persistent_grid": 90}
+CUDA_SOURCES = {
+    "stepwise": 70,
+    "pack_weights": 80,
+    "single_cta": 80,
+    "occupancy": 90,
+    "cluster": 90,
+    "persistent_grid": 90,
+}
+# Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
+CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
+CELLS = re.search(r"enum class Cell {(.*?)}", (ROOT / "csrc/cells.h").read_text())[1].replace(",", "").split()
+CUDA_DTYPES = ("float32", "bfloat16", "float16")
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
@@ -232,13 +243,34 @@ def cpu_library(includes: str) -> Library:
     return Library(objects)
 
 
+class Instance(NamedTuple):
+    """A translation unit of the CUDA kernels: a file, or its part for one cell and dtype."""
+
+    source: str
+    name: str
+    flags: str
+
+
+def cuda_instances() -> list[Instance]:
+    """Those that take longest come first."""
+    instances = [
+        Instance(source, f"{source}_{cell}_{dtype}", f"-DSEQKERNELS_CELL_NAME={cell} -DSEQKERNELS_SCALAR_NAME={dtype}")
+        for dtype in CUDA_DTYPES
+        for cell in reversed(CELLS)
+        for source in CUDA_INSTANCED
+    ]
+    return instances + [Instance(source, source, "") for source in CUDA_SOURCES if source not in CUDA_INSTANCED]
+
+
 def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
     """Built against any torch, but loaded by one with CUDA only."""
     includes += "".join(f" -isystem {directory}" for directory in nvcc.includes)
     objects = []
-    for name, lowest in CUDA_SOURCES.items():
-        codes = (f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in targets_from(lowest, targets))
-        objects.append(Object(f"csrc/cuda/{name}.cu", f"cuda_{name}.o", " ".join(codes), "compile_cuda"))
+    for of in cuda_instances():
+        own_targets = targets_from(CUDA_SOURCES[of.source], targets)
+        codes = " ".join(f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in own_targets)
+        objects.append(Object(f"csrc/cuda/{of.source}.cu", f"cuda_{of.name}.o", f"{of.flags} {codes}", "compile_cuda"))
+    objects.append(Object("csrc/cuda/dispatch.cpp", "cuda_dispatch.o", ""))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
     for name in CUDA_HOST_SOURCES:
         objects.append(
@@ -265,7 +297,7 @@ def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bo
     cxx, jobs = compiler(), os.environ.get("MAX_JOBS")
     lines = [
         *rule("compile", f"{cxx} {FLAGS} {os.environ.get('CXXFLAGS', '')}"),
-        *rule("compile_cuda", f"{nvcc} {CUDA_FLAGS} --threads {jobs or 0}"),
+        *rule("compile_cuda", f"{nvcc} {CUDA_FLAGS}"),
         "rule link",
         f"  command = {cxx} -shared $in -o $out -L{torch_directory()}/lib -Wl,--no-as-needed $more "
         f"{os.environ.get('LDFLAGS', '')}",
@@ -327,7 +359,7 @@ NATIVE = Extension(
 CUDA = Extension(
     "seqkernels._cuda",
     sources=[
-        *(f"csrc/cuda/{name}.cpp" for name in CUDA_HOST_SOURCES),
+        *(f"csrc/cuda/{name}.cpp" for name in (*CUDA_HOST_SOURCES, "dispatch")),
         *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES),
     ],
     depends=headers(),

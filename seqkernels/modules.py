@@ -7,21 +7,16 @@ so parametrizations, weight tying, functional_call, deepcopy, pickle and plain a
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import functional, inputs, select
+from seqkernels import drop_in, functional, hardware, inputs, select
+from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
 
 
-def _parameters(module: nn.Module, names: Sequence[str]) -> list:
-    # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
-    parameters = module._parameters
-    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
-
-
-class _Recurrent(nn.RNNBase):
+class _Recurrent(drop_in.Layer):
     """What RNN, GRU and LSTM share.
 
     Attributes:
@@ -38,11 +33,13 @@ class _Recurrent(nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
+        if isinstance(input, fx.Proxy):
+            return drop_in.traced(self, input, hx, lengths=lengths)
         return functional.recurrent(
             self.mode.lower(),
             input,
             hx,
-            self._flat_weights,
+            self._weights(),
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -52,37 +49,6 @@ class _Recurrent(nn.RNNBase):
             lengths=lengths,
             backend=self.backend,
         )
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: parameters are used where they lie."""
-
-    # nn.RNNBase keeps a second list of its parameters up to date in the methods below. Here they are looked up
-    # whenever they are asked for, and the methods are nn.Module's own again.
-
-    @property
-    def _flat_weights(self) -> list:  # type: ignore[override]
-        return _parameters(self, self._flat_weights_names)
-
-    def _init_flat_weights(self) -> None:
-        pass
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def __setattr__(self, name: str, value) -> None:
-        nn.Module.__setattr__(self, name, value)
-
-    def _apply(self, fn, recurse: bool = True):
-        return nn.Module._apply(self, fn, recurse)
-
-    def _replicate_for_data_parallel(self):
-        return nn.Module._replicate_for_data_parallel(self)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__.copy()
-
-    def __setstate__(self, state: dict) -> None:
-        nn.Module.__setstate__(self, state)
 
 
 class RNN(_Recurrent):
@@ -130,6 +96,11 @@ class LSTM(_Recurrent):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
+    # What torch.nn.LSTM has for its two states.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
 
 class LiGRU(_Recurrent):
     """Light gated recurrent unit: no reset gate, and relu in place of tanh; torch.nn has none.
@@ -159,7 +130,7 @@ class LiGRU(_Recurrent):
         self.reset_parameters()
 
 
-class _Cell(nn.RNNCellBase):
+class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
     """What the cells share: one step of input ``[B, I]`` or ``[I]`` from states ``[B, H]`` or ``[H]``."""
 
     backend: str | None = None
@@ -194,7 +165,7 @@ def _inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor,
         zeros = input.new_zeros(input.shape[0], module.hidden_size)
         states = (zeros,) * CELLS[_cell_of(module)].states
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
-    return input, _parameters(module, names), *states
+    return input, drop_in.parameters(module, names), *states
 
 
 class RNNCell(_Cell):
@@ -216,6 +187,8 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return drop_in.traced(self, input, hx)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._step(input, None if hx is None else (hx,))[0]
@@ -231,6 +204,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return drop_in.traced(self, input, hx)
         return self._step(input, None if hx is None else (hx,))[0]
 
 
@@ -244,7 +219,20 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, fx.Proxy):
+            return drop_in.traced(self, input, hx)
         return self._step(input, hx)
+
+
+def unsupported(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
+    """Why no backend that may be chosen here runs the drop-in of a module of torch.nn; None if one does."""
+    weight = next(module.parameters())
+    cell = module.mode.lower() if isinstance(module, nn.RNNBase) else _cell_of(module)
+    try:
+        select.plan(Call(cell, weight.device.type, weight.dtype), hardware.machine_of(weight.device))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def explain(
@@ -266,7 +254,7 @@ def explain(
             cannot run.
     """
     if isinstance(module, nn.RNNBase):
-        directions, weights = 2 if module.bidirectional else 1, _parameters(module, module._flat_weights_names)
+        directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
         call = inputs.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
     elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):

@@ -37,6 +37,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from seqkernels import batching, flops, inplace
 from seqkernels.backends import cuda, cudnn, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -89,6 +90,11 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
     ctx.cell, ctx.save, ctx.launch = cell, save, launch
+    ctx.changes = None
+    if type(y) is Tensor:
+        ctx.changes, y = inplace.Changes(y), y.data
+    else:  # a compiler's stand-in: what it makes of this copy is one only where y changes
+        y = y.clone()
     ctx.save_for_backward(x, h_0, c_0, batch_sizes, y, saved, *weights)
 
 
@@ -98,6 +104,9 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
         raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = _BACKWARD[backend]
+    if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
+        with torch.no_grad():
+            y = _FORWARD[backend](ctx.cell, x, weights, h_0, c_0, batch_sizes, False, ctx.launch)[0]
     layer = x, weights, h_0, c_0, batch_sizes, y, saved
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *layer, wants_x, wants_weights, ctx.launch
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -109,6 +118,12 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
         grad_h_0,
         None if c_0 is None else grad_c_0,
     )
+
+
+def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
+    steps = len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
+    return steps or not CELLS[cell].saved_blocks
 
 
 def _registered_backward_of(backend: str):
@@ -181,6 +196,7 @@ def _register(backend: str) -> None:
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", cast_for_autocast(operator, device_type), key)
+        batching.register(f"{name}.{backend}", operator, _library)
 
 
 _backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
@@ -250,3 +266,6 @@ def recurrence_forward(
     if save:
         return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
+
+
+flops.register()

@@ -1,7 +1,9 @@
-// Launches of the cluster kernels: which there are, and how much of the weights each holds in registers.
+// The cluster kernels of one cell and dtype (instances.h).
 #include "cluster.cuh"
 //
-#include "launch.cuh"
+#include "dispatch.h"
+#include "instances.h"
+#include "slice_launch.cuh"
 
 namespace seqkernels {
 
@@ -9,62 +11,43 @@ using namespace device;
 
 namespace {
 
-// Fragments of the weights that a thread can hold in registers beside all else without spilling, as the compiler's code
-// for sm_90a has it; tests/test_cuda_compiled.py reads it there.
-template <class Product>
-constexpr int held(Cell cell, bool backward) {
-  const bool lstm = cell == Cell::lstm, rnn = gates_of(cell) == 1;
-  if (std::is_same_v<Product, Exact>) return rnn ? (backward ? 12 : 17) : backward ? 11 : lstm ? 10 : 12;
-  return rnn && !backward ? 22 : 18;
-}
-
-template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, int UNITS, bool EVEN, class Arrays>
-const char* launch_kernel(const Arrays& arrays, const Clusters& clusters, void* stream) {
-  constexpr int WARPS = UNITS == 48 && !BACKWARD ? 6 : 8;
-  using Kernel = Pass<Slice<CELL, Product, UNITS, WARPS, held<Product>(CELL, BACKWARD), EVEN>>;
-  const int blocks = ceiling(arrays.hidden, UNITS);
-  const auto p = Kernel::of(arrays, clusters.tile, blocks, blocks);
-  if (p.bytes > clusters.memory)
+template <class Kernel, class Args>
+const char* launch_cluster(const Args& args, const LaunchShape& shape, void* stream) {
+  const SliceShape slices = cluster_shape(args.hidden, Kernel::UNITS);
+  const auto p = slice_args<Kernel, SliceArgs<Args>>(args, slices, shape.tile);
+  if (p.bytes > shape.shared_memory)
     return "the weights do not fit into the registers and the shared memory of the cluster";
-  const int64_t tiles = (arrays.sequences + clusters.tile - 1) / clusters.tile;
-  if (blocks > 16) return "a cluster has at most 16 blocks, too few for so many hidden units";
-  if (blocks < 2) return "a cluster has at least 2 blocks, more than so few hidden units need";  // st.async demands it
-  return launch<Kernel>(tiles * blocks, arrays.directions, p.bytes, stream, p, {blocks, false});
+  if (slices.blocks > kMaxCluster) return "a cluster has at most 16 blocks, too few for so many hidden units";
+  if (slices.blocks < kMinCluster) return "a cluster has at least 2 blocks, more than so few hidden units need";
+  const int64_t tiles = (args.sequences + shape.tile - 1) / shape.tile;
+  Cooperation cooperation;
+  cooperation.cluster = slices.blocks;
+  return launch<Kernel>(tiles * slices.blocks, args.directions, p.bytes, stream, p, cooperation);
 }
 
-template <template <class> class Pass, bool BACKWARD, Cell CELL, class Product, class Arrays>
-const char* by_units(const Arrays& arrays, const Clusters& clusters, void* stream) {
-  const auto with = [&](auto units) {
+template <template <class> class Pass, Cell CELL, Scalar SCALAR, bool BACKWARD, class Args>
+const char* run(const Args& args, const LaunchShape& shape, void* stream) {
+  constexpr const char* none = "no cluster kernel with so many units a block";
+  return by_value<kClusterUnits>(shape.units, none, [&](auto units) {
     constexpr int UNITS = decltype(units)::value;
-    return arrays.hidden % 2 ? launch_kernel<Pass, BACKWARD, CELL, Product, UNITS, false>(arrays, clusters, stream)
-                             : launch_kernel<Pass, BACKWARD, CELL, Product, UNITS, true>(arrays, clusters, stream);
-  };
-  switch (clusters.units) {
-    case 32: return with(std::integral_constant<int, 32>{});
-    case 48: return with(std::integral_constant<int, 48>{});
-    case 64: return with(std::integral_constant<int, 64>{});
-    default: return "no cluster kernel with so many units a block";
-  }
-}
-
-template <template <class> class Pass, bool BACKWARD, class Arrays>
-const char* by_layer(const Arrays& arrays, const Clusters& clusters, void* stream) {
-  if (arrays.scalar == Scalar::float64) return "no cluster kernel for float64";
-  return by_cell(arrays.cell, [&](auto cell) {
-    return by_product(arrays, [&](auto product) {
-      return by_units<Pass, BACKWARD, decltype(cell)::value, decltype(product)>(arrays, clusters, stream);
-    });
+    return by_slice_config<Path::cluster, CELL, SCALAR, BACKWARD, UNITS>(
+        args, shape.arch, [&](auto config) { return launch_cluster<Pass<decltype(config)>>(args, shape, stream); });
   });
 }
 
 }  // namespace
 
-const char* cluster_forward(const ForwardArgs& sweep, const Clusters& clusters, void* stream) {
-  return by_layer<ClusterForward, false>(sweep, clusters, stream);
+template <Cell CELL, Scalar SCALAR>
+const char* cluster_forward(const ForwardArgs& args, const LaunchShape& shape, void* stream) {
+  return run<ClusterForward, CELL, SCALAR, false>(args, shape, stream);
 }
 
-const char* cluster_backward(const BackwardArgs& sweep, const Clusters& clusters, void* stream) {
-  return by_layer<ClusterBackward, true>(sweep, clusters, stream);
+template <Cell CELL, Scalar SCALAR>
+const char* cluster_backward(const BackwardArgs& args, const LaunchShape& shape, void* stream) {
+  return run<ClusterBackward, CELL, SCALAR, true>(args, shape, stream);
 }
+
+template const char* cluster_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, void*);
+template const char* cluster_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&, void*);
 
 }  // namespace seqkernels

@@ -45,7 +45,7 @@ constexpr int ceil_div(int64_t n, int divisor) { return static_cast<int>((n + di
 
 constexpr int kMaxTile = 8;      // sequences that a CTA takes at most: the columns of one MMA
 constexpr int kMmaRows = 16;     // rows of a matrix that a warp multiplies at once: hidden units
-constexpr int kWarp = 32;        // lanes of a warp
+constexpr int kWarpSize = 32;    // lanes of a warp
 constexpr int kChunkBytes = 64;  // of a row that a warp multiplies at once: 16 for each of the 4 lanes that share a row
 constexpr int kFragmentBytes = 32;  // what a lane has of 16 rows by a chunk
 
@@ -89,6 +89,9 @@ constexpr ResidentRow kResident[] = {
     {Path::single_cta, Arch::sm_80, 1, Math::fp32_fma, 128, {16, 16}, {16, 16}},
     {Path::single_cta, Arch::sm_80, 1, Math::tf32, 128, {16, 16}, {16, 16}},
     {Path::single_cta, Arch::sm_80, 1, Math::tensor_core, 256, {16, 16}, {16, 16}},
+    {Path::single_cta, Arch::sm_80, 2, Math::fp32_fma, 128, {4, 4}, {5, 5}},
+    {Path::single_cta, Arch::sm_80, 2, Math::tf32, 128, {7, 7}, {6, 6}},
+    {Path::single_cta, Arch::sm_80, 2, Math::tensor_core, 256, {6, 6}, {5, 5}},
     {Path::single_cta, Arch::sm_80, 3, Math::fp32_fma, 128, {3, 3}, {4, 4}},
     {Path::single_cta, Arch::sm_80, 3, Math::tf32, 128, {6, 6}, {5, 5}},
     {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 128, {4, 4}, {4, 4}},
@@ -102,6 +105,9 @@ constexpr ResidentRow kResident[] = {
     {Path::cluster, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {12, 12}},
     {Path::cluster, Arch::sm_90, 1, Math::tf32, kAnyWidth, {22, 22}, {18, 18}},
     {Path::cluster, Arch::sm_90, 1, Math::tensor_core, kAnyWidth, {22, 22}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 2, Math::fp32_fma, kAnyWidth, {12, 12}, {11, 11}},
+    {Path::cluster, Arch::sm_90, 2, Math::tf32, kAnyWidth, {18, 18}, {18, 18}},
+    {Path::cluster, Arch::sm_90, 2, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
     {Path::cluster, Arch::sm_90, 3, Math::fp32_fma, kAnyWidth, {12, 12}, {11, 11}},
     {Path::cluster, Arch::sm_90, 3, Math::tf32, kAnyWidth, {18, 18}, {18, 18}},
     {Path::cluster, Arch::sm_90, 3, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
@@ -112,6 +118,9 @@ constexpr ResidentRow kResident[] = {
     {Path::persistent_grid, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {12, 12}},
     {Path::persistent_grid, Arch::sm_90, 1, Math::tf32, kAnyWidth, {22, 22}, {17, 17}},
     {Path::persistent_grid, Arch::sm_90, 1, Math::tensor_core, kAnyWidth, {22, 22}, {18, 18}},
+    {Path::persistent_grid, Arch::sm_90, 2, Math::fp32_fma, kAnyWidth, {10, 10}, {9, 9}},
+    {Path::persistent_grid, Arch::sm_90, 2, Math::tf32, kAnyWidth, {18, 18}, {17, 17}},
+    {Path::persistent_grid, Arch::sm_90, 2, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
     {Path::persistent_grid, Arch::sm_90, 3, Math::fp32_fma, kAnyWidth, {10, 10}, {9, 9}},
     {Path::persistent_grid, Arch::sm_90, 3, Math::tf32, kAnyWidth, {18, 18}, {17, 17}},
     {Path::persistent_grid, Arch::sm_90, 3, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
@@ -120,17 +129,23 @@ constexpr ResidentRow kResident[] = {
     {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
 };
 
-// What kResident says of a kernel of so many units; 0: there is no row for it.
-constexpr int resident_of(Path path, const Variant& v, int width) {
+// The row for a kernel of so many units; null: there is none.
+constexpr const ResidentRow* resident_row(Path path, const Variant& v, int width) {
   const ResidentRow* best = nullptr;
   for (const ResidentRow& row : kResident) {
     if (row.path != path || row.gates != gates_of(v.cell) || row.math != v.math || row.max_width < width) continue;
     if (row.arch <= v.arch && (!best || row.arch > best->arch)) best = &row;
   }
-  if (!best) return 0;
-  const auto& pass = v.backward ? best->backward : best->forward;
+  return best;
+}
+constexpr int resident_of(Path path, const Variant& v, int width) {
+  const ResidentRow* row = resident_row(path, v, width);
+  if (!row) return 0;
+  const auto& pass = v.backward ? row->backward : row->forward;
   return v.even ? pass.even : pass.odd;
 }
+// Kernels are compiled for the architecture of their row, so that GPUs with the same row share a kernel.
+constexpr Arch resident_arch(Path path, const Variant& v, int width) { return resident_row(path, v, width)->arch; }
 
 // ---- single CTA: a CTA owns up to 8 sequences; its weights lie in registers, then shared memory, then the L2 cache
 
@@ -172,7 +187,7 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   const int gates = gates_of(v.cell);
   l.width = width;
   l.m_tiles = width > 128 ? 2 : 1;
-  l.threads = width / kMmaRows / l.m_tiles * kWarp;
+  l.threads = width / kMmaRows / l.m_tiles * kWarpSize;
   l.stride = row_stride(v.backward ? gates * width : width, v.math);
   l.buffers = 2 * factor_buffer_bytes(l.stride, v.math);
   l.groups = width / chunk_of(v.math) * l.m_tiles;
@@ -180,6 +195,14 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   l.resident = resident < l.groups ? resident : l.groups;
   l.group_bytes = gates * l.threads * kFragmentBytes;
   return l;
+}
+
+// Bytes of one direction's weights in the order that a kernel reads; 0: there is no kernel.
+constexpr int64_t single_cta_packed_bytes(Cell cell, Scalar scalar, int64_t hidden) {
+  if (scalar == Scalar::float64) return 0;
+  const Math math = math_of(scalar, false);  // TF32 packs the same
+  const int64_t width = single_cta_width(math, hidden);
+  return gates_of(cell) * width * width * element_bytes(math);
 }
 
 // ---- cluster and persistent grid: a group of CTAs shares the hidden units of a layer, a slice for each
@@ -214,7 +237,7 @@ constexpr SliceShape grid_shape(int64_t hidden, int cluster) {
 
 constexpr int slice_warps(int units, bool backward) { return units == 48 && !backward ? 6 : 8; }
 // Warps that own states: two units of one sequence a thread.
-constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarp; }
+constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarpSize; }
 
 // Forward: warps that share the columns of 16 rows, each having a part of the chunks.
 constexpr int forward_parts(int units) { return slice_warps(units, false) / (units / kMmaRows); }
@@ -241,7 +264,7 @@ constexpr int backward_chunks(Path path, int gates, int units, Math math) {
 // On the grid all threads add up partial gradients, by teams that have a thread for each owner; the first is the
 // owners'.
 constexpr int grid_teams() { return slice_warps(kGridUnits, true) / owner_warps(kGridUnits); }
-constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarp * 2; }
+constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
 
 // Shared memory of a CTA, in bytes from its begin: two mbarriers, two buffers of factors, what is exchanged (forward
 // the sums of the parts; backward partial gradients of two exchanges, on the grid the teams' sums), weights.
@@ -271,7 +294,7 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
     exchange = forward_sums(gates, shape.units) * 4;
     l.fragments = ceil_div(ceil_div(hidden, chunk), forward_parts(shape.units)) * gates;
   }
-  l.threads = warps * kWarp;
+  l.threads = warps * kWarpSize;
   l.resident = resident_of(shape.path, v, shape.units);
   l.stride = row_stride(width, v.math);
   l.factors = kMbarrierBytes;

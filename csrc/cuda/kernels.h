@@ -3,7 +3,7 @@
 // for an RNN, i f g o for an LSTM, and for a GRU r, z, W_hn h + b_hn, n, of which the first three are those of h, and
 // all but the third those of x.
 #pragma once
-#include "../layer.h"
+#include "config.h"
 
 namespace seqkernels {
 
@@ -63,7 +63,8 @@ struct StepBackward {
   bool has_projection;  // then grad_h belongs to this step alone
 };
 
-// With a projection P is the width of h and y: give the projected h of the sequences that run to their state and to y.
+// With a projection P is the width of h and y. Copies the projected h of the sequences that run to their state and to
+// y.
 struct StepProject {
   SweepArgs layer;
   int64_t k, running;
@@ -117,26 +118,28 @@ struct FoldBiases {
   int64_t size, folded;     // G*H, and how many of b_hh are added
 };
 
-// The recurrent weights as the threads of a single CTA hold them (mma.cuh).
-struct Arrange {
+// Writes the recurrent weights in the order in which the threads of a single CTA read them (mma.cuh).
+struct PackWeights {
   const void* w_hh[2];  // [G*H, H]
-  void* result;         // [D, G, width, width] in that order
+  void* packed;         // [D, SingleCtaLayout::packed_bytes()]
   int gates, hidden;
   int width;        // hidden units that the kernel is made for
-  int blocks;       // of 16 units that a warp takes
+  int m_tiles;      // of 16 rows that a warp takes
   bool transposed;  // backward: each gate's matrix
   bool tf32;        // rounded to TF32
 };
 
-// A sweep in one launch, what it needs besides.
-template <class Pass>
-struct SingleCta : Pass {
-  const void* arranged;  // the weights
-  int tile;              // sequences that a block takes: 1 to 8
-  int shared;            // groups of the weights in shared memory
+// ---- one launch for all steps
+
+// How a pass is launched: what the plan says, and what the GPU is.
+struct LaunchShape {
+  Arch arch;
+  int tile;   // sequences that a CTA, a cluster or a group of clusters takes at once: 1 to kMaxTile
+  int units;  // cluster: hidden units of a CTA, one of kClusterUnits; persistent grid: of a cluster of kGridClusters
+  int shared_memory;  // bytes that a CTA may have
 };
 
-// What launches do: the text of an error, or null. A stream is a cudaStream_t.
+// What launches return: the text of an error, or null. A stream is a cudaStream_t.
 
 const char* step_forward(const StepForward&, void* stream);
 const char* step_backward(const StepBackward&, void* stream);
@@ -146,37 +149,25 @@ const char* previous(const Previous&, void* stream);
 const char* unprojected(const Unprojected&, void* stream);
 const char* fold_biases(const FoldBiases&, Scalar, void* stream);
 const char* write_steps(const WriteSteps&, void* stream);
+const char* pack_weights(const PackWeights&, Scalar, int directions, void* stream);
 
-// All steps in one launch, for `tile` sequences (at most 8) a block, which may have `memory` bytes of shared memory.
-// The weights go through `arranged`, [D, single_cta_words()] times 16 bytes; none where no kernel takes the layer.
-int64_t single_cta_words(Cell, Scalar, int64_t hidden);
-const char* single_cta_forward(const ForwardArgs&, int tile, int memory, void* arranged, void* stream);
-const char* single_cta_backward(const BackwardArgs&, int tile, int memory, void* arranged, void* stream);
+// A CTA takes a tile. The weights go through `packed`, [D, single_cta_packed_bytes()].
+const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, void* packed, void* stream);
+const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, void* packed, void* stream);
 
-// All steps in one launch, by clusters of blocks: how many hidden units, sequences at once (at most 8), and bytes of
-// shared memory that a block may have.
-struct Clusters {
-  int units, tile, memory;
-};
+// A cluster takes a tile.
+const char* cluster_forward(const ForwardArgs&, const LaunchShape&, void* stream);
+const char* cluster_backward(const BackwardArgs&, const LaunchShape&, void* stream);
 
-// A cluster of 2 to 16 blocks with 32, 48 or 64 units each takes a tile.
-const char* cluster_forward(const ForwardArgs&, const Clusters&, void* stream);
-const char* cluster_backward(const BackwardArgs&, const Clusters&, void* stream);
+// How many clusters of so many CTAs, of which each takes a multiprocessor, the current GPU runs at the same time.
+const char* clusters_at_once(int cluster, int& count);
 
-// How many clusters of so many blocks, of which each takes a multiprocessor, the current GPU runs at the same time.
-const char* clusters_at_once(int blocks, int& clusters);
-
-// Groups of clusters that run at the same time, and may be the persistent grid, take the tiles in turn; a block has 16 units,
-// a cluster 32 or 64. How they share a layer: so many of so many blocks for each direction, of which so many run at
-// once; and what they need in the GPU's memory to exchange: bytes, and flags that begin as zero.
-struct Groups {
-  int directions, groups, blocks, cluster;  // cluster: blocks of one
-  int64_t numbers, bytes, flags;            // numbers: that an exchange of a group holds
-};
-const char* persistent_grid_groups(const SweepArgs&, const Clusters&, bool backward, Groups&);
-const char* persistent_grid_forward(const ForwardArgs&, const Clusters&, const Groups&, void* exchange, void* flags,
-                              void* stream);
-const char* persistent_grid_backward(const BackwardArgs&, const Clusters&, const Groups&, void* exchange, void* flags,
-                               void* stream);
+// Groups of clusters, which may be the whole grid, take the tiles in rounds. The groups of a pass say what it needs in
+// the GPU's memory: `exchange` of groups.bytes, and `flags`, which begin as zeros.
+const char* persistent_grid_groups(const SweepArgs&, const LaunchShape&, bool backward, GridGroups& groups);
+const char* persistent_grid_forward(const ForwardArgs&, const LaunchShape&, const GridGroups&, void* exchange,
+                                    void* flags, void* stream);
+const char* persistent_grid_backward(const BackwardArgs&, const LaunchShape&, const GridGroups&, void* exchange,
+                                     void* flags, void* stream);
 
 }  // namespace seqkernels

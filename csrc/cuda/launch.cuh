@@ -1,44 +1,118 @@
-// From what a layer is when the program runs to the types that its kernels are made of. Each calls with values that
-// stand for types or constants, and returns what the call does: the text of an error, or null.
+// Starting a kernel, and the types that a dtype stands for. The emulator's launches are in tests/emulator/launch.h.
 #pragma once
 #include "mma.cuh"
+#ifdef SEQKERNELS_EMULATOR
+#include "emulator/launch.h"
+#else
+#include <atomic>
 
 namespace seqkernels::device {
 
-// Call with a number of the scalar's type.
-template <class Call>
-const char* by_scalar(Scalar scalar, Call call) {
-  switch (scalar) {
-    case Scalar::float64: return call(double{});
-    case Scalar::float32: return call(float{});
-    case Scalar::bfloat16: return call(bfloat16{});
-    default: return call(float16{});
-  }
+// A kernel is a type with `Parameters`, a number of `threads` a CTA, and `run(parameters)`, which every thread runs.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::threads, 1) entry(const __grid_constant__ typename Kernel::Parameters p) {
+  Kernel::run(p);
 }
 
-template <Cell CELL>
-using OfCell = std::integral_constant<Cell, CELL>;
+// Which CTAs run at the same time: those of a cluster, along the first index of a CTA, or all of the grid.
+struct Cooperation {
+  int cluster = 1;
+  bool whole_grid = false;
+};
 
-// Call with the cell as a constant.
-template <class Call>
-const char* by_cell(Cell cell, Call call) {
-  switch (cell) {
-    case Cell::rnn_tanh: return call(OfCell<Cell::rnn_tanh>{});
-    case Cell::rnn_relu: return call(OfCell<Cell::rnn_relu>{});
-    case Cell::gru: return call(OfCell<Cell::gru>{});
-    case Cell::lstm: return call(OfCell<Cell::lstm>{});
-    default: return "there is no CUDA kernel for this cell";
-  }
+// Lets the CTAs of a kernel have all shared memory of the current GPU, and clusters up to 16 CTAs, where only 8 are
+// portable. Done once for each GPU.
+template <class Kernel>
+cudaError_t allow_more(bool large_cluster) {
+  static std::atomic<bool> all_allowed[2][64];
+  std::atomic<bool>(&allowed)[64] = all_allowed[large_cluster];
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < 64 && allowed[device].load(std::memory_order_relaxed))) return error;
+  error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && large_cluster)
+    error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess && device < 64) allowed[device].store(true, std::memory_order_relaxed);
+  return error;
 }
 
-// Call with how blocks that keep the weights multiply by them; none do in float64, which callers refuse before.
-template <class Call>
-const char* by_product(const SweepArgs& s, Call call) {
-  switch (s.scalar) {
-    case Scalar::bfloat16: return call(MatrixCores<bfloat16>{});
-    case Scalar::float16: return call(MatrixCores<float16>{});
-    default: return s.tf32 ? call(Tf32{}) : call(Exact{});
+// How many clusters of so many CTAs the current GPU runs at the same time, if each CTA has all shared memory of a
+// multiprocessor. Asked for once on each GPU. Null, or the text of an error.
+template <class Kernel>
+const char* count_clusters(int cluster, int& count) {
+  static std::atomic<int> all_known[17][64];
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  std::atomic<int>* known = cluster <= 16 && device < 64 ? &all_known[cluster][device] : nullptr;
+  if (known && (count = known->load(std::memory_order_relaxed))) return nullptr;
+  error = allow_more<Kernel>(cluster > 8);
+  cudaLaunchAttribute of_cluster;
+  of_cluster.id = cudaLaunchAttributeClusterDimension;
+  of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster);
+  config.blockDim = dim3(Kernel::threads);
+  config.attrs = &of_cluster;
+  config.numAttrs = 1;
+  int bytes = 0;
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  config.dynamicSmemBytes = bytes;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, entry<Kernel>, &config);
+  if (error == cudaSuccess && known) known->store(count, std::memory_order_relaxed);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Starts a kernel on a stream of the current GPU. Returns the error's text if that fails, or if earlier work has
+// failed, else null. blocks_y is at most 65,535.
+template <class Kernel>
+const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
+                   const typename Kernel::Parameters& parameters, Cooperation cooperation = {}) {
+  if (blocks > INT32_MAX) return "more blocks than a grid can have";
+  cudaError_t error = cudaSuccess;
+  // What a block or a cluster may have without being asked for.
+  if (shared_bytes > 48 << 10 || cooperation.cluster > 8) error = allow_more<Kernel>(cooperation.cluster > 8);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks), blocks_y);
+  config.blockDim = dim3(Kernel::threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (cooperation.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cooperation.cluster), 1, 1};
   }
+  if (cooperation.whole_grid) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  error = cudaLaunchKernelEx(&config, entry<Kernel>, parameters);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace seqkernels::device
+#endif
+
+namespace seqkernels::device {
+
+template <Scalar SCALAR>
+using element_t =
+    std::conditional_t<SCALAR == Scalar::float64, double,
+                       std::conditional_t<SCALAR == Scalar::float32, float,
+                                          std::conditional_t<SCALAR == Scalar::bfloat16, bfloat16, float16>>>;
+
+// Calls with the math policy of a dtype.
+template <Scalar SCALAR, class Call>
+const char* by_policy(bool tf32, Call call) {
+  static_assert(SCALAR != Scalar::float64);
+  if constexpr (SCALAR == Scalar::float32)
+    return tf32 ? call(Tf32{}) : call(Fp32Fma{});
+  else
+    return call(TensorCore<element_t<SCALAR>>{});
 }
 
 }  // namespace seqkernels::device

@@ -1,19 +1,27 @@
-// A layer as a kernel sees it: where its steps lie, and one element (a hidden unit of a sequence) of one step.
+// A layer as a kernel sees it: where its steps lie, and two hidden units of a sequence in one step.
 #pragma once
-#include <utility>
-
 #include "device.cuh"
+//
 #include "../cells.h"
 #include "kernels.h"
 
 namespace seqkernels::device {
 
-// What is computed in: double for double, else float.
-template <class T>
-using Wide = decltype(wide(std::declval<T>()));
-
 // The k-th step that a direction takes, of those that a tile of sequences has.
 DEVICE int64_t step_of(int64_t k, int64_t steps, int direction) { return direction == 0 ? k : steps - 1 - k; }
+
+// Whether a gate keeps W_hh h + b_hh apart from W_ih x + b_ih.
+template <Cell CELL>
+DEVICE bool stays_apart(int gate) {
+  return gate >= CellTraits<CELL>::gates - CellTraits<CELL>::apart;
+}
+
+template <Cell CELL>
+constexpr bool kHasC = CellTraits<CELL>::states == 2;
+
+// Blocks of what is saved, without c.
+template <Cell CELL>
+constexpr int kSavedGates = CellTraits<CELL>::saved_blocks - (kHasC<CELL> ? 1 : 0);
 
 class Steps {
  public:
@@ -51,12 +59,12 @@ class Steps {
 // How many of two units there are, if so many are left.
 DEVICE int two_of(int left) { return left < 0 ? 0 : left < 2 ? left : 2; }
 
-// Two hidden units side by side are what a thread takes: in one access where rows have an even length (EVEN), else one
-// by one. `count` of them are there: 0, 1 or 2.
+// A thread takes two hidden units side by side: in one access where rows have an even length (EVEN), else one by one.
+// `count` of them are there: 0, 1 or 2.
 template <bool EVEN, class T>
 DEVICE Pair<T> load_units(Global<const T> from, int64_t i, int count) {
   if constexpr (EVEN) return count ? from.load_pair(i) : Pair<T>{};
-  const T zero = Narrow<T>::of(0);
+  const T zero = from_acc<T>(0);
   return pair(count > 0 ? from.load(i) : zero, count > 1 ? from.load(i + 1) : zero);
 }
 template <bool EVEN, class T>
@@ -69,42 +77,35 @@ DEVICE void store_units(Global<T> to, int64_t i, Pair<T> units, int count) {
   }
 }
 template <class T>
-DEVICE void widen(Pair<T> units, Wide<T> (&wide_units)[2]) {
-  wide_units[0] = wide(first(units)), wide_units[1] = wide(second(units));
+DEVICE void to_acc(Pair<T> units, acc_t<T> (&acc)[2]) {
+  acc[0] = to_acc(first(units)), acc[1] = to_acc(second(units));
 }
 template <class T>
-DEVICE Pair<T> narrow(const Wide<T> (&units)[2]) {
-  return pair(Narrow<T>::of(units[0]), Narrow<T>::of(units[1]));
+DEVICE Pair<T> from_acc(const acc_t<T> (&units)[2]) {
+  return pair(from_acc<T>(units[0]), from_acc<T>(units[1]));
 }
 
-// Zero those of two units that are not there. What a product gives for them is none: their weights are zero, but zero
-// times infinity is NaN, which would reach all units if these were given on.
+// Zeros those of two units that the layer does not have. Their weights are zero, but zero times infinity is NaN, which
+// would reach all units through the next product.
 template <class T>
-DEVICE void zero_absent(T (&units)[2], int there) {
+DEVICE void zero_absent(T (&units)[2], int present) {
 #pragma unroll
   for (int i = 0; i < 2; i++)
-    if (i >= there) units[i] = 0;
+    if (i >= present) units[i] = 0;
 }
 
 struct Lane {
   int sequence, unit;
 };
 
-// What the backward step of two units reads; the states are those that the formulas name.
-template <class T>
-struct Past {
-  Pair<T> grad_y, saved[4], now, before;  // now: LSTM c, RNN h; before: GRU h, LSTM c
-};
-
-// The arrays of a forward sweep, and how two units find their place in them: a row of the N of y, and what is to be
-// added to row and unit: `sequence` and `lane`, which are the same for all units of a thread, so that their part of an
-// address is as well.
+// The arrays of a forward sweep. Two units find their place in them by a row of y and a unit, to which a lane's
+// sequence and unit are added. A lane's are the same for all units of a thread, and so is their part of an address.
 template <Cell CELL, class T, bool EVEN>
-class ForwardLayer {
+class ForwardArrays {
  public:
   static constexpr int G = gates_of(CELL), K = saved_blocks_of(CELL);
 
-  DEVICE ForwardLayer(const ForwardArgs& s, int direction)
+  DEVICE ForwardArrays(const ForwardArgs& s, int direction)
       : gates_x_(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
         b_hn_(static_cast<const T*>(s.b_hn[direction]), s.hidden),
         y_(static_cast<T*>(s.y), s.rows * s.directions * s.hidden),
@@ -121,9 +122,10 @@ class ForwardLayer {
       x[gate] = load_units<EVEN>(gates_x_, base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit), count);
   }
 
-  DEVICE void load_b_hn(int unit, int count, Wide<T> (&b_hn)[2]) const {
+  DEVICE void load_b_hn(int unit, int count, acc_t<T> (&b_hn)[2]) const {
 #pragma unroll
-    for (int i = 0; i < 2; i++) b_hn[i] = CELL == Cell::gru && b_hn_ && i < count ? wide(b_hn_.load(unit + i)) : 0;
+    for (int i = 0; i < 2; i++)
+      b_hn[i] = CellTraits<CELL>::apart && b_hn_ && i < count ? to_acc(b_hn_.load(unit + i)) : 0;
   }
 
   DEVICE void store_y(int64_t row, int unit, Lane lane, int count, Pair<T> h) const {
@@ -131,19 +133,19 @@ class ForwardLayer {
     store_units<EVEN>(y_, base + (lane.sequence * directions_ * hidden_ + lane.unit), h, count);
   }
 
-  // saved: the first four blocks of each unit.
-  DEVICE void store_saved(int64_t row, int unit, Lane lane, int count, const Wide<T> (&saved)[2][4],
-                          const Wide<T> (&c)[2]) const {
+  // saved: of either unit all blocks but c.
+  DEVICE void store_saved(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&saved)[2][4],
+                          const acc_t<T> (&c)[2]) const {
     if constexpr (K > 0) {
       if (!saved_) return;
       const int64_t base = (row * directions_ + direction_) * K * hidden_ + unit;
       const int at = lane.sequence * directions_ * K * hidden_ + lane.unit;
 #pragma unroll
-      for (int block = 0; block < 4; block++) {
-        const Wide<T> units[2] = {saved[0][block], saved[1][block]};
-        store_units<EVEN>(saved_, base + block * hidden_ + at, narrow<T>(units), count);
+      for (int block = 0; block < kSavedGates<CELL>; block++) {
+        const acc_t<T> units[2] = {saved[0][block], saved[1][block]};
+        store_units<EVEN>(saved_, base + block * hidden_ + at, from_acc<T>(units), count);
       }
-      if (CELL == Cell::lstm) store_units<EVEN>(saved_, base + 4 * hidden_ + at, narrow<T>(c), count);
+      if (kHasC<CELL>) store_units<EVEN>(saved_, base + (K - 1) * hidden_ + at, from_acc<T>(c), count);
     }
   }
 
@@ -154,12 +156,19 @@ class ForwardLayer {
   int hidden_, directions_, direction_;
 };
 
-template <Cell CELL, class T, bool EVEN>
-class BackwardLayer {
- public:
-  static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL);
+// What the backward step of two units reads: h of the step or of the one before, or both of c, as the cell needs.
+template <class T>
+struct StepInputs {
+  Pair<T> grad_y, saved[4], now, before;
+};
 
-  DEVICE BackwardLayer(const BackwardArgs& s, int direction)
+// The arrays of a backward sweep.
+template <Cell CELL, class T, bool EVEN>
+class BackwardArrays {
+ public:
+  static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL), S = kSavedGates<CELL>;
+
+  DEVICE BackwardArrays(const BackwardArgs& s, int direction)
       : grad_y_(static_cast<const T*>(s.grad_y), s.rows * s.directions * s.hidden),
         h_0_(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden),
         c_0_(static_cast<const T*>(s.c_0), s.directions * s.sequences * s.hidden),
@@ -172,9 +181,10 @@ class BackwardLayer {
         directions_(s.directions),
         direction_(direction) {}
 
-  // `row_before`: where the same sequence lies in the step before, if it `ran` there; `state`: in the initial states.
+  // `row_before`: the row of the same sequence in the step before, if it `ran` there; `state`: among the initial
+  // states.
   DEVICE void load(int64_t row, int64_t row_before, bool ran, int64_t state, int unit, Lane lane, int count,
-                   Past<T>& past) const {
+                   StepInputs<T>& inputs) const {
     const int64_t place = (row * directions_ + direction_) * hidden_;
     const int64_t place_before = (row_before * directions_ + direction_) * hidden_;
     const int at = lane.sequence * directions_ * hidden_ + lane.unit;
@@ -182,47 +192,45 @@ class BackwardLayer {
     const int at_state = lane.sequence * hidden_ + lane.unit;
     const auto units = [&](Global<const T> from, int64_t i) { return load_units<EVEN>(from, i, count); };
     state = (direction_ * sequences_ + state) * hidden_;
-    if (grad_y_) past.grad_y = units(grad_y_, place + unit + at);
-    if constexpr (K > 0) {
+    if (grad_y_) inputs.grad_y = units(grad_y_, place + unit + at);
 #pragma unroll
-      for (int block = 0; block < 4; block++)
-        past.saved[block] = units(saved_, place * K + unit + block * hidden_ + at_saved);
-    }
-    if constexpr (CELL == Cell::gru) {
-      past.before = ran ? units(y_, place_before + unit + at) : units(h_0_, state + unit + at_state);
-    } else if constexpr (CELL == Cell::lstm) {
-      past.now = units(saved_, place * K + unit + 4 * hidden_ + at_saved);
-      past.before =
-          ran ? units(saved_, place_before * K + unit + 4 * hidden_ + at_saved) : units(c_0_, state + unit + at_state);
+    for (int block = 0; block < S; block++)
+      inputs.saved[block] = units(saved_, place * K + unit + block * hidden_ + at_saved);
+    if constexpr (kHasC<CELL>) {
+      inputs.now = units(saved_, place * K + unit + S * hidden_ + at_saved);
+      inputs.before =
+          ran ? units(saved_, place_before * K + unit + S * hidden_ + at_saved) : units(c_0_, state + unit + at_state);
     } else {
-      past.now = units(y_, place + unit + at);
+      if constexpr (CellTraits<CELL>::needs_h) inputs.now = units(y_, place + unit + at);
+      if constexpr (CellTraits<CELL>::needs_h_prev)
+        inputs.before = ran ? units(y_, place_before + unit + at) : units(h_0_, state + unit + at_state);
     }
   }
 
-  // Gradients of the gates from those of h after the step, which become those of h before it past the gates.
-  DEVICE void step(const Past<T>& past, Wide<T> (&grad_h)[2], Wide<T> (&grad_c)[2], Wide<T> (&grad)[2][4]) const {
-    Wide<T> saved[4][2] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
-    if constexpr (K > 0) {
+  // The gradients of the gates from that of h after the step, which becomes the part of that of h before it that goes
+  // past the gates.
+  DEVICE void step(const StepInputs<T>& inputs, acc_t<T> (&grad_h)[2], acc_t<T> (&grad_c)[2],
+                   acc_t<T> (&grad)[2][4]) const {
+    acc_t<T> saved[4][2] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
 #pragma unroll
-      for (int block = 0; block < 4; block++) widen(past.saved[block], saved[block]);
-      widen(past.before, before);
-    }
-    if (CELL != Cell::gru) widen(past.now, now);
-    if (grad_y_) widen(past.grad_y, grad_y);
+    for (int block = 0; block < S; block++) to_acc(inputs.saved[block], saved[block]);
+    if (kHasC<CELL> || CellTraits<CELL>::needs_h_prev) to_acc(inputs.before, before);
+    if (kHasC<CELL> || CellTraits<CELL>::needs_h) to_acc(inputs.now, now);
+    if (grad_y_) to_acc(inputs.grad_y, grad_y);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const Wide<T> of_unit[4] = {saved[0][i], saved[1][i], saved[2][i], saved[3][i]};
+      const acc_t<T> of_unit[4] = {saved[0][i], saved[1][i], saved[2][i], saved[3][i]};
       grad_h[i] = cell_backward<CELL>(grad_h[i] + grad_y[i], grad_c[i], of_unit, now[i], before[i], grad[i]);
     }
   }
 
-  DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const Wide<T> (&grad)[2][4]) const {
+  DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&grad)[2][4]) const {
     const int64_t base = (direction_ * rows_ + row) * F * hidden_ + unit;
     const int at = lane.sequence * F * hidden_ + lane.unit;
 #pragma unroll
     for (int block = 0; block < F; block++) {
-      const Wide<T> units[2] = {grad[0][block], grad[1][block]};
-      store_units<EVEN>(grad_gates_, base + block * hidden_ + at, narrow<T>(units), count);
+      const acc_t<T> units[2] = {grad[0][block], grad[1][block]};
+      store_units<EVEN>(grad_gates_, base + block * hidden_ + at, from_acc<T>(units), count);
     }
   }
 

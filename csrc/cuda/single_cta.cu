@@ -1,9 +1,12 @@
-// Launches of the single CTA kernels: which there are, and how much of the weights each holds in registers.
-#include "single_cta.cuh"
+// The single CTA kernels of one cell and dtype (instances.h).
+#include "single_cta_backward.cuh"
+#include "single_cta_forward.cuh"
 //
-#include "launch.cuh"
-
 #include <algorithm>
+
+#include "dispatch.h"
+#include "instances.h"
+#include "launch.cuh"
 
 namespace seqkernels {
 
@@ -11,106 +14,71 @@ using namespace device;
 
 namespace {
 
-// Groups of fragments that a thread can hold in registers beside all else without spilling, as the compiler's code for
-// sm_80 and sm_90a has it; tests/test_cuda_compiled.py reads it there, and select.py says the same.
-template <class Product>
-constexpr int held(Cell cell, int width, bool backward, bool even) {
-  const bool lstm = cell == Cell::lstm;
-  if (gates_of(cell) == 1) return 16;
-  if (std::is_same_v<Product, Exact>) {
-    if (lstm) return !backward ? 1 : width > 64 && even ? 3 : 2;
-    return backward ? 4 : 3;
-  }
-  if (std::is_same_v<Product, Tf32>) return lstm ? (backward ? 3 : 4) : backward ? 5 : 6;
-  if (width <= 128) return 4;
-  if (lstm) return backward || !even ? 2 : 4;
-  return backward ? 4 : 5;
+template <class Kernel, class Args>
+const char* pack_and_launch(const Args& args, const LaunchShape& shape, void* packed, void* stream) {
+  constexpr SingleCtaLayout layout = Kernel::layout;
+  if (!layout.fits(shape.shared_memory)) return "a block has too little shared memory for a single CTA kernel";
+  PackWeights pack{};
+  std::copy_n(args.w_hh, 2, pack.w_hh);
+  pack.packed = packed;
+  pack.gates = Kernel::G;
+  pack.hidden = static_cast<int>(args.hidden);
+  pack.width = layout.width;
+  pack.m_tiles = layout.m_tiles;
+  pack.transposed = Kernel::variant.backward;
+  pack.tf32 = args.tf32;
+  const char* error = pack_weights(pack, args.scalar, args.directions, stream);
+  if (error) return error;
+  SingleCtaArgs<Args> p{};
+  static_cast<Args&>(p) = args;
+  p.packed = packed;
+  p.tile = shape.tile;
+  p.shared_groups = layout.shared_groups(shape.shared_memory);
+  return launch<Kernel>((args.sequences + shape.tile - 1) / shape.tile, args.directions,
+                        layout.bytes(shape.shared_memory), stream, p);
 }
 
-// Hidden units that the kernel for a layer is made for; 0: there is none. For odd numbers of units there are fewer.
-int width_of(Scalar scalar, int64_t hidden) {
-  const int widest = scalar == Scalar::float32 ? 128 : scalar == Scalar::float64 ? 0 : 256;
-  for (const int width : {32, 64, 96, 128, 192, 256}) {
-    const bool for_odd = width % 64 == 0 && width != 192;
-    if (hidden <= width && width <= widest && (for_odd || hidden % 2 == 0)) return width;
-  }
-  return 0;
-}
+// Whether there is a kernel of this width for even or for odd numbers of units.
+constexpr bool has_width(Math math, int width, bool even) { return single_cta_width(math, width - !even) == width; }
 
-// Call with the type of the configuration of a layer's kernel.
-template <bool BACKWARD, Cell CELL, class Product, int WIDTH, bool EVEN, class Call>
-const char* with(Call call) {
-  constexpr int BLOCKS = WIDTH > 128 ? 2 : 1, HELD = held<Product>(CELL, WIDTH, BACKWARD, EVEN);
-  return call(Configuration<CELL, Product, WIDTH, BLOCKS, HELD, EVEN>{});
-}
-
-template <bool BACKWARD, Cell CELL, class Product, class Call>
-const char* by_width(const SweepArgs& s, Call call) {
-  constexpr bool wide = sizeof(typename Product::T) == 2;
-  constexpr int W192 = wide ? 192 : 128, W256 = wide ? 256 : 128;  // of float32 there are none
-  if (s.hidden % 2) {
-    switch (width_of(s.scalar, s.hidden)) {
-      case 64: return with<BACKWARD, CELL, Product, 64, false>(call);
-      case 128: return with<BACKWARD, CELL, Product, 128, false>(call);
-      default: return with<BACKWARD, CELL, Product, W256, false>(call);
-    }
-  }
-  switch (width_of(s.scalar, s.hidden)) {
-    case 32: return with<BACKWARD, CELL, Product, 32, true>(call);
-    case 64: return with<BACKWARD, CELL, Product, 64, true>(call);
-    case 96: return with<BACKWARD, CELL, Product, 96, true>(call);
-    case 128: return with<BACKWARD, CELL, Product, 128, true>(call);
-    case 192: return with<BACKWARD, CELL, Product, W192, true>(call);
-    default: return with<BACKWARD, CELL, Product, W256, true>(call);
-  }
-}
-
-template <bool BACKWARD, class Call>
-const char* by_layer(const SweepArgs& s, Call call) {
-  return by_cell(s.cell, [&](auto cell) {
-    return by_product(
-        s, [&](auto product) { return by_width<BACKWARD, decltype(cell)::value, decltype(product)>(s, call); });
-  });
-}
-
-template <template <class> class Pass, bool BACKWARD, class Arrays>
-const char* run(const Arrays& arrays, int tile, int memory, void* arranged, void* stream) {
-  if (!width_of(arrays.scalar, arrays.hidden)) return "no single CTA kernel for so many hidden units in this dtype";
-  return by_layer<BACKWARD>(arrays, [&](auto configuration) -> const char* {
-    using C = decltype(configuration);
-    using Kernel = Pass<C>;
-    using Arranging = ArrangeKernel<typename C::T>;
-    if (memory < Kernel::buffers) return "a block has too little shared memory for a single CTA kernel";
-    const int shared = std::min(C::Held::others, (memory - Kernel::buffers) / C::Held::group_bytes);
-    const Arrange arrange{{arrays.w_hh[0], arrays.w_hh[1]},
-                          arranged,
-                          C::G,
-                          static_cast<int>(arrays.hidden),
-                          C::HIDDEN,
-                          C::BLOCKS,
-                          BACKWARD,
-                          arrays.tf32};
-    const char* error = launch<Arranging>((C::Held::words + Arranging::threads - 1) / Arranging::threads,
-                                          arrays.directions, 0, stream, arrange);
-    if (error) return error;
-    return launch<Kernel>((arrays.sequences + tile - 1) / tile, arrays.directions,
-                          Kernel::buffers + shared * C::Held::group_bytes, stream, {{arrays}, arranged, tile, shared});
+template <template <class> class Pass, Cell CELL, Scalar SCALAR, bool BACKWARD, class Args>
+const char* run(const Args& args, const LaunchShape& shape, void* packed, void* stream) {
+  return by_policy<SCALAR>(args.tf32, [&](auto policy) {
+    using MathPolicy = std::decay_t<decltype(policy)>;
+    return by_even(args.hidden, [&](auto even) {
+      constexpr const char* none = "no single CTA kernel for so many hidden units in this dtype";
+      constexpr bool EVEN = decltype(even)::value;
+      const int width = single_cta_width(MathPolicy::math, args.hidden);
+      return by_value<kSingleCtaWidths>(width, none, [&](auto of_width) -> const char* {
+        constexpr int WIDTH = decltype(of_width)::value;
+        if constexpr (has_width(MathPolicy::math, WIDTH, EVEN)) {
+          return by_arch(shape.arch, [&](auto of_arch) {
+            constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
+            constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
+            using C = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, EVEN>;
+            return pack_and_launch<Pass<C>>(args, shape, packed, stream);
+          });
+        } else {
+          return none;
+        }
+      });
+    });
   });
 }
 
 }  // namespace
 
-int64_t single_cta_words(Cell cell, Scalar scalar, int64_t hidden) {
-  const int64_t width = width_of(scalar, hidden);
-  return gates_of(cell) * width * width / (scalar == Scalar::float32 ? 4 : 8);
+template <Cell CELL, Scalar SCALAR>
+const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+  return run<SingleCtaForward, CELL, SCALAR, false>(args, shape, packed, stream);
 }
 
-const char* single_cta_forward(const ForwardArgs& sweep, int tile, int memory, void* arranged, void* stream) {
-  return run<SingleCtaForward, false>(sweep, tile, memory, arranged, stream);
+template <Cell CELL, Scalar SCALAR>
+const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+  return run<SingleCtaBackward, CELL, SCALAR, true>(args, shape, packed, stream);
 }
 
-const char* single_cta_backward(const BackwardArgs& sweep, int tile, int memory, void* arranged, void* stream) {
-  return run<SingleCtaBackward, true>(sweep, tile, memory, arranged, stream);
-}
+template const char* single_cta_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, void*, void*);
+template const char* single_cta_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&, void*, void*);
 
 }  // namespace seqkernels

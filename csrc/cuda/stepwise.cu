@@ -1,6 +1,7 @@
 // Launches of the stepwise kernels.
 #include "stepwise.cuh"
 //
+#include "dispatch.h"
 #include "launch.cuh"
 
 namespace seqkernels {
@@ -9,11 +10,17 @@ using namespace device;
 
 namespace {
 
-// Call with the cell, a number of the scalar's type, and whether the number of hidden units is even.
+// Calls with a number of the dtype's type.
+template <class Call>
+const char* by_element(Scalar scalar, Call call) {
+  return by_scalar(scalar, [&](auto scalar) { return call(element_t<decltype(scalar)::value>{}); });
+}
+
+// Calls with the traits of the cell, a number of the dtype's type, and whether the number of hidden units is even.
 template <class Call>
 const char* by_layer(const SweepArgs& s, Call call) {
-  return by_cell(s.cell, [&](auto cell) {
-    return by_scalar(s.scalar, [&](auto zero) {
+  return with_cell(s.cell, [&](auto cell) {
+    return by_element(s.scalar, [&](auto zero) {
       return s.hidden % 2 ? call(cell, zero, std::false_type{}) : call(cell, zero, std::true_type{});
     });
   });
@@ -29,47 +36,47 @@ const char* launch_for(int64_t elements, int directions, const typename Kernel::
 
 const char* step_forward(const StepForward& p, void* stream) {
   return by_layer(p.layer, [&](auto cell, auto zero, auto even) {
-    using Kernel = StepForwardKernel<decltype(cell)::value, decltype(zero), decltype(even)::value>;
+    using Kernel = StepForwardKernel<decltype(cell)::cell, decltype(zero), decltype(even)::value>;
     return launch_for<Kernel>(p.running * ((p.layer.hidden + 1) / 2), p.layer.directions, p, stream);
   });
 }
 
 const char* step_backward(const StepBackward& p, void* stream) {
   return by_layer(p.layer, [&](auto cell, auto zero, auto even) {
-    using Kernel = StepBackwardKernel<decltype(cell)::value, decltype(zero), decltype(even)::value>;
+    using Kernel = StepBackwardKernel<decltype(cell)::cell, decltype(zero), decltype(even)::value>;
     return launch_for<Kernel>(p.running * ((p.layer.hidden + 1) / 2), p.layer.directions, p, stream);
   });
 }
 
 const char* step_project(const StepProject& p, void* stream) {
-  return by_scalar(p.layer.scalar, [&](auto zero) {
+  return by_element(p.layer.scalar, [&](auto zero) {
     using Kernel = StepProjectKernel<decltype(zero)>;
     return launch_for<Kernel>(p.running * p.layer.projected, p.layer.directions, p, stream);
   });
 }
 
 const char* step_project_backward(const StepProjectBackward& p, void* stream) {
-  return by_scalar(p.layer.scalar, [&](auto zero) {
+  return by_element(p.layer.scalar, [&](auto zero) {
     using Kernel = StepProjectBackwardKernel<decltype(zero)>;
     return launch_for<Kernel>(p.running * p.layer.projected, p.layer.directions, p, stream);
   });
 }
 
 const char* previous(const Previous& p, void* stream) {
-  return by_scalar(p.layer.scalar, [&](auto zero) {
+  return by_element(p.layer.scalar, [&](auto zero) {
     return launch_for<PreviousKernel<decltype(zero)>>(p.layer.rows * p.layer.projected, 1, p, stream);
   });
 }
 
 const char* unprojected(const Unprojected& p, void* stream) {
-  return by_scalar(p.layer.scalar, [&](auto zero) {
+  return by_element(p.layer.scalar, [&](auto zero) {
     return launch_for<UnprojectedKernel<decltype(zero)>>(p.layer.rows * p.layer.hidden, 1, p, stream);
   });
 }
 
 const char* fold_biases(const FoldBiases& p, Scalar scalar, void* stream) {
-  return by_scalar(scalar,
-                   [&](auto zero) { return launch_for<FoldBiasesKernel<decltype(zero)>>(p.size, 1, p, stream); });
+  return by_element(scalar,
+                    [&](auto zero) { return launch_for<FoldBiasesKernel<decltype(zero)>>(p.size, 1, p, stream); });
 }
 
 const char* write_steps(const WriteSteps& p, void* stream) {

@@ -1,6 +1,6 @@
 // A sweep step by step: between two matrix products, a kernel does the rest of a step, for both directions (the second
-// index of a block). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden
-// units side by side.
+// index of a CTA). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden units
+// side by side.
 #pragma once
 #include "layer.cuh"
 
@@ -47,37 +47,39 @@ struct StepForwardKernel {
     const int64_t t = step_of(p.k, s.steps, d);
     if (at.row >= steps.size(t)) return;
     const int64_t row = steps.start(t) + at.row, state = d * s.sequences + at.row;
-    const ForwardLayer<CELL, T, EVEN> layer(s, d);
+    const ForwardArrays<CELL, T, EVEN> arrays(s, d);
 
     const Global<const T> gates_h(static_cast<const T*>(p.gates_h), s.directions * s.sequences * G * s.hidden);
     const int64_t states = s.directions * s.sequences * s.hidden, place = state * s.hidden + at.unit;
     const Global<T> h(static_cast<T*>(p.h), states);
-    const Global<Wide<T>> c(static_cast<Wide<T>*>(p.c), states);
+    const Global<acc_t<T>> c(static_cast<acc_t<T>*>(p.c), states);
     Pair<T> x[G];
-    layer.load_gates(row, at.unit, {}, at.count, x);
-    Wide<T> x_i[2][G], of_h[2][G], saved[2][4], h_now[2] = {}, c_now[2] = {}, b_hn[2];
+    arrays.load_gates(row, at.unit, {}, at.count, x);
+    acc_t<T> x_i[2][G], of_h[2][G], saved[2][4], h_now[2] = {}, c_now[2] = {}, b_hn[2];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
-      Wide<T> units[2];
-      widen(x[gate], units);
+      acc_t<T> units[2];
+      to_acc(x[gate], units);
       x_i[0][gate] = units[0], x_i[1][gate] = units[1];
-      widen(load_units<EVEN>(gates_h, (state * G + gate) * s.hidden + at.unit, at.count), units);
+      to_acc(load_units<EVEN>(gates_h, (state * G + gate) * s.hidden + at.unit, at.count), units);
       of_h[0][gate] = units[0], of_h[1][gate] = units[1];
     }
-    if (CELL == Cell::gru) {
-      layer.load_b_hn(at.unit, at.count, b_hn);
+    if (CellTraits<CELL>::apart) {
+      arrays.load_b_hn(at.unit, at.count, b_hn);
       of_h[0][G - 1] += b_hn[0], of_h[1][G - 1] += b_hn[1];
-      widen(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
+    }
+    if (CellTraits<CELL>::needs_h_prev) {
+      to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (CELL == Cell::lstm && i < at.count) c_now[i] = c.load(place + i);
+      if (kHasC<CELL> && i < at.count) c_now[i] = c.load(place + i);
       cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
-      if (CELL == Cell::lstm && i < at.count) c.store(place + i, c_now[i]);
+      if (kHasC<CELL> && i < at.count) c.store(place + i, c_now[i]);
     }
-    store_units<EVEN>(h, place, narrow<T>(h_now), at.count);
-    if (!p.has_projection) layer.store_y(row, at.unit, {}, at.count, narrow<T>(h_now));
-    layer.store_saved(row, at.unit, {}, at.count, saved, c_now);
+    store_units<EVEN>(h, place, from_acc<T>(h_now), at.count);
+    if (!p.has_projection) arrays.store_y(row, at.unit, {}, at.count, from_acc<T>(h_now));
+    arrays.store_saved(row, at.unit, {}, at.count, saved, c_now);
   }
 };
 
@@ -96,30 +98,30 @@ struct StepBackwardKernel {
     const int64_t state = d * s.sequences + at.row, place = state * s.hidden + at.unit;
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
-    const Global<Wide<T>> grad_c(static_cast<Wide<T>*>(p.grad_c), states);
-    Wide<T> grad[2][4] = {};
+    const Global<acc_t<T>> grad_c(static_cast<acc_t<T>*>(p.grad_c), states);
+    acc_t<T> grad[2][4] = {};
     if (at.row < steps.size(t)) {
-      const BackwardLayer<CELL, T, EVEN> layer(s, d);
+      const BackwardArrays<CELL, T, EVEN> arrays(s, d);
       const int64_t row = steps.start(t) + at.row;
       const bool ran = at.row < steps.size(t_before);
-      Past<T> past = {};
-      layer.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, past);
-      Wide<T> of_h[2], of_c[2] = {};
-      widen(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.grad_h), states), place, at.count), of_h);
+      StepInputs<T> inputs = {};
+      arrays.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, inputs);
+      acc_t<T> of_h[2], of_c[2] = {};
+      to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.grad_h), states), place, at.count), of_h);
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (CELL == Cell::lstm && i < at.count) of_c[i] = grad_c.load(place + i);
-      layer.step(past, of_h, of_c, grad);
-      layer.store_gates(row, at.unit, {}, at.count, grad);
-      if (!p.has_projection) store_units<EVEN>(grad_h, place, narrow<T>(of_h), at.count);
+        if (kHasC<CELL> && i < at.count) of_c[i] = grad_c.load(place + i);
+      arrays.step(inputs, of_h, of_c, grad);
+      arrays.store_gates(row, at.unit, {}, at.count, grad);
+      if (!p.has_projection) store_units<EVEN>(grad_h, place, from_acc<T>(of_h), at.count);
 #pragma unroll
       for (int i = 0; i < 2; i++)
-        if (CELL == Cell::lstm && i < at.count) grad_c.store(place + i, of_c[i]);
+        if (kHasC<CELL> && i < at.count) grad_c.store(place + i, of_c[i]);
     }
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
-      const Wide<T> units[2] = {grad[0][gate], grad[1][gate]};
-      store_units<EVEN>(grad_step, (state * G + gate) * s.hidden + at.unit, narrow<T>(units), at.count);
+      const acc_t<T> units[2] = {grad[0][gate], grad[1][gate]};
+      store_units<EVEN>(grad_step, (state * G + gate) * s.hidden + at.unit, from_acc<T>(units), at.count);
     }
   }
 };
@@ -158,18 +160,18 @@ struct StepProjectBackwardKernel {
     const Steps steps(s);
     const int64_t t = step_of(p.k, s.steps, d), states = s.directions * s.sequences * s.projected;
     const int64_t place = (d * s.sequences + at.row) * s.projected + at.column;
-    Wide<T> grad = 0;
+    acc_t<T> grad = 0;
     if (at.row < steps.size(t)) {
       const int64_t row = steps.start(t) + at.row, values = s.rows * s.directions * s.projected;
       const Global<const T> grad_y(static_cast<const T*>(p.grad_y), values);
       const Global<T> grad_h(static_cast<T*>(p.grad_h), states);
-      grad = wide(grad_h.load(place));
-      if (grad_y) grad += wide(grad_y.load((row * s.directions + d) * s.projected + at.column));
-      grad_h.store(place, Narrow<T>::of(0));
+      grad = to_acc(grad_h.load(place));
+      if (grad_y) grad += to_acc(grad_y.load((row * s.directions + d) * s.projected + at.column));
+      grad_h.store(place, from_acc<T>(0));
       Global<T>(static_cast<T*>(p.grad_projected), values)
-          .store((d * s.rows + row) * s.projected + at.column, Narrow<T>::of(grad));
+          .store((d * s.rows + row) * s.projected + at.column, from_acc<T>(grad));
     }
-    Global<T>(static_cast<T*>(p.grad_step), states).store(place, Narrow<T>::of(grad));
+    Global<T>(static_cast<T*>(p.grad_step), states).store(place, from_acc<T>(grad));
   }
 };
 
@@ -191,7 +193,7 @@ struct PreviousKernel {
     const int64_t sequence = at.row - steps.start(low), before = p.direction == 0 ? low - 1 : low + 1;
     const Global<const T> y(static_cast<const T*>(p.y), s.rows * s.directions * s.projected);
     const Global<const T> h_0(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected);
-    T h = Narrow<T>::of(0);
+    T h = from_acc<T>(0);
     if (sequence < steps.size(low)) {
       h = sequence < steps.size(before)
               ? y.load(((steps.start(before) + sequence) * s.directions + p.direction) * s.projected + at.column)
@@ -212,8 +214,8 @@ struct UnprojectedKernel {
     if (!element(s.rows, s.hidden, at)) return;
     const Global<const T> saved(static_cast<const T*>(p.saved), s.rows * s.directions * 5 * s.hidden);
     const int64_t o = ((at.row * s.directions + p.direction) * 5 + 3) * s.hidden + at.column;
-    const Wide<T> h = wide(saved.load(o)) * tanh(wide(saved.load(o + s.hidden)));
-    Global<T>(static_cast<T*>(p.result), s.rows * s.hidden).store(at.row * s.hidden + at.column, Narrow<T>::of(h));
+    const acc_t<T> h = to_acc(saved.load(o)) * tanh(to_acc(saved.load(o + s.hidden)));
+    Global<T>(static_cast<T*>(p.result), s.rows * s.hidden).store(at.row * s.hidden + at.column, from_acc<T>(h));
   }
 };
 
@@ -240,9 +242,9 @@ struct FoldBiasesKernel {
   static DEVICE void run(const FoldBiases& p) {
     const int64_t i = block() * kThreads + thread();
     if (i >= p.size) return;
-    Wide<T> bias = wide(Global<const T>(static_cast<const T*>(p.b_ih), p.size).load(i));
-    if (i < p.folded) bias += wide(Global<const T>(static_cast<const T*>(p.b_hh), p.size).load(i));
-    Global<T>(static_cast<T*>(p.result), p.size).store(i, Narrow<T>::of(bias));
+    acc_t<T> bias = to_acc(Global<const T>(static_cast<const T*>(p.b_ih), p.size).load(i));
+    if (i < p.folded) bias += to_acc(Global<const T>(static_cast<const T*>(p.b_hh), p.size).load(i));
+    Global<T>(static_cast<T*>(p.result), p.size).store(i, from_acc<T>(bias));
   }
 };
 

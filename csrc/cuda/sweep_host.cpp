@@ -6,7 +6,7 @@ namespace seqkernels {
 namespace {
 
 // How to launch what the plan says; raises what speaks against it.
-Clusters checked_launch(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool backward) {
+LaunchShape checked_launch(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool backward) {
   const Gpu gpu = context.gpu();
   LayerFacts facts{};
   facts.cell = p.cell;
@@ -18,27 +18,33 @@ Clusters checked_launch(const CallContext& context, const Layer& p, const Plan& 
   facts.sequences = p.sequences;
   const std::string reason = reason_against(plan, facts, gpu, backward);
   if (!reason.empty()) check_launch(reason.c_str());
-  return {plan.units, plan.tile, gpu.shared_memory};
+  LaunchShape shape{};
+  shape.arch = arch_of(gpu.target);
+  shape.tile = plan.tile;
+  shape.units = plan.units;
+  shape.shared_memory = gpu.shared_memory;
+  return shape;
 }
 
 // Where a single CTA finds its weights.
 Tensor packed_weights(const CallContext& context, const Layer& p) {
-  return context.allocate({p.directions, single_cta_words(p.cell, p.scalar, p.hidden), 4}, ScalarType::Int);
+  return context.allocate({p.directions, single_cta_packed_bytes(p.cell, p.scalar, p.hidden)}, ScalarType::Byte);
 }
 
 // What the CTAs of the persistent grid exchange through.
 struct GridWorkspace {
-  Groups groups{};
+  GridGroups groups{};
   Tensor exchange, flags;
 
-  GridWorkspace(const CallContext& context, const SweepArgs& sweep, const Clusters& shape, bool backward)
+  GridWorkspace(const CallContext& context, const SweepArgs& sweep, const LaunchShape& shape, bool backward)
       : exchange(allocate_exchange(context, sweep, shape, backward)),
         flags(context.allocate({groups.flags}, ScalarType::Int)) {
     torch::stable::zero_(flags);
   }
 
  private:
-  Tensor allocate_exchange(const CallContext& context, const SweepArgs& sweep, const Clusters& shape, bool backward) {
+  Tensor allocate_exchange(const CallContext& context, const SweepArgs& sweep, const LaunchShape& shape,
+                           bool backward) {
     check_launch(persistent_grid_groups(sweep, shape, backward, groups));
     return context.allocate({groups.bytes}, ScalarType::Byte);
   }
@@ -47,10 +53,10 @@ struct GridWorkspace {
 }  // namespace
 
 void sweep_forward(const CallContext& context, const Layer& p, const Plan& plan, const ForwardArgs& sweep) {
-  const Clusters shape = checked_launch(context, p, plan, sweep.tf32, false);
+  const LaunchShape shape = checked_launch(context, p, plan, sweep.tf32, false);
   if (plan.path == Path::single_cta) {
     Tensor packed = packed_weights(context, p);
-    check_launch(single_cta_forward(sweep, shape.tile, shape.memory, packed.mutable_data_ptr(), context.stream()));
+    check_launch(single_cta_forward(sweep, shape, packed.mutable_data_ptr(), context.stream()));
   } else if (plan.path == Path::cluster) {
     check_launch(cluster_forward(sweep, shape, context.stream()));
   } else {
@@ -61,10 +67,10 @@ void sweep_forward(const CallContext& context, const Layer& p, const Plan& plan,
 }
 
 void sweep_backward(const CallContext& context, const Layer& p, const Plan& plan, const BackwardArgs& sweep) {
-  const Clusters shape = checked_launch(context, p, plan, sweep.tf32, true);
+  const LaunchShape shape = checked_launch(context, p, plan, sweep.tf32, true);
   if (plan.path == Path::single_cta) {
     Tensor packed = packed_weights(context, p);
-    check_launch(single_cta_backward(sweep, shape.tile, shape.memory, packed.mutable_data_ptr(), context.stream()));
+    check_launch(single_cta_backward(sweep, shape, packed.mutable_data_ptr(), context.stream()));
   } else if (plan.path == Path::cluster) {
     check_launch(cluster_backward(sweep, shape, context.stream()));
   } else {

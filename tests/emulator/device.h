@@ -1,6 +1,6 @@
-// The names of csrc/cuda/device.h for the host: the threads of a block, or of blocks that run at the same time, are
-// fibers of the calling thread, in random order, and run.cpp checks every access. What goes wrong ends the launch,
-// which returns a description.
+// The names of csrc/cuda/device.cuh for the CPU. The threads of a CTA, or of CTAs that run at the same time, are fibers
+// of the calling thread, in random order, and every access is checked. What goes wrong ends the launch, which returns a
+// description.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,16 +36,6 @@ void push(int begin, int64_t size, int64_t offset, const void* words, int peer, 
 // Copy global memory to the same place of the shared memory of all blocks of the cluster, some time.
 void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier);
 
-// Blocks that run at the same time.
-extern int multiprocessors;
-
-struct Grid {
-  int64_t blocks;
-  int blocks_y, threads, shared_bytes, cluster;  // cluster: blocks that run at the same time
-  bool all;                                      // or all of them do
-};
-const char* launch(const Grid& grid, void (*kernel)(const void* parameters), const void* parameters);
-
 template <class To, class From>
 inline To bits_of(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -58,14 +48,14 @@ inline To bits_of(From from) {
 
 namespace seqkernels::device {
 
-// ---- threads and blocks
+// ---- threads and CTAs
 
 inline int thread() { return emulator::here.thread; }
 inline int64_t block() { return emulator::here.block; }
 inline int block_y() { return emulator::here.block_y; }
 void synchronize();
 void synchronize_warp();
-float exchange(float value, int mask);
+float shfl_xor(float value, int mask);
 inline int cluster_rank() { return emulator::here.rank; }
 int cluster_size();
 void cluster_arrive();
@@ -73,7 +63,7 @@ void cluster_wait();
 
 // ---- memory
 
-struct alignas(16) Words {
+struct alignas(16) Vec16 {
   uint32_t word[4];
 };
 
@@ -138,9 +128,9 @@ class Shared {
   void store(int i, T value) const { store_as(i, value); }
   Pair<T> load_pair(int i) const { return load_as<Pair<T>>(i); }
   void store_pair(int i, Pair<T> pair) const { store_as(i, pair); }
-  Words load_words(int i) const { return load_as<Words>(i); }
-  void store_words(int i, Words words) const { store_as(i, words); }
-  void push_words(int i, Words words, int peer, Mbarrier arrivals) const {
+  Vec16 load_vec16(int i) const { return load_as<Vec16>(i); }
+  void store_vec16(int i, Vec16 words) const { store_as(i, words); }
+  void st_async(int i, Vec16 words, int peer, Mbarrier arrivals) const {
     constexpr int64_t size = sizeof(T);
     emulator::push(byte_, count_ * size, i * size, &words, peer, arrivals.byte());
   }
@@ -206,10 +196,21 @@ inline uint32_t bits(Pair<T> pair) {
   return uint32_t{pair.first.bits} | uint32_t{pair.second.bits} << 16;
 }
 
-inline double wide(double x) { return x; }
-inline float wide(float x) { return x; }
-inline float wide(bfloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
-inline float wide(float16 x) {
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename Accumulator<T>::type;
+
+inline double to_acc(double x) { return x; }
+inline float to_acc(float x) { return x; }
+inline float to_acc(bfloat16 x) { return from_bits(uint32_t{x.bits} << 16); }
+inline float to_acc(float16 x) {
   // Multiplying by 2^112 corrects the exponent's bias and normalises subnormals.
   const float magnitude = from_bits((x.bits & 0x7fffu) << 13) * 0x1p112f;
   const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
@@ -217,39 +218,35 @@ inline float wide(float16 x) {
 }
 
 template <class T>
-struct Narrow;
+T from_acc(acc_t<T> x);
 template <>
-struct Narrow<double> {
-  static double of(double x) { return x; }
-};
+inline double from_acc<double>(double x) {
+  return x;
+}
 template <>
-struct Narrow<float> {
-  static float of(float x) { return x; }
-};
+inline float from_acc<float>(float x) {
+  return x;
+}
 template <>
-struct Narrow<bfloat16> {
-  static bfloat16 of(float x) {
-    const uint32_t b = bits(x);
-    const uint32_t rounded = x == x ? b + 0x7fff + (b >> 16 & 1) : b | 0x400000;
-    return {static_cast<uint16_t>(rounded >> 16)};
-  }
-};
+inline bfloat16 from_acc<bfloat16>(float x) {
+  const uint32_t b = bits(x);
+  const uint32_t rounded = x == x ? b + 0x7fff + (b >> 16 & 1) : b | 0x400000;
+  return {static_cast<uint16_t>(rounded >> 16)};
+}
 template <>
-struct Narrow<float16> {
-  static float16 of(float x) {
-    const uint32_t sign = bits(x) >> 16 & 0x8000, magnitude = bits(x) & 0x7fffffff;
-    uint32_t half;
-    if (magnitude > 0x7f800000)
-      half = 0x7e00;  // NaN
-    else if (magnitude >= 0x477ff000)
-      half = 0x7c00;  // rounds to infinity
-    else if (magnitude < 0x38800000)
-      half = bits(from_bits(magnitude) + 0.5f) - bits(0.5f);  // subnormal: the last bit of 0.5 + x is that of a half
-    else
-      half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-    return {static_cast<uint16_t>(half | sign)};
-  }
-};
+inline float16 from_acc<float16>(float x) {
+  const uint32_t sign = bits(x) >> 16 & 0x8000, magnitude = bits(x) & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000)
+    half = 0x7e00;  // NaN
+  else if (magnitude >= 0x477ff000)
+    half = 0x7c00;  // rounds to infinity
+  else if (magnitude < 0x38800000)
+    half = bits(from_bits(magnitude) + 0.5f) - bits(0.5f);  // subnormal: the last bit of 0.5 + x is that of a half
+  else
+    half = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  return {static_cast<uint16_t>(half | sign)};
+}
 
 inline float tf32(float x) { return std::isfinite(x) ? from_bits((bits(x) + 0x1000) & ~0x1fffu) : x; }
 
@@ -258,31 +255,10 @@ inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 inline float tanh(float x) { return std::tanh(x); }
 inline double tanh(double x) { return std::tanh(x); }
 
-// ---- matrix cores: sums in float, over k in order
+// ---- tensor cores: sums in float, over k in order
 
 void multiply(bfloat16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
 void multiply(float16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
 void multiply(float, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1);
-
-// ---- launches
-
-struct Together {
-  int cluster = 1;
-  bool all = false;
-};
-
-template <class Kernel>
-const char* count_clusters(int cluster, int& clusters) {
-  clusters = emulator::multiprocessors / cluster;
-  return nullptr;
-}
-
-template <class Kernel>
-const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* /*stream*/,
-                   const typename Kernel::Parameters& parameters, Together together = {}) {
-  const auto run = [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Parameters*>(p)); };
-  return emulator::launch({blocks, blocks_y, Kernel::threads, shared_bytes, together.cluster, together.all}, run,
-                          &parameters);
-}
 
 }  // namespace seqkernels::device

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "../../csrc/cuda/device.cuh"
+#include "../../csrc/cuda/launch.cuh"
 
 namespace seqkernels::emulator {
 
@@ -38,11 +38,11 @@ struct Pushes {
     for (int step = 0; step < p.steps; step++) {
       if (thread() == 0) arrivals[step % 2].expect(size * kNumbers * 4);
       // Each of 4 threads has the numbers of all, for a fourth of the peers.
-      Words words;
-      for (int i = 0; i < 4; i++) words.word[thread() % 4 ^ i] = bits(i ? exchange(number, i) : number);
+      Vec16 words;
+      for (int i = 0; i < 4; i++) words.word[thread() % 4 ^ i] = bits(i ? shfl_xor(number, i) : number);
       const int first = thread() / 4 * 4;
       for (int peer = thread() % 4; peer < size; peer += 4)
-        buffer(step).push_words(rank * kNumbers + first, words, peer, arrivals[step % 2]);
+        buffer(step).st_async(rank * kNumbers + first, words, peer, arrivals[step % 2]);
       if (step == p.steps - 1 && !p.waits) break;
       arrivals[step % 2].wait(step / 2 % 2);
       float sum = 0;
@@ -158,7 +158,7 @@ std::pair<std::string, std::vector<float>> exchange_by_copies(int blocks, int cl
                                                               bool late) {
   std::vector<float> numbers = first_numbers(blocks);
   // Copies read from multiples of 16 bytes.
-  std::vector<Words> buffer(buffers * numbers.size() / 4);
+  std::vector<Vec16> buffer(buffers * numbers.size() / 4);
   std::vector<uint32_t> flags(blocks);
   auto* at = reinterpret_cast<float*>(buffer.data());
   const Copies::Parameters p{blocks, steps, buffers, late, numbers.data(), at, flags.data()};

@@ -1,6 +1,8 @@
 """Swapping torch.nn's modules for ours and back, patching torch.nn, and explaining."""
 
 import copy
+import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -101,13 +103,79 @@ def test_a_subclass_is_left_and_reported():
     model = nn.Sequential(Mine(4, 5))
     report = sk.swap_in(model)
     assert type(model[0]) is Mine and not report.swapped
-    assert "Mine left, a subclass may compute something else" in str(report)
+    assert "Mine left: a subclass may compute something else" in str(report)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_module_with_another_forward_is_left_both_ways(name):
+    """As accelerate's hooks and profilers do: they keep the old forward and put their own into the instance."""
+    module, x = getattr(nn, name)(4, 5), torch.randn(3, 4)
+    before = module.forward
+    module.forward = lambda *args: before(*args)
+    expected = module(x)
+    report = sk.swap_in(module)
+    assert type(module) is getattr(nn, name) and "left: its forward was replaced" in str(report)
+    torch.testing.assert_close(module(x), expected)
+    del module.forward
+    sk.swap_in(module)
+    ours = module.forward
+    module.forward = lambda *args: ours(*args)
+    assert not sk.swap_out(module).swapped and type(module) is getattr(sk, name)
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_no_backend_runs_is_left_with_the_reason(name):
+    model = nn.ModuleList([getattr(nn, name)(4, 5, dtype=torch.complex64), getattr(nn, name)(4, 5)])
+    report = sk.swap_in(model)
+    assert [swap.name for swap in report.left] == ["0"] and "complex64 is no floating dtype" in report[0].reason
+    assert type(model[0]) is getattr(nn, name) and type(model[1]) is getattr(sk, name)
+
+
+def test_a_swapped_model_is_saved_and_loaded_whole(tmp_path):
+    model, tokens = Tagger().eval(), torch.randint(10, (3, 7))
+    old = pickle.dumps(model)
+    expected = model(tokens)
+    sk.swap_in(model)
+    torch.save(model, tmp_path / "model.pt")
+    twins = [torch.load(tmp_path / "model.pt", weights_only=False), pickle.loads(pickle.dumps(model))]
+    twins += [copy.deepcopy(model), pickle.loads(old)]
+    assert len(sk.swap_in(twins[-1])) == 2
+    for twin in twins:
+        assert type(twin.shared) is sk.GRU and twin.again is twin.shared
+        torch.testing.assert_close(twin(tokens), expected)
+        sk.swap_out(twin)
+        torch.testing.assert_close(pickle.loads(pickle.dumps(twin))(tokens), expected)
+
+
+def test_a_swapped_model_goes_to_a_spawned_process():
+    model, x = nn.GRU(4, 5).requires_grad_(False), torch.randn(6, 3, 4)
+    sk.swap_in(model)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        torch.testing.assert_close(pool.apply(model, (x,))[0], model(x)[0])
+
+
+def test_patch_torch_leaves_earlier_models_what_they_were():
+    earlier, x = nn.LSTM(4, 5), torch.randn(6, 3, 4)
+    with sk.patch_torch():
+        twin = pickle.loads(pickle.dumps(earlier))
+        torch.testing.assert_close(twin(x)[0], earlier(x)[0])
+        ours = nn.LSTM(4, 5)
+        assert isinstance(earlier, nn.LSTM) and isinstance(ours, nn.LSTM) and not isinstance(earlier, nn.GRU)
+        assert type(pickle.loads(pickle.dumps(ours))) is sk.LSTM
+
+        class Own(nn.LSTM):
+            pass
+
+        assert not isinstance(earlier, Own) and isinstance(Own(4, 5), nn.LSTM)
+    assert isinstance(earlier, nn.LSTM) and not isinstance(ours, nn.LSTM) and not isinstance(earlier, sk.LSTM)
 
 
 def test_patch_torch_gives_ours_to_code_that_says_torch_nn():
     with sk.patch_torch():
         for name in NAMES:
-            assert getattr(nn, name) is getattr(sk, name) is getattr(nn.modules.rnn, name)
+            assert getattr(nn, name) is getattr(sk, name)
+            assert getattr(nn.modules.rnn, name).__module__ == "torch.nn.modules.rnn"
         with sk.patch_torch():
             model = Tagger()
         assert nn.GRU is sk.GRU

@@ -210,7 +210,8 @@ def test_derivatives_agree_with_finite_differences(info, check):
             return tuple(tensors(torch.func.functional_call(module, state, args, kwargs)))
 
         values = (*leaves, *(leaf_copy(parameter) for parameter in module.parameters()))
-        assert check(function, values, fast_mode=True)
+        # Batched gradients: as is_grads_batched and jacobian(vectorize=True) ask for them.
+        assert check(function, values, fast_mode=True, check_batched_grad=True)
 
 
 @modes(INFOS)

@@ -1,0 +1,84 @@
+// From the launches that the host calls to those of a cell and a dtype, and what is the same for all of these.
+#include "dispatch.h"
+
+#include "instances.h"
+
+namespace seqkernels {
+
+namespace {
+
+// Calls with the traits of the cell and the dtype as a constant; no kernels that are one launch are for float64.
+template <class Call>
+const char* by_instance(const SweepArgs& s, const char* float64, Call call) {
+  return with_cell(s.cell, [&](auto cell) {
+    return by_scalar(s.scalar, [&](auto scalar) -> const char* {
+      if constexpr (decltype(scalar)::value == Scalar::float64)
+        return float64;
+      else
+        return call(cell, scalar);
+    });
+  });
+}
+
+constexpr const char* kNoSingleCta = "no single CTA kernel for so many hidden units in this dtype";
+constexpr const char* kNoCluster = "no cluster kernel for float64";
+constexpr const char* kNoGrid = "no kernel for the persistent grid in float64";
+
+}  // namespace
+
+const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+  return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar) {
+    return single_cta_forward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, packed, stream);
+  });
+}
+
+const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+  return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar) {
+    return single_cta_backward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, packed, stream);
+  });
+}
+
+const char* cluster_forward(const ForwardArgs& args, const LaunchShape& shape, void* stream) {
+  return by_instance(args, kNoCluster, [&](auto cell, auto scalar) {
+    return cluster_forward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, stream);
+  });
+}
+
+const char* cluster_backward(const BackwardArgs& args, const LaunchShape& shape, void* stream) {
+  return by_instance(args, kNoCluster, [&](auto cell, auto scalar) {
+    return cluster_backward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, stream);
+  });
+}
+
+const char* persistent_grid_groups(const SweepArgs& args, const LaunchShape& shape, bool backward, GridGroups& groups) {
+  if (args.scalar == Scalar::float64) return kNoGrid;
+  const int cluster = shape.units / kGridUnits;
+  if (shape.units % kGridUnits || (cluster != kGridClusters[0] && cluster != kGridClusters[1]))
+    return "no kernel for the persistent grid by clusters of so many blocks";
+  int running = 0;
+  const char* error = clusters_at_once(cluster, running);
+  if (error) return error;
+  Variant variant{};
+  variant.math = math_of(args.scalar, args.tf32);
+  variant.backward = backward;
+  groups = grid_groups(variant, grid_shape(args.hidden, cluster), args.directions, args.sequences, shape.tile, running);
+  return groups.groups ? nullptr : "the GPU does not run as many blocks at the same time as the hidden units need";
+}
+
+const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
+                                    void* exchange, void* flags, void* stream) {
+  return by_instance(args, kNoGrid, [&](auto cell, auto scalar) {
+    return persistent_grid_forward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, groups, exchange, flags,
+                                                                                  stream);
+  });
+}
+
+const char* persistent_grid_backward(const BackwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
+                                     void* exchange, void* flags, void* stream) {
+  return by_instance(args, kNoGrid, [&](auto cell, auto scalar) {
+    return persistent_grid_backward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, groups, exchange, flags,
+                                                                                   stream);
+  });
+}
+
+}  // namespace seqkernels

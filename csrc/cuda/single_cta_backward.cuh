@@ -1,0 +1,98 @@
+// The backward pass of a single CTA.
+#pragma once
+#include "single_cta.cuh"
+
+namespace seqkernels::device {
+
+template <class C>
+struct SingleCtaBackward : C {
+  using T = typename C::T;
+  using MathPolicy = typename C::MathPolicy;
+  using Parameters = SingleCtaArgs<BackwardArgs>;
+  static constexpr int G = C::G, M_TILES = C::M_TILES;
+
+  static DEVICE void run(const Parameters& s) {
+    const Tile tile(s, s.tile);
+    const ThreadTile<C> mine(s, tile);
+    const BackwardArrays<C::CELL, T, C::EVEN> arrays(s, tile.direction());
+    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
+
+    float grad_h[M_TILES][1][kElements], grad_c[M_TILES][2][2];
+    mine.each([&](int m, int s_) {
+      float units[2];
+      to_acc(mine.load_state(s.grad_h_n, m, s_), units);
+      grad_h[m][0][s_] = units[0], grad_h[m][0][2 + s_] = units[1];
+      to_acc(mine.load_state(s.grad_c_n, m, s_), grad_c[m][s_]);
+    });
+
+    StepInputs<T> inputs[M_TILES][2];
+    const int64_t last = tile.count() - 1;
+    typename Tile::Step now = tile.step(tile.prefetch(last)), before = tile.step(tile.prefetch(last - 1)),
+                        earlier = tile.step(tile.prefetch(last - 2));
+    const auto load = [&] {
+      mine.each([&](int m, int s_) {
+        inputs[m][s_] = {};
+        const int count = mine.count(m, s_, now.running);
+        if (count)
+          arrays.load(now.row + s_, before.row + s_, mine.lane.sequence + s_ < before.running, tile.first() + s_,
+                      m * kMmaRows, mine.lane, count, inputs[m][s_]);
+      });
+    };
+    load();
+
+    for (int64_t k = last; k >= 0; k--) {
+      const Shared<T> gradients = mine.factors(k % 2);
+      const typename Tile::Prefetched prefetched = tile.prefetch(k - 3);
+      // Gradients of the gates, which are stored for the weights' gradients and go to all threads.
+      mine.each([&](int m, int s_) {
+        const bool running = mine.lane.sequence + s_ < now.running;
+        float grad[2][4] = {}, h_new[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
+        float c_new[2] = {grad_c[m][s_][0], grad_c[m][s_][1]};
+        zero_absent(h_new, mine.present[m]);
+        arrays.step(inputs[m][s_], h_new, c_new, grad);
+        if (running) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) grad_h[m][0][i * 2 + s_] = h_new[i], grad_c[m][s_][i] = c_new[i];
+          arrays.store_gates(now.row + s_, m * kMmaRows, mine.lane, mine.present[m], grad);
+        }
+#pragma unroll
+        for (int gate = 0; gate < G; gate++) {
+          const Pair<T> factors = running ? MathPolicy::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};
+          gradients.store_pair(mine.place(m, s_) + gate * C::WIDTH, factors);
+        }
+      });
+      synchronize();
+      // What the next step reads, under the latency of the products.
+      const int running = now.running;
+      now = before, before = earlier, earlier = tile.step(prefetched);
+      load();
+      // The gradient of the previous h: W' times those of the gates; zeros for a sequence that does not run.
+#pragma unroll
+      for (int m = 0; m < M_TILES; m++) multiply_all(weights, m, gradients, running, grad_h[m]);
+    }
+
+    mine.each([&](int m, int s_) {
+      const float units[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
+      mine.store_state(s.grad_h_0, m, s_, from_acc<T>(units));
+      if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, m, s_, from_acc<T>(grad_c[m][s_]));
+    });
+  }
+
+ private:
+  // Adds the products of so many sequences to `sum`.
+  static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> gradients, int sequences,
+                                  float (&sum)[1][kElements]) {
+    for_sequences<MathPolicy>(sequences, [&](auto policy) {
+      Accumulators<decltype(policy), 1, (G < 2 ? 2 : G)> accumulators(sum);
+      weights.each(m, [&](int chunk, auto of) {
+#pragma unroll
+        for (int gate = 0; gate < G; gate++)
+          accumulators.add([&](int) { return of(gate); }, gradients, ThreadTile<C>::stride,
+                           gate * C::WIDTH + chunk * C::chunk, gate * 2);
+      });
+      accumulators.finish(sum);
+    });
+  }
+};
+
+}  // namespace seqkernels::device

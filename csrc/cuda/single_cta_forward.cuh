@@ -1,0 +1,122 @@
+// The forward pass of a single CTA.
+#pragma once
+#include "single_cta.cuh"
+
+namespace seqkernels::device {
+
+template <class C>
+struct SingleCtaForward : C {
+  using T = typename C::T;
+  using MathPolicy = typename C::MathPolicy;
+  using Parameters = SingleCtaArgs<ForwardArgs>;
+  static constexpr int G = C::G, M_TILES = C::M_TILES;
+
+  static DEVICE void run(const Parameters& s) {
+    const Tile tile(s, s.tile);
+    const ThreadTile<C> mine(s, tile);
+    const ForwardArrays<C::CELL, T, C::EVEN> arrays(s, tile.direction());
+    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);
+
+    Pair<T> h[M_TILES][2];
+    float c[M_TILES][2][2], b_apart[M_TILES][2];
+    mine.each([&](int m, int s_) {
+      h[m][s_] = mine.load_state(s.h_0, m, s_);
+      to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
+      if (s_ == 0) arrays.load_b_hn(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
+      mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+    });
+
+    // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
+    Pair<T> x[M_TILES][2][G];
+    typename Tile::Step now = tile.step(tile.prefetch(0)), next = tile.step(tile.prefetch(1));
+    const auto load = [&](int m, const typename Tile::Step& step) {
+#pragma unroll
+      for (int s_ = 0; s_ < 2; s_++)
+        arrays.load_gates(step.row + s_, m * kMmaRows, mine.lane, mine.count(m, s_, step.running), x[m][s_]);
+    };
+#pragma unroll
+    for (int m = 0; m < M_TILES; m++) load(m, now);
+    synchronize();
+
+    for (int64_t k = 0; k < tile.count(); k++) {
+      const Shared<T> before = mine.factors(k % 2), after = mine.factors((k + 1) % 2);
+      const typename Tile::Prefetched after_next = tile.prefetch(k + 2);
+#pragma unroll
+      for (int m = 0; m < M_TILES; m++) {
+        // The accumulators start from the gates of x, whose registers then take those of the next step.
+        float sum[G][kElements], x_apart[kElements];
+        start(x[m], b_apart[m], sum, x_apart);
+        load(m, next);
+        // Add W h.
+        multiply_all(weights, m, before, now.running, sum);
+        // Activations of all elements, and what they yield: the new state, y, what the backward pass needs.
+#pragma unroll
+        for (int s_ = 0; s_ < 2; s_++) {
+          float saved[2][4], h_new[2], c_new[2] = {c[m][s_][0], c[m][s_][1]};
+          to_acc(h[m][s_], h_new);
+          activate(sum, x_apart, s_, h_new, c_new, saved);
+          // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
+          if (mine.lane.sequence + s_ < now.running) {
+            const int present = mine.present[m];
+            zero_absent(h_new, present);
+            h[m][s_] = from_acc<T>(h_new), c[m][s_][0] = c_new[0], c[m][s_][1] = c_new[1];
+            arrays.store_y(now.row + s_, m * kMmaRows, mine.lane, present, h[m][s_]);
+            arrays.store_saved(now.row + s_, m * kMmaRows, mine.lane, present, saved, c_new);
+          }
+          after.store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+        }
+      }
+      now = next, next = tile.step(after_next);
+      synchronize();
+    }
+
+    mine.each([&](int m, int s_) {
+      mine.store_state(s.h_n, m, s_, h[m][s_]);
+      if (kHasC<C::CELL>) mine.store_state(s.c_n, m, s_, from_acc<T>(c[m][s_]));
+    });
+  }
+
+ private:
+  // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.
+  static DEVICE void start(const Pair<T> (&x)[2][G], const float (&b_apart)[2], float (&sum)[G][kElements],
+                           float (&x_apart)[kElements]) {
+#pragma unroll
+    for (int s_ = 0; s_ < 2; s_++)
+#pragma unroll
+      for (int gate = 0; gate < G; gate++) {
+        float units[2];
+        to_acc(x[s_][gate], units);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const bool apart = stays_apart<C::CELL>(gate);
+          sum[gate][i * 2 + s_] = apart ? b_apart[i] : units[i];
+          if (apart) x_apart[i * 2 + s_] = units[i];
+        }
+      }
+  }
+
+  // Adds the products of so many sequences to `sum`.
+  static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> h, int sequences,
+                                  float (&sum)[G][kElements]) {
+    for_sequences<MathPolicy>(sequences, [&](auto policy) {
+      Accumulators<decltype(policy), G> accumulators(sum);
+      weights.each(m, [&](int chunk, auto of) { accumulators.add(of, h, ThreadTile<C>::stride, chunk * C::chunk); });
+      accumulators.finish(sum);
+    });
+  }
+
+  // The step of two units of a sequence; h and c change in place.
+  static DEVICE void activate(const float (&sum)[G][kElements], const float (&x_apart)[kElements], int s_,
+                              float (&h)[2], float (&c)[2], float (&saved)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      float x_i[G] = {}, of_h[G];
+      if (stays_apart<C::CELL>(G - 1)) x_i[G - 1] = x_apart[i * 2 + s_];
+#pragma unroll
+      for (int gate = 0; gate < G; gate++) of_h[gate] = sum[gate][i * 2 + s_];
+      cell_forward<C::CELL>(x_i, of_h, h[i], c[i], saved[i]);
+    }
+  }
+};
+
+}  // namespace seqkernels::device

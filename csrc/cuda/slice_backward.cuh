@@ -1,0 +1,125 @@
+// The backward pass of a slice. A CTA multiplies the gradients of some gates by the weights' rows for their units, and
+// gets partial gradients of states, which go to the CTAs that own these. Whose gates and which states: the Exchange
+// says.
+#pragma once
+#include "slice.cuh"
+
+namespace seqkernels::device {
+
+template <class C, template <class> class Exchange_>
+struct SliceBackward : C {
+  using T = typename C::T;
+  using MathPolicy = typename C::MathPolicy;
+  using Exchange = Exchange_<C>;
+  using Parameters = typename Exchange::template Parameters<BackwardArgs>;
+  static constexpr int G = C::G;
+  static constexpr int set_units = backward_set_units(C::PATH, C::UNITS);
+  static constexpr int chunks = backward_chunks(C::PATH, G, C::UNITS, MathPolicy::math);  // of a set
+  static constexpr int halves = kBackwardRows / kMmaRows;                                 // of a warp's rows
+  using Weights = SliceWeights<C, halves * chunks>;
+  static_assert(halves == 2);
+
+  static DEVICE void run(const Parameters& s) {
+    const Exchange exchange(s);
+    const int hidden = static_cast<int>(s.hidden), stride = s.stride;
+    const BackwardArrays<C::CELL, T, C::EVEN> arrays(s, exchange.direction());
+    const auto gradients = [&](int64_t n) { return factor_buffer<T>(n, stride); };
+
+    if (thread() == 0) arrivals(0).init(), arrivals(1).init();
+    for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads)
+      gradients(0).store_pair(i * 2, Pair<T>{}), gradients(1).store_pair(i * 2, Pair<T>{});
+    cluster_arrive();
+    // The n-th group of a warp's fragments is for 32 states, and for the gates of one set of units.
+    const int warp = thread() / kWarpSize, sets = exchange.sets();
+    const auto first_row = [&](int group) { return (warp + group / sets * C::warps) * kBackwardRows; };
+    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
+    const int row_groups = (exchange.states() + kBackwardRows - 1) / kBackwardRows;
+    const Weights weights(
+        (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
+        [&](int group, int i, int row, int column) {
+          const int of = i / halves * C::chunk + column, gate = of / set_units;
+          const int own = exchange.first_of_set(group % sets) + of % set_units;
+          const int state = first_row(group) + i % halves * kMmaRows + row;
+          const int count = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
+          const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
+          const T zero = from_acc<T>(0);
+          return MathPolicy::factors(pair(count > 0 ? w_hh.load(at) : zero, count > 1 ? w_hh.load(at + hidden) : zero));
+        });
+    cluster_wait();
+
+    int64_t before_all = 0;  // exchanges, for other tiles
+    exchange.each_tile(s, [&](const Tile& tile) {
+      const OwnedUnits<C> mine(s, tile, exchange.rank());
+      float grad_h[2], grad_c[2];
+      to_acc(mine.load_state(s.grad_h_n), grad_h);
+      to_acc(mine.load_state(s.grad_c_n), grad_c);
+
+      const int64_t count = tile.count();
+      typename Tile::Step now = tile.step(tile.prefetch(count - 1));
+      const auto load = [&](const typename Tile::Step& step, const typename Tile::Step& step_before) {
+        StepInputs<T> read = {};
+        if (mine.any && mine.sequence < step.running && mine.present)
+          arrays.load(step.row, step_before.row, mine.sequence < step_before.running, tile.first(), 0, mine.lane(),
+                      mine.present, read);
+        return read;
+      };
+      const typename Tile::Step second = tile.step(tile.prefetch(count - 2)),
+                                third = tile.step(tile.prefetch(count - 3));
+      StepInputs<T> inputs = load(now, second), inputs_before = load(second, third);
+
+      int ran = 0;  // sequences, in the exchange before
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t n = before_all + i;
+        const int running = now.running;
+        // Wait for the partial gradients of this thread's states, and add them up.
+        if (thread() == 0) exchange.expect(n, running);
+        if (i > 0) exchange.reduce_partials(n - 1, ran, mine, grad_h);
+        // Gradients of the gates; publish them to all who multiply them.
+        const bool runs = mine.any && mine.sequence < running;
+        float grad[2][4] = {};
+        zero_absent(grad_h, mine.present);
+        if (runs) arrays.step(inputs, grad_h, grad_c, grad);
+        exchange.publish(gradients(n), stride, mine, grad, runs, n);
+        exchange.wait(n);
+        // Multiply, for 32 states at a time, and send the partial gradients to their owners.
+        for_sequences<MathPolicy>(running, [&](auto policy) {
+          using HalfAccumulators = Accumulators<decltype(policy), halves>;
+          const float zero[halves][kElements] = {};
+          HalfAccumulators accumulators(zero);
+          weights.each([&](int group, auto of) {
+            const int set = group % sets;
+            if (set == 0) accumulators = HalfAccumulators(zero);
+#pragma unroll
+            for (int chunk = 0; chunk < chunks; chunk++)
+              accumulators.add([&](int half) { return of(chunk * halves + half); }, gradients(n), stride,
+                               (set * chunks + chunk) * C::chunk);
+            if (set + 1 < sets) return;
+            float result[halves][kElements] = {};
+            accumulators.finish(result);
+#pragma unroll
+            for (int half = 0; half < halves; half++)
+              exchange.send_partials(n, first_row(group) + half * kMmaRows, running, result[half]);
+          });
+        });
+        exchange.signal(n);
+        // Store and load only now, while others wait for the partials; what is loaded has a whole step to come. Which
+        // steps come is read anew, so that no register has it through the products.
+        const int64_t k = count - 1 - i;
+        const typename Tile::Prefetched before = tile.prefetch(k - 1), two_before = tile.prefetch(k - 2),
+                                        three_before = tile.prefetch(k - 3);
+        if (runs) arrays.store_gates(now.row, 0, mine.lane(), mine.present, grad);
+        inputs = inputs_before, inputs_before = load(tile.step(two_before), tile.step(three_before));
+        now = tile.step(before);
+        ran = running;
+      }
+      before_all += count;
+      if (count > 0) exchange.reduce_partials(before_all - 1, ran, mine, grad_h);
+
+      if (!mine.any) return;
+      mine.store_state(s.grad_h_0, from_acc<T>(grad_h));
+      if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, from_acc<T>(grad_c));
+    });
+  }
+};
+
+}  // namespace seqkernels::device

@@ -1,0 +1,44 @@
+// What launches of a cluster and of the persistent grid have in common.
+#pragma once
+#include "slice.cuh"
+//
+#include "dispatch.h"
+#include "launch.cuh"
+
+namespace seqkernels::device {
+
+// A kernel's arguments, with the layout of shared memory.
+template <class Kernel, class SliceArgs, class Args>
+SliceArgs slice_args(const Args& args, const SliceShape& slices, int tile) {
+  const SliceLayout layout = slice_layout(Kernel::variant, slices, args.hidden);
+  SliceArgs p{};
+  static_cast<Args&>(p) = args;
+  p.tile = tile;
+  p.stride = layout.stride;
+  p.exchange = layout.exchange;
+  p.weights = layout.weights;
+  p.bytes = layout.bytes;
+  return p;
+}
+
+// Calls with the configuration of the kernel for a layer.
+template <Path PATH, Cell CELL, Scalar SCALAR, bool BACKWARD, int UNITS, class Call>
+const char* by_slice_config(const SweepArgs& args, Arch arch, Call call) {
+  return by_policy<SCALAR>(args.tf32, [&](auto policy) {
+    using MathPolicy = std::decay_t<decltype(policy)>;
+    return by_even(args.hidden, [&](auto even) {
+      constexpr bool EVEN = decltype(even)::value;
+      return by_arch(arch, [&](auto of_arch) -> const char* {
+        constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
+        if constexpr (resident_of(PATH, variant, UNITS) == 0) {
+          return "no kernel by clusters for this architecture";
+        } else {
+          constexpr Arch ARCH = resident_arch(PATH, variant, UNITS);
+          return call(SliceConfig<ARCH, PATH, CELL, MathPolicy, BACKWARD, UNITS, EVEN>{});
+        }
+      });
+    });
+  });
+}
+
+}  // namespace seqkernels::device

@@ -1,0 +1,132 @@
+// Recurrent weights as the threads of a CTA have them: fragments, the first of them in registers for all steps, the
+// others in shared memory or in L2.
+#pragma once
+#include "mma.cuh"
+
+namespace seqkernels::device {
+
+// The fragments of a thread of a single CTA, in groups: one of each gate, for a chunk of columns and one of the tiles
+// of 16 rows that the warp takes; group i is chunk i / M_TILES of tile i % M_TILES. C::layout says how many groups are
+// in registers; so many of the others are in shared memory, and the rest is read anew in every step from global memory
+// (in practice from the L2 cache).
+template <class C>
+class PackedWeights {
+ public:
+  static constexpr int G = C::G, M_TILES = C::M_TILES, groups = C::layout.groups, resident = C::layout.resident;
+  static constexpr int group_vec16s = C::layout.group_bytes / static_cast<int>(sizeof(Vec16));
+  static constexpr int vec16s = groups * group_vec16s;  // of a direction
+
+  // `packed`: what pack_weights() has written; `shared` groups go to shared memory, behind the buffers of factors.
+  DEVICE PackedWeights(const void* packed, int direction, int shared)
+      : all_(static_cast<const Vec16*>(packed) + direction * vec16s, vec16s),
+        shared_(C::layout.buffers, shared * C::layout.group_bytes / 4),
+        end_of_shared_(resident + shared) {
+#pragma unroll
+    for (int i = 0; i < resident; i++)
+#pragma unroll
+      for (int gate = 0; gate < G; gate++) resident_[i][gate] = from_global(i, gate);
+#pragma unroll 1
+    for (int i = resident; i < end_of_shared_; i++)
+#pragma unroll
+      for (int at = thread(); at < group_vec16s; at += C::threads)
+        shared_.store_vec16(((i - resident) * group_vec16s + at) * 4, all_.load(i * group_vec16s + at));
+  }
+
+  // use(chunk, of) for all chunks of a tile of 16 rows: of(gate) is a fragment.
+  template <class Use>
+  DEVICE void each(int m_tile, Use use) const {
+#pragma unroll
+    for (int i = m_tile; i < resident; i += M_TILES) use(i / M_TILES, [&](int gate) { return resident_[i][gate]; });
+    int i = (resident + M_TILES - 1 - m_tile) / M_TILES * M_TILES + m_tile;
+#pragma unroll 1
+    for (; i < end_of_shared_; i += M_TILES) use(i / M_TILES, [&](int gate) { return from_shared(i, gate); });
+#pragma unroll 1
+    for (; i < groups; i += M_TILES) use(i / M_TILES, [&](int gate) { return from_global(i, gate); });
+  }
+
+ private:
+  // Where one half of a thread's fragment is among those of a group.
+  static DEVICE int place(int gate, int half) { return (gate * 2 + half) * C::threads + thread(); }
+
+  DEVICE Fragment from_shared(int group, int gate) const {
+    const auto half = [&](int half) {
+      return shared_.load_vec16(((group - resident) * group_vec16s + place(gate, half)) * 4);
+    };
+    return fragment_of(half(0), half(1));
+  }
+  DEVICE Fragment from_global(int group, int gate) const {
+    const auto half = [&](int half) { return all_.load(group * group_vec16s + place(gate, half)); };
+    return fragment_of(half(0), half(1));
+  }
+
+  Global<const Vec16> all_;
+  Shared<uint32_t> shared_;
+  int end_of_shared_;
+  Fragment resident_[resident][G];
+};
+
+// The fragments of a thread that has a part of a slice, in `count` groups of N: the first C::RESIDENT fragments in
+// registers, the others in shared memory from byte `begin` to `end`.
+template <class C, int N>
+class SliceWeights {
+ public:
+  using T = typename C::T;
+  static constexpr int RESIDENT = C::RESIDENT;
+
+  // at(group, i, row of 16, column of a chunk) are two elements of fragment i of a group: the column's and the next's.
+  template <class At>
+  DEVICE SliceWeights(int count, int begin, int end, At at) : others_(begin, (end - begin) / 4), count_(count) {
+#pragma unroll
+    for (int i = 0; i < RESIDENT; i++) resident_[i] = i / N < count ? read(i, at) : Fragment{};
+#pragma unroll 1
+    for (int i = RESIDENT; i < count * N; i++) {
+      const Fragment fragment = read(i, at);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const uint32_t* word = fragment.word + half * 4;
+        others_.store_vec16(place(i, half), {{word[0], word[1], word[2], word[3]}});
+      }
+    }
+  }
+
+  // use(group, of) for all groups: of(i) is a fragment.
+  template <class Use>
+  DEVICE void each(Use use) const {
+#pragma unroll
+    for (int group = 0; group < resident_groups; group++)
+      if (group < count_)
+        use(group, [&](int i) { return group * N + i < RESIDENT ? resident_[group * N + i] : other(group * N + i); });
+#pragma unroll 1
+    for (int group = resident_groups; group < count_; group++) use(group, [&](int i) { return other(group * N + i); });
+  }
+
+ private:
+  static constexpr int resident_groups = (RESIDENT + N - 1) / N;  // of which some fragments are in registers
+
+  static DEVICE int place(int i, int half) { return (((i - RESIDENT) * 2 + half) * C::threads + thread()) * 4; }
+
+  template <class At>
+  static DEVICE Fragment read(int i, At at) {
+    Fragment fragment;
+#pragma unroll
+    for (int word = 0; word < 8; word++) {
+      if (sizeof(T) == 4 && word % 4 >= 2) continue;  // comes with the word two before
+      const Pair<T> columns = at(i / N, i % N, row_of_word(lane(), word), column_of_word<T>(lane(), word));
+      if constexpr (sizeof(T) == 2)
+        fragment.word[word] = bits(columns);
+      else
+        fragment.word[word] = bits(first(columns)), fragment.word[word + 2] = bits(second(columns));
+    }
+    return fragment;
+  }
+
+  DEVICE Fragment other(int i) const {
+    return fragment_of(others_.load_vec16(place(i, 0)), others_.load_vec16(place(i, 1)));
+  }
+
+  Fragment resident_[RESIDENT];
+  Shared<uint32_t> others_;
+  int count_;
+};
+
+}  // namespace seqkernels::device

@@ -1,0 +1,119 @@
+"""What makes our modules pass for torch.nn's: with code that asks for classes, weights, pickles or graphs."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from torch import Tensor, fx, nn
+
+
+class DropIn(type):
+    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` of it is true of
+    torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
+
+    counting: ClassVar[dict[type, type]] = {}  # ours -> the torch.nn class whose instances count as its own
+
+    def __instancecheck__(cls, instance) -> bool:
+        return super().__instancecheck__(instance) or isinstance(instance, DropIn.counting.get(cls, ()))
+
+
+@contextlib.contextmanager
+def counting_as(torchs: dict[type, type]) -> Iterator[None]:
+    """Inside, instances of torch.nn's classes count as instances of ours."""
+    before, DropIn.counting = DropIn.counting, torchs
+    try:
+        yield
+    finally:
+        DropIn.counting = before
+
+
+def parameters(module: nn.Module, names: Sequence[str]) -> list:
+    # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
+    parameters = module._parameters
+    return [parameters[name] if name in parameters else getattr(module, name) for name in names]
+
+
+class FlatWeights(list):
+    """A layer's weights in torch.nn's order. One put in place of another is used from then on, as in torch.nn."""
+
+    def __init__(self, module: "Layer", weights: Sequence[Tensor]) -> None:
+        super().__init__(weights)
+        self._module = module
+
+    def __setitem__(self, index, value) -> None:
+        super().__setitem__(index, value)
+        self._module._flat_weights = self
+
+    def __reduce__(self):
+        return list, (list(self),)
+
+
+def traced(module: nn.Module, input: fx.Proxy, hx, **options) -> fx.Proxy:
+    """A call of `module` in a graph that torch.fx traces, where torch.nn's modules are leaves and ours become one."""
+    args = (input,) if hx is None else (input, hx)
+    given = {name: value for name, value in options.items() if value is not None}
+    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return input.tracer.create_proxy("call_module", path, args, given)
+
+
+class Layer(nn.RNNBase, metaclass=DropIn):
+    """A layer whose parameters are read by name in every call: there is no second list of them to go stale."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: parameters are used where they lie."""
+
+    # nn.RNNBase keeps a second list of its parameters up to date in the methods below. Here they are looked up
+    # whenever they are asked for, and only what somebody has put into that list in place of one is kept, by its name.
+
+    def _weights(self) -> list[Tensor]:
+        assigned = self.__dict__.get("_assigned_weights")
+        if not assigned:
+            return parameters(self, self._flat_weights_names)
+        return [assigned[n] if n in assigned else parameters(self, (n,))[0] for n in self._flat_weights_names]
+
+    @property
+    def _flat_weights(self) -> list:
+        return FlatWeights(self, self._weights())
+
+    @_flat_weights.setter  # type: ignore[override]
+    def _flat_weights(self, weights: Sequence[Tensor]) -> None:
+        names = self._flat_weights_names
+        if len(weights) != len(names):
+            raise ValueError(f"_flat_weights are {', '.join(names)}, got {len(weights)} weights")
+        self.__dict__["_assigned_weights"] = {
+            name: weight for name, weight in zip(names, weights, strict=True) if weight is not getattr(self, name, None)
+        }
+
+    def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_assigned_weights", None)
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def _weights_have_changed(self) -> bool:
+        return False
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "_flat_weights":  # nn.Module's own does not ask properties where the value is no parameter
+            return object.__setattr__(self, name, value)
+        if "_assigned_weights" in self.__dict__ and name in self._flat_weights_names:
+            self._init_flat_weights()  # a new parameter counts, and in torch.nn puts the others back as well
+        nn.Module.__setattr__(self, name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        self._init_flat_weights()
+        return nn.Module._apply(self, fn, recurse)
+
+    def _replicate_for_data_parallel(self):
+        replica = nn.Module._replicate_for_data_parallel(self)
+        if assigned := self.__dict__.get("_assigned_weights"):
+            replica.__dict__["_assigned_weights"] = assigned.copy()
+        return replica
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)  # torch.nn's, which nobody can pickle
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        nn.Module.__setstate__(self, state)

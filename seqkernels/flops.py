@@ -1,0 +1,57 @@
+"""What torch.utils.flop_counter says of the operator pair: the multiplications and additions of its matrix products.
+
+They are those of torch.nn's modules: a step's input and state times the weights, and twice as much for the gradients.
+"""
+
+import importlib.util
+import sys
+from importlib.abc import MetaPathFinder
+
+import torch
+
+_COUNTER = "torch.utils.flop_counter"
+
+
+def forward_flops(cell, x_shape, weight_shapes, h_0_shape, *_, **__) -> int:
+    """Of one layer: every row of the input meets w_ih, w_hh and, where there is one, w_hr of every direction."""
+    return 2 * x_shape[0] * sum(shape[0] * shape[1] for shape in weight_shapes if len(shape) == 2)
+
+
+def backward_flops(cell, grad_y, grad_h_n, grad_c_n, x_shape, weight_shapes, h_0_shape, *rest, **_) -> int:
+    """The gradients of the states always, those of the input and of the weights where they are wanted."""
+    wants_x, wants_weights = rest[4:6]
+    of_input = 2 * x_shape[0] * sum(s[0] * s[1] for s in weight_shapes[:: len(weight_shapes) // h_0_shape[0]])
+    everything = forward_flops(cell, x_shape, weight_shapes, h_0_shape)
+    return everything - (0 if wants_x else of_input) + (everything if wants_weights else 0)
+
+
+def _register(counter) -> None:
+    counter.register_flop_formula(torch.ops.seqkernels.recurrence_forward)(forward_flops)
+    counter.register_flop_formula(torch.ops.seqkernels.recurrence_backward)(backward_flops)
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers once somebody imports the counter. To import it here would bring in Triton for all who do not count."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def register() -> None:
+    """Let FlopCounterMode count the operators, whether it is imported already or later."""
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported())

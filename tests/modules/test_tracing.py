@@ -1,0 +1,93 @@
+"""What looks at a model from outside: torch.fx, which traces it, and FlopCounterMode, which counts products."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import seqkernels as sk
+
+
+class Reader(nn.Module):
+    """Layers and cells side by side, with and without a state that is given."""
+
+    def __init__(self, namespace) -> None:
+        super().__init__()
+        self.gru = namespace.GRU(4, 5, batch_first=True)
+        self.lstm = namespace.LSTM(5, 6)
+        self.cells = nn.ModuleList([namespace.RNNCell(6, 6), namespace.GRUCell(6, 6), namespace.LSTMCell(6, 6)])
+
+    def forward(self, x):
+        y, h = self.gru(x)
+        y, (h, c) = self.lstm(y)
+        h = self.cells[1](y[-1], self.cells[0](y[0]))
+        return self.cells[2](h, (h, c[0]))[0]
+
+
+def test_our_modules_are_leaves_of_a_traced_graph():
+    traced = {}
+    for namespace in (nn, sk):
+        torch.manual_seed(0)
+        model, x = Reader(namespace), torch.randn(6, 3, 4)
+        graph = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(graph(x), model(x))
+        traced[namespace] = [(node.op, node.target) for node in graph.graph.nodes if node.op == "call_module"]
+    assert traced[sk] == traced[nn] and len(traced[sk]) == 5
+
+
+def test_lengths_are_part_of_the_traced_call():
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = sk.GRU(4, 5)
+
+        def forward(self, x, lengths):
+            return self.gru(x, lengths=lengths)[0]
+
+    model, x, lengths = Padded(), torch.randn(6, 3, 4), torch.tensor([6, 2, 4])
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
+
+
+def flops(module, *args, backward=False) -> int:
+    with FlopCounterMode(display=False) as counter:
+        output = module(*args)[0]
+        if backward:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "GRU"])
+def test_flops_are_those_that_torch_counts(name, options):
+    x, state = torch.randn(6, 3, 4), torch.randn(4 if options else 1, 3, 5, requires_grad=True)
+    torchs, ours = getattr(nn, name)(4, 5, **options), getattr(sk, name)(4, 5, **options)
+    assert flops(ours, x, state) == flops(torchs, x, state) > 0
+    for given in (x, x.clone().requires_grad_()):
+        assert flops(ours, given, state, backward=True) == flops(torchs, given, state, backward=True)
+    ours.requires_grad_(False)
+    torchs.requires_grad_(False)
+    x.requires_grad_()
+    assert flops(ours, x, state, backward=True) == flops(torchs, x, state, backward=True)
+
+
+def test_flops_of_a_projected_lstm():
+    rows, gates, H, P, inputs = 6 * 3, 4, 5, 2, 4
+    expected = 2 * rows * (gates * H * (inputs + P) + H * P)
+    with torch.inference_mode():
+        assert flops(sk.LSTM(inputs, H, proj_size=P), torch.randn(6, 3, inputs)) == expected
+
+
+def test_the_counter_may_be_imported_before_or_after_us():
+    for first, second in (("seqkernels", "torch.utils.flop_counter"), ("torch.utils.flop_counter", "seqkernels")):
+        code = f"""
+import {first}, {second}, torch, seqkernels as sk
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    sk.GRU(4, 5)(torch.randn(6, 3, 4))
+print(counter.get_total_flops())
+"""
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        assert int(done.stdout) == 2 * 18 * 15 * (4 + 5)
