@@ -164,7 +164,7 @@ CUDA_SOURCES = {
 }
 # Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
 CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
-CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm", "ligru")  # as in csrc/cells.h
+CELLS = re.search(r"enum class Cell {(.*?)}", (ROOT / "csrc/cells.h").read_text())[1].replace(",", "").split()
 CUDA_DTYPES = ("float32", "bfloat16", "float16")
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 

@@ -114,8 +114,8 @@ constexpr int gradient_blocks_of(Cell cell) {
 
 #ifdef __CUDACC__
 #define SEQKERNELS_CELL __device__ inline
-#else
-#define SEQKERNELS_CELL inline
+#else  // a call would pass every vector through memory
+#define SEQKERNELS_CELL inline __attribute__((always_inline))
 #endif
 
 namespace seqkernels::SEQKERNELS_ISA {

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_paths import HERE, SINGLE_CTA, STEPWISE, by_path, faulty, path
+from cuda_paths import SINGLE_CTA, STEPWISE, THIS_GPU, by_path, faulty, path
 from operators import (
     BACKENDS,
     CELLS,
@@ -31,7 +31,7 @@ PATHS = {
     "single CTA of 2": SINGLE_CTA._replace(tile=2),
     "stepwise": STEPWISE,
 }
-if HERE.target == "sm_90":
+if THIS_GPU.target == "sm_90":
     PATHS |= {"cluster": path("cluster", units=32), "persistent grid": path("persistent grid", units=32)}
 ONE_LAUNCH = {name: path for name, path in PATHS.items() if name != "stepwise"}
 # Of layers whose shape does not say: so many that several blocks share them, the last of which has less to do.
@@ -112,7 +112,7 @@ def test_every_width_of_a_single_cta(cell, dtype, hidden):
 def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype, shared_memory):
     """With less shared memory a block reads more of the weights from global memory in each step."""
     call, found = Call(cell, 1, 3, 2, hidden, dtype=dtype), []
-    for bytes_of_a_block in (HERE.shared_memory, 99 << 10, 80 << 10, 64 << 10):
+    for bytes_of_a_block in (THIS_GPU.shared_memory, 99 << 10, 80 << 10, 64 << 10):
         shared_memory(bytes_of_a_block)
         found.append(both_passes(call, *by_path(SINGLE_CTA)))
     first, *others = found
@@ -165,7 +165,7 @@ def test_tf32_follows_torchs_switch(cell, monkeypatch):
         layer = calls.Call(
             cell, "cuda", call.dtype, hidden_size=call.hidden, tf32=allowed, directions=2, sequences=call.sequences
         )
-        plan = launch_of(layer, HERE)
+        plan = launch_of(layer, THIS_GPU)
         runs = by_path(plan.forward, allowed)[0], by_path(plan.backward, allowed)[1]
         found = both_passes(call, forward("cuda"), backward("cuda"))
         for ours, expected in zip(found, both_passes(call, *runs), strict=True):

@@ -84,6 +84,9 @@ LARGEST = [
     ("rnn_tanh", SINGLE, False, (1024, 960), (2112, 2112)),
     ("gru", SINGLE, False, (512, 512), (1152, 1536)),
     ("lstm", SINGLE, False, (512, 512), (768, 1024)),
+    ("ligru", HALF, False, (1024, 1024), (2112, 2112)),
+    ("ligru", SINGLE, True, (736, 768), (1920, 2112)),
+    ("ligru", SINGLE, False, (640, 512), (1536, 2048)),
 ]
 
 
@@ -213,7 +216,7 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
 @pytest.mark.parametrize("seed", range(60))
 def test_a_launch_is_what_explain_says(seed, launched):
     draw = random.Random(seed)
-    name, dtype = draw.choice(["RNN", "GRU", "LSTM"]), draw.choice([SINGLE, HALF, torch.float16])
+    name, dtype = draw.choice(["RNN", "GRU", "LSTM", "LiGRU"]), draw.choice([SINGLE, HALF, torch.float16])
     hidden = draw.choice([draw.randint(1, 128), draw.randint(129, 256), draw.randint(257, 900)])
     sequences, both = draw.choice([draw.randint(1, 128), draw.randint(129, 1000)]), draw.random() < 0.5
     rnn = getattr(sk, name)(3, hidden, num_layers=draw.randint(1, 2), bidirectional=both, dtype=dtype, device="cpu")

@@ -13,6 +13,8 @@ _spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
 setup = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(setup)
 
+PARTS = ("scheduler", "messages", "memory", "pushes", "device")
+
 
 def library() -> "setup.Library":
     """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
@@ -26,12 +28,13 @@ def library() -> "setup.Library":
         setup.Object(f"csrc/cuda/{name}.cpp", f"{name}_host.o", f"{flags} {headers} {setup.STABLE}")
         for name in setup.CUDA_HOST_SOURCES
     ]
+    parts = [setup.Object(f"tests/emulator/{name}.cpp", f"{name}.o", f"{flags} -O2") for name in PARTS]
     return setup.Library(
         [
             *kernels,
             setup.Object("csrc/cuda/dispatch.cpp", "dispatch.o", flags),
             *host,
-            setup.Object("tests/emulator/run.cpp", "run.o", f"{flags} -O2"),
+            *parts,
             setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),
             setup.Object(
                 "tests/emulator/module.cpp", "module.o", f"{flags} {headers} -isystem {pybind11.get_include()}"

@@ -1,4 +1,4 @@
-// Control of host runs: kernels on the CPU, their threads fibers, every access checked (device.h).
+// Control of the emulator: kernels run on the CPU, their threads are fibers, and every access is checked (device.h).
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,8 @@ void seed(uint64_t seed);
 // Whether batch_sizes are taken for ones on a GPU, into which the host does not look.
 extern bool sizes_on_gpu;
 
-// Of the GPU whose place the CPU takes: so many blocks run at the same time, and may have so many bytes of shared memory.
+// Of the GPU whose place the CPU takes: so many blocks run at the same time, and may have so many bytes of shared
+// memory.
 extern int multiprocessors;
 extern int shared_memory;
 

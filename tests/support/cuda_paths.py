@@ -12,7 +12,7 @@ from seqkernels.backends import call
 from seqkernels.backends.cuda.launch import PassLaunch, candidates, path_names
 from seqkernels.hardware import GPU
 
-HERE = hardware.gpu_of(torch.empty(0).device)
+THIS_GPU = hardware.gpu_of(torch.empty(0).device)
 
 
 def path(name: str, tile: int = 8, units: int = 0) -> PassLaunch:

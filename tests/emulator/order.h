@@ -1,0 +1,65 @@
+// What comes before what. A thread's time goes on with everything that others may wait for. Of every other thread
+// it knows a time: what that one did until then comes before whatever it does itself from now on. Pushes are done by
+// actors of their own, one for every mbarrier, whose times are the mbarrier's phases.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <utility>
+#include <vector>
+
+namespace seqkernels::emulator {
+
+// The latest of all times. It grows as long as the program runs, so that shadows of old blocks need no clearing.
+extern uint64_t latest;
+
+struct Clock {
+  std::vector<uint64_t> of;        // [actors]
+  std::vector<uint64_t> of_block;  // the minimum over a block's threads
+};
+using Known = std::shared_ptr<const Clock>;
+
+Known clock_of(std::vector<uint64_t> of);
+int actors();
+
+// What a barrier, a phase or a flag passes on: what those that come to it know and have done.
+class Gathering {
+ public:
+  // What `known` says (null: nothing), and what the actor has done until a time.
+  void bring(const Known& known, int actor, uint64_t time) {
+    of_.resize(actors());
+    if (known && std::find(joined_.begin(), joined_.end(), known) == joined_.end()) {
+      for (size_t i = 0; i < of_.size(); i++) of_[i] = std::max(of_[i], known->of[i]);
+      joined_.push_back(known);
+    }
+    of_[actor] = std::max(of_[actor], time);
+  }
+
+  // All that these actors have done, since none of them goes on before the gathering closes.
+  void bring_all(int begin, int end) { std::fill(of_.begin() + begin, of_.begin() + end, latest); }
+
+  void close() {
+    closed_ = clock_of(std::move(of_));
+    of_.clear(), joined_.clear(), passed_.clear();
+  }
+
+  // What `known` becomes for one who comes after.
+  const Known& pass(const Known& known) {
+    if (!closed_) return known;
+    for (const auto& [before, after] : passed_)
+      if (before == known) return after;
+    std::vector<uint64_t> of = closed_->of;
+    for (size_t i = 0; i < of.size(); i++) of[i] = std::max(of[i], known->of[i]);
+    passed_.emplace_back(known, of == closed_->of ? closed_ : clock_of(std::move(of)));
+    return passed_.back().second;
+  }
+
+ private:
+  std::vector<uint64_t> of_;
+  std::vector<Known> joined_;
+  Known closed_;
+  std::deque<std::pair<Known, Known>> passed_;
+};
+
+}  // namespace seqkernels::emulator

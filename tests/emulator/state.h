@@ -1,0 +1,213 @@
+// What the parts of the emulator share: what runs, what each thread knows of the others, and what can be called.
+#pragma once
+#include <setjmp.h>
+
+#include <array>
+#include <deque>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "device.h"
+#include "order.h"
+#include "run.h"
+
+namespace seqkernels::emulator {
+
+constexpr int kMaxThreads = 1024, kWarp = 32, kMaxShared = 232448, kMaxCluster = 16;
+constexpr int kMaxMbarriers = 4;  // of a block
+constexpr int kStackBytes = 128 << 10, kGuardBytes = 64;
+constexpr unsigned char kGuard = 0xa5;
+
+// ---- what runs
+
+enum class State { ready, in_barrier, in_cluster, in_phase, in_flag, in_warp, finished };
+
+struct Block;
+
+struct Fiber {
+  std::unique_ptr<unsigned char[]> stack;  // null: to be started
+  jmp_buf at;
+  State state;
+  Here place;
+  Block* block;
+  int index;  // among all that run
+  uint64_t time;
+  Known known;
+  int64_t clusters;       // barriers of the cluster that it has arrived at
+  bool skips_cluster;     // the last of them, by a planted fault
+  uint64_t fenced;        // when it let copies to shared memory come after its stores
+  Known known_to_copies;  // from global memory: what it knew then
+  std::array<int, int(Fault::count)> events;
+};
+
+struct Warp {
+  int arrived, first;     // lanes in the operation, and the thread that came first
+  const char* operation;  // its name
+  float sent[kWarp], received[kWarp];
+  int from[kWarp];
+  float a[16][16], b[16][8], sum[16][8];
+  Gathering barrier;
+};
+
+// An access is told by time << kActorBits | actor: a thread, a push, several threads of a block, or those of several.
+using Stamp = uint64_t;
+constexpr int kActorBits = 20;
+constexpr Stamp kActors = (1 << kActorBits) - 1, kBlock = 1 << 19, kSeveralBlocks = kActors;
+constexpr uint64_t kUnderWay = ~uint64_t{0} >> kActorBits;  // the time of a push that has not arrived
+
+// Two bytes of memory, the smallest element, have a shadow.
+struct Shadow {
+  Stamp write, read;  // the last accesses
+};
+
+struct Phases {
+  int byte, actor;
+  Stamp init;
+  int64_t ended;        // phases
+  bool expected;        // whether the number of bytes has been said
+  int64_t bytes;        // that are still to come
+  int64_t under_way;    // pushes
+  uint64_t time, last;  // of this phase; of the last that a push arrived in
+  Gathering gathering;
+  std::vector<int> waiting;
+};
+
+struct Block {
+  int64_t x;
+  int y, rank;
+  int in_barrier, finished;
+  uint64_t time;  // of the last barrier
+  Gathering barrier;
+  std::map<int, Phases> mbarriers;  // by their byte
+  std::vector<Shadow> shadows;
+  std::unique_ptr<unsigned char[]> memory;  // at a multiple of 16
+};
+
+struct Push {
+  Block* to;
+  Phases* phases;
+  int at;
+  std::array<unsigned char, 16> words;
+  const unsigned char* from;  // if it is a part of a copy
+  Known known;
+  int actor;
+  uint64_t time;
+};
+
+struct Flag {
+  Gathering gathering;
+  std::vector<int> waiting;
+};
+
+struct Cluster {
+  int64_t arrived, ended;  // threads at the barrier; barriers
+  Gathering gathering;
+  std::vector<int> waiting;
+};
+
+struct Group {
+  int64_t x, width;
+  int y;
+};
+
+extern Counts counted;
+extern uint64_t random_state;
+extern Fault planted;
+extern int planted_at;
+extern std::string failure;  // empty while all is well
+
+// What runs. Between groups of blocks all fibers are finished: each waits to run the kernel again.
+extern void (*kernel)(const void*);
+extern const void* kernel_parameters;
+extern int threads, shared_bytes;   // of a block
+extern int blocks, cluster_blocks;  // blocks that run at the same time, in clusters
+extern jmp_buf home;                // where the launch goes on when no fiber can
+extern std::deque<Fiber> fibers;
+extern std::deque<Warp> warps;
+extern std::deque<Block> running;
+extern Fiber* mine;
+extern std::vector<int> ready;
+extern std::vector<Push> pushes;
+extern std::unordered_map<const void*, Flag> flags;
+extern std::deque<Cluster> clusters;
+
+extern Stamp now;
+extern uint64_t group_begin, launch_begin;
+extern std::map<uint64_t, Group> begun;  // of this launch, by their first time
+
+inline Cluster& cluster_of(const Block& block) { return clusters[block.rank / cluster_blocks]; }
+inline Block& peer_of(const Block& block, int peer) {
+  return running[block.rank / cluster_blocks * cluster_blocks + peer];
+}
+
+// ---- scheduler.cpp
+
+uint64_t random_below(uint64_t n);
+void set_time(uint64_t time);
+[[noreturn]] void fail(std::string what);
+void wait(State state);
+void wait_among(std::vector<int>& waiting, State state);
+void wake(std::vector<int>& waiting);
+// Count an event of the fiber; whether it is the one to go wrong.
+bool goes_wrong(Fault fault);
+
+// ---- messages.cpp
+
+std::string name(const Block& block);
+std::string name(const Fiber& fiber);
+std::string name(const Phases& phases, const Block& block);
+std::string name(Stamp access);
+void describe_deadlock();
+
+// ---- memory.cpp
+
+constexpr uintptr_t kPage = 1024;
+extern std::unordered_map<uintptr_t, std::array<Shadow, kPage / 2>> global_shadows;
+extern std::unordered_map<const Shadow*, std::map<int, Stamp>> readers;  // where they are of several blocks, by block
+extern std::unordered_map<const Shadow*, std::vector<Stamp>> copiers;    // of global memory, besides
+
+Shadow& shadow_of(const void* global);
+// Until when the present thread knows of what a thread has done.
+uint64_t time_known_of(Stamp thread);
+// Whether an access, since the memory's begin, comes before the present one whatever the order of threads and blocks.
+bool is_ordered(Stamp access, uint64_t since);
+bool is_read_ordered(const Shadow& shadow, uint64_t since);
+// A copy that reads the same and that the present access does not come after; 0: there is none.
+Stamp unordered_copy(const Shadow& shadow, uint64_t since);
+// An access by several threads of a block counts as one of all of its threads.
+void add_read(Shadow& shadow);
+int at_in(const Block& block, int begin, int64_t size, int64_t offset, int bytes, const char* does);
+std::string place_in(const Block& block, int byte);
+
+template <class Place>
+void check_race(Shadow& shadow, Access access, uint64_t since, Place place) {
+  const bool after_write = is_ordered(shadow.write, since);
+  const Stamp copy = access == Access::write ? unordered_copy(shadow, since) : 0;
+  if (!after_write || copy || (access == Access::write && !is_read_ordered(shadow, since)))
+    fail("race: " +
+         name(!after_write ? shadow.write
+              : copy       ? copy
+                           : shadow.read) +
+         (after_write ? " read and " : " wrote and ") + name(now) + (access == Access::write ? " wrote " : " read ") +
+         place() + ", nothing orders them");
+  if (access == Access::write)
+    shadow.write = now, copiers.erase(&shadow);
+  else if (is_read_ordered(shadow, since))
+    shadow.read = now;
+  else if (shadow.read >> kActorBits >= group_begin)  // else another group's, with which any write races
+    add_read(shadow);
+}
+
+// ---- pushes.cpp
+
+Phases& phases_of(Block& block, int byte, const char* does);
+void end_phase(Phases& phases, const Block& block);
+void arrive(Push push);
+// No push may come to a block that has ended: some thread of it must have waited for the last one.
+void end_block(const Block& block);
+
+}  // namespace seqkernels::emulator
