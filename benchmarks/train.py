@@ -1,5 +1,6 @@
 """The training loop that every task shares: each module trains its own copy of one model, in turn, epoch by epoch."""
 
+import contextlib
 import copy
 import importlib
 import itertools
@@ -66,6 +67,12 @@ def train(task: Task, runs: list[Run]) -> bool:
 
     The modules alternate, an epoch each, so that whatever else the machine does meanwhile falls on all of them.
     """
+    path = task.options.checkpoint
+    with checkpoint.locked(path) if path and task.world.first else contextlib.nullcontext():
+        return _train(task, runs)
+
+
+def _train(task: Task, runs: list[Run]) -> bool:
     position = Position()
     try:
         for run in runs:

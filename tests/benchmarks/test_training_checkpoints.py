@@ -1,5 +1,6 @@
 """Training that was killed continues to the same losses."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 from training import QUICK, ROOT, rows, run
 
-from benchmarks import checkpoint
+from benchmarks import InputError, checkpoint
 
 
 def losses(path: Path) -> list[torch.Tensor]:
@@ -101,4 +102,58 @@ def test_a_checkpoint_of_something_else_is_refused(folder, text, tmp_path, capsy
     assert kept.read_bytes() == content
     kept.write_bytes(content[: len(content) // 2])
     assert run(*arguments, "--checkpoint", kept) == 2
+    assert "is damaged" in capsys.readouterr().err
+    kept.write_bytes(content[7:])
+    assert run(*arguments, "--checkpoint", kept) == 2
     assert "is no checkpoint" in capsys.readouterr().err
+
+
+CONTENT = {"task": "names", "options": {}, "runs": [{"losses": torch.arange(4.0)}]}
+
+
+def test_every_damage_is_noticed(tmp_path):
+    """A bit that flipped, bytes that are missing or too many: one sentence, and never other numbers than were saved."""
+    path = tmp_path / "kept.pt"
+    checkpoint.save(path, CONTENT)
+    content = path.read_bytes()
+    damaged = [content[:n] for n in range(0, len(content), 41)] + [content + b"x", b"", b"PK" + content]
+    for bit in range(0, 8 * len(content), 61):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"is damaged|is no checkpoint"):
+            checkpoint.load(path)
+
+
+def test_a_file_of_torch_save_alone_is_read_as_before(tmp_path):
+    torch.save(CONTENT, tmp_path / "old.pt")
+    assert torch.equal(checkpoint.load(tmp_path / "old.pt")["runs"][0]["losses"], torch.arange(4.0))
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(function, tmp_path, monkeypatch):
+    path = tmp_path / "kept.pt"
+    checkpoint.save(path, CONTENT)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, function, full)
+    with pytest.raises(InputError, match=r"kept\.pt cannot be written: No space left on device"):
+        checkpoint.save(path, {**CONTENT, "task": "news"})
+    assert checkpoint.load(path)["task"] == "names" and os.listdir(tmp_path) == ["kept.pt"]
+
+
+def test_two_trainings_do_not_share_a_checkpoint(folder, tmp_path, capsys):
+    kept = tmp_path / "kept.pt"
+    arguments = ("train", "names", "--data", folder, "--module", "torch", "--epochs", 1, "--out", tmp_path / "a")
+    left = tmp_path / "kept.pt.abc.unfinished"  # of a training that was killed while it saved
+    left.touch()
+    with checkpoint.locked(kept):
+        assert not left.exists()
+        assert run(*arguments, "--checkpoint", kept) == 2
+        assert "is in use by another training" in capsys.readouterr().err
+    assert run(*arguments, "--checkpoint", kept) == 0
+    assert not list(tmp_path.glob("kept.pt.*"))
