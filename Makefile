@@ -53,8 +53,10 @@ EMULATOR := build/emulator/emulator.so
 $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
 	$(BIN)/python tests/emulator/build.py
 
+# Processes that each take one file of tests after the other; one thread each, where a test does not say how many.
+TEST_JOBS ?= 2
 test: $(READY) $(EMULATOR)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 # On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
 # the others run even if one fails. Rows, and what Nsight Compute saw, go to $(OUT).
