@@ -90,7 +90,10 @@ def test_infinity_reaches_what_it_does_step_by_step(name, cell, hidden):
         # No more than where infinity and NaN are.
         return [x.where(~x.isfinite(), 0) for x in (y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states)]
 
-    for h_0, weight, grad in ((30000, 1, 1), (float("inf"), 1, 1), (0.5, 2**-10, float("inf"))):
+    # A product beyond float16's range is infinite step by step alone, where it is rounded. Bounded gates do not show
+    # that, but the candidate of a LiGRU is not bounded.
+    beyond_range = [] if cell == "ligru" else [(30000, 1, 1)]
+    for h_0, weight, grad in (*beyond_range, (float("inf"), 1, 1), (0.5, 2**-10, float("inf"))):
         found, expected = (results(one, h_0, weight, grad) for one in (ONE_LAUNCH[name], STEPWISE))
         torch.testing.assert_close(found, expected, equal_nan=True)
 
