@@ -11,13 +11,14 @@ inline int64_t running_of(const Task& task, int64_t running) {
 }
 
 // Another core often wrote what the next step loads, or reads what it stores, and the rows of a step are no stream that
-// the hardware would follow. So both are fetched early. An address beyond the array does no harm.
+// the hardware would follow. So both are fetched early. An address beyond the array does no harm. They have to be
+// inlined: GCC finds that a function which only prefetches has no effect, and drops the calls of it that it still has.
 template <class T>
-inline void prefetch_load(const T* p) {
+SEQKERNELS_INLINE void prefetch_load(const T* p) {
   __builtin_prefetch(p, 0);
 }
 template <class T>
-inline void prefetch_store(const T* p) {
+SEQKERNELS_INLINE void prefetch_store(const T* p) {
   __builtin_prefetch(p, 1);
 }
 
