@@ -4,7 +4,6 @@ torch.nn's RNN and GRU allow it where they keep a copy of what they return. We k
 itself, and where it was changed, y is computed once more.
 """
 
-import torch
 from torch import Tensor
 
 
@@ -12,10 +11,9 @@ class Changes:
     """Tells whether a tensor was changed in place since, without keeping its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        with torch.no_grad():
-            self._view = tensor.view_as(tensor)  # a view has the version counter of its base,
-            self._view.set_(tensor.new_empty(0))  # type: ignore[call-overload]  # also with other memory
-        self._before = self._view._version
+        self._alias = tensor.detach()  # which has the version counter of the tensor, and no reference to it,
+        self._alias.data = tensor.new_empty(0)  # also with other memory
+        self._before = self._alias._version
 
     def any(self) -> bool:
-        return self._view._version != self._before
+        return self._alias._version != self._before
