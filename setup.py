@@ -165,7 +165,15 @@ CUDA_SOURCES = {
 # Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
 CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
 CELLS = re.search(r"enum class Cell {(.*?)}", (ROOT / "csrc/cells.h").read_text())[1].replace(",", "").split()
-CUDA_DTYPES = ("float32", "bfloat16", "float16")
+CUDA_DTYPES = {
+    name: f"-DSEQKERNELS_SCALAR_NAME={scalar} -DSEQKERNELS_TF32={tf32}"
+    for name, scalar, tf32 in (
+        ("float32", "float32", "false"),
+        ("tf32", "float32", "true"),
+        ("bfloat16", "bfloat16", "false"),
+        ("float16", "float16", "false"),
+    )
+}
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
@@ -244,7 +252,7 @@ def cpu_library(includes: str) -> Library:
 
 
 class Instance(NamedTuple):
-    """A translation unit of the CUDA kernels: a file, or its part for one cell and dtype."""
+    """A translation unit of the CUDA kernels: a file, or its part for one cell and dtype (TF32 is one)."""
 
     source: str
     name: str
@@ -254,8 +262,8 @@ class Instance(NamedTuple):
 def cuda_instances() -> list[Instance]:
     """Those that take longest come first."""
     instances = [
-        Instance(source, f"{source}_{cell}_{dtype}", f"-DSEQKERNELS_CELL_NAME={cell} -DSEQKERNELS_SCALAR_NAME={dtype}")
-        for dtype in CUDA_DTYPES
+        Instance(source, f"{source}_{cell}_{name}", f"-DSEQKERNELS_CELL_NAME={cell} {flags}")
+        for name, flags in CUDA_DTYPES.items()
         for cell in reversed(CELLS)
         for source in CUDA_INSTANCED
     ]

@@ -25,26 +25,26 @@ const char* launch_cluster(const Args& args, const LaunchShape& shape, void* str
   return launch<Kernel>(tiles * slices.blocks, args.directions, p.bytes, stream, p, cooperation);
 }
 
-template <template <class> class Pass, Cell CELL, Scalar SCALAR, bool BACKWARD, class Args>
+template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args>
 const char* run(const Args& args, const LaunchShape& shape, void* stream) {
   constexpr const char* none = "no cluster kernel with so many units a block";
   return by_value<kClusterUnits>(shape.units, none, [&](auto units) {
     constexpr int UNITS = decltype(units)::value;
-    return by_slice_config<Path::cluster, CELL, SCALAR, BACKWARD, UNITS>(
+    return by_slice_config<Path::cluster, CELL, MathPolicy, BACKWARD, UNITS>(
         args, shape.arch, [&](auto config) { return launch_cluster<Pass<decltype(config)>>(args, shape, stream); });
   });
 }
 
 }  // namespace
 
-template <Cell CELL, Scalar SCALAR>
+template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* cluster_forward(const ForwardArgs& args, const LaunchShape& shape, void* stream) {
-  return run<ClusterForward, CELL, SCALAR, false>(args, shape, stream);
+  return run<ClusterForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, stream);
 }
 
-template <Cell CELL, Scalar SCALAR>
+template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* cluster_backward(const BackwardArgs& args, const LaunchShape& shape, void* stream) {
-  return run<ClusterBackward, CELL, SCALAR, true>(args, shape, stream);
+  return run<ClusterBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, stream);
 }
 
 template const char* cluster_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, void*);

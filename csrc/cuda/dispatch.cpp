@@ -7,15 +7,19 @@ namespace seqkernels {
 
 namespace {
 
-// Calls with the traits of the cell and the dtype as a constant; no kernels that are one launch are for float64.
+// Calls with the traits of the cell, and as constants the dtype and whether it is rounded to TF32; no kernels that are
+// one launch are for float64.
 template <class Call>
 const char* by_instance(const SweepArgs& s, const char* float64, Call call) {
   return with_cell(s.cell, [&](auto cell) {
     return by_scalar(s.scalar, [&](auto scalar) -> const char* {
-      if constexpr (decltype(scalar)::value == Scalar::float64)
+      constexpr Scalar SCALAR = decltype(scalar)::value;
+      if constexpr (SCALAR == Scalar::float64)
         return float64;
+      else if constexpr (SCALAR == Scalar::float32)
+        return s.tf32 ? call(cell, scalar, Constant<true>{}) : call(cell, scalar, Constant<false>{});
       else
-        return call(cell, scalar);
+        return call(cell, scalar, Constant<false>{});
     });
   });
 }
@@ -27,26 +31,28 @@ constexpr const char* kNoGrid = "no kernel for the persistent grid in float64";
 }  // namespace
 
 const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
-  return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar) {
-    return single_cta_forward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, packed, stream);
+  return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar, auto tf32) {
+    return single_cta_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, packed,
+                                                                                                    stream);
   });
 }
 
 const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
-  return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar) {
-    return single_cta_backward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, packed, stream);
+  return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar, auto tf32) {
+    return single_cta_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape,
+                                                                                                     packed, stream);
   });
 }
 
 const char* cluster_forward(const ForwardArgs& args, const LaunchShape& shape, void* stream) {
-  return by_instance(args, kNoCluster, [&](auto cell, auto scalar) {
-    return cluster_forward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, stream);
+  return by_instance(args, kNoCluster, [&](auto cell, auto scalar, auto tf32) {
+    return cluster_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, stream);
   });
 }
 
 const char* cluster_backward(const BackwardArgs& args, const LaunchShape& shape, void* stream) {
-  return by_instance(args, kNoCluster, [&](auto cell, auto scalar) {
-    return cluster_backward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, stream);
+  return by_instance(args, kNoCluster, [&](auto cell, auto scalar, auto tf32) {
+    return cluster_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, stream);
   });
 }
 
@@ -67,17 +73,17 @@ const char* persistent_grid_groups(const SweepArgs& args, const LaunchShape& sha
 
 const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
                                     void* exchange, void* flags, void* stream) {
-  return by_instance(args, kNoGrid, [&](auto cell, auto scalar) {
-    return persistent_grid_forward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, groups, exchange, flags,
-                                                                                  stream);
+  return by_instance(args, kNoGrid, [&](auto cell, auto scalar, auto tf32) {
+    return persistent_grid_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
+        args, shape, groups, exchange, flags, stream);
   });
 }
 
 const char* persistent_grid_backward(const BackwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
                                      void* exchange, void* flags, void* stream) {
-  return by_instance(args, kNoGrid, [&](auto cell, auto scalar) {
-    return persistent_grid_backward<decltype(cell)::cell, decltype(scalar)::value>(args, shape, groups, exchange, flags,
-                                                                                   stream);
+  return by_instance(args, kNoGrid, [&](auto cell, auto scalar, auto tf32) {
+    return persistent_grid_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
+        args, shape, groups, exchange, flags, stream);
   });
 }
 

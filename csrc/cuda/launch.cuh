@@ -105,14 +105,9 @@ using element_t =
                        std::conditional_t<SCALAR == Scalar::float32, float,
                                           std::conditional_t<SCALAR == Scalar::bfloat16, bfloat16, float16>>>;
 
-// Calls with the math policy of a dtype.
-template <Scalar SCALAR, class Call>
-const char* by_policy(bool tf32, Call call) {
-  static_assert(SCALAR != Scalar::float64);
-  if constexpr (SCALAR == Scalar::float32)
-    return tf32 ? call(Tf32{}) : call(Fp32Fma{});
-  else
-    return call(TensorCore<element_t<SCALAR>>{});
-}
+// How kernels of a dtype multiply.
+template <Scalar SCALAR, bool TF32>
+using policy_t = std::conditional_t<SCALAR != Scalar::float32, TensorCore<element_t<SCALAR>>,
+                                    std::conditional_t<TF32, Tf32, Fp32Fma>>;
 
 }  // namespace seqkernels::device

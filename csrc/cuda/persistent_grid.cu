@@ -34,24 +34,24 @@ const char* launch_grid(const Args& args, const LaunchShape& shape, const GridGr
   return nullptr;
 }
 
-template <template <class> class Pass, Cell CELL, Scalar SCALAR, bool BACKWARD, class Args, class... Rest>
+template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args, class... Rest>
 const char* run(const Args& args, const LaunchShape& shape, Rest... rest) {
-  return by_slice_config<Path::persistent_grid, CELL, SCALAR, BACKWARD, kGridUnits>(
+  return by_slice_config<Path::persistent_grid, CELL, MathPolicy, BACKWARD, kGridUnits>(
       args, shape.arch, [&](auto config) { return launch_grid<Pass<decltype(config)>>(args, shape, rest...); });
 }
 
 }  // namespace
 
-template <Cell CELL, Scalar SCALAR>
+template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
                                     void* exchange, void* flags, void* stream) {
-  return run<PersistentGridForward, CELL, SCALAR, false>(args, shape, groups, exchange, flags, stream);
+  return run<PersistentGridForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, groups, exchange, flags, stream);
 }
 
-template <Cell CELL, Scalar SCALAR>
+template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* persistent_grid_backward(const BackwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
                                      void* exchange, void* flags, void* stream) {
-  return run<PersistentGridBackward, CELL, SCALAR, true>(args, shape, groups, exchange, flags, stream);
+  return run<PersistentGridBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, groups, exchange, flags, stream);
 }
 
 template const char* persistent_grid_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&,

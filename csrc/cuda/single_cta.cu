@@ -41,41 +41,38 @@ const char* pack_and_launch(const Args& args, const LaunchShape& shape, void* pa
 // Whether there is a kernel of this width for even or for odd numbers of units.
 constexpr bool has_width(Math math, int width, bool even) { return single_cta_width(math, width - !even) == width; }
 
-template <template <class> class Pass, Cell CELL, Scalar SCALAR, bool BACKWARD, class Args>
+template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args>
 const char* run(const Args& args, const LaunchShape& shape, void* packed, void* stream) {
-  return by_policy<SCALAR>(args.tf32, [&](auto policy) {
-    using MathPolicy = std::decay_t<decltype(policy)>;
-    return by_even(args.hidden, [&](auto even) {
-      constexpr const char* none = "no single CTA kernel for so many hidden units in this dtype";
-      constexpr bool EVEN = decltype(even)::value;
-      const int width = single_cta_width(MathPolicy::math, args.hidden);
-      return by_value<kSingleCtaWidths>(width, none, [&](auto of_width) -> const char* {
-        constexpr int WIDTH = decltype(of_width)::value;
-        if constexpr (has_width(MathPolicy::math, WIDTH, EVEN)) {
-          return by_arch(shape.arch, [&](auto of_arch) {
-            constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
-            constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
-            using C = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, EVEN>;
-            return pack_and_launch<Pass<C>>(args, shape, packed, stream);
-          });
-        } else {
-          return none;
-        }
-      });
+  return by_even(args.hidden, [&](auto even) {
+    constexpr const char* none = "no single CTA kernel for so many hidden units in this dtype";
+    constexpr bool EVEN = decltype(even)::value;
+    const int width = single_cta_width(MathPolicy::math, args.hidden);
+    return by_value<kSingleCtaWidths>(width, none, [&](auto of_width) -> const char* {
+      constexpr int WIDTH = decltype(of_width)::value;
+      if constexpr (has_width(MathPolicy::math, WIDTH, EVEN)) {
+        return by_arch(shape.arch, [&](auto of_arch) {
+          constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
+          constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
+          using C = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, EVEN>;
+          return pack_and_launch<Pass<C>>(args, shape, packed, stream);
+        });
+      } else {
+        return none;
+      }
     });
   });
 }
 
 }  // namespace
 
-template <Cell CELL, Scalar SCALAR>
+template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
-  return run<SingleCtaForward, CELL, SCALAR, false>(args, shape, packed, stream);
+  return run<SingleCtaForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, packed, stream);
 }
 
-template <Cell CELL, Scalar SCALAR>
+template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
-  return run<SingleCtaBackward, CELL, SCALAR, true>(args, shape, packed, stream);
+  return run<SingleCtaBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, packed, stream);
 }
 
 template const char* single_cta_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, void*, void*);

@@ -22,21 +22,18 @@ SliceArgs slice_args(const Args& args, const SliceShape& slices, int tile) {
 }
 
 // Calls with the configuration of the kernel for a layer.
-template <Path PATH, Cell CELL, Scalar SCALAR, bool BACKWARD, int UNITS, class Call>
+template <Path PATH, Cell CELL, class MathPolicy, bool BACKWARD, int UNITS, class Call>
 const char* by_slice_config(const SweepArgs& args, Arch arch, Call call) {
-  return by_policy<SCALAR>(args.tf32, [&](auto policy) {
-    using MathPolicy = std::decay_t<decltype(policy)>;
-    return by_even(args.hidden, [&](auto even) {
-      constexpr bool EVEN = decltype(even)::value;
-      return by_arch(arch, [&](auto of_arch) -> const char* {
-        constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
-        if constexpr (resident_of(PATH, variant, UNITS) == 0) {
-          return "no kernel by clusters for this architecture";
-        } else {
-          constexpr Arch ARCH = resident_arch(PATH, variant, UNITS);
-          return call(SliceConfig<ARCH, PATH, CELL, MathPolicy, BACKWARD, UNITS, EVEN>{});
-        }
-      });
+  return by_even(args.hidden, [&](auto even) {
+    constexpr bool EVEN = decltype(even)::value;
+    return by_arch(arch, [&](auto of_arch) -> const char* {
+      constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
+      if constexpr (resident_of(PATH, variant, UNITS) == 0) {
+        return "no kernel by clusters for this architecture";
+      } else {
+        constexpr Arch ARCH = resident_arch(PATH, variant, UNITS);
+        return call(SliceConfig<ARCH, PATH, CELL, MathPolicy, BACKWARD, UNITS, EVEN>{});
+      }
     });
   });
 }
