@@ -4,6 +4,7 @@ torch.nn's RNN and GRU allow it where they keep a copy of what they return. We k
 itself, and where it was changed, y is computed once more.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -11,8 +12,9 @@ class Changes:
     """Tells whether a tensor was changed in place since, without keeping its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._alias = tensor.detach()  # which has the version counter of the tensor, and no reference to it,
-        self._alias.data = tensor.new_empty(0)  # also with other memory
+        with torch._C._DisableTorchDispatch():  # a mode sees what a call computes, and none of this
+            self._alias = tensor.detach()  # which has the version counter of the tensor, and no reference to it,
+            self._alias.data = tensor.new_empty(0)  # also with other memory
         self._before = self._alias._version
 
     def any(self) -> bool:

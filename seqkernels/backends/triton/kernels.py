@@ -243,17 +243,8 @@ def resident_backward(
             total += product(w_2, tl.where(running, g_2, 0.0), PRECISION)
         if GATES > 3:
             total += product(w_3, tl.where(running, g_3, 0.0), PRECISION)
-        store_blocks(
-            grad_gates + (direction * N + at) * GRADS * H,
-            lane * GRADS * H + unit,
-            running,
-            H,
-            g_0,
-            g_1,
-            g_2,
-            g_3,
-            GRADS,
-        )
+        place = grad_gates + (direction * N + at) * GRADS * H
+        store_blocks(place, lane * GRADS * H + unit, running, H, g_0, g_1, g_2, g_3, GRADS)
         grad_h_t, grad_c_t = tl.where(running, total, grad_h_t), tl.where(running, grad_c_before, grad_c_t)
         at, running, grad, now, before = next_at, next_running, next_grad, next_now, next_before
         s_0, s_1, s_2, s_3 = next_0, next_1, next_2, next_3
