@@ -69,7 +69,8 @@ def check_kind(weight: Tensor) -> None:
         )
 
 
-def check_input(data: Tensor, w_ih: Tensor, dimensions: int) -> None:
+def check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> None:
+    w_ih = weights[0]
     check_kind(w_ih)
     if data.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
@@ -82,7 +83,14 @@ def check_input(data: Tensor, w_ih: Tensor, dimensions: int) -> None:
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {data.shape[-1]}"
         )
-    check_same(w_ih, data, "parameter")
+    check_weights(weights, data)
+
+
+def check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
+    device, dtype = data.device, data.dtype
+    for weight in weights:
+        if weight.device != device or weight.dtype != dtype:
+            check_same(weight, data, "parameter")
 
 
 def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str) -> None:
@@ -102,8 +110,9 @@ def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
         raise RuntimeError(f"RNN {name} tensor dtype ({tensor.dtype}) does not match input dtype ({data.dtype})")
 
 
-def check_step(input: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tensor) -> None:
+def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Arguments of one step of a cell: input ``[B, I]``, states ``[B, H]``."""
+    w_ih, w_hh, *_ = weights
     check_kind(w_ih)
     if input.shape[1] != w_ih.shape[1]:
         raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}")
@@ -115,4 +124,4 @@ def check_step(input: Tensor, states: Sequence[Tensor], w_ih: Tensor, w_hh: Tens
                 f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {w_hh.shape[1]}"
             )
         check_same(state, input)
-    check_same(w_ih, input, "parameter")
+    check_weights(weights, input)

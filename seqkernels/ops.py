@@ -59,7 +59,17 @@ BACKWARD_SCHEMA = (
 _library = torch.library.Library("seqkernels", "FRAGMENT")
 
 
+def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None) -> None:
+    """One tensor on the meta device, and torch calls a fake kernel, whose results nobody has computed."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"all tensors are on one device, found {x.device} (x) and {tensor.device}")
+    if batch_sizes is not None and batch_sizes.device.type not in ("cpu", x.device.type):
+        raise RuntimeError(f"batch_sizes is on the CPU or where x is, found {x.device} (x) and {batch_sizes.device}")
+
+
 def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
+    _expect_one_device(x, (*weights, h_0, c_0), batch_sizes)
     rows, (directions, sequences, projected) = x.shape[0], h_0.shape
     blocks = CELLS[cell].saved_blocks if save else 0
     return (
@@ -73,6 +83,8 @@ def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
 def _fake_backward(
     cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=()
 ):
+    _expect_one_device(x, (*weights, h_0, c_0, y, saved, grad_y, grad_h_n, grad_c_n), batch_sizes)
+
     def like(tensor, wanted=True):
         return tensor.new_empty(tensor.shape if wanted else 0)
 

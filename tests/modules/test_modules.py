@@ -225,3 +225,25 @@ def test_wrong_constructor_arguments_raise_torchs_errors():
 def test_meta_modules_need_no_memory():
     rnn = sk.LSTM(4, 1 << 20, device="meta")
     assert rnn(torch.randn(6, 3, 4, device="meta"))[0].shape == (6, 3, 1 << 20)
+
+
+@pytest.mark.parametrize("kind", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name", [*MODULES, *CELLS])
+def test_a_parameter_of_another_device_or_dtype_is_refused(name, kind):
+    x = torch.randn(3, 4)
+    for other in ({"device": "meta"}, {"dtype": torch.float64}):
+        module = getattr(sk, name)(4, 5)
+        parameter = kind if name in CELLS else f"{kind}_l0"
+        setattr(module, parameter, nn.Parameter(getattr(module, parameter).detach().to(**other)))
+        # For the first weight's dtype torch.nn has a ValueError.
+        with pytest.raises((RuntimeError, ValueError), match=r"parameter tensor|does not match weight dtype"):
+            module(x)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_a_parameter_of_a_later_layer_or_direction_is_looked_at_too(name):
+    for parameter in ("weight_hh_l0_reverse", "bias_ih_l1", "weight_ih_l1_reverse"):
+        module = getattr(sk, name)(4, 5, num_layers=2, bidirectional=True)
+        setattr(module, parameter, nn.Parameter(getattr(module, parameter).detach().to("meta")))
+        with pytest.raises(RuntimeError, match="parameter tensors are not at the same device"):
+            module(torch.randn(3, 2, 4))

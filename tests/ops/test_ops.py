@@ -222,3 +222,24 @@ def test_an_operator_that_addresses_memory_refuses(name, backend):
     arguments[place] = change(arguments[place])
     with pytest.raises(RuntimeError, match=message):
         forward(backend)(*arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_without_data_is_no_reason_to_compute_nothing(backend):
+    """torch dispatches a call with a tensor on the meta device to the fake kernel, whose results are empty memory."""
+    _, x, weights, h_0, c_0, batch_sizes, _ = Call("lstm", batch_sizes=(3, 2), dtype=torch.float32).arguments()
+    y, _, _, saved = forward(backend)("lstm", x, weights, h_0, c_0, batch_sizes, True)
+    layer = [x, *weights, h_0, c_0, batch_sizes]
+
+    def run(layer, grad_y=y, y=y) -> None:
+        x, *weights, h_0, c_0, batch_sizes = layer
+        forward(backend)("lstm", x, weights, h_0, c_0, batch_sizes, True)
+        backward(backend)("lstm", grad_y, None, None, x, weights, h_0, c_0, batch_sizes, y, saved, True, True)
+
+    run(layer)
+    for k, tensor in enumerate(layer):
+        with pytest.raises(RuntimeError, match=r"on one device|where x is"):
+            run([*layer[:k], tensor.to("meta"), *layer[k + 1 :]])
+    for other in ({"grad_y": y.to("meta")}, {"y": y.to("meta")}):
+        with pytest.raises(RuntimeError, match="on one device"):
+            run(layer, **other)
