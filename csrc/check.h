@@ -17,6 +17,18 @@ inline Cell cell_of(const std::string& name) {
   fail("unknown cell '", name, "'; the cells are ", known);
 }
 
+// The cell that an operator is given by name, whose string is freed. Not as std::string: the conversion to that, in
+// torch's headers before pytorch PR 190493, leaks the string of each call.
+inline Cell take_cell(StringHandle name) {
+  size_t length = 0;
+  const char* text = nullptr;
+  check_call(torch_string_length(name, &length));
+  check_call(torch_string_c_str(name, &text));
+  const std::string copied(text, length);
+  check_call(torch_delete_string(name));
+  return cell_of(copied);
+}
+
 inline Scalar scalar_of(ScalarType type) {
   switch (type) {
     case ScalarType::Float: return Scalar::float32;
@@ -29,7 +41,7 @@ inline Scalar scalar_of(ScalarType type) {
 
 // What both operators take.
 struct LayerArguments {
-  const std::string& cell;
+  Cell cell;
   const Tensor& x;
   const Tensors& weights;
   const Tensor& h_0;
@@ -60,6 +72,9 @@ WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int
   return {&of[0], &of[1], bias ? &of[2] : nullptr, bias ? &of[3] : nullptr, projection ? &of[each - 1] : nullptr};
 }
 
+// Without, there is nothing to compute, and no gradient.
+inline bool has_states(const Layer& p) { return p.sequences && (p.hidden || p.projected); }
+
 // Checks arguments, fills a layer with pointers to them, and keeps contiguous copies alive as long as these are used.
 class CheckedArguments {
  public:
@@ -68,7 +83,7 @@ class CheckedArguments {
         device_(arguments.x.device()),
         alignment_(options.alignment * arguments.x.element_size()),
         has_c_(arguments.c_0.has_value()) {
-    p.cell = cell_of(arguments.cell);
+    p.cell = arguments.cell;
     p.scalar = scalar_of(type_);
     set_sizes(p, arguments);
     set_arrays(p, arguments);
@@ -135,6 +150,7 @@ class CheckedArguments {
       fail(name, " is ", text_of(shape.data(), shape.size()), ", got ", text_of(sizes.data(), sizes.size()));
     check(tensor.device() == device_, name, " is on another device than x");
     check(tensor.scalar_type() == type_, name, " has another dtype than x");
+    check_storage(tensor, name);
     const bool contiguous = tensor.is_contiguous();
     if (contiguous && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment_ == 0)
       return tensor.const_data_ptr();
@@ -146,11 +162,27 @@ class CheckedArguments {
     return copies_.back().const_data_ptr();
   }
 
+  // A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
+  void check_storage(const Tensor& tensor, const char* name) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    int64_t reached = tensor.storage_offset() + 1, held = 0;
+    for (size_t i = 0; i < sizes.size(); i++) {
+      if (!sizes[i]) return;
+      reached += (sizes[i] - 1) * strides[i];
+    }
+    check_call(aoti_torch_get_storage_size(tensor.get(), &held));
+    const int64_t needed = reached * static_cast<int64_t>(tensor.element_size());
+    check(needed <= held, name, ": sizes ", text_of(sizes.data(), sizes.size()), " and strides ",
+          text_of(strides.data(), strides.size()), " requiring a storage size of ", needed,
+          " are out of bounds for storage of size ", held);
+  }
+
   void set_steps(Layer& p, int64_t rows, const Optional& batch_sizes, bool read_sizes) {
     if (batch_sizes && !(read_sizes && batch_sizes->is_cpu())) {  // reading them would wait for the GPU
       check(
           batch_sizes->device() == device_ && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
           "batch_sizes is [steps], int64, on the CPU or where x is");
+      check_storage(*batch_sizes, "batch_sizes");
       p.steps = batch_sizes->size(0);
       p.rows = rows;
       return;
@@ -158,6 +190,7 @@ class CheckedArguments {
     if (batch_sizes) {
       check(batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
             "batch_sizes is [steps], int64, on the CPU");
+      check_storage(*batch_sizes, "batch_sizes");
       const Tensor contiguous = torch::stable::contiguous(*batch_sizes);
       const auto* sizes = static_cast<const int64_t*>(contiguous.const_data_ptr());
       batch_sizes_.assign(sizes, sizes + contiguous.numel());

@@ -48,8 +48,9 @@ struct LayerBackward : Layer {
   const void* grad_c_n;  // [D, B, H] or null
   const void* y;
   const void* saved;
-  void* grad_x;                      // [N, I] or null: not wanted
-  WeightsOf<void*> grad_weights[2];  // all null: not wanted
+  bool wants_x, wants_weights;
+  void* grad_x;                      // [N, I] if wanted
+  WeightsOf<void*> grad_weights[2];  // if wanted
   void* grad_h_0;                    // [D, B, P]
   void* grad_c_0;                    // [D, B, H] or null
 };

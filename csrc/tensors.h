@@ -32,6 +32,9 @@ void check(bool holds, const Args&... sentence) {
   if (!holds) fail(sentence...);
 }
 
+// A function of torch's C interface went well.
+inline void check_call(AOTITorchError error) { check(error == AOTI_TORCH_SUCCESS, "an internal call of torch failed"); }
+
 inline std::string text_of(const int64_t* sizes, size_t count) {
   std::ostringstream text;
   for (size_t i = 0; i < count; i++) text << (i ? ", " : "[") << sizes[i];

@@ -160,7 +160,7 @@ void prepare_backward(const LayerBackward& p, const BackwardMemory<S>& memory, c
   for (int d = 0; d < p.directions; d++) {
     pack(memory.hh, p.weights[d].w_hh, memory.direction[d].w_hh);
     if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, memory.direction[d].w_hr);
-    if (p.grad_x)
+    if (p.wants_x)
       for (int64_t j = work.first(memory.ih.count()); j < work.last(memory.ih.count()); j++)
         for (int64_t g = 0; g < G; g++) {
           const int64_t source = memory.columns.gate_of_input(g * H);
@@ -197,7 +197,7 @@ void backward(const LayerBackward& p, const Schedule& schedule, int begin, int e
     chunk.rows = p.offsets[last - 1] + p.batch_sizes[last - 1] - chunk.row;
     sweep([&](auto task) { task.run(chunk); });
     all.wait();
-    if (p.grad_x) input_gradient(p, memory, all, chunk);
+    if (p.wants_x) input_gradient(p, memory, all, chunk);
     if (memory.wants_weights)
       for (int d = 0; d < p.directions; d++) weight_gradients(p, memory, all, chunk, d, last < p.steps);
     all.wait();

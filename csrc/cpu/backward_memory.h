@@ -63,14 +63,14 @@ struct BackwardMemory {
 
   BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
       : columns(p),
-        ih(p.directions * columns.gates, p.grad_x ? p.input : 0, 1),
+        ih(p.directions * columns.gates, p.wants_x ? p.input : 0, 1),
         hh(columns.gates, p.projected, 1),
         hr(p.projected, p.has_projection ? p.hidden : 0, 1),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
         ldg(leading<C>(columns.width)),
         chunk_steps(steps_of_chunk(p)),
-        wants_weights(p.grad_weights[0].w_ih) {
+        wants_weights(p.wants_weights) {
     Arena arena{static_cast<char*>(base)};
     w_ih = arena.take<C>(ih.size());
     for (int d = 0; d < p.directions; d++) {

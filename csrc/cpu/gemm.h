@@ -66,6 +66,10 @@ struct Depth {
 template <int N, class F>
 __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F** a, const F* panel, int64_t stride,
                                               Vec<Sum<F>>* out) {
+  if (!depth.k) {
+    for (int64_t i = 0; i < rows * N; i++) out[i] = Vec<Sum<F>>{};
+    return;
+  }
   // Tiles have nearly equal heights, as a last tile of one row would not use all multipliers.
   const int64_t tiles = (rows + kMr<N> - 1) / kMr<N>;
   for (int segment = 0; segment < depth.segments; segment++) {

@@ -33,11 +33,11 @@ void zero_rows(Tensor& tensor, int64_t from) {
 void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 // `launch` is for backends whose plan says more than that they run.
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, Tensor x, Tensors weights, Tensor h_0,
+std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                               Optional c_0, Optional batch_sizes, bool save,
                                                               std::vector<int64_t> /*launch*/) {
   LayerForward p{};
-  CheckedArguments arguments(p, {cell, x, weights, h_0, c_0, batch_sizes});
+  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes});
   p.bfloat16_products = bfloat16_products();
   const int64_t D = p.directions, K = save ? saved_blocks_of(p.cell) : 0;
   Tensor y = allocate(x.scalar_type(), Shape{x.size(0), D * p.projected});
@@ -51,20 +51,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(std::string cell, 
   p.c_n = pointer(c_n);
   p.saved = pointer(saved);
   const Kernels& kernels = seqkernels::kernels();
-  if (h_n.numel()) run(p, kernels.forward_bytes, kernels.forward);
+  if (has_states(p)) run(p, kernels.forward_bytes, kernels.forward);
   return {y, h_n, c_n, saved};
 }
 
 // Results for the gradients of the weights, to which the kernel is pointed if it runs.
 Tensors allocate_grad_weights(LayerBackward& p, const Tensors& weights, bool wanted) {
   Tensors grads;
+  p.wants_weights = wanted && p.rows && has_states(p);
   for (const Tensor& weight : weights) {
     const auto sizes = weight.sizes();
     grads.push_back(allocate(weight.scalar_type(), wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0}));
-    if (!p.rows) zero_rows(grads.back(), 0);
+    if (!p.wants_weights) zero_rows(grads.back(), 0);
   }
   const auto pointer_if = [](Tensor* tensor) { return tensor ? pointer(*tensor) : nullptr; };
-  for (int d = 0; p.rows && d < p.directions; d++) {
+  for (int d = 0; p.wants_weights && d < p.directions; d++) {
     const auto of = weights_of_direction(grads.data(), grads.size(), p.directions, d);
     p.grad_weights[d] = {pointer_if(of.w_ih), pointer_if(of.w_hh), pointer_if(of.b_ih), pointer_if(of.b_hh),
                          pointer_if(of.w_hr)};
@@ -72,13 +73,13 @@ Tensors allocate_grad_weights(LayerBackward& p, const Tensors& weights, bool wan
   return grads;
 }
 
-std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell, Optional grad_y, Optional grad_h_n,
+std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h_n,
                                                                 Optional grad_c_n, Tensor x, Tensors weights,
                                                                 Tensor h_0, Optional c_0, Optional batch_sizes,
                                                                 Tensor y, Tensor saved, bool wants_x,
                                                                 bool wants_weights, std::vector<int64_t> /*launch*/) {
   LayerBackward p{};
-  CheckedArguments arguments(p, {cell, x, weights, h_0, c_0, batch_sizes});
+  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes});
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
   p.bfloat16_products = bfloat16_products();
   const int64_t D = p.directions, B = p.sequences;
@@ -86,12 +87,13 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(std::string cell
   Tensor grad_h_0 = allocate(x.scalar_type(), Shape{D, B, p.projected});
   Tensor grad_c_0 = allocate(x.scalar_type(), Shape{D, B, c_0 ? p.hidden : 0});
   Tensors grad_weights = allocate_grad_weights(p, weights, wants_weights);
-  if (wants_x) zero_rows(grad_x, p.rows);
+  if (wants_x) zero_rows(grad_x, has_states(p) ? p.rows : 0);
+  p.wants_x = wants_x;
   p.grad_x = pointer(grad_x);
   p.grad_h_0 = pointer(grad_h_0);
   p.grad_c_0 = pointer(grad_c_0);
   const Kernels& kernels = seqkernels::kernels();
-  if (grad_h_0.numel()) run(p, kernels.backward_bytes, kernels.backward);
+  if (has_states(p)) run(p, kernels.backward_bytes, kernels.backward);
   return {grad_x, grad_weights, grad_h_0, grad_c_0};
 }
 

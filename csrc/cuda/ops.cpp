@@ -92,19 +92,19 @@ void run_forward(const CallContext& context, const Layer& p, const Plan& plan, b
   if (c_0) copy(results.c_n, c);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(std::string cell, Tensor x, Tensors weights, Tensor h_0,
+std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, bool save, bool tf32,
                                                         int64_t path, int64_t tile, int64_t units) {
   const Plan plan = plan_of(path, tile, units);
   LayerForward p{};
-  CheckedArguments arguments(p, {cell, x, weights, h_0, c_0, batch_sizes}, check_options());
+  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes}, check_options());
   const CallContext context(x);
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, H = p.hidden, K = saved_blocks_of(p.cell);
   ForwardResults results{context.allocate({N, D * p.projected}), context.allocate({D, B, p.projected}),
                          context.allocate({D, B, c_0 ? H : 0}), context.allocate({N, D, save ? K * H : 0})};
   zero_rows(context, p, results.y, batch_sizes.has_value());
   zero_rows(context, p, results.saved, batch_sizes.has_value());
-  if (results.h_n.numel()) {
+  if (has_states(p)) {
     if (p.steps && p.rows)
       run_forward(context, p, plan, tf32, h_0, c_0, batch_sizes, results);
     else
@@ -194,18 +194,18 @@ void run_backward(const CallContext& context, const LayerBackward& p, const Plan
   if (results.wants_weights) multiply_grad_weights(context, p, sweep, grads, results.grad_weights);
 }
 
-std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(std::string cell, Optional grad_y, Optional grad_h_n,
+std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n,
                                                           Optional grad_c_n, Tensor x, Tensors weights, Tensor h_0,
                                                           Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                                                           bool wants_x, bool wants_weights, bool tf32, int64_t path,
                                                           int64_t tile, int64_t units) {
   const Plan plan = plan_of(path, tile, units);
   LayerBackward p{};
-  CheckedArguments arguments(p, {cell, x, weights, h_0, c_0, batch_sizes}, check_options());
+  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes}, check_options());
   const CallContext context(x);
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
   BackwardResults results = allocate_results(context, p, x, weights, wants_x, wants_weights);
-  if (p.steps && p.rows && h_0.numel())
+  if (p.steps && p.rows && has_states(p))
     run_backward(context, p, plan, tf32, x.size(0), batch_sizes, results);
   else
     pass_gradients(context, p, results);

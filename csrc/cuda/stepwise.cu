@@ -29,6 +29,7 @@ const char* by_layer(const SweepArgs& s, Call call) {
 // One thread for each of so many elements.
 template <class Kernel>
 const char* launch_for(int64_t elements, int directions, const typename Kernel::Parameters& p, void* stream) {
+  if (!elements) return nullptr;
   return launch<Kernel>((elements + kThreads - 1) / kThreads, directions, 0, stream, p);
 }
 

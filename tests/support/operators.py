@@ -48,21 +48,26 @@ class Call:
             # So small that rounding errors do not grow from step to step.
             return (random(*shape).detach() / (2 * shape[-1] ** 0.5)).requires_grad_(requires_grad)
 
-        D, B, H, P = self.directions, self.sequences, self.hidden, self.projected or self.hidden
+        D, B, H, P = (
+            self.directions,
+            self.sequences,
+            self.hidden,
+            self.hidden if self.projected is None else self.projected,
+        )
         rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
         gates = cells.CELLS[self.cell].gates * H
         weights = []
         for _ in range(D):
             weights += [weight(gates, self.input), weight(gates, P)]
             weights += [random(gates), random(gates)] if self.bias else []
-            weights += [weight(P, H)] if self.projected else []
+            weights += [weight(P, H)] if self.projected is not None else []
         return (
             self.cell,
             random(rows, self.input),
             weights,
             random(D, B, P),
             random(D, B, H) if self.cell == "lstm" else None,
-            None if self.batch_sizes is None else torch.tensor(self.batch_sizes),
+            None if self.batch_sizes is None else torch.tensor(self.batch_sizes, dtype=torch.int64),
             save,
         )
 

@@ -43,7 +43,7 @@ def forward(
     saved = new(layer.N, layer.D, layer.K * layer.H if save else 0)
     h_n = h_0.clone(memory_format=torch.contiguous_format)
     c_n = h_0.new_zeros(layer.D, layer.B, 0) if c_0 is None else _copy(c_0, torch.float32)
-    if y.numel():
+    if layer.has_work:
         gates_x = x.new_empty(layer.D, layer.N, layer.G * layer.H)
         for w, gates in zip(layer.weights, gates_x, strict=True):
             _linear(x, w.w_ih, w.b_ih, out=gates)
@@ -86,7 +86,7 @@ def backward(
     new = x.new_empty if batch_sizes is None else x.new_zeros
     grad_gates = new(D, N, layer.F * H)
     grad_projected = new(D, N, P if layer.projected else 0)
-    if y.numel():
+    if layer.has_work:
         h_0 = h_0.contiguous()
         c_0 = h_0 if c_0 is None else c_0.contiguous()
         grad_y = None if grad_y is None else grad_y.contiguous()
@@ -95,10 +95,12 @@ def backward(
             run = _resident_backward if layer.tile.resident else _stepwise_backward
             run(layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected)
     grad_x = gradients.grad_x(layer, grad_gates) if wants_x else x.new_empty(0)
-    if wants_weights:
+    if not wants_weights:
+        grad_weights = [x.new_empty(0) for _ in weights]
+    elif layer.has_work:
         grad_weights = gradients.grad_weights(layer, x, h_0, y, saved, grad_gates, grad_projected)
     else:
-        grad_weights = [x.new_empty(0) for _ in weights]
+        grad_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
     return grad_x, grad_weights, grad_h.to(x.dtype), grad_c.to(x.dtype)
 
 
@@ -137,6 +139,7 @@ class Layer:
                 self.known = batch_sizes.tolist()
                 self.used = sum(self.known)
             self.starts, self.sizes = _starts_and_sizes(batch_sizes, x.device)
+        self.has_work = 0 not in (self.N, self.T, self.B, self.H + self.P)
 
     def guard(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
