@@ -41,6 +41,7 @@ def check(
     """
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
+    _expect_storage("x", x)
     _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
     N, I, (D, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
     _require(D in (1, 2), f"an RNN has one or two directions, got {D}")
@@ -65,6 +66,7 @@ def check(
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
+    _expect_storage("batch_sizes", batch_sizes)
     if batch_sizes.device.type == "cpu":
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
@@ -80,6 +82,21 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) 
         _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
         _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
         _require(tensor.device == x.device, f"{name} is on another device than x")
+        _expect_storage(name, tensor)
+
+
+def _expect_storage(name: str, tensor: Tensor) -> None:
+    """A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold."""
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    if 0 in sizes:
+        return
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    needed, held = (last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
+    _require(
+        needed <= held,
+        f"{name}: sizes {sizes} and strides {strides} requiring a storage size of {needed} are out of bounds for "
+        f"storage of size {held}",
+    )
 
 
 def _require(holds: bool, sentence: str) -> None:

@@ -1,0 +1,54 @@
+"""Tensors whose storage was freed or shrunk: refused, never read."""
+
+import pytest
+import torch
+from operators import BACKENDS, Call, backward, forward
+from torch import Tensor
+
+LAYER = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "batch_sizes")
+GRADIENTS = ("grad_y", "grad_h_n", "grad_c_n", "y", "saved")
+
+
+def named_arguments(backend: str) -> dict[str, Tensor]:
+    """All tensors that the operators of an LSTM with a projection take."""
+    call = Call("lstm", projected=2, batch_sizes=(3, 2), dtype=torch.float32)
+    _, x, weights, h_0, c_0, batch_sizes, _ = call.arguments()
+    y, h_n, c_n, saved = forward(backend)("lstm", x, weights, h_0, c_0, batch_sizes, True)
+    layer = dict(zip(LAYER, (x, *weights, h_0, c_0, batch_sizes), strict=True))
+    grads = [torch.ones_like(tensor) for tensor in (y, h_n, c_n)]
+    return layer | dict(zip(GRADIENTS, (*grads, y, saved), strict=True))
+
+
+def run_forward(backend: str, of: dict[str, Tensor]) -> None:
+    weights = [of[name] for name in LAYER[1:6]]
+    forward(backend)("lstm", of["x"], weights, of["h_0"], of["c_0"], of["batch_sizes"], True)
+
+
+def run_backward(backend: str, of: dict[str, Tensor]) -> None:
+    layer = of["x"], [of[name] for name in LAYER[1:6]], of["h_0"], of["c_0"], of["batch_sizes"]
+    grads = [of[name] for name in GRADIENTS[:3]]
+    backward(backend)("lstm", *grads, *layer, of["y"], of["saved"], True, True)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch_eager"])  # that checks what torch does
+@pytest.mark.parametrize("kept", [0, 0.5, 1], ids=["freed", "halved", "one byte less"])
+@pytest.mark.parametrize("name", (*LAYER, *GRADIENTS))
+def test_a_storage_that_holds_less_than_its_tensor_is_refused(name, kept, backend):
+    of = named_arguments(backend)
+    storage = of[name].untyped_storage()
+    storage.resize_(int(storage.nbytes() * kept) - (kept == 1))
+    for run in [run_backward] if name in GRADIENTS else [run_forward, run_backward]:
+        with pytest.raises(RuntimeError, match=rf"{name}.*out of bounds for storage of size {storage.nbytes()}"):
+            run(backend, of)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch_eager"])
+def test_a_view_reaches_as_far_as_its_offset_and_strides_say(backend):
+    of = named_arguments(backend)
+    rows, width = of["x"].shape
+    wide = torch.zeros(rows + 1, 2 * width)
+    of["x"] = wide[1:, ::2]
+    run_forward(backend, of)
+    wide.untyped_storage().resize_(wide.untyped_storage().nbytes() - 2 * wide.element_size())
+    with pytest.raises(RuntimeError, match=r"x: sizes .* out of bounds"):
+        run_forward(backend, of)
