@@ -115,10 +115,10 @@ lint: $(READY)
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
-	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q tests/ops/test_ops.py -k "not triton"
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q $(addprefix tests/ops/,test_ops.py test_zero_sizes.py test_storage.py) -k "not triton"
 
 # The kernels for ARM, compiled here and run by an emulator: they compute what this machine's do.
 # Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
@@ -126,9 +126,8 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/cpu/native_check.cpp csrc/cpu/isa.cpp csrc/cpu/schedule.cpp
 arm: $(READY)
 	mkdir -p build/arm
-	SEQKERNELS_BUILD=cpu $(BIN)/python setup.py -q build_ext --build-lib build/arm --build-temp build/arm/objects
 	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp -o build/arm/check
-	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/arm/objects/kernels_*.o -o build/arm/check-here
+	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/temp.*/kernels_*.o -o build/arm/check-here
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt
 	build/arm/check-here > build/arm/check-here.txt
 	build/arm/check-here baseline > build/arm/check-baseline.txt
