@@ -90,13 +90,10 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     lengths = _as_lengths(lengths, sequences, input.device)
     batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, steps)
     sorted_indices = lengths.argsort(descending=True, stable=True)
-    step = torch.arange(steps, device=lengths.device).unsqueeze(1)
-    strides = (1, steps) if batch_first else (sequences, 1)
-    position = step * strides[0] + sorted_indices * strides[1]  # [T, B] where (step, sorted sequence) lies in `input`
     total = steps * sequences
-    running = step < lengths[sorted_indices]
     used = total if torch.compiler.is_compiling() or lengths.device.type != "cpu" else int(batch_sizes.sum())
-    index, inverse = _row_index(running, position, used, total)
+    step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
+    index, inverse = _row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
     gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
     data = gather(input.reshape(total, input.shape[2]), index, inverse)
@@ -127,8 +124,7 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
         max_seqlen = int(lengths.max()) if sequences else 0
     batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, max_seqlen)
     sorted_indices = lengths.argsort(descending=True, stable=True)
-    step = torch.arange(max_seqlen, device=lengths.device).unsqueeze(1)
-    index, inverse = _row_index(step < lengths[sorted_indices], cu_seqlens[:-1][sorted_indices] + step, total, total)
+    index, inverse = _row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
     gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
     data = gather(input, index, inverse)
@@ -153,18 +149,20 @@ def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: T
     return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
 
 
-def _row_index(running: Tensor, position: Tensor, rows: int, total: int) -> tuple[Tensor, Tensor]:
+def _row_index(batch_sizes: Tensor, first_rows: Tensor, stride: int, rows: int, total: int) -> tuple[Tensor, Tensor]:
     """Where each of the `rows` packed rows lies among the user's `total` rows, and the inverse; -1 where nowhere.
 
-    running, position: ``[T, B]`` with the sequences sorted. Written without data-dependent shapes, so that it compiles.
+    first_rows: ``[B]`` where each sequence of the sorted batch begins there; its steps are `stride` rows apart.
+    Nothing here has the size of steps times sequences, nor one that depends on data, so that it compiles.
     """
-    running, position = running.flatten(), position.flatten()
-    # The packed rows are the running places in order; all other places go to one row more, which is dropped.
-    place = torch.where(running, running.cumsum(0) - 1, rows)
-    index = place.new_full((rows + 1,), -1).scatter(0, place, position)[:rows]
-    target = torch.where(index < 0, total, index)
-    inverse = place.new_full((total + 1,), -1)
-    inverse = inverse.scatter(0, target, torch.arange(rows, device=place.device))[:total]
+    ends = batch_sizes.cumsum(0)
+    row = torch.arange(rows, device=batch_sizes.device)
+    # Rows behind the last step, of which there are some where nobody knows how many are used, go nowhere.
+    step = torch.searchsorted(ends, row, right=True).clamp(max=batch_sizes.shape[0] - 1)
+    place = (row - (ends - batch_sizes)[step]).clamp(max=first_rows.shape[0] - 1)
+    used = row < batch_sizes.sum()
+    index = torch.where(used, first_rows[place] + step * stride, -1)
+    inverse = row.new_full((total + 1,), -1).scatter(0, torch.where(used, index, total), row)[:total]
     return index, inverse
 
 
@@ -211,7 +209,8 @@ def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
             raise ValueError(f"lengths must lie between 0 and the {steps} steps of the input, got {lengths.tolist()}")
     else:
         torch._assert_async(fits, "lengths must lie between 0 and the steps of the input")
-    return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).sum(1)
+    ended = torch.searchsorted(lengths.sort().values, torch.arange(steps, device=lengths.device), right=True)
+    return lengths.shape[0] - ended
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels as sk
 
@@ -206,3 +207,36 @@ def test_rows_behind_the_last_step_are_zeros_whatever_lies_behind_a_sequence():
     assert gathered.tolist() == [[2.0], [1.0], [0.0], [0.0]]
     gathered.backward(torch.tensor([[3.0], [4.0], [float("nan")], [float("nan")]]))
     assert rows.grad.tolist() == [[4.0], [0.0], [3.0], [0.0]]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest tensor has that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for result in torch.utils._pytree.tree_leaves(results):
+            if isinstance(result, torch.Tensor):
+                self.elements = max(self.elements, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_one_long_sequence_beside_many_short_ones_costs_their_rows_alone(name):
+    rnn, lengths = getattr(sk, name)(3, 4), torch.tensor([1] * 300 + [2000] + [1] * 300)
+    x = torch.randn(int(lengths.sum()), 3, requires_grad=True)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    run = getattr(sk.functional, name.lower())
+    with LargestTensor() as largest:
+        y, _ = run(x, None, rnn._flat_weights, cu_seqlens=cu_seqlens)
+        y.sum().backward()
+    assert largest.elements <= 20 * len(x)  # the saved state of an LSTM: 5 blocks of 4 units a row
+    padded, grad = torch.nn.utils.rnn.pad_sequence(list(x.detach().split(lengths.tolist()))), x.grad
+    padded.requires_grad_()
+    with LargestTensor() as largest:
+        of_padded = rnn(padded, lengths=lengths)[0]
+        of_padded.sum().backward()
+    assert largest.elements <= 4 * padded[..., 0].numel()  # y itself
+    torch.testing.assert_close(torch.cat([of_padded[:n, b] for b, n in enumerate(lengths)]), y)
+    torch.testing.assert_close(torch.cat([padded.grad[:n, b] for b, n in enumerate(lengths)]), grad)
