@@ -37,11 +37,21 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # -Wno-maybe-uninitialized: GCC 12 warns about its own AVX-512 header.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+LINK_FLAGS = "-Wl,-z,relro,-z,now -Wl,--no-as-needed"  # what the loader fills in is read-only from then on
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Wno-deprecated-gpu-targets"
 
 
+def words_of(variable: str) -> list[str]:
+    """The words of an environment variable, by the shell's rules; ends with a sentence where these do not hold."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        sys.exit(f"{variable}={text} is no part of a command line: {str(error).lower()}")
+
+
 def compiler() -> str:
-    wanted = os.environ.get("CXX")
+    wanted = shlex.join(words_of("CXX"))
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(shlex.split(candidate)[0]):
             return candidate
@@ -144,8 +154,7 @@ def examine(path: str | None) -> Nvcc:
         path,
         version,
         tuple(capabilities),
-        tuple(re.findall(r"-I([^\s\"]+)", includes[1] if includes else "")),
-        tuple(re.findall(r"-L([^\s\"]+)", libraries[1] if libraries else "")),
+        *(tuple(word[2:] for word in shlex.split(found[1] if found else "")) for found in (includes, libraries)),
     )
 
 
@@ -234,8 +243,12 @@ class Library(NamedTuple):
 
 
 def header_flags() -> str:
-    """Where the headers of torch and of Python are."""
-    return f"-isystem {torch_directory()}/include -isystem {sysconfig.get_paths()['include']}"
+    """Flags for what includes torch's headers: where these and Python's are; names of files that do not tell where the
+    build was; and a guarded stack, which costs kernels time."""
+    torch = torch_directory()
+    headers = shlex.join(["-isystem", f"{torch}/include", "-isystem", sysconfig.get_paths()["include"]])
+    names = shlex.join(f"-ffile-prefix-map={there}={name}" for there, name in ((ROOT, "seqkernels"), (torch, "torch")))
+    return f"{headers} {names} -fstack-protector-strong"
 
 
 def cpu_library(includes: str) -> Library:
@@ -272,7 +285,7 @@ def cuda_instances() -> list[Instance]:
 
 def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
     """Built against any torch, but loaded by one with CUDA only."""
-    includes += "".join(f" -isystem {directory}" for directory in nvcc.includes)
+    includes += "".join(f" -isystem {shlex.quote(directory)}" for directory in nvcc.includes)
     objects = []
     for of in cuda_instances():
         own_targets = targets_from(CUDA_SOURCES[of.source], targets)
@@ -285,7 +298,7 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
             Object(f"csrc/cuda/{name}.cpp", f"cuda_{name}_host.o", f"-DUSE_CUDA {includes} {STABLE} {built}")
         )
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
-    directories = " ".join(f"-L{directory}" for directory in nvcc.libraries)
+    directories = shlex.join(f"-L{directory}" for directory in nvcc.libraries)
     return Library(
         objects, f"{directories} -lcudart_static -Wl,--exclude-libs,ALL -lpthread -ldl -lrt -ltorch -ltorch_cpu -lc10"
     )
@@ -300,21 +313,30 @@ def rule(name: str, command: str) -> list[str]:
     ]
 
 
+def ninja_path(path: Path | str) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_text(text: str) -> str:
+    return text.replace("$", "$$")
+
+
 def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bool:
     """Write `directory`/build.ninja for the libraries, by the files they become, and run it; whether that went well."""
-    cxx, jobs = compiler(), os.environ.get("MAX_JOBS")
+    cxx, jobs = ninja_text(compiler()), os.environ.get("MAX_JOBS")
+    cxx_flags, link_flags = (ninja_text(shlex.join(words_of(name))) for name in ("CXXFLAGS", "LDFLAGS"))
+    torch_libraries = ninja_text(shlex.quote(f"-L{torch_directory()}/lib"))
     lines = [
-        *rule("compile", f"{cxx} {FLAGS} {os.environ.get('CXXFLAGS', '')}"),
-        *rule("compile_cuda", f"{nvcc} {CUDA_FLAGS}"),
+        *rule("compile", f"{cxx} {FLAGS} {cxx_flags}"),
+        *rule("compile_cuda", f"{ninja_text(shlex.quote(nvcc))} {CUDA_FLAGS}"),
         "rule link",
-        f"  command = {cxx} -shared $in -o $out -L{torch_directory()}/lib -Wl,--no-as-needed $more "
-        f"{os.environ.get('LDFLAGS', '')}",
+        f"  command = {cxx} -shared $in -o $out {LINK_FLAGS} {torch_libraries} $more {link_flags}",
     ]
     for target, library in libraries.items():
         for of in library.objects:
-            lines += [f"build {of.name}: {of.rule} {ROOT / of.source}", f"  more = {of.flags}"]
+            lines += [f"build {of.name}: {of.rule} {ninja_path(ROOT / of.source)}", f"  more = {ninja_text(of.flags)}"]
         objects = " ".join(of.name for of in library.objects)
-        lines += [f"build {target}: link {objects}", f"  more = {library.flags}"]
+        lines += [f"build {ninja_path(target)}: link {objects}", f"  more = {ninja_text(library.flags)}"]
         target.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "build.ninja").write_text("\n".join([*lines, ""]))

@@ -26,7 +26,9 @@ static PyObject* force_isa(PyObject*, PyObject* name) {
 }
 
 static PyObject* fill_memory(PyObject*, PyObject* with_nan) {
-  fill_with_nan = PyObject_IsTrue(with_nan);
+  const int wanted = PyObject_IsTrue(with_nan);
+  if (wanted < 0) return nullptr;
+  fill_with_nan = wanted;
   Py_RETURN_NONE;
 }
 

@@ -1,8 +1,10 @@
 """What setup.py decides to build, as tables; and what it has built, which every torch can load."""
 
+import ctypes
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -235,3 +237,50 @@ def test_gpus_run_what_was_built_for_them():
         "AMD Instinct MI300X": [],
         "Tesla T4": ["sm_75"],
     }
+
+
+@needs_setup
+def test_paths_with_spaces_dollars_and_colons_are_built_in(setup, tmp_path, monkeypatch):
+    odd = tmp_path / "we ird$x:y"
+    (odd / "include").mkdir(parents=True)
+    (odd / "include/answer.h").write_text("#define ANSWER 42\n")
+    (odd / "one.cpp").write_text(
+        '#include <answer.h>\nextern "C" __attribute__((visibility("default"))) const char* text() { return TEXT; }\n'
+    )
+    monkeypatch.setattr(setup, "ROOT", odd)
+    monkeypatch.setattr(setup, "torch_directory", lambda: odd)
+    monkeypatch.setenv("CXXFLAGS", """'-DTEXT="a $b"'""")
+    monkeypatch.setenv("LDFLAGS", r"'-Wl,-rpath,$ORIGIN'")
+    library = setup.Library([setup.Object("one.cpp", "one.o", setup.header_flags())], "")
+    assert setup.build({odd / "out/lib.so": library}, odd / "objects")
+    loaded = ctypes.CDLL(str(odd / "out/lib.so"))
+    loaded.text.restype = ctypes.c_char_p
+    assert loaded.text() == b"a $b"
+    assert b"$ORIGIN" in (odd / "out/lib.so").read_bytes()
+
+
+@needs_setup
+def test_environment_variables_that_are_no_command_lines_are_refused_in_a_sentence(setup, tmp_path, monkeypatch):
+    for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
+        monkeypatch.setenv(variable, "'c++ -O2")
+        with pytest.raises(SystemExit, match=rf"{variable}='c\+\+ -O2 is no part of a command line: no closing quot"):
+            setup.build({}, tmp_path)
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("CXX", " ")
+    assert setup.compiler() in ("c++", "g++", "clang++")
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
+@pytest.mark.parametrize("library", ["_C.abi3.so", "_cuda.so"])
+def test_the_library_is_hardened_and_names_no_place_of_its_build(library):
+    path = Path(seqkernels.__file__).with_name(library)
+    if not path.exists():
+        pytest.skip(f"this install has no {library}")
+    said = subprocess.run(["readelf", "-ldW", path], capture_output=True, text=True, check=True).stdout
+    assert "GNU_RELRO" in said
+    assert re.search(r"FLAGS_1.*NOW", said)
+    assert re.search(r"GNU_STACK.* RW ", said), "the stack is executable"
+    code = path.read_bytes()
+    assert b"__stack_chk_fail" in code
+    assert os.fsencode(sysconfig.get_paths()["purelib"]) not in code
+    assert os.fsencode(SETUP.parent) not in code

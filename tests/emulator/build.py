@@ -3,6 +3,7 @@
 conftest.py lets the tests find it. setup.py, whose build this is, says which sources there are."""
 
 import importlib.util
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ PARTS = ("scheduler", "messages", "memory", "pushes", "device")
 
 def library() -> "setup.Library":
     """-O1: of kernels that are unrolled for a GPU, -O2 makes little more."""
-    flags = f"-DSEQKERNELS_EMULATOR -O1 -I{ROOT / 'tests'} -Wno-unknown-pragmas"
+    flags = f"-DSEQKERNELS_EMULATOR -O1 {shlex.quote(f'-I{ROOT}/tests')} -Wno-unknown-pragmas"
     headers = setup.header_flags()
     kernels = [
         setup.Object(f"csrc/cuda/{of.source}.cu", f"{of.name}.o", f"{flags} {of.flags} -x c++")
@@ -37,7 +38,9 @@ def library() -> "setup.Library":
             *parts,
             setup.Object("tests/emulator/exchange.cpp", "exchange.o", flags),
             setup.Object(
-                "tests/emulator/module.cpp", "module.o", f"{flags} {headers} -isystem {pybind11.get_include()}"
+                "tests/emulator/module.cpp",
+                "module.o",
+                f"{flags} {headers} -isystem {shlex.quote(pybind11.get_include())}",
             ),
         ]
     )
