@@ -97,6 +97,7 @@ class CheckedArguments {
     };
     p.grad_y = optional(arguments.grad_y, "grad_y", {N, D * P});
     p.grad_h_n = optional(arguments.grad_h_n, "grad_h_n", {D, B, P});
+    check(has_c_ || !arguments.grad_c_n || !arguments.grad_c_n->numel(), "grad_c_n goes with an LSTM only");
     p.grad_c_n = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
     p.y = check_contiguous(arguments.y, "y", {N, D * P});
     p.saved = check_contiguous(arguments.saved, "saved", {N, D, saved_blocks_of(p.cell) * H});

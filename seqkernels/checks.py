@@ -31,6 +31,8 @@ def is_unbatched(
     cu_seqlens: Tensor | None,
 ) -> bool:
     """Whether the input is one unbatched sequence; raises where numbers of dimensions or options do not fit."""
+    if hx is not None and CELLS[cell].states == 2:
+        check_pair(hx, CELLS[cell].display_name)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("give lengths or cu_seqlens, not both")
     if isinstance(input, PackedSequence):
@@ -58,6 +60,13 @@ def is_unbatched(
             f"For {batch}-D input, hx should also be {dimensions}-D but got {hx.dim()}-D tensor"  # type: ignore[union-attr]
         )
     return unbatched
+
+
+def check_pair(hx: State, name: str) -> None:
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{name}: hx must be a tuple of two Tensors, not a Tensor")
+    if len(hx) != 2:
+        raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
 
 
 def check_kind(weight: Tensor) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import drop_in, functional, hardware, inputs, select
+from seqkernels import checks, drop_in, functional, hardware, inputs, select
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
@@ -221,6 +221,8 @@ class LSTMCell(_Cell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if isinstance(input, fx.Proxy):
             return drop_in.traced(self, input, hx)
+        if hx is not None:
+            checks.check_pair(hx, "LSTMCell")
         return self._step(input, hx)
 
 

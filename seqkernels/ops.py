@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import batching, flops, inplace
-from seqkernels.backends import cuda, cudnn, torch_eager, triton
+from seqkernels.backends import arguments, cuda, cudnn, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import cast_for_autocast
@@ -211,14 +211,30 @@ def _register(backend: str) -> None:
         batching.register(f"{name}.{backend}", operator, _library)
 
 
+def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
+    arguments.check(cell, x, weights, h_0, c_0, batch_sizes)
+    return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch)
+
+
+def _checked_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, *wants):
+    arguments.check(cell, x, weights, h_0, c_0, batch_sizes)
+    arguments.check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved)
+    grads = grad_y, grad_h_n, grad_c_n
+    return torch_eager.backward(cell, *grads, x, weights, h_0, c_0, batch_sizes, y, saved, *wants)
+
+
 _backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
 for _backend in _backends:
     _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
     _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
 # csrc/cpu/ops.cpp implements "cpu".
-for _name, _module in (("torch_eager", torch_eager), ("triton", triton), ("cuda", cuda)):
-    _library.impl(f"recurrence_forward.{_name}", _module.forward, "CompositeExplicitAutograd")
-    _library.impl(f"recurrence_backward.{_name}", _module.backward, "CompositeExplicitAutograd")
+for _name, _forward, _backward_of in (
+    ("torch_eager", _checked_forward, _checked_backward),
+    ("triton", triton.forward, triton.backward),
+    ("cuda", cuda.forward, cuda.backward),
+):
+    _library.impl(f"recurrence_forward.{_name}", _forward, "CompositeExplicitAutograd")
+    _library.impl(f"recurrence_backward.{_name}", _backward_of, "CompositeExplicitAutograd")
 for _backend in _backends:
     _register(_backend)
 

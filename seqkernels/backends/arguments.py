@@ -76,6 +76,26 @@ def check(
         _require(batch_sizes.device == x.device, "batch_sizes is neither on the CPU nor where x is")
 
 
+def check_backward(
+    cell: str,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # of y, h_n and c_n
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+) -> None:
+    """What the operator of the backward pass takes besides, after `check`."""
+    N, (D, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
+    expect("y", y, (N, D * P), x)
+    expect("saved", saved, (N, D, CELLS[cell].saved_blocks * H), x)
+    grad_y, grad_h_n, grad_c_n = grads
+    expect("grad_y", grad_y, (N, D * P), x)
+    expect("grad_h_n", grad_h_n, (D, B, P), x)
+    expect("grad_c_n", grad_c_n, (D, B, 0 if c_0 is None else H), x)
+
+
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     """An argument, if it is given, has this shape and the dtype and device of x; raises RuntimeError."""
     if tensor is not None:

@@ -247,3 +247,15 @@ def test_a_parameter_of_a_later_layer_or_direction_is_looked_at_too(name):
         setattr(module, parameter, nn.Parameter(getattr(module, parameter).detach().to("meta")))
         with pytest.raises(RuntimeError, match="parameter tensors are not at the same device"):
             module(torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize(("name", "shape"), [("LSTM", (2, 1, 3, 5)), ("LSTMCell", (2, 3, 5))])
+def test_states_of_an_lstm_are_a_pair(name, shape):
+    module, states = getattr(sk, name)(4, 5), torch.zeros(shape)
+    input = torch.randn(2, 3, 4)[0] if name == "LSTMCell" else torch.randn(2, 3, 4)
+    module(input, list(states))
+    with pytest.raises(TypeError, match="hx must be a tuple of two Tensors"):
+        module(input, states)
+    for few in ((), (states[0],), (*states, states[0])):
+        with pytest.raises(RuntimeError, match="expects two hidden states"):
+            module(input, few)

@@ -243,3 +243,18 @@ def test_one_tensor_without_data_is_no_reason_to_compute_nothing(backend):
     for other in ({"grad_y": y.to("meta")}, {"y": y.to("meta")}):
         with pytest.raises(RuntimeError, match="on one device"):
             run(layer, **other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_a_state_that_a_cell_does_not_have_is_refused(backend):
+    _, x, weights, h_0, _, _, _ = Call("gru", dtype=torch.float32).arguments()
+    y, h_n, _, saved = forward(backend)("gru", x, weights, h_0, None, None, True)
+    with pytest.raises(RuntimeError, match="grad_c_n"):
+        backward(backend)("gru", y, h_n, h_n, x, weights, h_0, None, None, y, saved, True, True)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("cuda", "triton") if name not in BACKENDS])
+def test_an_operator_whose_kernels_are_not_here_says_so(backend):
+    cell, x, weights, *rest = Call("gru", dtype=torch.float32).arguments()
+    with pytest.raises(RuntimeError, match=r"no CUDA kernels|CUDA|Triton's kernels take tensors on a GPU"):
+        forward(backend)(cell, x, weights, *rest)

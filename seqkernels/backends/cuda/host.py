@@ -49,7 +49,13 @@ def backward(
 
 
 def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor) -> Launch:
-    """What was planned for the call; where nothing was, the plan for the sizes that arrive."""
+    """What was planned for the call; where nothing was, the plan for the sizes that arrive.
+
+    Raises:
+        RuntimeError: no CUDA kernels are installed here.
+    """
+    if hardware.THIS_MACHINE.cuda_missing:
+        raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
     if launch:
         return Launch.from_ints(launch)
     known = h_0.dim() == 3 and h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import hardware
-from seqkernels.backends.arguments import Weights, by_direction, check, expect
+from seqkernels.backends.arguments import Weights, by_direction, check, check_backward
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.triton import gradients
@@ -71,14 +71,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     layer = Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
-    for name, tensor, shape in (
-        ("y", y, (N, D * P)),
-        ("saved", saved, (N, D, layer.K * H)),
-        ("grad_y", grad_y, (N, D * P)),
-        ("grad_h_n", grad_h_n, (D, B, P)),
-        ("grad_c_n", grad_c_n, (D, B, 0 if c_0 is None else H)),
-    ):
-        expect(name, tensor, shape, x)
+    check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved)
     carried = torch.float32 if layer.tile.resident else x.dtype  # the stepwise path multiplies into it
     grad_h = _given_or_zeros(grad_h_n, (D, B, P), x, carried)
     grad_c = _given_or_zeros(grad_c_n, (D, B, 0 if c_0 is None else H), x, torch.float32)
@@ -118,6 +111,8 @@ class Layer:
         launch: Sequence[int],
     ):
         check(cell, x, weights, h_0, c_0, batch_sizes)
+        if x.device.type == "cpu" and not hardware.THIS_MACHINE.interpreter:
+            raise RuntimeError("Triton's kernels take tensors on a GPU (TRITON_INTERPRET=1 lets them run on the CPU)")
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
