@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, fx, nn
+from torch.fx import Proxy
 
 
 class DropIn(type):
@@ -48,12 +49,23 @@ class FlatWeights(list):
         return list, (list(self),)
 
 
-def traced(module: nn.Module, input: fx.Proxy, hx, **options) -> fx.Proxy:
+def tracer_of(input, hx, lengths=None) -> fx.Tracer | None:
+    """What traces a call with these arguments, if torch.fx does: any of them may be the one that stands for a value."""
+    if hx is None and lengths is None:  # most calls, and fast in every one
+        return input.tracer if isinstance(input, Proxy) else None  # type: ignore[return-value]
+    for argument in (input, *(hx if isinstance(hx, tuple) else (hx,)), lengths):
+        if isinstance(argument, Proxy):
+            return argument.tracer  # type: ignore[return-value]
+    return None
+
+
+def traced(tracer: fx.Tracer, module: nn.Module, input, hx, **options) -> Proxy:
     """A call of `module` in a graph that torch.fx traces, where torch.nn's modules are leaves and ours become one."""
+    if module is tracer.root:
+        raise fx.proxy.TraceError(f"{type(module).__name__} is one node of a graph: trace a model that it is part of")
     args = (input,) if hx is None else (input, hx)
     given = {name: value for name, value in options.items() if value is not None}
-    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
-    return input.tracer.create_proxy("call_module", path, args, given)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
 
 
 class Layer(nn.RNNBase, metaclass=DropIn):

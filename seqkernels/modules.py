@@ -7,7 +7,7 @@ so parametrizations, weight tying, functional_call, deepcopy, pickle and plain a
 
 from collections.abc import Sequence
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import drop_in, functional, hardware, inputs, select
@@ -33,8 +33,8 @@ class _Recurrent(drop_in.Layer):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx, lengths=lengths)
+        if tracer := drop_in.tracer_of(input, hx, lengths):
+            return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
         return functional.recurrent(
             self.mode.lower(),
             input,
@@ -187,8 +187,8 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx)
+        if tracer := drop_in.tracer_of(input, hx):
+            return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._step(input, None if hx is None else (hx,))[0]
@@ -204,8 +204,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx)
+        if tracer := drop_in.tracer_of(input, hx):
+            return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         return self._step(input, None if hx is None else (hx,))[0]
 
 
@@ -219,8 +219,8 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx)
+        if tracer := drop_in.tracer_of(input, hx):
+            return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         return self._step(input, hx)
 
 
