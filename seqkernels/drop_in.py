@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
+from torch.utils import _pytree as pytree
 
 
 class DropIn(type):
@@ -47,6 +48,10 @@ class FlatWeights(list):
 
     def __reduce__(self):
         return list, (list(self),)
+
+
+# What goes through nested lists, as call_for_per_sample_grads does, knows a class of lists only if told.
+pytree.register_pytree_node(FlatWeights, lambda weights: (list(weights), None), lambda weights, _: list(weights))
 
 
 def tracer_of(input, hx, lengths=None) -> fx.Tracer | None:

@@ -5,12 +5,13 @@ and nn.LSTM. Parameters are read by name in every call: there is no flat weight 
 so parametrizations, weight tying, functional_call, deepcopy, pickle and plain assignment all just work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import drop_in, functional, hardware, inputs, select
+from seqkernels import checks, drop_in, functional, hardware, inputs, select
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
@@ -24,6 +25,7 @@ class _Recurrent(drop_in.Layer):
     """
 
     backend: str | None = None
+    _forward_of_torch: ClassVar[Callable | None] = None  # where torch.nn has such a layer
 
     def forward(
         self,
@@ -35,11 +37,14 @@ class _Recurrent(drop_in.Layer):
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
         if tracer := drop_in.tracer_of(input, hx, lengths):
             return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
+        weights = self._weights()
+        if self._forward_of_torch and lengths is None and checks.any_expanded(weights):
+            return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
         return functional.recurrent(
             self.mode.lower(),
             input,
             hx,
-            self._weights(),
+            weights,
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -58,6 +63,8 @@ class RNN(_Recurrent):
     bidirectional, device, dtype), has the same parameters, and raises the same errors. Input, state and result are
     described at `seqkernels.functional.gru`. Source of the formula: the torch.nn.RNN documentation.
     """
+
+    _forward_of_torch = nn.RNN.forward
 
     def __init__(self, *args, **kwargs) -> None:
         if "proj_size" in kwargs:
@@ -80,6 +87,8 @@ class GRU(_Recurrent):
     `seqkernels.functional.gru`. Source of the formula: the torch.nn.GRU documentation.
     """
 
+    _forward_of_torch = nn.GRU.forward
+
     def __init__(self, *args, **kwargs) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -92,6 +101,8 @@ class LSTM(_Recurrent):
     Takes torch.nn.LSTM's arguments (those of GRU, and proj_size), has the same parameters, and raises the same errors.
     State and result hold (h, c). Source of the formula: the torch.nn.LSTM documentation.
     """
+
+    _forward_of_torch = nn.LSTM.forward
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import seqkernels as sk
 
@@ -85,6 +86,13 @@ def test_what_is_put_into_flat_weights_is_used(name, options):
 def test_flat_weights_of_another_number_are_refused():
     with pytest.raises(ValueError, match=r"_flat_weights are weight_ih_l0, .* got 1 weights"):
         sk.GRU(4, 5)._flat_weights = [torch.zeros(3)]
+
+
+def test_flat_weights_are_a_list_to_what_goes_through_nested_lists():
+    ours = sk.GRU(4, 5)
+    leaves, structure = pytree.tree_flatten([ours._flat_weights])
+    assert [id(leaf) for leaf in leaves] == [id(parameter) for parameter in ours.parameters()]
+    assert type(pytree.tree_unflatten(leaves, structure)[0]) is list
 
 
 @pytest.mark.parametrize("name", LAYERS)
