@@ -46,6 +46,13 @@ class FlatWeights(list):
         super().__setitem__(index, value)
         self._module._flat_weights = self
 
+    def _refuse(self, *_):
+        raise TypeError("of _flat_weights only items can be put in place of others; or assign a whole list to it")
+
+    # Each would change this list and not the layer.
+    append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
+    __delitem__ = __iadd__ = __imul__ = _refuse
+
     def __reduce__(self):
         return list, (list(self),)
 

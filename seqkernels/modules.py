@@ -185,6 +185,8 @@ class RNNCell(_Cell):
     forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
     """
 
+    __constants__ = nn.RNNCell.__constants__
+
     def __init__(
         self,
         input_size: int,
