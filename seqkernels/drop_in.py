@@ -10,13 +10,16 @@ from torch.utils import _pytree as pytree
 
 
 class DropIn(type):
-    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` of it is true of
-    torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
+    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` and `issubclass` of
+    it are true of torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
 
     counting: ClassVar[dict[type, type]] = {}  # ours -> the torch.nn class whose instances count as its own
 
     def __instancecheck__(cls, instance) -> bool:
         return super().__instancecheck__(instance) or isinstance(instance, DropIn.counting.get(cls, ()))
+
+    def __subclasscheck__(cls, subclass) -> bool:
+        return super().__subclasscheck__(subclass) or issubclass(subclass, DropIn.counting.get(cls, ()))
 
 
 @contextlib.contextmanager

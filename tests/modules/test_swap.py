@@ -168,6 +168,8 @@ def test_patch_torch_leaves_earlier_models_what_they_were():
         torch.testing.assert_close(twin(x)[0], earlier(x)[0])
         ours = nn.LSTM(4, 5)
         assert isinstance(earlier, nn.LSTM) and isinstance(ours, nn.LSTM) and not isinstance(earlier, nn.GRU)
+        assert issubclass(type(earlier), nn.LSTM) and issubclass(sk.LSTM, nn.LSTM)
+        assert not issubclass(type(earlier), nn.GRU)
         assert type(pickle.loads(pickle.dumps(ours))) is sk.LSTM
 
         class Own(nn.LSTM):
@@ -175,6 +177,7 @@ def test_patch_torch_leaves_earlier_models_what_they_were():
 
         assert not isinstance(earlier, Own) and isinstance(Own(4, 5), nn.LSTM)
     assert isinstance(earlier, nn.LSTM) and not isinstance(ours, nn.LSTM) and not isinstance(earlier, sk.LSTM)
+    assert not issubclass(type(earlier), sk.LSTM)
 
 
 def test_patch_torch_gives_ours_to_code_that_says_torch_nn():
