@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels.backends.cells import CELLS
@@ -69,18 +70,22 @@ def check_pair(hx: State, name: str) -> None:
         raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
 
 
-def check_kind(weight: Tensor) -> None:
-    """No ExpandedWeight of call_for_per_sample_grads: it knows torch's operations alone, and refuses without a hint."""
-    if type(weight).__name__ == "ExpandedWeight":
+def any_expanded(weights: Sequence[Tensor]) -> bool:
+    """Whether call_for_per_sample_grads has put its own kind of tensor in the place of a weight."""
+    return any(type(weight) is not Parameter and type(weight).__name__ == "ExpandedWeight" for weight in weights)
+
+
+def check_kind(weights: Sequence[Tensor]) -> None:
+    """No ExpandedWeight: it knows torch's operations alone, and refuses ours without a hint."""
+    if any_expanded(weights):
         raise RuntimeError(
-            "call_for_per_sample_grads knows no rule for layers of seqkernels; take the gradients of each sample by "
-            "torch.func.vmap(torch.func.grad(loss)), or make the layers torch.nn's by seqkernels.swap_out"
+            "call_for_per_sample_grads knows torch.nn's layers and their arguments alone; take the gradients of each "
+            "sample by torch.func.vmap(torch.func.grad(loss))"
         )
 
 
 def check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> None:
     w_ih = weights[0]
-    check_kind(w_ih)
     if data.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({w_ih.dtype}). "
@@ -122,7 +127,6 @@ def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
 def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Arguments of one step of a cell: input ``[B, I]``, states ``[B, H]``."""
     w_ih, w_hh, *_ = weights
-    check_kind(w_ih)
     if input.shape[1] != w_ih.shape[1]:
         raise RuntimeError(f"input has inconsistent input_size: got {input.shape[1]} expected {w_ih.shape[1]}")
     for k, state in enumerate(states):

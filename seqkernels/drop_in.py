@@ -5,16 +5,21 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from torch import Tensor, fx, nn
+from torch.fx import Proxy
+from torch.utils import _pytree as pytree
 
 
 class DropIn(type):
-    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` of it is true of
-    torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
+    """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` and `issubclass` of
+    it are true of torch.nn's own modules as well, as there code that asks for nn.GRU means either."""
 
     counting: ClassVar[dict[type, type]] = {}  # ours -> the torch.nn class whose instances count as its own
 
     def __instancecheck__(cls, instance) -> bool:
         return super().__instancecheck__(instance) or isinstance(instance, DropIn.counting.get(cls, ()))
+
+    def __subclasscheck__(cls, subclass) -> bool:
+        return super().__subclasscheck__(subclass) or issubclass(subclass, DropIn.counting.get(cls, ()))
 
 
 @contextlib.contextmanager
@@ -44,16 +49,38 @@ class FlatWeights(list):
         super().__setitem__(index, value)
         self._module._flat_weights = self
 
+    def _refuse(self, *_):
+        raise TypeError("of _flat_weights only items can be put in place of others; or assign a whole list to it")
+
+    # Each would change this list and not the layer.
+    append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
+    __delitem__ = __iadd__ = __imul__ = _refuse
+
     def __reduce__(self):
         return list, (list(self),)
 
 
-def traced(module: nn.Module, input: fx.Proxy, hx, **options) -> fx.Proxy:
+# What goes through nested lists, as call_for_per_sample_grads does, knows a class of lists only if told.
+pytree.register_pytree_node(FlatWeights, lambda weights: (list(weights), None), lambda weights, _: list(weights))
+
+
+def tracer_of(input, hx, lengths=None) -> fx.Tracer | None:
+    """What traces a call with these arguments, if torch.fx does: any of them may be the one that stands for a value."""
+    if hx is None and lengths is None:  # most calls, and fast in every one
+        return input.tracer if isinstance(input, Proxy) else None  # type: ignore[return-value]
+    for argument in (input, *(hx if isinstance(hx, tuple) else (hx,)), lengths):
+        if isinstance(argument, Proxy):
+            return argument.tracer  # type: ignore[return-value]
+    return None
+
+
+def traced(tracer: fx.Tracer, module: nn.Module, input, hx, **options) -> Proxy:
     """A call of `module` in a graph that torch.fx traces, where torch.nn's modules are leaves and ours become one."""
+    if module is tracer.root:
+        raise fx.proxy.TraceError(f"{type(module).__name__} is one node of a graph: trace a model that it is part of")
     args = (input,) if hx is None else (input, hx)
     given = {name: value for name, value in options.items() if value is not None}
-    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
-    return input.tracer.create_proxy("call_module", path, args, given)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
 
 
 class Layer(nn.RNNBase, metaclass=DropIn):

@@ -201,6 +201,7 @@ def recurrent_cell(
     Raises:
         RuntimeError: torch.nn's own for sizes, dtypes and devices that do not fit.
     """
+    checks.check_kind(weights)
     checks.check_step(input, (h_0,) if c_0 is None else (h_0, c_0), weights)
     call = call_of_step(cell, input, weights, h_0, c_0)
     plan = select.plan_of(call, input.device, backend)

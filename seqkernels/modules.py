@@ -5,9 +5,10 @@ and nn.LSTM. Parameters are read by name in every call: there is no flat weight 
 so parametrizations, weight tying, functional_call, deepcopy, pickle and plain assignment all just work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import checks, drop_in, functional, hardware, inputs, select
@@ -24,6 +25,7 @@ class _Recurrent(drop_in.Layer):
     """
 
     backend: str | None = None
+    _forward_of_torch: ClassVar[Callable | None] = None  # where torch.nn has such a layer
 
     def forward(
         self,
@@ -33,13 +35,16 @@ class _Recurrent(drop_in.Layer):
         lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx, lengths=lengths)
+        if tracer := drop_in.tracer_of(input, hx, lengths):
+            return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
+        weights = self._weights()
+        if self._forward_of_torch and lengths is None and checks.any_expanded(weights):
+            return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
         return functional.recurrent(
             self.mode.lower(),
             input,
             hx,
-            self._weights(),
+            weights,
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -58,6 +63,8 @@ class RNN(_Recurrent):
     bidirectional, device, dtype), has the same parameters, and raises the same errors. Input, state and result are
     described at `seqkernels.functional.gru`. Source of the formula: the torch.nn.RNN documentation.
     """
+
+    _forward_of_torch = nn.RNN.forward
 
     def __init__(self, *args, **kwargs) -> None:
         if "proj_size" in kwargs:
@@ -80,6 +87,8 @@ class GRU(_Recurrent):
     `seqkernels.functional.gru`. Source of the formula: the torch.nn.GRU documentation.
     """
 
+    _forward_of_torch = nn.GRU.forward
+
     def __init__(self, *args, **kwargs) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -92,6 +101,8 @@ class LSTM(_Recurrent):
     Takes torch.nn.LSTM's arguments (those of GRU, and proj_size), has the same parameters, and raises the same errors.
     State and result hold (h, c). Source of the formula: the torch.nn.LSTM documentation.
     """
+
+    _forward_of_torch = nn.LSTM.forward
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -174,6 +185,8 @@ class RNNCell(_Cell):
     forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
     """
 
+    __constants__ = nn.RNNCell.__constants__
+
     def __init__(
         self,
         input_size: int,
@@ -187,8 +200,8 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx)
+        if tracer := drop_in.tracer_of(input, hx):
+            return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._step(input, None if hx is None else (hx,))[0]
@@ -204,8 +217,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx)
+        if tracer := drop_in.tracer_of(input, hx):
+            return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         return self._step(input, None if hx is None else (hx,))[0]
 
 
@@ -219,8 +232,8 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if isinstance(input, fx.Proxy):
-            return drop_in.traced(self, input, hx)
+        if tracer := drop_in.tracer_of(input, hx):
+            return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         if hx is not None:
             checks.check_pair(hx, "LSTMCell")
         return self._step(input, hx)

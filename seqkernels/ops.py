@@ -181,12 +181,15 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
     outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    found: Iterator[Tensor]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    found: Iterator[Tensor | None] = iter(())
     if pairs:
         outputs, grads = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, allow_unused=True))
-    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found, None) if need else None for need in needed)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, materialize_grads=True))
+    else:
+        found = map(torch.zeros_like, wanted)
+    # Zeros where nothing depends on an input, as the slope of relu does not: torch.nn's graph has that input as well.
+    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found) if need else None for need in needed)
     grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
     return *grads, *_grad_of_launch(ctx.launch)
 

@@ -1,4 +1,4 @@
-"""The operator pair in plain torch operations: any device, any floating dtype, differentiable as often as wanted.
+"""The operator pair in plain torch operations: any device, differentiable as often as wanted.
 
 This is the path for machines no kernel reaches, and the one double backward takes. The gate algebra below is the
 only copy in Python outside the specification. 16-bit inputs are computed in float32, as the kernels do.
@@ -13,14 +13,14 @@ from torch import Tensor
 from seqkernels.backends.arguments import Weights, by_direction
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
-from seqkernels.backends.precision import to_acc
+from seqkernels.backends.precision import NATIVE_DTYPES, to_acc
 from seqkernels.hardware import Machine
 
 DESCRIPTION = "plain torch operations run anywhere; slower than torch.nn where torch has a fused kernel"
 
 
 def unsupported(call: Call, machine: Machine) -> str | None:
-    return None
+    return None if call.dtype in NATIVE_DTYPES else f"torch computes nothing in {call.dtype}"
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:

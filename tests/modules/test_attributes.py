@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import seqkernels as sk
 
@@ -27,6 +28,7 @@ def test_nothing_public_is_missing(name):
     assert not public - set(dir(ours))
     values = {key: value for key, value in vars(torchs).items() if not key.startswith("_")}
     assert {key: getattr(ours, key) for key in values} == values
+    assert getattr(torchs, "__constants__", None) == getattr(ours, "__constants__", None)
     for key in public:
         assert callable(getattr(ours, key)) == callable(getattr(torchs, key)), key
 
@@ -85,6 +87,38 @@ def test_what_is_put_into_flat_weights_is_used(name, options):
 def test_flat_weights_of_another_number_are_refused():
     with pytest.raises(ValueError, match=r"_flat_weights are weight_ih_l0, .* got 1 weights"):
         sk.GRU(4, 5)._flat_weights = [torch.zeros(3)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flat: flat.pop(),
+        lambda flat: flat.append(flat[0]),
+        lambda flat: flat.insert(0, flat[0]),
+        lambda flat: flat.extend(flat[:]),
+        lambda flat: flat.clear(),
+        lambda flat: flat.reverse(),
+        lambda flat: flat.__delitem__(0),
+    ],
+)
+def test_no_change_of_flat_weights_is_silently_lost(change):
+    with pytest.raises(TypeError, match="assign a whole list"):
+        change(sk.GRU(4, 5)._flat_weights)
+
+
+def test_some_flat_weights_are_replaced_by_a_slice():
+    torchs, ours = pair("LSTM")
+    x, other = torch.randn(6, 3, 4), [torch.randn(20, 4), torch.randn(20, 5)]
+    for module in (torchs, ours):
+        module._flat_weights[:2] = other
+    torch.testing.assert_close(ours(x)[0], torchs(x)[0])
+
+
+def test_flat_weights_are_a_list_to_what_goes_through_nested_lists():
+    ours = sk.GRU(4, 5)
+    leaves, structure = pytree.tree_flatten([ours._flat_weights])
+    assert [id(leaf) for leaf in leaves] == [id(parameter) for parameter in ours.parameters()]
+    assert type(pytree.tree_unflatten(leaves, structure)[0]) is list
 
 
 @pytest.mark.parametrize("name", LAYERS)

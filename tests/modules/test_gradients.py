@@ -50,6 +50,19 @@ def test_third_derivative_exists(cell, backend, dtype):
     assert value.isfinite()
 
 
+def test_a_second_derivative_that_is_zero_exists(backend):
+    """What a relu RNN gives x as a gradient does not depend on its bias: zero, as torch.nn says, and no error."""
+    found = []
+    for namespace in (torch.nn, sk):
+        torch.manual_seed(0)
+        module, x = namespace.RNN(4, 5, nonlinearity="relu"), torch.randn(3, 2, 4, requires_grad=True)
+        if namespace is sk:
+            module.backend = backend
+        (gradient,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), list(module.parameters())))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_works_in_eval_mode(cell, backend):
     case = Case(cell, num_layers=2)

@@ -114,13 +114,3 @@ def test_nothing_is_computed_again_where_nothing_changed(monkeypatch):
         calls.clear()
         gradients(module, torch.randn(steps, 3, 4), change)
         assert len(calls) == expected, (name, steps)
-
-
-@pytest.mark.parametrize("name", ["GRU", "GRUCell"])
-def test_per_sample_gradients_by_expanded_weights_are_refused_with_a_way_out(name):
-    from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
-
-    module = getattr(sk, name)(4, 5)
-    x = torch.randn(3, 6, 4) if name == "GRU" else torch.randn(3, 4)
-    with pytest.raises(RuntimeError, match=r"torch\.func\.vmap"):
-        call_for_per_sample_grads(module, batch_size=3)(x)

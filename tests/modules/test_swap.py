@@ -124,11 +124,17 @@ def test_a_module_with_another_forward_is_left_both_ways(name):
     torch.testing.assert_close(module(x), expected)
 
 
+@pytest.mark.parametrize(
+    "dtype, reason",
+    [(torch.complex64, "complex64 is no floating dtype"), (torch.float8_e4m3fn, "torch computes nothing in")],
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_no_backend_runs_is_left_with_the_reason(name):
-    model = nn.ModuleList([getattr(nn, name)(4, 5, dtype=torch.complex64), getattr(nn, name)(4, 5)])
+def test_what_no_backend_runs_is_left_with_the_reason(name, dtype, reason):
+    model = nn.ModuleList([getattr(nn, name)(4, 5), getattr(nn, name)(4, 5)])
+    for key, parameter in list(model[0].named_parameters()):
+        setattr(model[0], key, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
     report = sk.swap_in(model)
-    assert [swap.name for swap in report.left] == ["0"] and "complex64 is no floating dtype" in report[0].reason
+    assert [swap.name for swap in report.left] == ["0"] and reason in report[0].reason
     assert type(model[0]) is getattr(nn, name) and type(model[1]) is getattr(sk, name)
 
 
@@ -162,6 +168,8 @@ def test_patch_torch_leaves_earlier_models_what_they_were():
         torch.testing.assert_close(twin(x)[0], earlier(x)[0])
         ours = nn.LSTM(4, 5)
         assert isinstance(earlier, nn.LSTM) and isinstance(ours, nn.LSTM) and not isinstance(earlier, nn.GRU)
+        assert issubclass(type(earlier), nn.LSTM) and issubclass(sk.LSTM, nn.LSTM)
+        assert not issubclass(type(earlier), nn.GRU)
         assert type(pickle.loads(pickle.dumps(ours))) is sk.LSTM
 
         class Own(nn.LSTM):
@@ -169,6 +177,7 @@ def test_patch_torch_leaves_earlier_models_what_they_were():
 
         assert not isinstance(earlier, Own) and isinstance(Own(4, 5), nn.LSTM)
     assert isinstance(earlier, nn.LSTM) and not isinstance(ours, nn.LSTM) and not isinstance(earlier, sk.LSTM)
+    assert not issubclass(type(earlier), sk.LSTM)
 
 
 def test_patch_torch_gives_ours_to_code_that_says_torch_nn():

@@ -1,5 +1,6 @@
 """What looks at a model from outside: torch.fx, which traces it, and FlopCounterMode, which counts products."""
 
+import pickle
 import subprocess
 import sys
 
@@ -49,6 +50,33 @@ def test_lengths_are_part_of_the_traced_call():
 
     model, x, lengths = Padded(), torch.randn(6, 3, 4), torch.tensor([6, 2, 4])
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_any_argument_may_be_the_traced_one(name):
+    class Generator(nn.Module):
+        """Its input is its own; what is traced is the state, of which a part may be constant."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = getattr(sk, name)(4, 5)
+            self.register_buffer("x", torch.randn(3, 4))
+
+        def forward(self, state):
+            hx = (torch.zeros(shape), state) if name.startswith("LSTM") else state
+            return self.inner(self.x, hx=hx)
+
+    shape = (3, 5) if name.endswith("Cell") else (1, 5)
+    model, state = Generator(), torch.randn(shape)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["inner"]
+    for twin in (graph, pickle.loads(pickle.dumps(graph))):
+        torch.testing.assert_close(twin(state), model(state))
+
+
+def test_a_layer_that_is_no_part_of_a_model_cannot_be_traced():
+    with pytest.raises(torch.fx.proxy.TraceError, match="GRU is one node of a graph"):
+        torch.fx.symbolic_trace(sk.GRU(4, 5))
 
 
 def flops(module, *args, backward=False) -> int:
