@@ -16,6 +16,7 @@ CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SO
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
+	@echo "make fuzz      try random calls for SECONDS=60 beside torch's"
 	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench and"
 	@echo "               gpu-bench-large (beside cuDNN), gpu-profile"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
@@ -57,6 +58,11 @@ $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
 TEST_JOBS ?= 2
 test: $(READY) $(EMULATOR)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
+# Random calls beside torch_eager and torch.nn; a failure prints the seed that repeats it.
+SECONDS ?= 60
+fuzz: $(READY) $(EMULATOR)
+	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/ops/test_fuzz.py
 
 # On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
 # the others run even if one fails. Rows, and what Nsight Compute saw, go to $(OUT).
@@ -137,4 +143,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
+.PHONY: help environment demo test fuzz gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
