@@ -111,8 +111,6 @@ class Layer:
         launch: Sequence[int],
     ):
         check(cell, x, weights, h_0, c_0, batch_sizes)
-        if x.device.type == "cpu" and not hardware.THIS_MACHINE.interpreter:
-            raise RuntimeError("Triton's kernels take tensors on a GPU (TRITON_INTERPRET=1 lets them run on the CPU)")
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
@@ -180,6 +178,8 @@ def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
 
 
 def _run(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
+    if arguments["starts"].device.type == "cpu" and not hardware.THIS_MACHINE.interpreter:
+        raise RuntimeError("Triton's kernels take tensors on a GPU (TRITON_INTERPRET=1 lets them run on the CPU)")
     getattr(_kernels(), name)[grid](**arguments, num_warps=warps, num_stages=1)
 
 
