@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks` kernels, report, compare, scaling, train, generate and demo."""
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 2 for input that cannot be used, 130 after Ctrl-C."""
+    take_any_text()
     try:
         return run_command(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
@@ -33,6 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C.", file=sys.stderr)
         return STOPPED
+
+
+def take_any_text() -> None:
+    """Letters that a terminal cannot show are shown by their numbers, and bytes that are no text are read as letters of
+    no alphabet: no name ends the program after its training."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -177,7 +177,7 @@ def plot_confusion(counts: Tensor, labels: list[str], title: str, path: Path) ->
     """[labels, labels] Which answer (across) was given for what is right (down), as shares of each row."""
     pyplot = open_pyplot()
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    with pyplot.rc_context(STYLE | {"font.size": 11}):
+    with pyplot.rc_context(STYLE | {"font.size": 11, "text.parse_math": False}):  # a $ in a label is a $
         figure, axes = pyplot.subplots(figsize=(8.4, 7.4), layout="constrained")
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
         axes.set_xticks(range(len(labels)), labels, rotation=90)

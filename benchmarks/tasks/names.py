@@ -266,7 +266,7 @@ class NameClassification(Task):
     def interact(self, model: nn.Module) -> None:
         """Answer names from the keyboard until an empty line or the end of the input."""
         print("A surname (an empty line ends):", file=sys.stderr)
-        for line in sys.stdin:
+        for line in sys.stdin or ():  # None where it was closed before Python started
             if not line.strip():
                 break
             print(self.answer(model, line.strip()), flush=True)

@@ -1,13 +1,16 @@
 """The task names: its models, its data with accents, and what it answers."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from training import REAL, REAL_DATA, names_task, only_row, refused, run
+from training import REAL, REAL_DATA, ROOT, is_png, names_task, only_row, refused, run
 
-from benchmarks import InputError, data
+from benchmarks import InputError, data, training_report
 from benchmarks.tasks import names
 
 
@@ -46,6 +49,28 @@ def test_answers_names_from_a_file_and_from_the_keyboard(folder, tmp_path, capsy
     assert "'李' has letters that have no form in ASCII." in printed
     assert "never" not in printed
     assert (tmp_path / "out" / "train-names-confusion.png").stat().st_size > 1000
+
+
+def test_no_name_and_no_terminal_ends_the_program_after_its_training(folder, tmp_path):
+    """Bytes that are no text, a terminal that shows ASCII alone, no keyboard at all."""
+    arguments = ("train", "names", "--data", folder, "--module", "torch", "--epochs", 1, "--interactive")
+    command = [sys.executable, "-m", "benchmarks", *map(str, arguments), "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    typed = b"Ab\xff\nKl\xc3\xa9\nKlm\n"
+    done = subprocess.run(command, cwd=ROOT, env=environment, input=typed, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"'Ab\\udcff' has letters that have no form in ASCII." in done.stdout and b"\nKlm: " in done.stdout
+
+
+def test_a_closed_keyboard_asks_for_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    arguments = ("--module", "torch", "--epochs", 1, "--interactive", "--out", tmp_path)
+    assert run("train", "names", "--data", folder, *arguments) == 0
+
+
+def test_dollars_in_a_label_are_no_formula(tmp_path):
+    training_report.plot_confusion(torch.eye(2), ["$_$", "A$^$"], "$\\no$", tmp_path / "plot.png")
+    assert is_png(tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize(
