@@ -139,6 +139,9 @@ def examine(path: str | None) -> Nvcc:
             return str(error)
         return done.stdout + done.stderr
 
+    def directories(found: re.Match | None, option: str) -> tuple[str, ...]:
+        return tuple(w.removeprefix(option) for w in shlex.split(found[1] if found else "") if w.startswith(option))
+
     another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
     said = run("--version").strip()
     found = re.search(r"release (\d+)\.(\d+)", said)
@@ -154,7 +157,8 @@ def examine(path: str | None) -> Nvcc:
         path,
         version,
         tuple(capabilities),
-        *(tuple(word[2:] for word in shlex.split(found[1] if found else "")) for found in (includes, libraries)),
+        directories(includes, "-I"),
+        directories(libraries, "-L"),
     )
 
 
