@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import fuzz
 import pytest
+from operators import nan_in_fresh_memory
 
 SEEDS_ON_CI = 150
 
@@ -26,7 +27,7 @@ def seeds() -> Iterator[int]:
 
 @pytest.mark.parametrize("subject", fuzz.SUBJECTS)
 def test_random_calls_are_right_or_refused(subject):
-    with fuzz.nan_in_fresh_memory():
+    with nan_in_fresh_memory():
         for seed in seeds():
             try:
                 fuzz.SUBJECTS[subject](seed)

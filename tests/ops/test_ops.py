@@ -16,6 +16,7 @@ from operators import (
     calls,
     for_backends,
     forward,
+    nan_in_fresh_memory,
 )
 from torch import Tensor
 
@@ -118,13 +119,8 @@ def test_nothing_is_read_before_it_is_written(cell, shape, dtype):
     """Outputs and working memory start as NaN; spare rows and empty sequences must be filled as well."""
     if THIS_MACHINE.native_missing:
         pytest.skip(THIS_MACHINE.native_missing)
-    from seqkernels import _C
-
-    _C.fill_memory(True)
-    try:
+    with nan_in_fresh_memory():
         results = both_passes(Call(cell, dtype=dtype, **SHAPES[shape]), forward("cpu"), backward("cpu"))
-    finally:
-        _C.fill_memory(False)
     assert all(x.isfinite().all() for x in results)
 
 

@@ -4,10 +4,19 @@ import itertools
 
 import pytest
 import torch
-from operators import BACKENDS, CELLS, Call, assert_as_in_float64, backward, both_passes, for_backends, forward
+from operators import (
+    BACKENDS,
+    CELLS,
+    Call,
+    assert_as_in_float64,
+    backward,
+    both_passes,
+    for_backends,
+    forward,
+    nan_in_fresh_memory,
+)
 
 import seqkernels as sk
-from seqkernels.hardware import THIS_MACHINE
 
 SIZES = ("sequences", "steps", "hidden", "input", "projected")
 KINDS = [(cell, None) for cell in CELLS] + [("lstm", 2)]  # and the projected size
@@ -20,19 +29,9 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def nan_in_fresh_memory():
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    if not THIS_MACHINE.native_missing:
-        from seqkernels import _C
-
-        _C.fill_memory(True)
-    yield
-    if not THIS_MACHINE.native_missing:
-        _C.fill_memory(False)
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
+def _nan_in_fresh_memory():
+    with nan_in_fresh_memory():
+        yield
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

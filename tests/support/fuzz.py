@@ -3,10 +3,9 @@
 Each subject is a function of a seed that raises if something is wrong; tests/ops/test_fuzz.py runs them.
 """
 
-import contextlib
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,27 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels as sk
 from benchmarks import InputError, checkpoint
-from seqkernels.hardware import THIS_MACHINE
 
 Result = list[Tensor] | Exception
-
-
-@contextlib.contextmanager
-def nan_in_fresh_memory() -> Iterator[None]:
-    """What nobody computes comes out as NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    fill = lambda wanted: None  # noqa: E731
-    if not THIS_MACHINE.native_missing:
-        from seqkernels._C import fill_memory as fill
-    fill(True)
-    try:
-        yield
-    finally:
-        fill(False)
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def result_of(run: Callable[[], list[Tensor]]) -> Result:
@@ -160,10 +140,8 @@ def random_input(draw: random.Random, module: torch.nn.Module, name: str) -> tup
         states = [torch.randn(*([off(B)] if len(shape) == 2 else []), off(H)) for _ in range(1 + (name == "LSTMCell"))]
         input = torch.randn(*shape, *([1] * (wrong and draw.random() < 0.2)))
     else:
-        T, unbatched = (
-            draw.choice((0, 1, 2, 6)) if wrong else draw.choice((1, 2, 6)),
-            not packed and draw.random() < 0.2,
-        )
+        T = draw.choice((0, 1, 2, 6) if wrong else (1, 2, 6))
+        unbatched = not packed and draw.random() < 0.2
         shape = (T, off(I)) if unbatched else (B, T, off(I)) if module.batch_first else (T, B, off(I))
         input = torch.randn(shape)
         widths = [module.proj_size or H, H][: 1 + (name == "LSTM")]

@@ -1,5 +1,7 @@
 """The operator pair: calls of it, what both of its passes compute, and what decides that this is right."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import pytest
@@ -48,12 +50,8 @@ class Call:
             # So small that rounding errors do not grow from step to step.
             return (random(*shape).detach() / (2 * shape[-1] ** 0.5)).requires_grad_(requires_grad)
 
-        D, B, H, P = (
-            self.directions,
-            self.sequences,
-            self.hidden,
-            self.hidden if self.projected is None else self.projected,
-        )
+        D, B, H = self.directions, self.sequences, self.hidden
+        P = H if self.projected is None else self.projected
         rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
         gates = cells.CELLS[self.cell].gates * H
         weights = []
@@ -70,6 +68,26 @@ class Call:
             None if self.batch_sizes is None else torch.tensor(self.batch_sizes, dtype=torch.int64),
             save,
         )
+
+
+@contextlib.contextmanager
+def nan_in_fresh_memory() -> Iterator[None]:
+    """What torch and the CPU kernels allocate starts as NaN, so that what nobody computes is seen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    native = not THIS_MACHINE.native_missing
+    if native:
+        from seqkernels import _C
+
+        _C.fill_memory(True)
+    try:
+        yield
+    finally:
+        if native:
+            _C.fill_memory(False)
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def forward(backend: str):

@@ -13,6 +13,7 @@ from operators import (
     assert_rounding_alone,
     both_passes,
     calls,
+    nan_in_fresh_memory,
 )
 from operators import backward as backward_of
 from operators import forward as forward_of
@@ -73,16 +74,12 @@ def test_sizes_are_written_on_the_device_as_a_graph_can_capture():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.get("hidden", 0) < 100])
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_is_read_before_it_is_written(cell, shape, dtype, path, monkeypatch):
+def test_nothing_is_read_before_it_is_written(cell, shape, dtype, path):
     """All that torch allocates starts as NaN."""
     call = Call(cell, dtype=dtype, **SHAPES[shape])
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    with nan_in_fresh_memory():
         assert torch.empty(1).isnan()
         results = both_passes(call, forward, backward)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert all(x.isfinite().all() for x in results)
 
 
