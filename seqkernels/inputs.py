@@ -72,9 +72,10 @@ def call_of(
 ) -> Call:
     """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
     device = x.device
-    # When compiling no size is asked for, as that would put a guard on it; on a CPU there is nothing to weigh.
+    # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
+    # on a CPU there is nothing to weigh.
     compiled = torch.compiler.is_compiling()
-    if compiled or (device.type == "cpu" and not hardware.STAND_INS):
+    if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
         return Call(
             cell=cell,
             device_type=device.type,

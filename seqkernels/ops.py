@@ -302,6 +302,8 @@ def recurrence_forward(
     if call.transformed:
         return torch_eager.forward(*args)[:3]
     if save:
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
         return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 
