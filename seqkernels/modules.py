@@ -265,3 +265,12 @@ def plan_without_sizes(module: nn.RNNBase | nn.RNNCellBase) -> select.Plan:
     if isinstance(module, nn.RNNCellBase):
         call = call._replace(layout="cell")
     return select.plan(call, hardware.machine_of(weight.device), getattr(module, "backend", None))
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an RNN, GRU, LSTM or one of their cells, torch.nn's or ours; or a LiGRU of ours.
+
+    For code that asks `isinstance(module, nn.GRU)`, to initialize say: ours are no instances of torch.nn's classes, as
+    torch.compile refuses all of those.
+    """
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))
