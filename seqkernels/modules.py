@@ -38,8 +38,10 @@ class _Recurrent(drop_in.Layer):
         if tracer := drop_in.tracer_of(input, hx, lengths):
             return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
         weights = self._weights()
-        if self._forward_of_torch is not None and lengths is None and checks.any_expanded(weights):
-            return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
+        if checks.any_expanded(weights):
+            if self._forward_of_torch is not None and lengths is None:
+                return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
+            checks.check_kind(weights)
         return functional.recurrent(
             self.mode.lower(),
             input,
