@@ -235,7 +235,7 @@ def test_an_operator_that_addresses_memory_refuses(name, backend, monkeypatch):
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
 def test_triton_has_no_kernels_for_float64():
-    with pytest.raises(RuntimeError, match="no Triton kernel for torch.float64: the kernels compute in float32"):
+    with pytest.raises(RuntimeError, match="the kernels compute in float32"):
         forward("triton")(*Call("gru", batch_sizes=(3, 2)).arguments())
 
 
