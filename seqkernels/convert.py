@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seqkernels import modules
+from seqkernels import modules, trial
 from seqkernels.drop_in import DropIn
 
 # torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
@@ -26,10 +26,12 @@ class Swap(NamedTuple):
     before: str
     after: str | None  # None: left as it was
     reason: str = ""  # why it was left
+    speed: float | None = None  # ours as a multiple of torch.nn's, where a benchmark was asked for
 
     def __str__(self) -> str:
         where = self.name or "(the model itself)"
-        return f"{where}: {self.before} " + (f"-> {self.after}" if self.after else f"left: {self.reason}")
+        speed = "" if self.speed is None else f" ({self.speed:.2f} times as fast as torch.nn's)"
+        return f"{where}: {self.before} " + (f"-> {self.after}" if self.after else f"left: {self.reason}") + speed
 
 
 class Report(list[Swap]):
@@ -58,6 +60,7 @@ def swap_in(
     names: str | Iterable[str] | None = None,
     cells: bool = True,
     subclasses: bool = False,
+    benchmark: Any = None,
 ) -> Report:
     """Make every nn.RNN, GRU, LSTM and cell in `model`, itself included, one of ours; returns a report.
 
@@ -72,6 +75,9 @@ def swap_in(
         cells: False leaves cells as they are.
         subclasses: True swaps a subclass of nn.GRU, say, as well, if it changes only how it is made, or adds methods.
             It stays an instance of its class, which torch.compile refuses as before.
+        benchmark: an example input of `model`, or a tuple of its positional arguments. The model is called once, each
+            module is timed both ways where it is called (with a backward pass, if gradients are on), and those that
+            are not faster as ours are left; the report has the speeds.
 
     Left as they are, with the reason in the report: a subclass that is not asked for, and always one with code of its
     own for what ours does, as `forward`; a module whose `forward` somebody has replaced (accelerate's hooks,
@@ -89,10 +95,9 @@ def swap_in(
     if not cells:
         chosen = tuple(cls for cls in chosen if cls not in _CELLS)
     patterns = None if names is None else (names,) if isinstance(names, str) else tuple(names)
-    report = Report()
+    report, able = Report(), {}
     for report.seen, (name, module) in enumerate(model.named_modules(), 1):
         torchs = _torchs_class(module)
-        reason: str | None
         if torchs is None:
             reason = _unusual(module)
         elif torchs not in chosen:
@@ -105,9 +110,36 @@ def swap_in(
         if reason:
             report.append(Swap(name, _name(type(module)), None, reason))
         elif torchs:
-            cls = _unparametrized(module)
-            report.append(_swap(name, module, OURS[cls] if cls in OURS else _drop_in_of(cls, torchs)))
+            able[name] = module, _drop_in_of(_unparametrized(module), torchs)
+            report.append(Swap(name, _name(type(module)), None))
+    speeds = {} if benchmark is None else _speeds(model, able, benchmark)
+    for place, swap in enumerate(report):
+        if swap.reason:
+            continue
+        speed = speeds.get(swap.name)
+        if benchmark is not None and speed is None:
+            report[place] = swap._replace(reason="the example does not call it")
+        elif speed is not None and speed <= 1:
+            report[place] = swap._replace(reason="it is not faster as ours", speed=speed)
+        else:
+            report[place] = _swap(swap.name, *able[swap.name])._replace(speed=speed)
     return report
+
+
+def _speeds(model: nn.Module, able: dict[str, tuple[nn.Module, type]], benchmark: Any) -> dict[str, float]:
+    """How many times as fast modules are as ours, where the model calls them for the first time."""
+    speeds: dict[str, float] = {}
+
+    def hear(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if name not in speeds:
+            ours = object.__new__(type(module))  # the same parameters, and nothing that pickle would have a say in
+            ours.__dict__ = module.__dict__.copy()
+            _swap(name, ours, able[name][1])
+            speeds[name] = trial.compare(module, ours, args, kwargs)
+
+    args = benchmark if type(benchmark) is tuple else (benchmark,)
+    trial.listen(model, {name: module for name, (module, _) in able.items()}, args, {}, hear)
+    return speeds
 
 
 def swap_out(model: nn.Module) -> Report:
@@ -197,10 +229,14 @@ def _own_code(cls: type, torchs: type) -> list[str]:
 
 @functools.cache
 def _drop_in_of(cls: type, torchs: type) -> type:
-    """A subclass of `cls` that computes as ours do; pickle finds it by `cls`.
+    """Our class in the place of one of torch.nn's; for a subclass of that, a subclass of it that computes as ours do.
 
-    Its members are copies: with ours for a base, Python would not let every object become one (of abstract classes).
+    Pickle finds the latter by the subclass. Its members are copies: with ours for a base, Python would not let every
+    object become one, not those of abstract classes.
     """
+
+    if cls is torchs:
+        return OURS[torchs]
 
     def __reduce_ex__(self, protocol):
         _, _, *rest = super(made, self).__reduce_ex__(protocol)

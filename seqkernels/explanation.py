@@ -1,17 +1,17 @@
 """explain: what would run, and why, for one module and for all of a model."""
 
-import contextlib
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from seqkernels import drop_in, inputs, modules, select
+from seqkernels import drop_in, inputs, modules, select, trial
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_NONE: Any = MappingProxyType({})
 
 
 class Explained(NamedTuple):
@@ -57,14 +57,14 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
         raise TypeError(f"explain takes a module, got {what}")
     if not args and not kwargs:
         return Explanation(_explained(name, found) for name, found in _recurrent_in(module))
-    if isinstance(module, _RECURRENT):
+    if modules.is_recurrent(module):
         return _plan(module, *args, **kwargs)
     return _explained_run(module, args, kwargs)
 
 
 def _recurrent_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, _RECURRENT):
+        if modules.is_recurrent(module):
             yield name, module
 
 
@@ -80,7 +80,7 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None) -> selec
     return select.plan_of(call, input.data.device, getattr(module, "backend", None))
 
 
-def _explained(name: str, module: Any, *args, **kwargs) -> Explained:
+def _explained(name: str, module: Any, args: tuple = (), kwargs: dict = _NONE) -> Explained:
     ours = isinstance(type(module), drop_in.DropIn)
     cls = f"{'seqkernels' if ours else 'torch.nn'}.{type(module).__name__}"
     if "forward" in vars(module):
@@ -100,17 +100,7 @@ def _explained_run(model: nn.Module, args: tuple, kwargs: dict) -> Explanation:
     if not recurrent:
         raise TypeError(f"explain takes an RNN, GRU, LSTM, a cell, or a model with one, got {type(model).__name__}")
     heard: list[Explained] = []
-    with contextlib.ExitStack() as hooks:
-        for name, module in recurrent.items():
-
-            def hear(module: nn.Module, args: tuple, kwargs: dict, name: str = name) -> None:
-                heard.append(_explained(name, module, *args, **kwargs))
-
-            hooks.callback(module.register_forward_pre_hook(hear, with_kwargs=True).remove)
-        gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-        hooks.enter_context(torch.random.fork_rng(gpus))
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        torch.func.functional_call(model, buffers, args, kwargs)
+    trial.listen(model, recurrent, args, kwargs, lambda *call: heard.append(_explained(*call)))
     called = {explained.name for explained in heard}
     idle = [
         Explained(name, type(module).__name__, None, "not called with this input")

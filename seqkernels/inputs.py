@@ -39,7 +39,6 @@ def prepare(
     transformed = modes.transformed()
     unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
     data = input.data if isinstance(input, PackedSequence) else input
-    checks.check_kind(weights)
     checks.check_input(data, weights, 3 if data is input and cu_seqlens is None else 2)
     if hx is not None and unbatched:
         hx = hx.unsqueeze(1) if isinstance(hx, Tensor) else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))

@@ -38,8 +38,10 @@ class _Recurrent(drop_in.Layer):
         if tracer := drop_in.tracer_of(input, hx, lengths):
             return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
         weights = self._weights()
-        if self._forward_of_torch is not None and lengths is None and checks.any_expanded(weights):
-            return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
+        if checks.any_expanded(weights):
+            if self._forward_of_torch is not None and lengths is None:
+                return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
+            checks.check_kind(weights)
         return functional.recurrent(
             self.mode.lower(),
             input,
@@ -147,6 +149,7 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
     backend: str | None = None
 
     __prepare_scriptable__ = drop_in.refuse_script
+    allow_grad_accumulation = drop_in.refuse_opacus
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
@@ -263,3 +266,12 @@ def plan_without_sizes(module: nn.RNNBase | nn.RNNCellBase) -> select.Plan:
     if isinstance(module, nn.RNNCellBase):
         call = call._replace(layout="cell")
     return select.plan(call, hardware.machine_of(weight.device), getattr(module, "backend", None))
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an RNN, GRU, LSTM or one of their cells, torch.nn's or ours; or a LiGRU of ours.
+
+    For code that asks `isinstance(module, nn.GRU)`, to initialize say: ours are no instances of torch.nn's classes, as
+    torch.compile refuses all of those.
+    """
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))

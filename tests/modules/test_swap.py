@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqkernels as sk
+from seqkernels import trial
 from seqkernels.drop_in import DropIn
 
 NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
@@ -393,3 +395,50 @@ def test_torchscript_is_refused_with_what_to_take_instead():
             torch.jit.trace(module, x)
         with torch.no_grad():
             torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
+def test_a_benchmark_keeps_the_faster_of_each(monkeypatch):
+    """What is called, as the model calls it, and what becomes of the answer; time itself is no matter of tests."""
+    model, x, asked = Noisy(), torch.randn(6, 3, 4), []
+    sk.swap_out(model)
+    before, seed = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+    def compare(first, second, args, kwargs):
+        asked.append((type(first), type(second), torch.is_grad_enabled(), len(args)))
+        torch.testing.assert_close(second.forward(*args, **kwargs), first.forward(*args, **kwargs))
+        assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        return 0.5 if isinstance(first, nn.GRU) else 2.0
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(trial, "compare", compare)
+        report = sk.swap_in(model, benchmark=x)
+    assert asked == [(nn.GRU, sk.GRU, False, 1), (nn.LSTMCell, sk.LSTMCell, False, 2)]
+    assert [(swap.name, swap.speed, bool(swap.after)) for swap in report] == [
+        ("rnn", 0.5, False),
+        ("cell", 2.0, True),
+        ("spare", None, False),
+    ]
+    assert type(model.rnn) is nn.GRU and type(model.cell) is sk.LSTMCell and type(model.spare) is nn.RNN
+    assert "-> seqkernels.LSTMCell (2.00 times as fast as torch.nn's)" in str(report)
+    assert report[0].reason == "it is not faster as ours" and report[2].reason == "the example does not call it"
+    torch.testing.assert_close(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_trial_times_both_and_changes_nothing(monkeypatch, gradients, packed):
+    monkeypatch.setattr(trial, "SECONDS", 0)
+    first, second = nn.GRU(4, 5, 2, dropout=0.5), sk.GRU(4, 5, 2, dropout=0.5)
+    x = torch.randn(6, 3, 4, requires_grad=True)
+    input, seed = pack_padded_sequence(2 * x, [6, 4, 1]) if packed else 2 * x, torch.get_rng_state()
+    with torch.set_grad_enabled(gradients):
+        assert trial.compare(first, second, (input,), {"hx": torch.zeros(2, 3, 5)}) > 0
+    assert all(t.grad is None for t in (x, *first.parameters(), *second.parameters()))
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+def test_is_recurrent_knows_ours_and_torchs():
+    for name in NAMES:
+        assert sk.is_recurrent(getattr(nn, name)(4, 5)) and sk.is_recurrent(getattr(sk, name)(4, 5))
+    assert sk.is_recurrent(sk.LiGRU(4, 5)) and not sk.is_recurrent(nn.Linear(4, 5))
