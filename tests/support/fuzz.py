@@ -4,7 +4,8 @@ Each subject is a function of a seed that raises if something is wrong; tests/op
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from operators import BACKENDS, CELLS, Call, backward, forward, to_float64
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import seqkernels as sk
 
 IN_16_BITS = torch.bfloat16, torch.float16
+SEVERAL = 5  # draws of the numbers of a call in 16 bits: of a single one, the digits that are left are a matter of luck
 TOLERANCES = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-10}}
 Result = list[Tensor] | Exception
 
@@ -78,15 +80,13 @@ def shrunk(draw: random.Random, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def operators(seed: int) -> None:
-    draw = random.Random(seed)
-    backend = draw.choice([name for name in BACKENDS if name != "torch_eager"])
+def random_call(draw: random.Random, dtypes: Sequence[torch.dtype], seed: int) -> Call:
     cell, size = draw.choice(CELLS), lambda: draw.choice((0, 1, 2, 3, 5, 8, 17))
     sequences, steps = size(), draw.randrange(5)
     batch_sizes = None
     if draw.random() < 0.5:
         batch_sizes = tuple(sorted((draw.randrange(sequences + 1) for _ in range(steps)), reverse=True))
-    call = Call(
+    return Call(
         cell,
         draw.choice((1, 2)),
         sequences,
@@ -97,32 +97,51 @@ def operators(seed: int) -> None:
         batch_sizes,
         draw.randrange(3) if batch_sizes is not None else 0,
         draw.random() < 0.7,
-        draw.choice((torch.float32, *IN_16_BITS, *([] if backend == "triton" else [torch.float64]))),
+        draw.choice(dtypes),
         seed,
     )
-    _, x, weights, h_0, c_0, sizes, save = call.arguments()
-    x, h_0, weights = as_view(draw, x), as_view(draw, h_0), [as_view(draw, weight) for weight in weights]
-    y, h_n, c_n, saved = forward("torch_eager")(cell, x, weights, h_0, c_0, sizes, True)
-    grads = [torch.randn_like(tensor) if draw.random() < 0.8 else None for tensor in (y, h_n, c_n)]
-    grads, wants = [*grads[:2], grads[2] if cell == "lstm" else None], [draw.random() < 0.7 for _ in range(2)]
-    given = [*grads, y, saved, x, *weights, h_0, c_0, sizes]
-    if draw.random() < 0.4:  # something is wrong with one of the tensors
-        k = draw.choice([k for k, tensor in enumerate(given) if tensor is not None])
-        damage = draw.choice([*DAMAGES.values(), *([shrunk] if given[k].numel() else [])])
-        given[k] = damage(draw, given[k])
 
-    def both_passes(name: str, given: list[Tensor | None] = given) -> list[Tensor]:
-        *grads, y, saved, x = given[:6]
-        layer = x, given[6:-3], *given[-3:]
-        results = forward(name)(cell, *layer, save)
-        grad_x, grad_weights, *grad_states = backward(name)(cell, *grads, *layer, y, saved, *wants)
+
+def tensors_of(draw: random.Random, call: Call, grads: Sequence[bool]) -> list[Tensor | None]:
+    """grad_y, grad_h_n and grad_c_n, where there are to be such, y, saved, x, the weights, h_0, c_0 and batch_sizes."""
+    cell, x, weights, h_0, c_0, sizes, _ = call.arguments()
+    y, h_n, c_n, saved = forward("torch_eager")(cell, x, weights, h_0, c_0, sizes, True)
+    of = zip((y, h_n, c_n), grads, strict=True)
+    tensors = [*(torch.randn_like(tensor) if there else None for tensor, there in of), y, saved, x, *weights, h_0, c_0]
+    return [*(tensor if tensor is None else as_view(draw, tensor) for tensor in tensors), sizes]
+
+
+def operators(seed: int) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    backend = draw.choice([name for name in BACKENDS if name != "torch_eager"])
+    call = random_call(draw, (torch.float32, *IN_16_BITS, *([] if backend == "triton" else [torch.float64])), seed)
+    grads = draw.random() < 0.8, draw.random() < 0.8, draw.random() < 0.8 and call.cell == "lstm"
+    save, wants = draw.random() < 0.8, [draw.random() < 0.7 for _ in range(2)]
+    several = range(SEVERAL if call.dtype in IN_16_BITS else 1)
+    numbers = [tensors_of(draw, replace(call, seed=seed + k), grads) for k in several]
+    if draw.random() < 0.4:  # something is wrong with one of the tensors
+        first = numbers[0]
+        k = draw.choice([k for k, tensor in enumerate(first) if tensor is not None])
+        damage = draw.choice([*DAMAGES.values(), *([shrunk] if first[k].numel() else [])])
+        first[k] = damage(draw, first[k])
+
+    def both_passes(name: str, tensors: list[Tensor | None]) -> list[Tensor]:
+        *grads, y, saved, x = tensors[:6]
+        layer = x, tensors[6:-3], *tensors[-3:]
+        results = forward(name)(call.cell, *layer, save)
+        grad_x, grad_weights, *grad_states = backward(name)(call.cell, *grads, *layer, y, saved, *wants)
         return [*results, grad_x, *grad_weights, *grad_states]
 
-    expected, found = (result_of(lambda name=name: both_passes(name)) for name in ("torch_eager", backend))
+    def all_passes(name: str, numbers: list = numbers) -> list[Tensor]:
+        return [torch.stack(each) for each in zip(*(both_passes(name, tensors) for tensors in numbers), strict=True)]
+
+    expected, found = (result_of(lambda name=name: all_passes(name)) for name in ("torch_eager", backend))
     try:
-        assert_alike(found, expected, call.dtype, lambda: both_passes("torch_eager", to_float64(given)))
+        assert_alike(found, expected, call.dtype, lambda: all_passes("torch_eager", to_float64(numbers)))
     except AssertionError as error:
-        raise AssertionError(f"{backend}: {call}, {[None if t is None else tuple(t.shape) for t in given]}") from error
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in numbers[0]]
+        raise AssertionError(f"{backend}: {call}, {shapes}") from error
 
 
 # ---- modules
@@ -190,8 +209,8 @@ def modules(seed: int) -> None:
         input = input.to(draw.choice((torch.float64, torch.int64)))
     used = draw.choice(([0], [-1], [0, -1], [0, 1, -1]))  # of the results
     numbers = [(input, hx)]
-    if dtype in IN_16_BITS:  # of one number, the digits that rounding leaves are a matter of luck
-        numbers += [changed(torch.randn_like, (input, hx)) for _ in range(4)]
+    if dtype in IN_16_BITS:
+        numbers += [changed(torch.randn_like, (input, hx)) for _ in range(SEVERAL - 1)]
 
     def train(module: torch.nn.Module, input: Tensor | PackedSequence, hx: object) -> list[Tensor]:
         module.zero_grad()
