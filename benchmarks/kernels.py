@@ -147,6 +147,7 @@ def said_errors(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """How many times as fast ours is; "=" where the difference is smaller than the spread."""
-    same = row["speedup_low"] <= 1 <= row["speedup_high"] or abs(row["speedup"] - 1) < INDIFFERENCE
+    """How many times as fast ours is; "=" where the difference is smaller than the spread, if that is known."""
+    low, high = (row[name] or row["speedup"] for name in ("speedup_low", "speedup_high"))
+    same = low <= 1 <= high or abs(row["speedup"] - 1) < INDIFFERENCE
     return f"{'=' if same else ''}{row['speedup']:.2f}x"

@@ -89,10 +89,20 @@ def refuse_script(module: nn.Module) -> NoReturn:
     raise RuntimeError(f"TorchScript has no {ours}: take torch.export, or script the model after swap_out(model)")
 
 
+def refuse_opacus(module: nn.Module) -> NoReturn:
+    """Opacus calls `allow_grad_accumulation` on what it wraps, before it takes samples' gradients from a first output
+    alone: it would fail on a tuple, and without a word leave out what went through the final states."""
+    raise RuntimeError(
+        f"Opacus' hooks cannot take the gradients of each sample from seqkernels.{type(module).__name__}: use "
+        'grad_sample_mode="ew" (layers alone), or Opacus\' own layers after swap_out(model)'
+    )
+
+
 class Layer(nn.RNNBase, metaclass=DropIn):
     """A layer whose parameters are read by name in every call: there is no second list of them to go stale."""
 
     __prepare_scriptable__ = refuse_script
+    allow_grad_accumulation = refuse_opacus
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters are used where they lie."""

@@ -149,6 +149,7 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
     backend: str | None = None
 
     __prepare_scriptable__ = drop_in.refuse_script
+    allow_grad_accumulation = drop_in.refuse_opacus
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
