@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks` kernels, report, compare, scaling, train, generate and demo."""
+"""The command line: `python -m benchmarks` kernels, calls, report, compare, scaling, train, generate and demo."""
 
 import argparse
 import io
@@ -8,7 +8,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import InputError, compare, distributed, kernels, record, report, require, scaling, training_report
+from benchmarks import (
+    InputError,
+    calls,
+    compare,
+    distributed,
+    kernels,
+    record,
+    report,
+    require,
+    scaling,
+    training_report,
+)
 from benchmarks.data import VARIABLE, data_folder, names_files
 from benchmarks.options import natural, positive
 from benchmarks.task import MODULES, Task, add_shared_options
@@ -16,7 +27,7 @@ from benchmarks.tasks import TASKS, charlm
 from benchmarks.train import measure, rnn_classes, start_runs, train
 from benchmarks.training_report import Training
 
-MEASUREMENTS = {"kernels": kernels, "report": report, "compare": compare, "scaling": scaling}
+MEASUREMENTS = {"kernels": kernels, "calls": calls, "report": report, "compare": compare, "scaling": scaling}
 DEMO_TEXT = ["--limit", "200000", "--epochs", "3"]  # minutes, not the best model
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 

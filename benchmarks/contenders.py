@@ -40,8 +40,12 @@ def data(case: Case) -> Tensor:
     return torch.randn(problem.T, problem.B, problem.I, generator=torch.Generator().manual_seed(1))
 
 
-def prepared(case: Case, module: nn.Module) -> Callable[[], list[Tensor]]:
-    """A run of the module on the case: output, final state and, in training, the gradients of input and parameters."""
+def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None = None) -> Callable[[], list[Tensor]]:
+    """A run of the module on the case: output, final state and, in training, the gradients of input and parameters.
+
+    call: what to call on the input in the module's place, with its parameters.
+    """
+    call = call or module
     module = module.to(case.device, getattr(torch, case.dtype))
     x = data(case)
     if case.layout == "packed":
@@ -55,13 +59,13 @@ def prepared(case: Case, module: nn.Module) -> Callable[[], list[Tensor]]:
 
     def infer() -> list[Tensor]:
         with torch.inference_mode():
-            y, final = module(given)
+            y, final = call(given)
         return [y.data if case.layout == "packed" else y, *states(final)]
 
     def train() -> list[Tensor]:
         module.zero_grad()
         x.grad = None
-        y, final = module(given)
+        y, final = call(given)
         y = y.data if case.layout == "packed" else y
         y.backward(torch.ones_like(y))
         return [y, *states(final), x.grad, *(p.grad for p in module.parameters())]

@@ -86,8 +86,8 @@ def facts(case: Case) -> dict[str, Any]:
     return {**record.environment(), **described, "plan": explain(case)}
 
 
-def measure(case: Case, workers: list[Worker], rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its errors, whether all of ours pass the gate, and the times if they do."""
+def measure(case: Case, workers: list[Worker], rounds: int, host: bool = False) -> list[dict[str, Any]]:
+    """A row for each contender: its errors, whether all of ours pass the gate, and the times (the `host`'s) if so."""
     work = flops(case.shape, case.cell, case.mode, case.layout)
     rows, able = {}, []
     for worker in workers:
@@ -100,7 +100,7 @@ def measure(case: Case, workers: list[Worker], rounds: int) -> list[dict[str, An
             row["absent"] = str(reason)
         rows[worker.name] = row
     right = gate(rows, case)
-    times = paired(able, rounds) if right else {}
+    times = paired(able, rounds, host) if right else {}
     for name, row in rows.items():
         row["right"] = right
         if name not in times:
@@ -147,6 +147,7 @@ def said_errors(rows: list[dict[str, Any]]) -> str:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """How many times as fast ours is; "=" where the difference is smaller than the spread."""
-    same = row["speedup_low"] <= 1 <= row["speedup_high"] or abs(row["speedup"] - 1) < INDIFFERENCE
+    """How many times as fast ours is; "=" where the difference is smaller than the spread, if that is known."""
+    low, high = (row[name] or row["speedup"] for name in ("speedup_low", "speedup_high"))
+    same = low <= 1 <= high or abs(row["speedup"] - 1) < INDIFFERENCE
     return f"{'=' if same else ''}{row['speedup']:.2f}x"

@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import importlib
+import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -95,6 +97,25 @@ def peak_memory(step: Callable[[], None], device: torch.device) -> float:
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
+
+
+def counts(run: Callable[[], Any], device: torch.device) -> dict[str, int | None]:
+    """Of a run: what it launches on a GPU, and how often it asks torch for memory."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    on_gpu = sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in events)
+    changes = (event["args"] for event in events if event.get("name") == "[memory]")
+    kind = int(device.type == "cuda")  # torch's own numbers
+    allocations = sum(change["Bytes"] > 0 and change["Device Type"] == kind for change in changes)
+    return {"launches": on_gpu if device.type == "cuda" else None, "allocations": allocations}
 
 
 def release_memory() -> None:

@@ -125,6 +125,11 @@ def scaling_key(row: Row) -> tuple:
     return tuple(row.get(name) for name in ("axis", "value", "cell", "mode", "dtype"))
 
 
+def step_key(row: Row) -> tuple:
+    names = ("gpu", "cpu", "cell", "dtype", "H", "B", "directions", "pass", "path", "tile", "units")
+    return tuple(row.get(name) for name in names)
+
+
 def newest(rows: Iterable[Row], of: Callable[[Row], tuple] = key) -> list[Row]:
     """Of each case and contender the last row that was written."""
     last = {(of(row), row["contender"]): row for row in rows}
@@ -140,12 +145,13 @@ def differs(commit: str | None) -> bool:
 
 
 def readme_rows(rows: list[Row]) -> list[Row]:
-    """The comparison most people look for: float32, and as many threads as there are."""
-    rows = [row for row in rows if row["dtype"] == "float32"]
-    most = {
-        device: max(row["threads"] for row in rows if row["device"] == device) for device in {r["device"] for r in rows}
-    }
-    return [row for row in rows if row["threads"] == most[row["device"]]]
+    """The comparison most people look for on a CPU: float32, and as many threads as there are."""
+    rows = [row for row in rows if row["device"] == "cpu" and row["dtype"] == "float32"]
+    return [row for row in rows if row["threads"] == max(row["threads"] for row in rows)]
+
+
+def gpu_rows(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["device"] != "cpu"]
 
 
 def ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables and plots of the rows that `kernels` and `scaling` wrote."""
+"""`python -m benchmarks report`: tables and plots of the rows that `kernels`, `calls`, `steps` and `scaling` wrote."""
 
 import argparse
 import statistics
@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import InputError, kernels, plots, record, require
+from benchmarks import InputError, calls, kernels, plots, record, require
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
-from benchmarks.record import Row, differs, key, newest, ordered, read, readme_rows, scaling_key
+from benchmarks.record import Row, differs, gpu_rows, key, newest, ordered, read, readme_rows, scaling_key, step_key
 
 MARKERS = "<!-- kernels: written by `python -m benchmarks report --readme` -->", "<!-- end of kernels -->"
 OLD, DIRTY = "†", "‡"
@@ -22,26 +22,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="write the float32 tables into FILE, between its two markers"
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="write the tables of a CPU in float32 and of GPUs into FILE, between its two markers",
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into DIR, as PNG and SVG")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
-    rows = read(options.rows / "kernels.jsonl")
+    file, of_calls, of_steps = (options.rows / f"{name}.jsonl" for name in ("kernels", "calls", "steps"))
+    rows = read(file) if file.exists() or not (of_calls.exists() or of_steps.exists()) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
         print(f"refused, its results were wrong: {' '.join(map(str, case))}", file=sys.stderr)
     rows = newest(row for row in rows if key(row) not in refused)
     found = tables(rows)
+    found += [Table(*parts) for parts in calls.tables(read(of_calls))] if of_calls.exists() else []
+    found += step_tables(newest(read(of_steps), step_key)) if of_steps.exists() else []
     if options.markdown:
         print("\n\n".join(map(markdown, found)))
     else:
         for table in found:
             show(table)
     if options.readme:
-        write_between(options.readme, "\n\n".join(map(markdown, tables(readme_rows(rows)))))
+        write_between(options.readme, "\n\n".join(map(markdown, readme_tables(rows))))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         scaling = options.rows / "scaling.jsonl"
@@ -57,11 +63,16 @@ class Table(NamedTuple):
     notes: list[str]
 
 
+def readme_tables(rows: list[Row]) -> list[Table]:
+    return tables(readme_rows(rows)) + tables(gpu_rows(rows))
+
+
 def tables(rows: list[Row]) -> list[Table]:
     """One for each mode, dtype, thread count and device; a line a problem, a column for each cell and layout."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in ("device", "dtype", "threads", "mode")), []).append(row)
+        device = row["device"] if row["device"] == "cpu" else row["gpu"]
+        groups.setdefault((device, *(row[name] for name in ("dtype", "threads", "mode"))), []).append(row)
     return [table(name, group) for name, group in groups.items()]
 
 
@@ -94,6 +105,37 @@ def table(group: tuple, rows: list[Row]) -> Table:
         notes.append(f"{DIRTY} measured with uncommitted changes.")
     name = {"infer": "Inference", "train": "Training step (forward and backward)"}[mode]
     return Table(f"{name}, {dtype}, {where}", ["", *(f"{c} {y}" for c, y in columns)], [*lines, means], notes)
+
+
+def step_tables(rows: list[Row]) -> list[Table]:
+    """One for each device and dtype; a line a layer, a column for each path of ours and for the others."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["gpu"] or row["cpu"] or row["device"], row["dtype"]), []).append(row)
+    return [step_table(name, group) for name, group in groups.items()]
+
+
+def step_table(group: tuple, rows: list[Row]) -> Table:
+    columns = ordered((column_of(row) for row in rows), ("cuda single CTA", "cuda cluster", "cuda persistent grid"))
+    by_layer: dict[tuple, dict[tuple, float]] = {}
+    for row in rows:  # of the widths of a path the quickest
+        layer = by_layer.setdefault((row["cell"], row["H"], row["B"], row["directions"]), {})
+        at = column_of(row), row["pass"]
+        layer[at] = min(row["us"], layer.get(at, row["us"]))
+    lines = []
+    for (name, hidden, sequences, directions), found in sorted(by_layer.items()):
+        title = f"{name}, H {hidden}, B {sequences}" + (f", {directions} directions" if directions > 1 else "")
+        pairs = ([found.get((column, way)) for way in ("forward", "backward")] for column in columns)
+        lines.append([title, *(" / ".join(f"{us:.2f}" if us else "-" for us in pair) for pair in pairs)])
+    old = OLD if any(differs(row["commit"]) for row in rows) else ""
+    notes = ["Microseconds of a step, forward / backward, of each path with the units that are quickest."]
+    if old:
+        notes.append(f"{OLD} measured before the library was last changed.")
+    return Table(f"Steps, {group[1]}, {group[0]}{old}", ["", *columns], lines, notes)
+
+
+def column_of(row: Row) -> str:
+    return f"{row['contender']} {row.get('path') or ''}".strip()
 
 
 def of_column(row: Row, column: tuple, contender: str) -> bool:

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import InputError, profiling
+from benchmarks.call_layers import LAYERS
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, Unavailable, errors, torch_nn
 
@@ -36,6 +37,12 @@ def peak_gflops(threads: int) -> float | None:
         return None
 
 
+class HostRuns(NamedTuple):
+    """So many runs, of which the host's time is wanted: on a GPU they go on when it is over."""
+
+    count: int
+
+
 class Worker:
     """A contender in its process, which runs one case after the other.
 
@@ -52,7 +59,8 @@ class Worker:
         theirs.close()
 
     def request(self, wanted: Any) -> Any:
-        """A Case: make the contender for it. "errors", "memory": of a run. A number: the seconds of so many runs.
+        """A Case: make the contender for it. "errors", "memory", "counts": of a run. A number: the seconds of so many
+        runs; HostRuns: those of the host.
 
         Raises:
             Unavailable: the contender cannot run this case, with its own reason.
@@ -93,7 +101,7 @@ def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:
             try:
                 if isinstance(request, Case):
                     case, run = request, None
-                    run = CONTENDERS[name](case)
+                    run = (CONTENDERS | LAYERS)[name](case)
                     answer: Any = None
                 else:
                     answer = answer_to(request, case, run)
@@ -112,6 +120,11 @@ def answer_to(request: Any, case: Case, run: Callable[[], list[torch.Tensor]]) -
     if request == "memory":
         run()
         return profiling.peak_memory(run, device)
+    if request == "counts":
+        run()
+        return profiling.counts(run, device)
+    if isinstance(request, HostRuns):
+        return [timed_on_host(run, device) for _ in range(request.count)]
     clock = timed_on_gpu if device.type == "cuda" else timed
     return [clock(run) for _ in range(request)]
 
@@ -120,6 +133,12 @@ def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def timed_on_host(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # so that no run waits for room in the GPU's queue
+    return timed(run)
 
 
 def timed_on_gpu(run: Callable[[], Any]) -> float:
@@ -133,12 +152,16 @@ def timed_on_gpu(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def paired(workers: list[Worker], rounds: int) -> dict[str, list[list[float]]]:
+def paired(workers: list[Worker], rounds: int, host: bool = False) -> dict[str, list[list[float]]]:
     """Seconds of every run of each worker, by round: each runs in every round, so that what else the machine does
-    meanwhile falls on all of them. Fewer rounds than wanted where runs are long."""
+    meanwhile falls on all of them. Fewer rounds than wanted where runs are long. `host`: the host's seconds."""
+
+    def wanted(count: int) -> int | HostRuns:
+        return HostRuns(count) if host else count
+
     runs, seconds = {}, 0.0
     for worker in workers:
-        warm = min(worker.request(3))
+        warm = min(worker.request(wanted(3)))
         runs[worker.name] = max(1, min(MAX_RUNS, int(ROUND_SECONDS / warm)))
         seconds += warm * (runs[worker.name] + 1)
     rounds = min(rounds, max(MIN_ROUNDS, int(CASE_SECONDS / seconds)))
@@ -148,7 +171,7 @@ def paired(workers: list[Worker], rounds: int) -> dict[str, list[list[float]]]:
             time.sleep(REST_SECONDS)
             # The first runs of a round pay for what the others left in the caches, and for threads that sleep.
             count = runs[worker.name]
-            times[worker.name].append(worker.request(count + 1 + count // 10)[-count:])
+            times[worker.name].append(worker.request(wanted(count + 1 + count // 10))[-count:])
     return times
 
 

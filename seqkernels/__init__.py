@@ -6,8 +6,10 @@
 """
 
 from seqkernels import functional
-from seqkernels.convert import patch_torch, swap_in, swap_out
-from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, explain
+from seqkernels.convert import swap_in, swap_out
+from seqkernels.explanation import explain
+from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, is_recurrent
+from seqkernels.patch import patch_torch
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,7 @@ __all__ = [
     "RNNCell",
     "explain",
     "functional",
+    "is_recurrent",
     "patch_torch",
     "swap_in",
     "swap_out",

@@ -1,16 +1,22 @@
 """Swapping: torch.nn's recurrent modules become ours and back, in place, with everything that hangs on them."""
 
-import contextlib
-from collections.abc import Iterator
-from typing import NamedTuple
+import fnmatch
+import functools
+import inspect
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from seqkernels import drop_in, modules
+from seqkernels import modules, trial
+from seqkernels.drop_in import DropIn
 
 # torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
-_OURS = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")}
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+OURS = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")}
+TORCHS = {ours: torchs for torchs, ours in OURS.items()}
+_CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
+_NAMES = {cls.__name__ for cls in OURS}
 
 
 class Swap(NamedTuple):
@@ -20,14 +26,18 @@ class Swap(NamedTuple):
     before: str
     after: str | None  # None: left as it was
     reason: str = ""  # why it was left
+    speed: float | None = None  # ours as a multiple of torch.nn's, where a benchmark was asked for
 
     def __str__(self) -> str:
         where = self.name or "(the model itself)"
-        return f"{where}: {self.before} " + (f"-> {self.after}" if self.after else f"left: {self.reason}")
+        speed = "" if self.speed is None else f" ({self.speed:.2f} times as fast as torch.nn's)"
+        return f"{where}: {self.before} " + (f"-> {self.after}" if self.after else f"left: {self.reason}") + speed
 
 
 class Report(list[Swap]):
-    """What was swapped and what was left, one `Swap` a module."""
+    """What was swapped and what was left, one `Swap` for each recurrent module; `seen` modules in all."""
+
+    seen = 0
 
     @property
     def swapped(self) -> list[Swap]:
@@ -38,50 +48,232 @@ class Report(list[Swap]):
         return [swap for swap in self if not swap.after]
 
     def __str__(self) -> str:
+        if not self:
+            return f"0 swapped, 0 left: no RNN, GRU, LSTM or cell among {self.seen} modules"
         return "\n".join([f"{len(self.swapped)} swapped, {len(self.left)} left", *(f"  {swap}" for swap in self)])
 
 
-def swap_in(model: nn.Module) -> Report:
+def swap_in(
+    model: nn.Module,
+    *,
+    classes: type | Iterable[type] = tuple(OURS),
+    names: str | Iterable[str] | None = None,
+    cells: bool = True,
+    subclasses: bool = False,
+    benchmark: Any = None,
+) -> Report:
     """Make every nn.RNN, GRU, LSTM and cell in `model`, itself included, one of ours; returns a report.
 
     Objects stay the same, only their class changes: parameters, hooks, parametrizations, the training flag, places in
-    several parents and references from elsewhere are untouched. Left as they are, with the reason in the report: a
-    subclass of nn.GRU (other than a parametrized one), which has code of its own; a module whose `forward` somebody has
-    replaced (accelerate's hooks, profilers); and one that no backend here runs, of complex numbers say.
+    several parents and references from elsewhere are untouched.
+
+    Args:
+        model: any module.
+        classes: which of torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell and LSTMCell to swap.
+        names: patterns of the names to swap, as `model.named_modules()` has them, with the wildcards of `fnmatch`:
+            "encoder.*" or ["rnn", "heads.?.lstm"]; None for all.
+        cells: False leaves cells as they are.
+        subclasses: True swaps a subclass of nn.GRU, say, as well, if it changes only how it is made, or adds methods.
+            It stays an instance of its class, which torch.compile refuses as before.
+        benchmark: an example input of `model`, or a tuple of its positional arguments. The model is called once, each
+            module is timed both ways where it is called (with a backward pass, if gradients are on), and those that
+            are not faster as ours are left; the report has the speeds.
+
+    Left as they are, with the reason in the report: a subclass that is not asked for, and always one with code of its
+    own for what ours does, as `forward`; a module whose `forward` somebody has replaced (accelerate's hooks,
+    profilers); modules of TorchScript and of torch.ao; and one that no backend here runs, of complex numbers say.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: one of `classes` is none of the six.
     """
-    return _swap(model, _OURS)
-
-
-def swap_out(model: nn.Module) -> Report:
-    """Undo `swap_in`: every module of ours in `model` becomes torch.nn's again; returns a report."""
-    return _swap(model, _TORCHS)
-
-
-def _swap(model: nn.Module, classes: dict[type, type]) -> Report:
-    report = Report()
-    for name, module in model.named_modules():
-        before = type(module)
-        base = before.__bases__[0] if hasattr(module, "parametrizations") else before
-        if base not in classes:
-            if isinstance(module, tuple(classes)):
-                report.append(Swap(name, _name(before), None, "a subclass may compute something else"))
+    _check_model(model, "swap_in")
+    chosen = tuple(classes) if isinstance(classes, Iterable) else (classes,)
+    for cls in chosen:
+        if cls not in OURS:
+            raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
+    if not cells:
+        chosen = tuple(cls for cls in chosen if cls not in _CELLS)
+    patterns = None if names is None else (names,) if isinstance(names, str) else tuple(names)
+    report, able = Report(), {}
+    for report.seen, (name, module) in enumerate(model.named_modules(), 1):
+        torchs = _torchs_class(module)
+        if torchs is None:
+            reason = _unusual(module)
+        elif torchs not in chosen:
+            reason = "its class was not asked for"
+        elif patterns is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            reason = "its name was not asked for"
+        else:
+            reason = _reason_against_class(module, torchs, subclasses) or _reason_to_leave(module)
+            reason = reason or modules.unsupported(module)
+        if reason:
+            report.append(Swap(name, _name(type(module)), None, reason))
+        elif torchs:
+            able[name] = module, _drop_in_of(_unparametrized(module), torchs)
+            report.append(Swap(name, _name(type(module)), None))
+    speeds = {} if benchmark is None else _speeds(model, able, benchmark)
+    for place, swap in enumerate(report):
+        if swap.reason:
             continue
-        reason = _reason_to_leave(module, classes)
-        if reason is None:
-            assigned = _take_flat_weights(module)
-            module.__class__ = classes[base] if base is before else _rebased(before, classes[base])
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()
-                for index, weight in assigned.items():
-                    module._flat_weights[index] = weight
-        report.append(Swap(name, _name(before), None if reason else _name(type(module)), reason or ""))
+        speed = speeds.get(swap.name)
+        if benchmark is not None and speed is None:
+            report[place] = swap._replace(reason="the example does not call it")
+        elif speed is not None and speed <= 1:
+            report[place] = swap._replace(reason="it is not faster as ours", speed=speed)
+        else:
+            report[place] = _swap(swap.name, *able[swap.name])._replace(speed=speed)
     return report
 
 
-def _reason_to_leave(module, classes: dict[type, type]) -> str | None:
-    if "forward" in vars(module):
-        return "its forward was replaced"
-    return modules.unsupported(module) if classes is _OURS else None
+def _speeds(model: nn.Module, able: dict[str, tuple[nn.Module, type]], benchmark: Any) -> dict[str, float]:
+    """How many times as fast modules are as ours, where the model calls them for the first time."""
+    speeds: dict[str, float] = {}
+
+    def hear(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if name not in speeds:
+            ours = object.__new__(type(module))  # the same parameters, and nothing that pickle would have a say in
+            ours.__dict__ = module.__dict__.copy()
+            _swap(name, ours, able[name][1])
+            speeds[name] = trial.compare(module, ours, args, kwargs)
+
+    args = benchmark if type(benchmark) is tuple else (benchmark,)
+    trial.listen(model, {name: module for name, (module, _) in able.items()}, args, {}, hear)
+    return speeds
+
+
+def swap_out(model: nn.Module) -> Report:
+    """Undo `swap_in`: every module of ours in `model` becomes torch.nn's again; returns a report.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_model(model, "swap_out")
+    report = Report()
+    for report.seen, (name, module) in enumerate(model.named_modules(), 1):
+        cls = _unparametrized(module)
+        torchs = vars(cls).get("_subclass_of_torch") or TORCHS.get(cls)
+        if torchs is not None:
+            reason = _reason_to_leave(module)
+        elif isinstance(cls, DropIn):
+            reason = "torch.nn has no such class"
+        else:
+            reason = "it is none of ours" if _torchs_class(module) else _unusual(module)
+        if reason:
+            report.append(Swap(name, _name(type(module)), None, reason))
+        elif torchs is not None:
+            report.append(_swap(name, module, torchs))
+    return report
+
+
+def _check_model(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"{function} takes a model, which is one torch.nn.Module, got {what}")
+
+
+def _torchs_class(module: nn.Module) -> type | None:
+    """Which of torch.nn's six classes this is an instance of, as long as it is neither ours nor torch.ao's."""
+    if isinstance(type(module), DropIn) or _is_of_ao(module):
+        return None
+    return next((cls for cls in OURS if isinstance(module, cls)), None)
+
+
+def _unusual(module: nn.Module) -> str | None:
+    """Why what is recurrent, and no instance of torch.nn's six classes, is left; None: it is not recurrent."""
+    if isinstance(type(module), DropIn):
+        return "it is ours already"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript has its code" if getattr(module, "original_name", None) in _NAMES else None
+    if _is_of_ao(module):
+        return "it is quantized, or made to be" if type(module).__name__ in _NAMES else None
+    return "it is a class of its own" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else None
+
+
+def _is_of_ao(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.ao.")
+
+
+def _reason_to_leave(module: nn.Module) -> str | None:
+    return "its forward was replaced" if "forward" in vars(module) else None
+
+
+def _reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> str | None:
+    cls = _unparametrized(module)
+    if cls is torchs:
+        return None
+    own = _own_code(cls, torchs)
+    if own or not subclasses:
+        why = f": its {own[0]} is its own" if own else "; subclasses=True swaps it"
+        return f"a subclass may compute something else{why}"
+    return None
+
+
+# Nothing that forward uses: the drop-in of a subclass takes these from the subclass.
+_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__"}
+
+
+def _own_code(cls: type, torchs: type) -> list[str]:
+    """Which methods of torch.nn's class or of ours a subclass of torch.nn's has code of its own for, forward first."""
+    theirs = (*torchs.__mro__, *OURS[torchs].__mro__)
+    known = {name for base in theirs if base not in nn.Module.__mro__ for name in vars(base)} - _HARMLESS
+    own = {
+        name
+        for base in cls.__mro__
+        if base not in torchs.__mro__
+        for name, value in vars(base).items()
+        if inspect.isroutine(value) or isinstance(value, property)
+    }
+    return sorted(own & known, key=lambda name: (name != "forward", name))
+
+
+@functools.cache
+def _drop_in_of(cls: type, torchs: type) -> type:
+    """Our class in the place of one of torch.nn's; for a subclass of that, a subclass of it that computes as ours do.
+
+    Pickle finds the latter by the subclass. Its members are copies: with ours for a base, Python would not let every
+    object become one, not those of abstract classes.
+    """
+
+    if cls is torchs:
+        return OURS[torchs]
+
+    def __reduce_ex__(self, protocol):
+        _, _, *rest = super(made, self).__reduce_ex__(protocol)
+        return _new_drop_in_of, (cls, torchs), *rest
+
+    ours = [base for base in OURS[torchs].__mro__ if isinstance(base, DropIn)]
+    members = {name: value for base in reversed(ours) for name, value in vars(base).items() if name not in _OF_A_CLASS}
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    members |= names | {"__reduce_ex__": __reduce_ex__, "_drop_in": OURS[torchs], "_subclass_of_torch": cls}
+    meta: Any = DropIn if type(cls) is type else type("DropIn", (DropIn, type(cls)), {})
+    made: Any = meta(cls.__name__, (cls,), members)
+    return made
+
+
+_OF_A_CLASS = {*_HARMLESS, "__dict__", "__weakref__", "__annotations__", "__annotations_cache__"}
+
+
+def _new_drop_in_of(cls: type, torchs: type) -> nn.Module:
+    made = _drop_in_of(cls, torchs)
+    return made.__new__(made)  # type: ignore[call-overload]
+
+
+def _swap(name: str, module: nn.Module, to: type) -> Swap:
+    """Change the class of one module."""
+    before, base = type(module), _unparametrized(module)
+    assigned = _take_flat_weights(module)
+    module.__class__ = to if base is before else _rebased(before, to)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+        for index, weight in assigned.items():
+            module._flat_weights[index] = weight
+    return Swap(name, _name(before), _name(type(module)))
+
+
+def _unparametrized(module: nn.Module) -> type:
+    cls = type(module)
+    return cls.__bases__[0] if hasattr(module, "parametrizations") else cls
 
 
 def _take_flat_weights(module: nn.Module) -> dict[int, Tensor | None]:
@@ -105,31 +297,6 @@ def _rebased(parametrized: type, base: type) -> type:
 
 
 def _name(cls: type) -> str:
+    if subclass := vars(cls).get("_subclass_of_torch"):
+        return f"{_name(cls._drop_in)} as {_name(subclass)}"  # type: ignore[attr-defined]
     return f"{cls.__module__.split('.')[0]}.{cls.__name__}"
-
-
-@contextlib.contextmanager
-def patch_torch() -> Iterator[None]:
-    """Inside, torch.nn.RNN, GRU, LSTM and their cells are ours, for code that makes its modules by those names.
-
-    Modules made inside stay ours afterwards. Names that were imported before (`from torch.nn import GRU`) are not
-    reached; use `swap_in` for those. Contexts may be nested; they change torch.nn for all threads.
-
-    `torch.nn.modules.rnn`, where pickle looks classes up, stays as it is, so that models of torch.nn can be saved and
-    loaded inside. There `isinstance(module, torch.nn.GRU)` is true of ours and of torch.nn's own; outside it is torch's
-    question again, and false of ours. A name that is imported inside (`from torch.nn import GRU`) stays ours.
-    """
-    # Dynamo refuses instances of whatever torch.nn.GRU is at that moment, unless this flag is set.
-    import torch._dynamo.config
-
-    places = (nn, nn.modules)
-    before = [(place, name.__name__, getattr(place, name.__name__)) for place in places for name in _OURS]
-    with torch._dynamo.config.patch(allow_rnn=True), drop_in.counting_as(_TORCHS):
-        for torchs, ours in _OURS.items():
-            for place in places:
-                setattr(place, torchs.__name__, ours)
-        try:
-            yield
-        finally:
-            for place, name, value in before:
-                setattr(place, name, value)

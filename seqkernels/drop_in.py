@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
@@ -83,8 +83,26 @@ def traced(tracer: fx.Tracer, module: nn.Module, input, hx, **options) -> Proxy:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
 
 
+def refuse_script(module: nn.Module) -> NoReturn:
+    """torch.jit.script asks a module for `__prepare_scriptable__` before it looks at its code."""
+    ours = f"seqkernels.{type(module).__name__}"
+    raise RuntimeError(f"TorchScript has no {ours}: take torch.export, or script the model after swap_out(model)")
+
+
+def refuse_opacus(module: nn.Module) -> NoReturn:
+    """Opacus calls `allow_grad_accumulation` on what it wraps, before it takes samples' gradients from a first output
+    alone: it would fail on a tuple, and without a word leave out what went through the final states."""
+    raise RuntimeError(
+        f"Opacus' hooks cannot take the gradients of each sample from seqkernels.{type(module).__name__}: use "
+        'grad_sample_mode="ew" (layers alone), or Opacus\' own layers after swap_out(model)'
+    )
+
+
 class Layer(nn.RNNBase, metaclass=DropIn):
     """A layer whose parameters are read by name in every call: there is no second list of them to go stale."""
+
+    __prepare_scriptable__ = refuse_script
+    allow_grad_accumulation = refuse_opacus
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters are used where they lie."""

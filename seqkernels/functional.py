@@ -53,6 +53,7 @@ def gru(
         ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths or cu_seqlens
             that do not fit, and where no backend can run the call.
     """
+    checks.check_kind(weights)
     return recurrent(
         "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
@@ -80,6 +81,7 @@ def rnn(
     """Elman RNN over whole sequences; arguments as `gru`, and nonlinearity "tanh" or "relu"."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    checks.check_kind(weights)
     return recurrent(
         "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
@@ -107,6 +109,7 @@ def lstm(
 
     weights may hold a projection w_hr ``[P, H]`` behind each direction's others: then h has P features.
     """
+    checks.check_kind(weights)
     return recurrent(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
@@ -131,6 +134,7 @@ def ligru(
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
+    checks.check_kind(weights)
     return recurrent(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
@@ -155,7 +159,7 @@ def recurrent(
     max_seqlen: int | None = None,
     backend: str | None = None,
 ):
-    """What the functions above have in common; `cell` is the name of one of `seqkernels.backends.cells.CELLS`."""
+    """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)

@@ -39,7 +39,6 @@ def prepare(
     transformed = modes.transformed()
     unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
     data = input.data if isinstance(input, PackedSequence) else input
-    checks.check_kind(weights)
     checks.check_input(data, weights, 3 if data is input and cu_seqlens is None else 2)
     if hx is not None and unbatched:
         hx = hx.unsqueeze(1) if isinstance(hx, Tensor) else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
@@ -73,9 +72,10 @@ def call_of(
 ) -> Call:
     """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
     device = x.device
-    # When compiling no size is asked for, as that would put a guard on it; on a CPU there is nothing to weigh.
+    # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
+    # on a CPU there is nothing to weigh.
     compiled = torch.compiler.is_compiling()
-    if compiled or (device.type == "cpu" and not hardware.STAND_INS):
+    if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
         return Call(
             cell=cell,
             device_type=device.type,

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, drop_in, functional, hardware, inputs, select
+from seqkernels import checks, drop_in, functional, hardware, select
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
@@ -38,8 +38,10 @@ class _Recurrent(drop_in.Layer):
         if tracer := drop_in.tracer_of(input, hx, lengths):
             return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
         weights = self._weights()
-        if self._forward_of_torch is not None and lengths is None and checks.any_expanded(weights):
-            return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
+        if checks.any_expanded(weights):
+            if self._forward_of_torch is not None and lengths is None:
+                return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
+            checks.check_kind(weights)
         return functional.recurrent(
             self.mode.lower(),
             input,
@@ -146,6 +148,9 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
 
     backend: str | None = None
 
+    __prepare_scriptable__ = drop_in.refuse_script
+    allow_grad_accumulation = drop_in.refuse_opacus
+
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
         dimensions = input.dim()
@@ -153,28 +158,30 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
             raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {dimensions}D instead")
         for k, state in enumerate(states or ()):
             if state.dim() not in (1, 2):
-                what = f"hx[{k}]" if isinstance(self, LSTMCell) else "hidden"
+                what = f"hx[{k}]" if cell_of(self) == "lstm" else "hidden"
                 raise ValueError(f"{self._get_name()}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
-        x, weights, *given = _inputs_of_step(self, input, states)
-        h, c = functional.recurrent_cell(_cell_of(self), x, *given, weights=weights, backend=self.backend)
+        x, weights, *given = inputs_of_step(self, input, states)
+        h, c = functional.recurrent_cell(cell_of(self), x, *given, weights=weights, backend=self.backend)
         return (h.squeeze(0), c.squeeze(0)) if dimensions == 1 else (h, c)
 
 
-def _cell_of(module: nn.RNNCellBase) -> str:
-    """The name of a cell of torch.nn or of ours."""
+def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
+    """The name, in `backends.cells.CELLS`, of what a layer or cell computes, torch.nn's or ours."""
+    if isinstance(module, nn.RNNBase):
+        return module.mode.lower()
     if isinstance(module, (nn.RNNCell, RNNCell)):
         return f"rnn_{module.nonlinearity}"
     return "gru" if isinstance(module, (nn.GRUCell, GRUCell)) else "lstm"
 
 
-def _inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple:
+def inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple:
     """Input ``[B, I]``, the weights, and the states ``[B, H]``: those given, or zeros."""
     if input.dim() == 1:
         input = input.unsqueeze(0)
         states = tuple(state.unsqueeze(0) for state in states) if states else None
     if states is None:
         zeros = input.new_zeros(input.shape[0], module.hidden_size)
-        states = (zeros,) * CELLS[_cell_of(module)].states
+        states = (zeros,) * CELLS[cell_of(module)].states
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
     return input, drop_in.parameters(module, names), *states
 
@@ -241,41 +248,30 @@ class LSTMCell(_Cell):
 
 def unsupported(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
     """Why no backend that may be chosen here runs the drop-in of a module of torch.nn; None if one does."""
-    weight = next(module.parameters())
-    cell = module.mode.lower() if isinstance(module, nn.RNNBase) else _cell_of(module)
     try:
-        select.plan(Call(cell, weight.device.type, weight.dtype), hardware.machine_of(weight.device))
+        plan_without_sizes(module)
     except ValueError as error:
         return str(error)
     return None
 
 
-def explain(
-    module: nn.Module,
-    input: Tensor | PackedSequence,
-    hx: State | None = None,
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-) -> select.Plan:
-    """Which backend, and which of its kernels, would run `module` on `input`, and why not the others; nothing is run.
-
-    Args:
-        module: one of our modules or cells, or one of torch.nn's, for which the answer is that of its drop-in.
-        input, hx, lengths: what the module would be called with.
+def plan_without_sizes(module: nn.RNNBase | nn.RNNCellBase) -> select.Plan:
+    """The plan of a module of ours, or of the drop-in of one of torch.nn's, before anything is known of its input.
 
     Raises:
-        TypeError: a module that is no RNN, GRU, LSTM or cell.
-        ValueError, RuntimeError: as the module itself, for what does not fit, and where the backend that is forced
-            cannot run.
+        ValueError: no backend runs it.
     """
-    if isinstance(module, nn.RNNBase):
-        directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
-        sizes = module.num_layers, directions, module.batch_first
-        call = inputs.prepare(module.mode.lower(), input, hx, weights, *sizes, lengths).call
-    elif isinstance(module, (nn.RNNCell, nn.GRUCell, nn.LSTMCell, _Cell)):
-        assert isinstance(input, Tensor)
-        states = (hx,) if isinstance(hx, Tensor) else hx
-        call = inputs.call_of_step(_cell_of(module), *_inputs_of_step(module, input, states))
-    else:
-        raise TypeError(f"explain takes an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}")
-    return select.plan_of(call, input.data.device, getattr(module, "backend", None))
+    weight = next(module.parameters())
+    call = Call(cell_of(module), weight.device.type, weight.dtype)
+    if isinstance(module, nn.RNNCellBase):
+        call = call._replace(layout="cell")
+    return select.plan(call, hardware.machine_of(weight.device), getattr(module, "backend", None))
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether a module is an RNN, GRU, LSTM or one of their cells, torch.nn's or ours; or a LiGRU of ours.
+
+    For code that asks `isinstance(module, nn.GRU)`, to initialize say: ours are no instances of torch.nn's classes, as
+    torch.compile refuses all of those.
+    """
+    return isinstance(module, (nn.RNNBase, nn.RNNCellBase))

@@ -124,6 +124,10 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
+    if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes):
+        # Nobody has read h, so that a projection w_hr has had no part in anything: no gradient, as in torch.nn.
+        each = len(weights) // len(h_0)
+        grad_weights = [None if each % 2 and k % each == each - 1 else grad for k, grad in enumerate(grad_weights)]
     return (
         grad_x if wants_x else None,
         grad_weights if wants_weights else [None] * len(weights),
@@ -134,8 +138,11 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
 
 def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
     """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
-    steps = len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
-    return steps or not CELLS[cell].saved_blocks
+    return _several_steps(x, h_0, batch_sizes) or not CELLS[cell].saved_blocks
+
+
+def _several_steps(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+    return len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
 
 
 def _registered_backward_of(backend: str):
@@ -295,6 +302,8 @@ def recurrence_forward(
     if call.transformed:
         return torch_eager.forward(*args)[:3]
     if save:
+        if torch._C._get_tracing_state() is not None:
+            raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
         return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 

@@ -107,7 +107,7 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
 def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, transformed: bool = False) -> Rows:
     """input ``[N, I]``, sequences one after another; sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 
-    `max_seqlen` bounds the longest sequence; it is read from cu_seqlens if None.
+    `max_seqlen` bounds the longest sequence, as N does; it is read from cu_seqlens if None.
 
     Raises:
         TypeError: cu_seqlens that are not integers.
@@ -122,7 +122,7 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     lengths = torch.ops.seqkernels.check_cu_seqlens(cu_seqlens, total)
     if max_seqlen is None:
         max_seqlen = int(lengths.max()) if sequences else 0
-    batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, max_seqlen)
+    batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, min(max_seqlen, total))
     sorted_indices = lengths.argsort(descending=True, stable=True)
     index, inverse = _row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)

@@ -79,13 +79,15 @@ inline Vec<float> reciprocal(Vec<float> x) {  // 14 bits and one Newton step: an
 template <class V>
 using LaneOf = typename std::remove_reference<decltype(V{}[0])>::type;
 
-// Within 2 ulp. 1 + exp(-x) loses nothing before its one rounding, as scale is a power of two.
+// Within 2.5 ulp; zero below K::lowest, where it is hardly a normal number, so that an infinity times it is NaN, as in
+// torch. 1 + exp(-x) loses nothing before its one rounding, as scale is a power of two.
 template <class V>
 SEQKERNELS_INLINE V sigmoid(V x) {
   using C = LaneOf<V>;
+  using K = ExpConstants<C>;
   V scale, p;
-  exp_parts<C>(clamp<C>(-x, ExpConstants<C>::lowest, ExpConstants<C>::highest), scale, p);
-  return reciprocal<V>(scale * p + (scale + 1));
+  exp_parts<C>(clamp<C>(-x, K::lowest, K::highest), scale, p);
+  return x < K::lowest ? V{} : reciprocal<V>(scale * p + (scale + 1));
 }
 
 // Within 4 ulp, near zero as well: e / (e + 2) of e = exp(2x) - 1, whose scale is 1 there.

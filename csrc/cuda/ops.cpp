@@ -95,9 +95,10 @@ void run_forward(const CallContext& context, const Layer& p, const Plan& plan, b
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, bool save, bool tf32,
                                                         int64_t path, int64_t tile, int64_t units) {
+  const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
   const Plan plan = plan_of(path, tile, units);
   LayerForward p{};
-  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes}, check_options());
+  CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes}, check_options());
   const CallContext context(x);
   const int64_t D = p.directions, N = x.size(0), B = p.sequences, H = p.hidden, K = saved_blocks_of(p.cell);
   ForwardResults results{context.allocate({N, D * p.projected}), context.allocate({D, B, p.projected}),
@@ -199,9 +200,10 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(StringHandle cell, Opt
                                                           Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                                                           bool wants_x, bool wants_weights, bool tf32, int64_t path,
                                                           int64_t tile, int64_t units) {
+  const Cell known = take_cell(cell);
   const Plan plan = plan_of(path, tile, units);
   LayerBackward p{};
-  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes}, check_options());
+  CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes}, check_options());
   const CallContext context(x);
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
   BackwardResults results = allocate_results(context, p, x, weights, wants_x, wants_weights);

@@ -181,7 +181,7 @@ def _step(cell, gates_x, gates_h, w_hr, h, c):
     if cell == "ligru":
         a, z = (gates_x + gates_h).chunk(2, 1)
         a, z = torch.relu(a), torch.sigmoid(z)
-        return a + z * (h - a), c, torch.cat([a, z], 1)
+        return z * h + (1 - z) * a, c, torch.cat([a, z], 1)
     h = gates_x + gates_h
     return torch.tanh(h) if cell == "rnn_tanh" else torch.relu(h), c, h[:, :0]
 

@@ -89,13 +89,28 @@ def test_the_readme_says_what_the_rows_say():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     between = page.split(report.MARKERS[0])[1].split(report.MARKERS[1])[0]
     rows = record.newest(record.read(record.RESULTS / "kernels.jsonl"))
-    expected = "\n\n".join(map(report.markdown, report.tables(record.readme_rows(rows))))
+    expected = "\n\n".join(map(report.markdown, report.readme_tables(rows)))
 
     def numbers(text: str) -> list[str]:
         """Whatever the history of this checkout, which decides about marks, may say."""
         return [re.sub(r"(?<=\d)[†‡]+(?=:)", "", line) for line in text.splitlines() if line.startswith("|")]
 
     assert numbers(between) == numbers(expected) != []
+
+
+def test_steps_have_a_table(tmp_path, capsys):
+    layer = {"gpu": "a GPU", "cpu": None, "cell": "gru", "dtype": "tf32", "H": 8, "B": 2, "directions": 1}
+    layer["commit"] = None
+    rows = [
+        {**layer, "contender": "cuda", "path": "cluster", "units": units, "pass": way, "us": us}
+        for units, way, us in ((32, "forward", 1.5), (64, "forward", 1.25), (32, "backward", 2.0))
+    ]
+    rows += [{**layer, "contender": "cudnn", "pass": "forward", "us": 0.75}]
+    record.append(tmp_path / "kernels.jsonl", measured("torch.nn"), measured("seqkernels"))
+    record.append(tmp_path / "steps.jsonl", *rows)
+    assert command.main(["report", "--rows", str(tmp_path), "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "Steps, tf32, a GPU" in said and "| gru, H 8, B 2 | 1.25 / 2.00 | 0.75 / - |" in said
 
 
 def test_every_plot_is_drawn(tmp_path):

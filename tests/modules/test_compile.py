@@ -110,6 +110,20 @@ def test_another_number_of_steps_is_no_new_compilation():
     assert len(compilations) == 1
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("max_seqlen", [4, 1 << 40])
+def test_compiled_cu_seqlens_with_a_bound_of_them_give_eager_results(max_seqlen, dynamic):
+    weights = sk.GRU(4, 5)._flat_weights
+
+    def run(x, cu_seqlens):
+        return sk.functional.gru(x, None, weights, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)[0]
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for ends in ([0, 3, 3, 7], [0, 1, 2]):
+        x = torch.randn(ends[-1], 4)
+        torch.testing.assert_close(compiled(x, torch.tensor(ends)), run(x, torch.tensor(ends)))
+
+
 def test_bad_lengths_are_refused_when_compiled():
     compiled = torch.compile(sk.GRU(4, 5), fullgraph=True, backend="aot_eager")
     compiled(torch.randn(6, 3, 4), lengths=torch.tensor([1, 2, 3]))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from cases import CELLS, Case, on_device
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqkernels as sk
 
@@ -95,3 +97,23 @@ def test_a_gradient_asked_for_alone_equals_the_one_among_all(cell, wanted, backe
     else:
         torch.testing.assert_close(found[wanted], gradients("all of them")[wanted])
         assert [name for name, grad in found.items() if grad is not None] == [wanted]
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("used", [[0], [1], [2], [0, 2]], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_has_no_part_in_the_loss_has_no_gradient_as_in_torch_nn(steps, layout, used, sequences):
+    options = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
+    expected, ours = nn.LSTM(4, 5, **options), sk.LSTM(4, 5, **options)
+    ours.load_state_dict(expected.state_dict())
+    x = torch.randn(steps, sequences, 4)
+    for module in (expected, ours):
+        output, (h_n, c_n) = module(pack_padded_sequence(x, [steps] * sequences) if layout == "packed" else x)
+        output = output.data if layout == "packed" else output
+        sum((output, h_n, c_n)[k].sum() for k in used).backward()
+    for name, parameter in expected.named_parameters():
+        found = ours.get_parameter(name).grad
+        assert (found is None) == (parameter.grad is None), name
+        if found is not None:
+            torch.testing.assert_close(found, parameter.grad, msg=name)

@@ -1,5 +1,7 @@
 """Gradients of each sample by torch.nn.utils' expanded weights, which know torch's operations alone."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -54,3 +56,10 @@ def test_what_torch_has_no_rule_for_is_refused_with_a_way_out(name, frozen):
     given = (torch.randn(3, 4), {}) if name.endswith("Cell") else (torch.randn(6, 3, 4), {"lengths": [6, 4, 1]})
     with pytest.raises(RuntimeError, match=r"torch\.func\.vmap"):
         call_for_per_sample_grads(module, batch_size=3)(given[0], **given[1])
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+def test_what_opacus_asks_first_is_refused(name):
+    """Its GradSampleModule asks a copy of each module that has parameters, before it trains anything."""
+    with pytest.raises(RuntimeError, match=rf"Opacus' hooks cannot .* seqkernels\.{name}: use grad_sample_mode"):
+        copy.deepcopy(getattr(sk, name)(4, 5)).allow_grad_accumulation()

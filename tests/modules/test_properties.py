@@ -1,5 +1,7 @@
 """Properties that hold whatever the numbers are."""
 
+import math
+
 import pytest
 import torch
 from cases import CELLS, Case, on_device
@@ -103,6 +105,29 @@ def test_packed_lengths_and_cu_seqlens_are_one(cell, backend, dtype):
     close(rows, torch.cat([output[:n, b] for b, n in enumerate(lengths)]))
     close(rows_state, state)
     close(function(torch.cat(sequences), None, module._flat_weights, max_seqlen=9, **options)[0], rows)
+
+
+@pytest.mark.parametrize("place", ["input", "h_0", "c_0", "w_ih", "w_hh", "b_hh", "w_hr"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_propagate_as_in_torch_nn(cell, place, backend):
+    """Through outputs, final states and gradients: where torch has NaN, an infinity is not enough."""
+    case = Case(cell, lengths=(3, 3), proj_size=2 if place == "w_hr" else 0)
+    if place in ("c_0", "w_hr") and cell != "lstm":
+        pytest.skip(f"{cell} has no {place}")
+    for value in (math.nan, math.inf, -math.inf):
+        results = []
+        for namespace in (sk, torch.nn):
+            module, (x, states) = case.module(namespace), case.data()
+            module.backend = backend
+            tensors = [x, *states, *module.parameters()]
+            names = "input", *("h_0", "c_0")[: len(states)], "w_ih", "w_hh", "b_ih", "b_hh", "w_hr"
+            with torch.no_grad():
+                tensors[names.index(place)].view(-1)[3] = value
+            output, final = module(x, states if cell == "lstm" else states[0])
+            outputs = [output, *(final if cell == "lstm" else [final])]
+            results.append([*outputs, *torch.autograd.grad(sum(each.sum() for each in outputs), tensors)])
+        for ours, expected in zip(*results, strict=True):
+            torch.testing.assert_close(ours, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

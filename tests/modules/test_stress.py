@@ -2,12 +2,15 @@
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
+from operators import Call, backward, forward
 from torch.utils.data import DataLoader, Dataset
 
 import seqkernels as sk
+from seqkernels.hardware import THIS_MACHINE
 
 FIELDS = "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
 Mallinfo = type("Mallinfo", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in FIELDS]})
@@ -20,7 +23,21 @@ def allocated_bytes() -> int:
     return info.uordblks + info.hblkhd
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
+def assert_memory_stays_flat(call: Callable[[], object]) -> None:
+    def growth(calls: int) -> float:
+        before = allocated_bytes()
+        for _ in range(calls):
+            call()
+        return (allocated_bytes() - before) / calls
+
+    growth(300)
+    assert min(growth(1000) for _ in range(3)) < 2  # bytes a call; what leaks does so in each of the three
+
+
+needs_mallinfo2 = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's mallinfo2")
+
+
+@needs_mallinfo2
 @pytest.mark.parametrize("name", ["GRU", "LSTM", "GRUCell"])
 def test_memory_stays_flat_over_many_calls(name):
     module, lengths = getattr(sk, name)(8, 16), torch.tensor([5, 2, 0, 3])
@@ -33,14 +50,30 @@ def test_memory_stays_flat_over_many_calls(name):
         with torch.no_grad():
             module(x)
 
-    def growth(calls: int) -> float:
-        before = allocated_bytes()
-        for _ in range(calls):
-            call()
-        return (allocated_bytes() - before) / calls
+    assert_memory_stays_flat(call)
 
-    growth(300)
-    assert min(growth(1000) for _ in range(3)) < 2  # bytes a call; what leaks does so in each of the three
+
+@needs_mallinfo2
+@pytest.mark.parametrize("passes", ["forward", "backward"])
+@pytest.mark.parametrize("wrong", ["cell", "state", "path"])
+def test_memory_stays_flat_over_many_calls_that_are_refused(wrong, passes):
+    """By the operators of the native backends: what they own of their arguments is freed all the same."""
+    if wrong == "path" and not THIS_MACHINE.emulator:
+        pytest.skip("needs the emulator: `make test` builds it")
+    cell, x, weights, h_0, *_ = Call("gru").arguments()
+    y, _, _, saved = forward("torch_eager")(cell, x, weights, h_0, None, None, True)
+    cell, h_0 = "of no such name" if wrong == "cell" else cell, h_0[..., 1:] if wrong == "state" else h_0
+    layer = x, weights, h_0, None, None
+    args = (cell, *layer, True) if passes == "forward" else (cell, y, None, None, *layer, y, saved, True, True)
+    operator, launch = {"forward": forward, "backward": backward}[passes]("cpu"), []
+    if wrong == "path":
+        operator, launch = getattr(torch.ops.seqkernels, f"cuda_{passes}"), [False, 99, 1, 1]
+
+    def call() -> None:
+        with pytest.raises(RuntimeError, match=r"unknown cell|the hidden size is|unknown path"):
+            operator(*args, *launch)
+
+    assert_memory_stays_flat(call)
 
 
 def test_two_threads_calling_one_module_get_right_answers():

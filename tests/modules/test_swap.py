@@ -1,15 +1,20 @@
 """Swapping torch.nn's modules for ours and back, patching torch.nn, and explaining."""
 
+import abc
 import copy
 import multiprocessing
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqkernels as sk
+from seqkernels import trial
+from seqkernels.drop_in import DropIn
 
 NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 
@@ -51,7 +56,7 @@ def test_a_model_swapped_in_keeps_everything_and_gives_the_same():
     torch.manual_seed(0)
     torch.testing.assert_close(model(tokens), expected)
     assert len(calls) == 4
-    assert not sk.swap_in(model)
+    assert not sk.swap_in(model).swapped
     assert len(sk.swap_out(model)) == 2
     assert type(model.shared) is nn.GRU
     torch.manual_seed(0)
@@ -207,3 +212,233 @@ def test_explain_says_what_runs_and_why():
     assert str(sk.explain(forced, x)) == "torch_eager: forced"
     with pytest.raises(TypeError, match="got Linear"):
         sk.explain(nn.Linear(4, 5), x)
+
+
+@pytest.mark.parametrize("model", [nn.GRU, None, [nn.GRU(4, 5)]])
+def test_what_is_no_model_is_refused(model):
+    for function in (sk.swap_in, sk.swap_out):
+        with pytest.raises(TypeError, match=f"{function.__name__} takes a model, which is one torch.nn.Module, got "):
+            function(model)
+    with pytest.raises(TypeError, match="explain takes a module, got "):
+        sk.explain(model)
+
+
+def test_only_what_is_asked_for_is_swapped():
+    def swapped(**options):
+        model = nn.ModuleDict({"encoder": Tagger(), "cell": nn.GRUCell(4, 5), "decoder": nn.RNN(4, 5)})
+        report = sk.swap_in(model, **options)
+        assert len(report) == 4 and all(swap.reason.endswith("was not asked for") for swap in report.left)
+        assert [isinstance(type(model.get_submodule(swap.name)), DropIn) for swap in report] == [
+            swap in report.swapped for swap in report
+        ]
+        return {swap.name for swap in report.swapped}
+
+    everything = {"encoder.encoder.lstm", "encoder.shared", "cell", "decoder"}
+    assert swapped() == everything and swapped(cells=False) == everything - {"cell"}
+    assert swapped(classes=nn.LSTM) == {"encoder.encoder.lstm"}
+    assert swapped(classes=[nn.RNN, nn.GRUCell]) == {"cell", "decoder"}
+    assert swapped(names="encoder.*") == {"encoder.encoder.lstm", "encoder.shared"}
+    assert swapped(names=["d*", "cell"], cells=False) == {"decoder"} and not swapped(names="no such name")
+    for classes in (sk.GRU, [nn.GRU, nn.Linear], "GRU"):
+        with pytest.raises(ValueError, match=r"classes are some of torch\.nn's RNN, GRU, LSTM, RNNCell"):
+            swapped(classes=classes)
+
+
+def test_a_report_never_says_nothing():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    assert str(sk.swap_in(model)) == "0 swapped, 0 left: no RNN, GRU, LSTM or cell among 3 modules"
+    kinds = nn.ModuleDict(
+        {
+            "ours": sk.GRU(4, 5),
+            "ligru": sk.LiGRU(4, 5),
+            "script": torch.jit.script(nn.Sequential(nn.GRU(4, 5))),
+            "quantized": torch.ao.nn.quantizable.LSTM(4, 5),
+            "base": nn.RNNBase("GRU", 4, 5),
+        }
+    )
+    assert {swap.name: swap.reason for swap in sk.swap_in(kinds)} == {
+        "ours": "it is ours already",
+        "ligru": "it is ours already",
+        "script.0": "TorchScript has its code",
+        "quantized": "it is quantized, or made to be",
+        "quantized.layers.0.layer_fw.cell": "it is quantized, or made to be",
+        "base": "it is a class of its own",
+    }
+    out = {swap.name: swap.reason for swap in sk.swap_out(kinds)}
+    assert out.pop("ours") == "" and out.pop("ligru") == "torch.nn has no such class" and len(out) == 4
+    assert sk.swap_out(nn.GRU(4, 5))[0].reason == "it is none of ours"
+
+
+class Wrapped(nn.LSTM):
+    """As libraries have them: made in another way, and with a method besides."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size, num_layers=2)
+
+    def last(self, x):
+        return self(x)[0][-1]
+
+
+class Abstract(abc.ABC, nn.RNNBase):
+    def first(self, x):
+        return self.forward(x)[0][0]
+
+
+class Concrete(Abstract, nn.GRU):
+    pass
+
+
+@pytest.mark.parametrize("make", [lambda: Wrapped(4), lambda: Concrete(4, 5)])
+def test_a_subclass_that_changes_only_how_it_is_made_can_be_swapped(make):
+    module, x = make(), torch.randn(6, 3, 4)
+    cls, method = type(module), "last" if isinstance(module, Wrapped) else "first"
+    expected, state, text = module(x)[0], list(module.state_dict()), repr(module)
+    assert "; subclasses=True swaps it" in str(sk.swap_in(module)) and type(module) is cls
+    assert f"as {cls.__module__.split('.')[0]}.{cls.__name__}" in str(sk.swap_in(module, subclasses=True))
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert isinstance(twin, cls) and isinstance(twin, nn.RNNBase) and type(twin).forward is sk.GRU.forward
+        torch.testing.assert_close(twin(x)[0], expected)
+        torch.testing.assert_close(getattr(twin, method)(x), expected[-1 if method == "last" else 0])
+        assert list(twin.state_dict()) == state and repr(twin) == text
+        assert sk.swap_in(twin, subclasses=True)[0].reason == "it is ours already"
+        assert sk.swap_out(twin).swapped and type(twin) is cls
+        torch.testing.assert_close(twin(x)[0], expected)
+
+
+@pytest.mark.parametrize("method", ["forward", "check_input", "_weights"])
+def test_a_subclass_with_code_of_its_own_is_left_even_if_asked_for(method):
+    own = type("Own", (nn.GRU,), {method: lambda self, *args: None})
+    report = sk.swap_in(own(4, 5), subclasses=True)
+    assert f"its {method} is its own" in str(report) and not report.swapped
+
+
+def test_patch_torch_reports_what_was_built():
+    from torch.nn import GRU
+
+    with sk.patch_torch() as built:
+        nn.LSTM(4, 5), nn.LSTM(4, 5), nn.RNNCell(4, 5), GRU(4, 5)
+    assert built.ours == {"LSTM": 2, "RNNCell": 1} and built.torchs == {"GRU": 1}
+    first, second = str(built).splitlines()
+    assert first == "built with seqkernels: 2 LSTM, 1 RNNCell"
+    assert second.startswith("built with torch.nn: 1 GRU; ") and "swap_in(model)" in second
+    nn.LSTM(4, 5)
+    assert built.ours["LSTM"] == 2
+
+
+def test_patch_torch_warns_where_it_did_nothing():
+    from torch.nn import GRU
+
+    with pytest.warns(UserWarning, match=r"1 GRU of torch\.nn; .* use swap_in") as caught, sk.patch_torch():
+        GRU(4, 5)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="nothing was built with seqkernels, and nothing of torch"), sk.patch_torch():
+        pass
+    with pytest.warns(UserWarning, match=r"patch_torch\(\) does nothing by itself") as caught:
+        sk.patch_torch()
+    assert caught[0].filename == __file__
+
+    @sk.patch_torch()
+    def build():
+        return nn.GRU(4, 5)
+
+    assert type(build()) is sk.GRU and type(build()) is sk.GRU and type(nn.GRU(4, 5)) is not sk.GRU
+
+
+class Noisy(nn.Module):
+    """Two layers and a cell, one of them not called, with dropout and running averages beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout()
+        self.rnn, self.cell, self.spare = sk.GRU(4, 5, bidirectional=True), nn.LSTMCell(10, 3), nn.RNN(4, 5)
+
+    def forward(self, x):
+        y, _ = self.rnn(self.dropout(self.norm(x.flatten(0, 1)).view_as(x)))
+        state = None
+        for step in y:
+            state = self.cell(step, state)
+        return state
+
+
+def test_explain_of_a_model_has_a_line_for_each_recurrent_module():
+    model, x = Noisy(), torch.randn(6, 3, 4)
+    lines = str(sk.explain(model)).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "rnn (seqkernels.GRU)",
+        "cell (torch.nn.LSTMCell)",
+        "spare (torch.nn.RNN)",
+    ]
+    assert "not swapped in; its drop-in: " in lines[1] and lines[0].split(": ")[1] in ("cpu", "torch_eager")
+    before, seed = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    explanation = sk.explain(model, x)
+    assert [(one.name, one.plan is None) for one in explanation] == [("rnn", False), ("cell", False), ("spare", True)]
+    assert explanation[0].plan == sk.explain(model.rnn, x) and "not called" in str(explanation[2])
+    torch.testing.assert_close(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), seed) and not model.rnn._forward_pre_hooks
+    assert str(sk.explain(sk.LSTM(4, 5))).startswith("(the model itself) (seqkernels.LSTM): ")
+    assert str(sk.explain(nn.Linear(4, 5))) == "no RNN, GRU, LSTM or cell in it"
+    replaced = nn.Sequential(nn.GRU(4, 5))
+    replaced[0].forward = lambda x: x
+    assert "its forward was replaced" in str(sk.explain(replaced))
+
+
+def test_torchscript_is_refused_with_what_to_take_instead():
+    for module in (sk.GRU(4, 5), sk.LSTMCell(4, 5)):
+        with pytest.raises(
+            RuntimeError, match=r"TorchScript has no seqkernels\.\w+: take torch.export, or .* swap_out"
+        ):
+            torch.jit.script(nn.Sequential(module))
+    module, x = sk.GRU(4, 5), torch.randn(6, 3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        with pytest.raises(RuntimeError, match=r"trace under no_grad, or torch\.export"):
+            torch.jit.trace(module, x)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
+def test_a_benchmark_keeps_the_faster_of_each(monkeypatch):
+    """What is called, as the model calls it, and what becomes of the answer; time itself is no matter of tests."""
+    model, x, asked = Noisy(), torch.randn(6, 3, 4), []
+    sk.swap_out(model)
+    before, seed = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+    def compare(first, second, args, kwargs):
+        asked.append((type(first), type(second), torch.is_grad_enabled(), len(args)))
+        torch.testing.assert_close(second.forward(*args, **kwargs), first.forward(*args, **kwargs))
+        assert all(a is b for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        return 0.5 if isinstance(first, nn.GRU) else 2.0
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(trial, "compare", compare)
+        report = sk.swap_in(model, benchmark=x)
+    assert asked == [(nn.GRU, sk.GRU, False, 1), (nn.LSTMCell, sk.LSTMCell, False, 2)]
+    assert [(swap.name, swap.speed, bool(swap.after)) for swap in report] == [
+        ("rnn", 0.5, False),
+        ("cell", 2.0, True),
+        ("spare", None, False),
+    ]
+    assert type(model.rnn) is nn.GRU and type(model.cell) is sk.LSTMCell and type(model.spare) is nn.RNN
+    assert "-> seqkernels.LSTMCell (2.00 times as fast as torch.nn's)" in str(report)
+    assert report[0].reason == "it is not faster as ours" and report[2].reason == "the example does not call it"
+    torch.testing.assert_close(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_trial_times_both_and_changes_nothing(monkeypatch, gradients, packed):
+    monkeypatch.setattr(trial, "SECONDS", 0)
+    first, second = nn.GRU(4, 5, 2, dropout=0.5), sk.GRU(4, 5, 2, dropout=0.5)
+    x = torch.randn(6, 3, 4, requires_grad=True)
+    input, seed = pack_padded_sequence(2 * x, [6, 4, 1]) if packed else 2 * x, torch.get_rng_state()
+    with torch.set_grad_enabled(gradients):
+        assert trial.compare(first, second, (input,), {"hx": torch.zeros(2, 3, 5)}) > 0
+    assert all(t.grad is None for t in (x, *first.parameters(), *second.parameters()))
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+def test_is_recurrent_knows_ours_and_torchs():
+    for name in NAMES:
+        assert sk.is_recurrent(getattr(nn, name)(4, 5)) and sk.is_recurrent(getattr(sk, name)(4, 5))
+    assert sk.is_recurrent(sk.LiGRU(4, 5)) and not sk.is_recurrent(nn.Linear(4, 5))

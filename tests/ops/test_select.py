@@ -263,18 +263,19 @@ def test_measured_rows_do_not_speak_against_the_choice():
     rows = [row for row in rows if row["gpu"] in GPUS and row["right"] and row["seqkernels"] == sk.__version__]
     if not rows:
         pytest.skip("no row of this version was measured on a GPU of tests/gpus.py yet")
-    same = ("run", "gpu", "tf32", "call", "cell", "mode", "layout", "dtype")
+    same = ("run", "gpu", "problem", "cell", "mode", "layout", "dtype")
     rows.sort(key=lambda row: [str(row[name]) for name in same])
     for _, group in itertools.groupby(rows, key=lambda row: [row[name] for name in same]):
         group = list(group)
         first, gpu = group[0], GPUS[group[0]["gpu"]]
         cell = {"RNN": "rnn_tanh"}.get(first["cell"], first["cell"].lower())
         sizes = (first[letter] for letter in "HITB")
-        given = getattr(torch, first["dtype"]), first["layout"], first["mode"] == "train", gpu, first["layers"]
-        chosen = plan(call_of(cell, *sizes, *given, bool(first["tf32"])), FULL._replace(gpu=gpu)).backend
+        dtype = getattr(torch, first["dtype"].replace("tf32", "float32"))
+        given = dtype, first["layout"], first["mode"] == "train", gpu, first["layers"]
+        chosen = plan(call_of(cell, *sizes, *given, first["dtype"] == "tf32"), FULL._replace(gpu=gpu)).backend
         times = {row["contender"]: row["median_ms"] for row in group if row["contender"] in MEASURED}
         if f"seqkernels {chosen}" in times:
-            assert 0.98 * times[f"seqkernels {chosen}"] <= min(times.values()), (first["call"], chosen, times)
+            assert 0.98 * times[f"seqkernels {chosen}"] <= min(times.values()), (first["problem"], chosen, times)
 
 
 MEASURED = ("torch.nn", *(f"seqkernels {backend}" for backend in BACKENDS))

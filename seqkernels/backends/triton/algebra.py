@@ -68,7 +68,7 @@ def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexp
         return o * tanh(c), c, i, f, g, o
     elif CELL == "ligru":
         a, z = relu(x_0 + h_0), tl.sigmoid(x_1 + h_1)
-        return a + z * (h - a), c, a, z, z, z
+        return z * h + (1 - z) * a, c, a, z, z, z
     elif CELL == "rnn_tanh":
         h = tanh(x_0 + h_0)
         return h, c, h, h, h, h
@@ -96,7 +96,7 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.cons
         grad_c += grad_h * o * (1 - tanh_c * tanh_c)
         grad_i, grad_f = grad_c * g * i * (1 - i), grad_c * before * f * (1 - f)
         grad_g, grad_o = grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
-        return grad_i, grad_f, grad_g, grad_o, grad_h * 0, grad_c * f
+        return grad_i, grad_f, grad_g, grad_o, tl.zeros_like(grad_h), grad_c * f
     elif CELL == "ligru":
         a, z = s_0, s_1
         grad_a = tl.where(a <= 0, 0.0, grad_h * (1 - z))
@@ -104,10 +104,10 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.cons
         return grad_a, grad_z, grad_z, grad_z, grad_h * z, grad_c
     elif CELL == "rnn_tanh":
         grad = grad_h * (1 - now * now)
-        return grad, grad, grad, grad, grad_h * 0, grad_c
+        return grad, grad, grad, grad, tl.zeros_like(grad_h), grad_c
     else:
         grad = tl.where(now <= 0, 0.0, grad_h)
-        return grad, grad, grad, grad, grad_h * 0, grad_c
+        return grad, grad, grad, grad, tl.zeros_like(grad_h), grad_c
 
 
 @triton.jit

@@ -383,4 +383,4 @@ def step_project_backward(
         total += tl.load(grad_y + (at * D + direction) * P + (lane * D * P + unit), running, 0.0).to(tl.float32)
     store(grad_projected + (direction * N + at) * P + (lane * P + unit), total, running)
     store(grad_step + state, total, here)
-    store(grad_h + state, total * 0, running)
+    store(grad_h + state, tl.zeros_like(total), running)

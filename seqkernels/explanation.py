@@ -1,0 +1,110 @@
+"""explain: what would run, and why, for one module and for all of a model."""
+
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from seqkernels import drop_in, inputs, modules, select, trial
+from seqkernels.backends.cells import CELLS
+from seqkernels.checks import State
+
+_NONE: Any = MappingProxyType({})
+
+
+class Explained(NamedTuple):
+    """What one recurrent module of a model would run."""
+
+    name: str  # as in named_modules; "" is the model itself
+    cls: str
+    plan: select.Plan | None  # None: nothing of ours can run
+    note: str = ""  # then why; or that it is a module of torch.nn, whose drop-in would run so
+
+    def __str__(self) -> str:
+        plan = str(self.plan).splitlines()[0] if self.plan else ""
+        return f"{self.name or '(the model itself)'} ({self.cls}): {self.note}{plan}"
+
+
+class Explanation(list[Explained]):
+    """One line for each recurrent module of a model."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "no RNN, GRU, LSTM or cell in it"
+
+
+def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
+    """Which backend, and which of its kernels, would run a module, and why not the others.
+
+    Args:
+        module: a layer or cell, ours or torch.nn's, for which the answer is that of its drop-in; or a model.
+        args, kwargs: what it would be called with: for a layer `input`, `hx` and `lengths`, as in its forward. A model
+            is run on them, with its random numbers and its buffers as they were afterwards. Without any, what is said
+            is what holds for inputs of any size.
+
+    Returns:
+        For a layer or cell with its input the plan, which says more of the other backends: nothing is run. For a model,
+        or without an input, one line for each recurrent module; of a model's input, for each different plan.
+
+    Raises:
+        TypeError: `module` is no module, or is called with an input and has no recurrent one in it.
+        ValueError, RuntimeError: as the module itself, for what does not fit, and where the backend that is forced
+            cannot run.
+    """
+    if not isinstance(module, nn.Module):
+        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise TypeError(f"explain takes a module, got {what}")
+    if not args and not kwargs:
+        return Explanation(_explained(name, found) for name, found in _recurrent_in(module))
+    if modules.is_recurrent(module):
+        return _plan(module, *args, **kwargs)
+    return _explained_run(module, args, kwargs)
+
+
+def _recurrent_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if modules.is_recurrent(module):
+            yield name, module
+
+
+def _plan(module: Any, input, hx: State | None = None, *, lengths=None) -> select.Plan:
+    """The plan of one layer or cell on its input."""
+    if isinstance(module, nn.RNNBase):
+        directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
+        sizes = module.num_layers, directions, module.batch_first
+        call = inputs.prepare(modules.cell_of(module), input, hx, weights, *sizes, lengths).call
+    else:
+        states = (hx,) if isinstance(hx, torch.Tensor) else hx
+        call = inputs.call_of_step(modules.cell_of(module), *modules.inputs_of_step(module, input, states))
+    return select.plan_of(call, input.data.device, getattr(module, "backend", None))
+
+
+def _explained(name: str, module: Any, args: tuple = (), kwargs: dict = _NONE) -> Explained:
+    ours = isinstance(type(module), drop_in.DropIn)
+    cls = f"{'seqkernels' if ours else 'torch.nn'}.{type(module).__name__}"
+    if "forward" in vars(module):
+        return Explained(name, cls, None, "its forward was replaced, and decides")
+    if modules.cell_of(module) not in CELLS:
+        return Explained(name, cls, None, "a class of its own")
+    try:
+        plan = _plan(module, *args, **kwargs) if args or kwargs else modules.plan_without_sizes(module)
+    except ValueError as error:
+        return Explained(name, cls, None, str(error))
+    return Explained(name, cls, plan, "" if ours else "not swapped in; its drop-in: ")
+
+
+def _explained_run(model: nn.Module, args: tuple, kwargs: dict) -> Explanation:
+    """What each recurrent module of a model runs when the model is called."""
+    recurrent = dict(_recurrent_in(model))
+    if not recurrent:
+        raise TypeError(f"explain takes an RNN, GRU, LSTM, a cell, or a model with one, got {type(model).__name__}")
+    heard: list[Explained] = []
+    trial.listen(model, recurrent, args, kwargs, lambda *call: heard.append(_explained(*call)))
+    called = {explained.name for explained in heard}
+    idle = [
+        Explained(name, type(module).__name__, None, "not called with this input")
+        for name, module in recurrent.items()
+        if name not in called
+    ]
+    return Explanation(dict.fromkeys(heard + idle))
