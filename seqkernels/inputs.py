@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, hardware, modes, varlen
+from seqkernels import checks, hardware, late_checks, modes, varlen
 from seqkernels.backends.call import Call, class_of_steps
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -36,6 +36,8 @@ def prepare(
     max_seqlen: int | None = None,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
+    if not torch.compiler.is_compiling():
+        late_checks.look()
     transformed = modes.transformed()
     unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
     data = input.data if isinstance(input, PackedSequence) else input

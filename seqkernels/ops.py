@@ -12,9 +12,8 @@ forward
     (LSTM) w_hr ``[P, H]``; torch.nn's order
     h_0 ``[D, B, P]``, c_0 ``[D, B, H]`` (LSTM)
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
-    Rows behind the last step come out as zeros, and have no part in anything; where batch_sizes is on a GPU, the weight
-    gradients multiply them by zero, so that they must be finite (``varlen`` makes them zeros). Sequences that never run
-    keep their state.
+    Rows behind the last step come out as zeros, and have no part in anything. Sequences that never run keep their
+    state. batch_sizes on a GPU that are not so are taken as the nearest that are (`seqkernels.late_checks`).
     -> y ``[N, D*P]``, h_n ``[D, B, P]``, c_n ``[D, B, H]`` (else ``[D, B, 0]``), saved ``[N, D, K*H]``
 
 `saved` is part of the contract, so any backend's forward pairs with any backend's backward: the blocks named at

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from seqkernels import late_checks
+
 
 class Rows(NamedTuple):
     """Sequences as rows, and the way back to the user's layout."""
@@ -84,14 +86,15 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
 
     Raises:
         TypeError: lengths that are not integers.
-        ValueError: lengths of the wrong shape, negative, or longer than T.
+        ValueError: lengths of the wrong shape, negative, or longer than T (of those on a device: in a later call).
     """
     steps, sequences = _steps_and_sequences(input, batch_first)
     lengths = _as_lengths(lengths, sequences, input.device)
     batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, steps)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     total = steps * sequences
-    used = total if torch.compiler.is_compiling() or lengths.device.type != "cpu" else int(batch_sizes.sum())
+    known = not (torch.compiler.is_compiling() or late_checks.out_of_sight(lengths))
+    used = int(batch_sizes.sum()) if known else total
     step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
     index, inverse = _row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
@@ -111,7 +114,8 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
 
     Raises:
         TypeError: cu_seqlens that are not integers.
-        ValueError: cu_seqlens that do not start at 0, fall, or do not end at N; a longer sequence than max_seqlen.
+        ValueError: cu_seqlens that do not start at 0, fall, or do not end at N; a longer sequence than max_seqlen (of
+            those on a device: in a later call).
     """
     if input.dim() != 2:
         raise ValueError(f"with cu_seqlens the input is [rows, features], got {input.dim()} dimensions")
@@ -119,7 +123,8 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
     total, sequences = input.shape[0], cu_seqlens.shape[0] - 1
-    lengths = torch.ops.seqkernels.check_cu_seqlens(cu_seqlens, total)
+    cu_seqlens = torch.ops.seqkernels.check_cu_seqlens(cu_seqlens, total)
+    lengths = cu_seqlens.diff()
     if max_seqlen is None:
         max_seqlen = int(lengths.max()) if sequences else 0
     batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, min(max_seqlen, total))
@@ -146,6 +151,7 @@ def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
 
 def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, restore_layout) -> Rows:
     sorted_indices = sorted_indices.to(data.device)
+    late_checks.mark_fitting(batch_sizes, sequences, len(data))
     return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
 
 
@@ -203,27 +209,23 @@ def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
     """Operator: how many sequences run in each step ``[T]``. An operator so that values are checked when compiled, too.
 
     Values on a GPU are checked there, without waiting for it."""
-    fits = (lengths >= 0).logical_and(lengths <= steps).all()
-    if lengths.device.type == "cpu":
-        if not fits:
-            raise ValueError(f"lengths must lie between 0 and the {steps} steps of the input, got {lengths.tolist()}")
-    else:
-        torch._assert_async(fits, "lengths must lie between 0 and the steps of the input")
+    late_checks.look()
+    if late_checks.out_of_sight(lengths):
+        lengths = late_checks.fitting_lengths(lengths, steps)
+    elif not (lengths >= 0).logical_and(lengths <= steps).all():
+        raise ValueError(f"{late_checks.LENGTHS.format(steps)}, got {lengths.tolist()}")
     ended = torch.searchsorted(lengths.sort().values, torch.arange(steps, device=lengths.device), right=True)
     return lengths.shape[0] - ended
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Operator: the lengths ``[B]`` between cu_seqlens, which are checked."""
-    lengths = cu_seqlens.diff()
-    fits = (cu_seqlens[0] == 0).logical_and(cu_seqlens[-1] == rows).logical_and((lengths >= 0).all())
-    message = f"cu_seqlens must start at 0, never fall, and end at the number of rows of the input, {rows}"
-    if lengths.device.type == "cpu":
-        if not fits:
-            raise ValueError(f"{message}; got {cu_seqlens.tolist()}")
-    else:
-        torch._assert_async(fits, message)
-    return lengths
+    """Operator: cu_seqlens, checked; those on a GPU there, without waiting for it."""
+    late_checks.look()
+    if late_checks.out_of_sight(cu_seqlens):
+        return late_checks.fitting_cu_seqlens(cu_seqlens, rows)
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{late_checks.CU_SEQLENS.format(rows)}, got {cu_seqlens.tolist()}")
+    return cu_seqlens.clone()
 
 
 def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -250,7 +252,7 @@ def _(lengths, steps):
 
 @torch.library.register_fake("seqkernels::check_cu_seqlens", lib=_library)
 def _(cu_seqlens, rows):
-    return cu_seqlens.new_empty(cu_seqlens.shape[0] - 1)
+    return torch.empty_like(cu_seqlens)
 
 
 @torch.library.register_fake("seqkernels::gather_rows", lib=_library)

@@ -1,5 +1,6 @@
 """One fixture runs a test on every backend that is here; a backend that is not says why."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -20,7 +21,7 @@ if torch.get_default_device().type == "cpu":
     import cudnn_stand_in  # noqa: F401
 
 from seqkernels import select  # noqa: E402
-from seqkernels.hardware import machine_of  # noqa: E402
+from seqkernels.hardware import THIS_MACHINE, machine_of  # noqa: E402
 
 # Every run on CI tries the same cases; at home they change.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
@@ -43,6 +44,24 @@ def backend(request) -> str:
 def dtype(backend) -> torch.dtype:
     """In which a backend's properties show most clearly."""
     return torch.float32 if backend == "triton" else torch.float64
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """Control of the runs: tests/emulator/run.h."""
+    if not THIS_MACHINE.emulator:
+        pytest.skip("these kernels run on a GPU, and not on the CPU")
+    spec = importlib.util.spec_from_file_location("emulator", os.environ["SEQKERNELS_EMULATOR"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sizes_on_gpu(emulator):
+    emulator.sizes_on_gpu(True)
+    yield
+    emulator.sizes_on_gpu(False)
 
 
 @pytest.fixture(autouse=True)

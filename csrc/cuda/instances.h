@@ -11,7 +11,7 @@ namespace seqkernels {
 
 // Pass: ForwardArgs or BackwardArgs.
 template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
-const char* single_cta_sweep(const Pass&, const LaunchShape&, void* packed, void* stream);
+const char* single_cta_sweep(const Pass&, const LaunchShape&, const void* packed, void* stream);
 
 template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
 const char* cluster_sweep(const Pass&, const LaunchShape&, void* stream);

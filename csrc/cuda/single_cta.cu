@@ -2,8 +2,6 @@
 #include "single_cta_backward.cuh"
 #include "single_cta_forward.cuh"
 //
-#include <algorithm>
-
 #include "dispatch.h"
 #include "instances.h"
 #include "launch.cuh"
@@ -15,20 +13,9 @@ using namespace device;
 namespace {
 
 template <class Kernel, class Args>
-const char* pack_and_launch(const Args& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* launch_with(const Args& args, const LaunchShape& shape, const void* packed, void* stream) {
   constexpr SingleCtaLayout layout = Kernel::layout;
   if (!layout.fits(shape.shared_memory)) return "a block has too little shared memory for a single CTA kernel";
-  PackWeights pack{};
-  std::copy_n(args.w_hh, 2, pack.w_hh);
-  pack.packed = packed;
-  pack.gates = Kernel::G;
-  pack.hidden = static_cast<int>(args.hidden);
-  pack.width = layout.width;
-  pack.m_tiles = layout.m_tiles;
-  pack.transposed = Kernel::variant.backward;
-  pack.tf32 = args.tf32;
-  const char* error = pack_weights(pack, args.scalar, args.directions, stream);
-  if (error) return error;
   SingleCtaArgs<Args> p{};
   static_cast<Args&>(p) = args;
   p.packed = packed;
@@ -47,7 +34,7 @@ using KernelOf = std::conditional_t<C::variant.backward, SingleCtaBackward<C>, S
 }  // namespace
 
 template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
-const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, const void* packed, void* stream) {
   using MathPolicy = policy_t<SCALAR, TF32>;
   return by_even(args.hidden, [&](auto even) {
     constexpr const char* none = "no single CTA kernel for so many hidden units in this dtype";
@@ -60,7 +47,7 @@ const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, void* p
           constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, Pass::backward, EVEN};
           constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
           using C = SingleCtaConfig<ARCH, CELL, MathPolicy, Pass::backward, WIDTH, EVEN>;
-          return pack_and_launch<KernelOf<C>>(args, shape, packed, stream);
+          return launch_with<KernelOf<C>>(args, shape, packed, stream);
         });
       } else {
         return none;
@@ -69,6 +56,7 @@ const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, void* p
   });
 }
 
-template const char* single_cta_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&, void*, void*);
+template const char* single_cta_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&, const void*,
+                                                           void*);
 
 }  // namespace seqkernels

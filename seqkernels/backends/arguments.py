@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from seqkernels import late_checks
 from seqkernels.backends.cells import CELLS
 
 
@@ -37,7 +38,7 @@ def check(
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit. batch_sizes on a GPU are not looked into, as that would
-            wait for it.
+            wait for it: `fitting` makes them fit.
     """
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
@@ -67,13 +68,37 @@ def check(
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
     _expect_storage("batch_sizes", batch_sizes)
-    if batch_sizes.device.type == "cpu":
+    if not late_checks.out_of_sight(batch_sizes):
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
         _require(falling, f"batch_sizes must not rise, be negative, or exceed the {B} sequences of h_0")
         _require(sum(sizes) <= N, f"batch_sizes add up to {sum(sizes)} rows, but x has {N}")
     else:
         _require(batch_sizes.device == x.device, "batch_sizes is neither on the CPU nor where x is")
+
+
+def fitting(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> Tensor | None:
+    """batch_sizes by which no kernel leaves the rows of x or the sequences of h_0; those in sight must fit already.
+
+    Raises:
+        ValueError, RuntimeError: what an earlier call was given did not fit.
+    """
+    if batch_sizes is None or not late_checks.out_of_sight(batch_sizes):
+        return batch_sizes
+    known = batch_sizes.dim() == 1 and batch_sizes.dtype == torch.int64 and x.dim() and h_0.dim() == 3
+    if not known:
+        return batch_sizes  # the operator says what is wrong
+    late_checks.look()
+    return late_checks.fitting_batch_sizes(batch_sizes, h_0.shape[1], x.shape[0])
+
+
+def used_rows_of(x: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """x for products with zeros where no step uses a row, and nobody in sight knows which these are: what is there may
+    not be finite. What `varlen` made has zeros there."""
+    if batch_sizes is None or not late_checks.out_of_sight(batch_sizes) or late_checks.is_marked(batch_sizes):
+        return x
+    row = torch.arange(x.shape[0], device=x.device)
+    return x.masked_fill((row >= batch_sizes.sum()).unsqueeze(1), 0)
 
 
 def check_backward(

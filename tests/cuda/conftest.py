@@ -1,29 +1,6 @@
-"""The emulator (tests/emulator/run.h) and the fixtures that change what it emulates."""
-
-import importlib.util
-import os
+"""Fixtures that change what the emulator (tests/emulator/run.h) emulates."""
 
 import pytest
-
-from seqkernels.hardware import THIS_MACHINE
-
-
-@pytest.fixture(scope="session")
-def emulator():
-    """Control of the runs: tests/emulator/run.h."""
-    if not THIS_MACHINE.emulator:
-        pytest.skip("these kernels run on a GPU, and not on the CPU")
-    spec = importlib.util.spec_from_file_location("emulator", os.environ["SEQKERNELS_EMULATOR"])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def sizes_on_gpu(emulator):
-    emulator.sizes_on_gpu(True)
-    yield
-    emulator.sizes_on_gpu(False)
 
 
 @pytest.fixture

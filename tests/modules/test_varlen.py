@@ -11,6 +11,11 @@ import seqkernels as sk
 MODULES = ("RNN", "GRU", "LSTM")
 
 
+@pytest.fixture(autouse=True)
+def _values_on_a_gpu_are_waited_for(monkeypatch):
+    monkeypatch.setenv("SEQKERNELS_CHECK", "1")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
 def test_lengths_of_every_integer_dtype_and_lists_are_taken(dtype):
     rnn, x, lengths = sk.GRU(4, 5), torch.randn(6, 3, 4), [2, 6, 0]
@@ -93,7 +98,9 @@ def test_a_sequence_longer_than_max_seqlen_is_refused():
 
 
 def packed(data_rows: int = 6, batch_sizes=(3, 2, 1), sorted_indices=None, unsorted_indices=None) -> PackedSequence:
-    return PackedSequence(torch.randn(data_rows, 4), torch.tensor(batch_sizes), sorted_indices, unsorted_indices)
+    return PackedSequence(
+        torch.randn(data_rows, 4), torch.tensor(batch_sizes, device="cpu"), sorted_indices, unsorted_indices
+    )
 
 
 BAD_PACKED = {

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 
 import fuzz
+import fuzz_files
 import pytest
 from operators import nan_in_fresh_memory
 
+SUBJECTS = fuzz.SUBJECTS | fuzz_files.SUBJECTS
 SEEDS_ON_CI = 150
 
 
@@ -17,7 +19,7 @@ def seeds() -> Iterator[int]:
     if "FUZZ_SEED" in os.environ:
         yield int(os.environ["FUZZ_SEED"])
     elif "FUZZ_SECONDS" in os.environ:
-        end = time.monotonic() + float(os.environ["FUZZ_SECONDS"]) / len(fuzz.SUBJECTS)
+        end = time.monotonic() + float(os.environ["FUZZ_SECONDS"]) / len(SUBJECTS)
         yield from itertools.takewhile(
             lambda _: time.monotonic() < end, itertools.count(random.SystemRandom().randrange(1 << 30))
         )
@@ -25,11 +27,11 @@ def seeds() -> Iterator[int]:
         yield from range(SEEDS_ON_CI)
 
 
-@pytest.mark.parametrize("subject", fuzz.SUBJECTS)
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_random_calls_are_right_or_refused(subject):
     with nan_in_fresh_memory():
         for seed in seeds():
             try:
-                fuzz.SUBJECTS[subject](seed)
+                SUBJECTS[subject](seed)
             except Exception as error:
                 raise AssertionError(f"FUZZ_SEED={seed} pytest tests/ops/test_fuzz.py -k {subject}") from error

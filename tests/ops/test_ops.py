@@ -20,6 +20,7 @@ from operators import (
 )
 from torch import Tensor
 
+from seqkernels import late_checks
 from seqkernels.hardware import THIS_MACHINE
 
 
@@ -159,8 +160,15 @@ def but(k: int, change):
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_no_step_uses_is_never_read(cell, backend, projected):
+@pytest.mark.parametrize("in_sight", [True, False])
+def test_what_no_step_uses_is_never_read(cell, backend, projected, in_sight, monkeypatch, request):
     """Rows behind the last step, and states of sequences that never run, may hold NaN."""
+    if not in_sight:
+        if backend not in ("cuda", "triton"):
+            pytest.skip(f"{backend} reads batch_sizes")
+        monkeypatch.setattr(late_checks, "out_of_sight", lambda values: True)
+        if backend == "cuda" and THIS_MACHINE.emulator:
+            request.getfixturevalue("sizes_on_gpu")
     if projected and cell != "lstm":
         pytest.skip("only an LSTM is projected")
     call = Call(cell, 2, 4, batch_sizes=(2, 1), spare_rows=3, projected=2 if projected else None, dtype=torch.float32)
@@ -199,11 +207,15 @@ BAD = {
     "a projection for a GRU": (2, lambda weights: [*weights, torch.zeros(2, 5)], "w_hr goes with an LSTM"),
     "too few weights": (2, lambda weights: weights[:1], "got 1 weights for 1 directions"),
     "h_0 of another size": (3, lambda x: x[:, :, :-1], "h_0 has 4 features"),
-    "h_0 of another dtype": (3, lambda x: x.float(), "h_0 has another dtype"),
+    "h_0 of another dtype": (3, lambda x: x.bfloat16(), "h_0 has another dtype"),
     "c_0 for a GRU": (4, lambda x: torch.zeros(1, 3, 5), "c_0 goes with an LSTM"),
     "rising batch_sizes": (5, lambda x: torch.tensor([2, 3]), "batch_sizes must not rise"),
     "negative batch_sizes": (5, lambda x: torch.tensor([3, -1]), "batch_sizes must not rise, be negative"),
-    "more rows than there are": (5, lambda x: torch.tensor([3] * 5), "add up to 15 rows, but x has 12"),
+    "more rows than there are": (
+        5,
+        lambda x: torch.tensor([3] * 5),
+        "add up to (15 rows, but x has|more rows than x has,) 12",
+    ),
     "more sequences than there are": (5, lambda x: torch.tensor([4, 4]), "exceed the 3 sequences"),
     "batch_sizes that are no int64": (5, lambda x: torch.tensor([3.0]), "int64"),
 }
@@ -211,13 +223,20 @@ BAD = {
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch_eager"])
 @pytest.mark.parametrize("name", BAD)
-def test_an_operator_that_addresses_memory_refuses(name, backend):
+def test_an_operator_that_addresses_memory_refuses(name, backend, monkeypatch):
     """Memory safety must not depend on the modules."""
+    monkeypatch.setenv("SEQKERNELS_CHECK", "1")
     place, change, message = BAD[name]
-    arguments = list(Call("gru").arguments())
+    arguments = list(for_backends(Call("gru"), backend).arguments())
     arguments[place] = change(arguments[place])
     with pytest.raises(RuntimeError, match=message):
         forward(backend)(*arguments)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="no Triton here")
+def test_triton_has_no_kernels_for_float64():
+    with pytest.raises(RuntimeError, match="the kernels compute in float32"):
+        forward("triton")(*Call("gru", batch_sizes=(3, 2)).arguments())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

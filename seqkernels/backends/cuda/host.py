@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import hardware
+from seqkernels.backends.arguments import fitting, used_rows_of
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
@@ -22,6 +23,7 @@ def forward(
     launch: Sequence[int] = (),  # by `Launch`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     plan = _planned(launch, cell, x, weights, h_0)
+    batch_sizes = fitting(x, h_0, batch_sizes)
     return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, plan.tf32, *plan.forward)
 
 
@@ -42,6 +44,9 @@ def backward(
     launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     plan = _planned(launch, cell, x, weights, h_0)
+    batch_sizes = fitting(x, h_0, batch_sizes)
+    if wants_weights:
+        x = used_rows_of(x, batch_sizes)
     grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     return torch.ops.seqkernels.cuda_backward(
         cell, *grads, *layer, y, saved, wants_x, wants_weights, plan.tf32, *plan.backward

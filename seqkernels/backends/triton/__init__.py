@@ -4,11 +4,10 @@ Here stands when it runs; `tiles` says how a layer is cut, `host` how the kernel
 compute.
 """
 
-import torch
-
+from seqkernels.backends import costs
 from seqkernels.backends.call import NO_TRANSFORMS, Call
 from seqkernels.backends.triton.host import backward, forward
-from seqkernels.backends.triton.tiles import launch_of, step_cost
+from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
 from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
 ]
 
 DESCRIPTION = "kernels that Triton compiles for this GPU"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(call: Call, machine: Machine) -> str | None:
@@ -35,7 +33,7 @@ def unsupported(call: Call, machine: Machine) -> str | None:
     if not machine.triton:
         return NO_TRITON
     if call.dtype not in DTYPES:
-        return f"no Triton kernel for {call.dtype}: the kernels compute in float32"
+        return NO_KERNEL.format(call.dtype)
     if call.transformed:
         return NO_TRANSFORMS
     gpu = machine.gpu
@@ -53,7 +51,8 @@ def estimate(call: Call, machine: Machine) -> float | None:
     if call.device_type != "cuda" or gpu is None or not call.hidden_size:
         return None
     passes = (False, True) if call.training else (False,)
-    return call.layers * sum(step_cost(call, gpu, backward) for backward in passes)
+    steps = sum(step_cost(call, gpu, backward) for backward in passes)
+    return call.layers * steps + costs.of_call("cuda", call, gpu)  # whose host does as much, and has been measured
 
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqkernels import hardware
-from seqkernels.backends.arguments import Weights, by_direction, check, check_backward
+from seqkernels import hardware, late_checks
+from seqkernels.backends.arguments import Weights, by_direction, check, check_backward, fitting, used_rows_of
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.triton import gradients
-from seqkernels.backends.triton.tiles import Launch, launch_of
+from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, Launch, launch_of
 
 
 def forward(
@@ -91,6 +91,7 @@ def backward(
     if not wants_weights:
         grad_weights = [x.new_empty(0) for _ in weights]
     elif layer.has_work:
+        x = used_rows_of(x, layer.batch_sizes)
         grad_weights = gradients.grad_weights(layer, x, h_0, y, saved, grad_gates, grad_projected)
     else:
         grad_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
@@ -111,6 +112,8 @@ class Layer:
         launch: Sequence[int],
     ):
         check(cell, x, weights, h_0, c_0, batch_sizes)
+        if x.dtype not in DTYPES:
+            raise RuntimeError(NO_KERNEL.format(x.dtype))
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
@@ -127,8 +130,9 @@ class Layer:
         self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
         # How many sequences run in each step, as far as that is known without asking the device.
         self.known = [self.B] * self.T
+        self.batch_sizes = batch_sizes = fitting(x, h_0, batch_sizes)
         if batch_sizes is not None:
-            if batch_sizes.device.type == "cpu":
+            if not late_checks.out_of_sight(batch_sizes):
                 self.known = batch_sizes.tolist()
                 self.used = sum(self.known)
             self.starts, self.sizes = _starts_and_sizes(batch_sizes, x.device)

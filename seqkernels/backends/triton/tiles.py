@@ -2,10 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
+
 from seqkernels.backends import costs
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import GPU
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NO_KERNEL = "no Triton kernel for {}: the kernels compute in float32"
 
 
 class Launch(NamedTuple):
