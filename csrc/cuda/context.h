@@ -42,6 +42,7 @@ class CallContext {
     check(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", text_of(shape.data(), shape.size()));
     Tensor tensor(handle);
 #ifdef SEQKERNELS_EMULATOR  // all memory starts as NaN
+    emulator::counted.allocations++;
     if (tensor.numel()) memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
 #endif
     return tensor;
@@ -49,9 +50,12 @@ class CallContext {
 
   // A tensor of memory that another one owns.
   Tensor view(const void* data, const Shape& shape, const Shape& strides) const {
-    return torch::stable::from_blob(const_cast<void*>(data), shape, strides, device_, type_);
+    return view(data, shape, strides, type_);
   }
   Tensor view(const void* data, const Shape& shape) const { return view(data, shape, contiguous_strides(shape)); }
+  Tensor view(const void* data, const Shape& shape, const Shape& strides, ScalarType type) const {
+    return torch::stable::from_blob(const_cast<void*>(data), shape, strides, device_, type);
+  }
 
   // Element `i` of an array of the layer's dtype.
   const void* at(const void* data, int64_t i) const { return static_cast<const char*>(data) + i * element_size(); }
@@ -59,6 +63,9 @@ class CallContext {
 
   // The dtype of sums and of the LSTM's c between steps.
   ScalarType accumulator_type() const { return type_ == ScalarType::Double ? type_ : ScalarType::Float; }
+
+  // Bytes of so many elements of the layer's dtype.
+  int64_t bytes(int64_t elements) const { return elements * element_size(); }
 
  private:
   template <class T>
@@ -82,11 +89,28 @@ inline void check_launch(const char* error) {
 
 inline void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
-inline void copy(Tensor& to, const Tensor& from) { torch::stable::copy_(to, from); }
+// ---- torch's operations: mostly one launch each
 
-// ---- matrix products; with `add` the result is added to
+inline void count_operation() {
+#ifdef SEQKERNELS_EMULATOR
+  emulator::counted.operations++;
+#endif
+}
+
+inline void copy(Tensor& to, const Tensor& from) {
+  count_operation();
+  torch::stable::copy_(to, from);
+}
+
+inline void zero(Tensor& tensor) {
+  count_operation();
+  torch::stable::zero_(tensor);
+}
+
+// Matrix products; with `add` the result is added to.
 
 inline void check_product(AOTITorchError error) {
+  count_operation();
   check(error == AOTI_TORCH_SUCCESS, "a matrix product of seqkernels failed for the reason that torch has printed");
 }
 

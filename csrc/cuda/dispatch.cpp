@@ -30,14 +30,14 @@ constexpr const char* kNoGrid = "no kernel for the persistent grid in float64";
 
 }  // namespace
 
-const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
   return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar, auto tf32) {
     return single_cta_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, packed,
                                                                                                     stream);
   });
 }
 
-const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
   return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar, auto tf32) {
     return single_cta_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape,
                                                                                                      packed, stream);

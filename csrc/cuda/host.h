@@ -4,23 +4,72 @@
 #include "context.h"
 #include "kernels.h"
 #include "step_offsets.h"
+#include "workspace.h"
 
 namespace seqkernels {
 
+// ---- how all steps are launched at once: sweep_host.cpp
+
+struct SweepLaunch {
+  Path path;
+  bool backward;
+  LaunchShape shape{};
+  int64_t packed_bytes = 0;  // of the weights of a single CTA, all directions
+  GridGroups groups{};       // of the persistent grid
+
+  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, bool backward);
+};
+
+struct SweepMemory {
+  void *packed, *exchange, *flags;
+
+  SweepMemory(Carver&, const SweepLaunch&);
+};
+
+// Folds biases, and packs the weights of a single CTA.
+void prepare_weights(const CallContext&, const SweepArgs&, const void* const (&w_hh)[2], const SweepLaunch&,
+                     const SweepMemory&, const FoldBiases&);
+
+void sweep_forward(const CallContext&, const SweepLaunch&, const SweepMemory&, const ForwardArgs&);
+void sweep_backward(const CallContext&, const SweepLaunch&, const SweepMemory&, const BackwardArgs&);
+
 // ---- products over all rows: weight_grads.cpp
 
-// The input projections [D, N, G*H], with all biases but GRU's b_hn.
-Tensor project_input(const CallContext&, const Layer&, int64_t rows);
+struct ForwardMemory {
+  void* steps;
+  void* gates_x;  // [D, N, G*H] the input projections, with all biases but GRU's b_hn
+  void* biases;   // [D, G*H] or null
+  SweepMemory sweep;
+
+  ForwardMemory(Carver&, const CallContext&, const Layer&, int64_t rows, const Optional& batch_sizes,
+                const SweepLaunch&);
+};
+
+// The biases of the input projection, which become `folded` [D, G*H].
+FoldBiases folded_biases(const Layer&, void* folded);
+void project_input(const CallContext&, const Layer&, int64_t rows, const ForwardMemory&);
+
+struct BackwardMemory {
+  void* steps;
+  void* gates;      // [D, N, F*H] gradients
+  void* projected;  // [D, N, P] of the projected h, or null
+  void* previous;   // [D, N, P] the states that steps started from; null if no weight's gradient is wanted
+  void* sums;       // [D, F*H] of `gates` over all rows; null without biases
+  SweepMemory sweep;
+
+  BackwardMemory(Carver&, const CallContext&, const Layer&, int64_t rows, bool wants_weights,
+                 const Optional& batch_sizes, const SweepLaunch&);
+};
 
 // What the gradients of x and of the weights are made of, once the sweep is done.
 struct SweepGradients {
-  Tensor gates;      // [D, N, F*H]
-  Tensor projected;  // [D, N, P], of the projected h; [D, N, 0] without projection
+  Tensor gates;        // [D, N, F*H]
+  Optional projected;  // [D, N, P], with a projection
 };
 
 void multiply_grad_x(const CallContext&, const Layer&, const SweepGradients&, Tensor& grad_x);
 void multiply_grad_weights(const CallContext&, const LayerBackward&, const BackwardArgs&, const SweepGradients&,
-                           Tensors& grad_weights);
+                           const BackwardMemory&, Tensors& grad_weights);
 
 // ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
 // change in place; c and its gradient in the accumulator type.
@@ -28,10 +77,5 @@ void multiply_grad_weights(const CallContext&, const LayerBackward&, const Backw
 void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, Tensor& h, Tensor& c);
 void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const SweepGradients&,
                        Tensor& grad_h, Tensor& grad_c);
-
-// ---- all steps in one launch: sweep_host.cpp
-
-void sweep_forward(const CallContext&, const Layer&, const Plan&, const ForwardArgs&);
-void sweep_backward(const CallContext&, const Layer&, const Plan&, const BackwardArgs&);
 
 }  // namespace seqkernels

@@ -10,9 +10,9 @@
 namespace seqkernels {
 
 template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, void* packed, void* stream);
+const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, const void* packed, void* stream);
 template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, void* packed, void* stream);
+const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, const void* packed, void* stream);
 
 template <Cell CELL, Scalar SCALAR, bool TF32>
 const char* cluster_forward(const ForwardArgs&, const LaunchShape&, void* stream);

@@ -83,13 +83,17 @@ struct StepProjectBackward {
   void* grad_projected;  // [D, N, P] the same of all steps
 };
 
-// For every row the h that its step started from, for the gradients of the weights; zeros for rows that no step uses.
-struct Previous {
+// What the gradients of the weights still need once the sweep is done.
+struct FinishSweep {
   SweepArgs layer;
-  int direction;
+  // For every row the h that its step started from; zeros for rows that no step uses.
   const void* h_0;  // [D, B, P]
   const void* y;    // [N, D*P]
-  void* result;     // [N, P]
+  void* previous;   // [D, N, P]
+  // The gradients of the biases from the sums of grad_gates over all rows; null without biases.
+  const void* sums;                   // [D, F*H]
+  void *grad_b_ih[2], *grad_b_hh[2];  // [G*H]
+  int64_t biases, folded;             // G*H, and how many of them have the same gradient in both
 };
 
 // o tanh(c) of every row: what an LSTM projects.
@@ -113,15 +117,17 @@ struct WriteSteps {
 
 // b_ih + b_hh: the biases of the input projection, but for those of b_hh that a cell needs apart.
 struct FoldBiases {
-  const void *b_ih, *b_hh;  // [G*H]
-  void* result;             // [G*H]
-  int64_t size, folded;     // G*H, and how many of b_hh are added
+  const void *b_ih[2], *b_hh[2];  // [G*H]
+  void* result;                   // [D, G*H]
+  int64_t size, folded;           // G*H, and how many of b_hh are added; 0: there are no biases
 };
 
-// Writes the recurrent weights in the order in which the threads of a single CTA read them (mma.cuh).
+// Writes the recurrent weights in the order in which the threads of a single CTA read them (mma.cuh), and folds biases
+// in the same launch.
 struct PackWeights {
+  FoldBiases fold;
   const void* w_hh[2];  // [G*H, H]
-  void* packed;         // [D, SingleCtaLayout::packed_bytes()]
+  void* packed;         // [D, single_cta_packed_bytes()]
   int gates, hidden;
   int width;        // hidden units that the kernel is made for
   int m_tiles;      // of 16 rows that a warp takes
@@ -145,15 +151,15 @@ const char* step_forward(const StepForward&, void* stream);
 const char* step_backward(const StepBackward&, void* stream);
 const char* step_project(const StepProject&, void* stream);
 const char* step_project_backward(const StepProjectBackward&, void* stream);
-const char* previous(const Previous&, void* stream);
+const char* finish_sweep(const FinishSweep&, void* stream);
 const char* unprojected(const Unprojected&, void* stream);
-const char* fold_biases(const FoldBiases&, Scalar, void* stream);
+const char* fold_biases(const FoldBiases&, Scalar, int directions, void* stream);
 const char* write_steps(const WriteSteps&, void* stream);
 const char* pack_weights(const PackWeights&, Scalar, int directions, void* stream);
 
-// A CTA takes a tile. The weights go through `packed`, [D, single_cta_packed_bytes()].
-const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, void* packed, void* stream);
-const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, void* packed, void* stream);
+// A CTA takes a tile. The weights are in `packed`, as pack_weights() writes them.
+const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, const void* packed, void* stream);
+const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, const void* packed, void* stream);
 
 // A cluster takes a tile.
 const char* cluster_forward(const ForwardArgs&, const LaunchShape&, void* stream);

@@ -37,11 +37,11 @@ void zero_rows(const CallContext& context, const Layer& p, Tensor& tensor, bool 
   const int64_t rows = tensor.size(0), from = p.batch_sizes ? p.rows : 0, width = tensor.numel() / rows;
   if (from == rows) return;
   Tensor rest = context.view(context.at(tensor.mutable_data_ptr(), from * width), {rows - from, width});
-  torch::stable::zero_(rest);
+  zero(rest);
 }
 
-// What the passes of a sweep have in common. `rows`: of x.
-void set_sweep(SweepArgs& sweep, const Layer& p, const StepOffsets& steps, int64_t rows, bool tf32) {
+// What the passes of a sweep have in common, but for the steps. `rows`: of x.
+void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
   sweep.cell = p.cell;
   sweep.scalar = p.scalar;
   sweep.tf32 = tf32;
@@ -51,8 +51,6 @@ void set_sweep(SweepArgs& sweep, const Layer& p, const StepOffsets& steps, int64
   sweep.rows = rows;
   sweep.hidden = p.hidden;
   sweep.projected = p.projected;
-  sweep.starts = steps.starts();
-  sweep.sizes = steps.sizes();
 }
 
 // ---- forward
@@ -70,11 +68,13 @@ void copy_states(ForwardResults& results, const Tensor& h_0, const Optional& c_0
 void run_forward(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, const Tensor& h_0,
                  const Optional& c_0, const Optional& batch_sizes, ForwardResults& results) {
   const int64_t rows = results.y.size(0);
-  const StepOffsets steps(context, p, batch_sizes);
-  const Tensor gates_x = project_input(context, p, rows);
   ForwardArgs sweep{};
-  set_sweep(sweep, p, steps, rows, tf32);
-  sweep.gates_x = gates_x.const_data_ptr();
+  set_sweep(sweep, p, rows, tf32);
+  const SweepLaunch launch(context, p, plan, sweep, false);
+  const Workspace<ForwardMemory> memory(context, context, p, rows, batch_sizes, launch);
+  const StepOffsets steps(context, p, batch_sizes, memory->steps);
+  sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
+  sweep.gates_x = memory->gates_x;
   for (int d = 0; d < p.directions; d++) {
     const auto& w = p.weights[d];
     sweep.w_hh[d] = w.w_hh;
@@ -84,7 +84,9 @@ void run_forward(const CallContext& context, const Layer& p, const Plan& plan, b
   sweep.h_0 = p.h_0, sweep.c_0 = p.c_0;
   sweep.y = pointer(results.y), sweep.saved = pointer(results.saved);
   sweep.h_n = pointer(results.h_n), sweep.c_n = pointer(results.c_n);
-  if (plan.path != Path::stepwise) return sweep_forward(context, p, plan, sweep);
+  prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
+  project_input(context, p, rows, *memory);
+  if (plan.path != Path::stepwise) return sweep_forward(context, launch, memory->sweep, sweep);
   copy(results.h_n, h_0);
   Tensor c = context.allocate({p.directions, p.sequences, c_0 ? p.hidden : 0}, context.accumulator_type());
   if (c_0) copy(c, *c_0);
@@ -147,42 +149,47 @@ void begin_as(const CallContext& context, Tensor& grad, const void* final_grad) 
   if (final_grad)
     copy(grad, context.view(final_grad, Shape(sizes.begin(), sizes.end())));
   else
-    torch::stable::zero_(grad);
+    zero(grad);
 }
 
 // No step: the gradients of the initial states are those of the final ones, all others zeros.
 void pass_gradients(const CallContext& context, const LayerBackward& p, BackwardResults& results) {
   begin_as(context, results.grad_h_0, p.grad_h_n);
   begin_as(context, results.grad_c_0, p.grad_c_n);
-  torch::stable::zero_(results.grad_x);
-  for (Tensor& grad : results.grad_weights) torch::stable::zero_(grad);
+  zero(results.grad_x);
+  for (Tensor& grad : results.grad_weights) zero(grad);
 }
 
 // Rows that no step uses have no gradient.
-SweepGradients allocate_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged) {
+SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged,
+                               const BackwardMemory& memory) {
   const int64_t D = p.directions, FH = gradient_blocks_of(p.cell) * p.hidden;
-  SweepGradients grads{context.allocate({D, rows, FH}),
-                       context.allocate({D, rows, p.has_projection ? p.projected : 0})};
+  SweepGradients grads{context.view(memory.gates, {D, rows, FH}), {}};
+  if (p.has_projection) grads.projected = context.view(memory.projected, {D, rows, p.projected});
   if (ragged && !(p.batch_sizes && p.rows == rows)) {
-    torch::stable::zero_(grads.gates);
-    if (grads.projected.numel()) torch::stable::zero_(grads.projected);
+    zero(grads.gates);
+    if (grads.projected) zero(*grads.projected);
   }
   return grads;
 }
 
 void run_backward(const CallContext& context, const LayerBackward& p, const Plan& plan, bool tf32, int64_t rows,
                   const Optional& batch_sizes, BackwardResults& results) {
-  const StepOffsets steps(context, p, batch_sizes);
-  SweepGradients grads = allocate_gradients(context, p, rows, batch_sizes.has_value());
   BackwardArgs sweep{};
-  set_sweep(sweep, p, steps, rows, tf32);
+  set_sweep(sweep, p, rows, tf32);
+  const SweepLaunch launch(context, p, plan, sweep, true);
+  const Workspace<BackwardMemory> memory(context, context, p, rows, results.wants_weights, batch_sizes, launch);
+  const StepOffsets steps(context, p, batch_sizes, memory->steps);
+  sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
+  const SweepGradients grads = begin_gradients(context, p, rows, batch_sizes.has_value(), *memory);
   for (int d = 0; d < p.directions; d++) sweep.w_hh[d] = p.weights[d].w_hh;
   sweep.h_0 = p.h_0, sweep.c_0 = p.c_0, sweep.y = p.y, sweep.saved = p.saved;
   sweep.grad_y = p.grad_y, sweep.grad_h_n = p.grad_h_n, sweep.grad_c_n = p.grad_c_n;
-  sweep.grad_gates = grads.gates.mutable_data_ptr();
+  sweep.grad_gates = memory->gates;
   sweep.grad_h_0 = pointer(results.grad_h_0), sweep.grad_c_0 = pointer(results.grad_c_0);
   if (plan.path != Path::stepwise) {
-    sweep_backward(context, p, plan, sweep);
+    prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
+    sweep_backward(context, launch, memory->sweep, sweep);
   } else {
     begin_as(context, results.grad_h_0, p.grad_h_n);
     const auto sizes = results.grad_c_0.sizes();
@@ -192,7 +199,7 @@ void run_backward(const CallContext& context, const LayerBackward& p, const Plan
     if (grad_c.numel()) copy(results.grad_c_0, grad_c);
   }
   if (results.wants_x) multiply_grad_x(context, p, grads, results.grad_x);
-  if (results.wants_weights) multiply_grad_weights(context, p, sweep, grads, results.grad_weights);
+  if (results.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, results.grad_weights);
 }
 
 std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n,

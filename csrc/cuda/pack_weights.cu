@@ -1,4 +1,5 @@
 // The kernel that packs the weights of a single CTA, and its launch.
+#include "fold_biases.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 #include "dispatch.h"
@@ -8,8 +9,9 @@ namespace seqkernels {
 namespace device {
 
 // Writes the recurrent weights in the order in which the threads of a single CTA read them: for each direction,
-// fragment and half of a fragment, 16 bytes of each thread. A fragment is `gate` of the `chunk` of columns of the
-// `m_tile` of 16 rows of the thread's warp, and its number (chunk * m_tiles + m_tile) * gates + gate.
+// fragment and half of a fragment, 16 bytes of each thread. Threads behind those fold biases. A fragment is `gate` of
+// the `chunk` of columns of the `m_tile` of 16 rows of the thread's warp, and its number (chunk * m_tiles + m_tile) *
+// gates + gate.
 template <class T>
 struct PackWeightsKernel {
   static constexpr int threads = 128;
@@ -19,8 +21,11 @@ struct PackWeightsKernel {
     constexpr int chunk_width = kChunkBytes / static_cast<int>(sizeof(T));
     const int lanes = p.width / (kMmaRows * p.m_tiles) * kWarpSize,
               fragments = p.width / chunk_width * p.m_tiles * p.gates;
-    const int i = static_cast<int>(block()) * threads + thread(), hidden = p.hidden;
-    if (i >= fragments * 2 * lanes) return;
+    const int i = static_cast<int>(block()) * threads + thread(), hidden = p.hidden, all = fragments * 2 * lanes;
+    if (i >= all) {
+      if (i - all < p.fold.size) fold_bias<T>(p.fold, i - all);
+      return;
+    }
     const int lane = i % lanes, half = i / lanes % 2, fragment = i / lanes / 2;
     const int gate = fragment % p.gates, m_tile = fragment / p.gates % p.m_tiles,
               chunk = fragment / p.gates / p.m_tiles;
@@ -44,7 +49,6 @@ struct PackWeightsKernel {
       else
         words.word[word] = bits(pair(factor(row, column), factor(row, column + 1)));
     }
-    const int all = fragments * 2 * lanes;
     Global<Vec16>(static_cast<Vec16*>(p.packed) + block_y() * all, all).store(i, words);
   }
 };
@@ -59,7 +63,8 @@ const char* pack_weights(const PackWeights& p, Scalar scalar, int directions, vo
     } else {
       using Kernel = device::PackWeightsKernel<T>;
       const int64_t vec16s = int64_t{p.gates} * p.width * p.width * int64_t{sizeof(T)} / 16;
-      return device::launch<Kernel>((vec16s + Kernel::threads - 1) / Kernel::threads, directions, 0, stream, p);
+      const int64_t all = vec16s + p.fold.size;
+      return device::launch<Kernel>((all + Kernel::threads - 1) / Kernel::threads, directions, 0, stream, p);
     }
   });
 }

@@ -2,8 +2,6 @@
 #include "single_cta_backward.cuh"
 #include "single_cta_forward.cuh"
 //
-#include <algorithm>
-
 #include "dispatch.h"
 #include "instances.h"
 #include "launch.cuh"
@@ -15,20 +13,9 @@ using namespace device;
 namespace {
 
 template <class Kernel, class Args>
-const char* pack_and_launch(const Args& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* launch_with(const Args& args, const LaunchShape& shape, const void* packed, void* stream) {
   constexpr SingleCtaLayout layout = Kernel::layout;
   if (!layout.fits(shape.shared_memory)) return "a block has too little shared memory for a single CTA kernel";
-  PackWeights pack{};
-  std::copy_n(args.w_hh, 2, pack.w_hh);
-  pack.packed = packed;
-  pack.gates = Kernel::G;
-  pack.hidden = static_cast<int>(args.hidden);
-  pack.width = layout.width;
-  pack.m_tiles = layout.m_tiles;
-  pack.transposed = Kernel::variant.backward;
-  pack.tf32 = args.tf32;
-  const char* error = pack_weights(pack, args.scalar, args.directions, stream);
-  if (error) return error;
   SingleCtaArgs<Args> p{};
   static_cast<Args&>(p) = args;
   p.packed = packed;
@@ -42,7 +29,7 @@ const char* pack_and_launch(const Args& args, const LaunchShape& shape, void* pa
 constexpr bool has_width(Math math, int width, bool even) { return single_cta_width(math, width - !even) == width; }
 
 template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args>
-const char* run(const Args& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* run(const Args& args, const LaunchShape& shape, const void* packed, void* stream) {
   return by_even(args.hidden, [&](auto even) {
     constexpr const char* none = "no single CTA kernel for so many hidden units in this dtype";
     constexpr bool EVEN = decltype(even)::value;
@@ -54,7 +41,7 @@ const char* run(const Args& args, const LaunchShape& shape, void* packed, void* 
           constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
           constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
           using C = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, EVEN>;
-          return pack_and_launch<Pass<C>>(args, shape, packed, stream);
+          return launch_with<Pass<C>>(args, shape, packed, stream);
         });
       } else {
         return none;
@@ -66,16 +53,18 @@ const char* run(const Args& args, const LaunchShape& shape, void* packed, void* 
 }  // namespace
 
 template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
   return run<SingleCtaForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, packed, stream);
 }
 
 template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, void* packed, void* stream) {
+const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
   return run<SingleCtaBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, packed, stream);
 }
 
-template const char* single_cta_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, void*, void*);
-template const char* single_cta_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&, void*, void*);
+template const char* single_cta_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, const void*,
+                                                             void*);
+template const char* single_cta_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&, const void*,
+                                                              void*);
 
 }  // namespace seqkernels

@@ -2,6 +2,7 @@
 // index of a CTA). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden units
 // side by side.
 #pragma once
+#include "fold_biases.cuh"
 #include "layer.cuh"
 
 namespace seqkernels::device {
@@ -175,31 +176,49 @@ struct StepProjectBackwardKernel {
   }
 };
 
+// The first threads gather states, the others write gradients of biases; a direction is the second index of a CTA.
 template <class T>
-struct PreviousKernel {
+struct FinishSweepKernel {
   static constexpr int threads = kThreads;
-  using Parameters = Previous;
+  using Parameters = FinishSweep;
 
-  static DEVICE void run(const Previous& p) {
+  static DEVICE void run(const FinishSweep& p) {
     const SweepArgs& s = p.layer;
+    const int d = block_y();
     Element at;
-    if (!element(s.rows, s.projected, at)) return;
+    if (element(s.rows, s.projected, at)) return gather(p, at, d);
+    const int64_t i = block() * kThreads + thread() - s.rows * s.projected;
+    if (i < p.biases) share(p, i, d);
+  }
+
+ private:
+  static DEVICE void share(const FinishSweep& p, int64_t i, int d) {
+    // The gradients of gates whose products stay apart follow those of all gates of h.
+    const int64_t apart = p.biases - p.folded, width = p.biases + apart;
+    const Global<const T> sums(static_cast<const T*>(p.sums) + d * width, width);
+    Global<T>(static_cast<T*>(p.grad_b_hh[d]), p.biases).store(i, sums.load(i));
+    Global<T>(static_cast<T*>(p.grad_b_ih[d]), p.biases).store(i, sums.load(i < p.folded ? i : i + apart));
+  }
+
+  static DEVICE void gather(const FinishSweep& p, Element at, int d) {
+    const SweepArgs& s = p.layer;
     const Steps steps(s);
     int64_t low = 0, high = s.steps;  // the last step that begins at this row or before
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
       (steps.start(middle) <= at.row ? low : high) = middle;
     }
-    const int64_t sequence = at.row - steps.start(low), before = p.direction == 0 ? low - 1 : low + 1;
+    const int64_t sequence = at.row - steps.start(low), before = d == 0 ? low - 1 : low + 1;
     const Global<const T> y(static_cast<const T*>(p.y), s.rows * s.directions * s.projected);
     const Global<const T> h_0(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected);
     T h = from_acc<T>(0);
     if (sequence < steps.size(low)) {
       h = sequence < steps.size(before)
-              ? y.load(((steps.start(before) + sequence) * s.directions + p.direction) * s.projected + at.column)
-              : h_0.load((p.direction * s.sequences + sequence) * s.projected + at.column);
+              ? y.load(((steps.start(before) + sequence) * s.directions + d) * s.projected + at.column)
+              : h_0.load((d * s.sequences + sequence) * s.projected + at.column);
     }
-    Global<T>(static_cast<T*>(p.result), s.rows * s.projected).store(at.row * s.projected + at.column, h);
+    Global<T>(static_cast<T*>(p.previous), s.directions * s.rows * s.projected)
+        .store((d * s.rows + at.row) * s.projected + at.column, h);
   }
 };
 
@@ -241,10 +260,7 @@ struct FoldBiasesKernel {
 
   static DEVICE void run(const FoldBiases& p) {
     const int64_t i = block() * kThreads + thread();
-    if (i >= p.size) return;
-    acc_t<T> bias = to_acc(Global<const T>(static_cast<const T*>(p.b_ih), p.size).load(i));
-    if (i < p.folded) bias += to_acc(Global<const T>(static_cast<const T*>(p.b_hh), p.size).load(i));
-    Global<T>(static_cast<T*>(p.result), p.size).store(i, from_acc<T>(bias));
+    if (i < p.size) fold_bias<T>(p, i);
   }
 };
 

@@ -91,7 +91,6 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
   }
   FirstRows rows_of_gates(context, p, grad_step, GH), rows_of_grad_h(context, p, grad_h, P);
   FirstRows rows_of_projected(context, p, projected, P), rows_of_unprojected(context, p, unprojected, H);
-  Tensor all_projected = grads.projected;
   StepBackward step{};
   step.layer = sweep;
   if (p.has_projection) step.layer.grad_y = nullptr;
@@ -104,7 +103,7 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
   projection.grad_y = sweep.grad_y;
   projection.grad_h = grad_h.mutable_data_ptr();
   projection.grad_step = projected.mutable_data_ptr();
-  projection.grad_projected = pointer(all_projected);
+  projection.grad_projected = grads.projected ? grads.projected->mutable_data_ptr() : nullptr;
   for (int64_t k = p.steps; k-- > 0;) {
     step.k = projection.k = k;
     step.running = projection.running = steps.running(k);

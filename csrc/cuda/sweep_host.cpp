@@ -5,8 +5,8 @@ namespace seqkernels {
 
 namespace {
 
-// How to launch what the plan says; raises what speaks against it.
-LaunchShape checked_launch(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool backward) {
+// What speaks against the plan is raised.
+LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool backward) {
   const Gpu gpu = context.gpu();
   LayerFacts facts{};
   facts.cell = p.cell;
@@ -26,57 +26,71 @@ LaunchShape checked_launch(const CallContext& context, const Layer& p, const Pla
   return shape;
 }
 
-// Where a single CTA finds its weights.
-Tensor packed_weights(const CallContext& context, const Layer& p) {
-  return context.allocate({p.directions, single_cta_packed_bytes(p.cell, p.scalar, p.hidden)}, ScalarType::Byte);
+// The flags of the persistent grid begin as zeros.
+void clear_flags(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory) {
+  Tensor flags = context.view(memory.flags, {launch.groups.flags}, {1}, ScalarType::Int);
+  zero(flags);
 }
-
-// What the CTAs of the persistent grid exchange through.
-struct GridWorkspace {
-  GridGroups groups{};
-  Tensor exchange, flags;
-
-  GridWorkspace(const CallContext& context, const SweepArgs& sweep, const LaunchShape& shape, bool backward)
-      : exchange(allocate_exchange(context, sweep, shape, backward)),
-        flags(context.allocate({groups.flags}, ScalarType::Int)) {
-    torch::stable::zero_(flags);
-  }
-
- private:
-  Tensor allocate_exchange(const CallContext& context, const SweepArgs& sweep, const LaunchShape& shape,
-                           bool backward) {
-    check_launch(persistent_grid_groups(sweep, shape, backward, groups));
-    return context.allocate({groups.bytes}, ScalarType::Byte);
-  }
-};
 
 }  // namespace
 
-void sweep_forward(const CallContext& context, const Layer& p, const Plan& plan, const ForwardArgs& sweep) {
-  const LaunchShape shape = checked_launch(context, p, plan, sweep.tf32, false);
-  if (plan.path == Path::single_cta) {
-    Tensor packed = packed_weights(context, p);
-    check_launch(single_cta_forward(sweep, shape, packed.mutable_data_ptr(), context.stream()));
-  } else if (plan.path == Path::cluster) {
-    check_launch(cluster_forward(sweep, shape, context.stream()));
+SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan& plan, const SweepArgs& sweep,
+                         bool backward)
+    : path(plan.path), backward(backward) {
+  if (path == Path::stepwise) return;
+  shape = checked_shape(context, p, plan, sweep.tf32, backward);
+  if (path == Path::single_cta) packed_bytes = p.directions * single_cta_packed_bytes(p.cell, p.scalar, p.hidden);
+  if (path == Path::persistent_grid) check_launch(persistent_grid_groups(sweep, shape, backward, groups));
+}
+
+SweepMemory::SweepMemory(Carver& carver, const SweepLaunch& launch)
+    : packed(carver.take(launch.packed_bytes)),
+      exchange(carver.take(launch.groups.bytes)),
+      flags(carver.take(launch.groups.flags * static_cast<int64_t>(sizeof(int)))) {}
+
+void prepare_weights(const CallContext& context, const SweepArgs& sweep, const void* const (&w_hh)[2],
+                     const SweepLaunch& launch, const SweepMemory& memory, const FoldBiases& fold) {
+  if (launch.path != Path::single_cta)
+    return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
+  const Math math = math_of(sweep.scalar, sweep.tf32);
+  const Variant variant{launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0};
+  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, sweep.hidden));
+  PackWeights pack{};
+  pack.fold = fold;
+  std::copy_n(w_hh, 2, pack.w_hh);
+  pack.packed = memory.packed;
+  pack.gates = gates_of(sweep.cell);
+  pack.hidden = static_cast<int>(sweep.hidden);
+  pack.width = layout.width;
+  pack.m_tiles = layout.m_tiles;
+  pack.transposed = launch.backward;
+  pack.tf32 = sweep.tf32;
+  check_launch(pack_weights(pack, sweep.scalar, sweep.directions, context.stream()));
+}
+
+void sweep_forward(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory,
+                   const ForwardArgs& sweep) {
+  if (launch.path == Path::single_cta) {
+    check_launch(single_cta_forward(sweep, launch.shape, memory.packed, context.stream()));
+  } else if (launch.path == Path::cluster) {
+    check_launch(cluster_forward(sweep, launch.shape, context.stream()));
   } else {
-    GridWorkspace workspace(context, sweep, shape, false);
-    check_launch(persistent_grid_forward(sweep, shape, workspace.groups, workspace.exchange.mutable_data_ptr(),
-                                         workspace.flags.mutable_data_ptr(), context.stream()));
+    clear_flags(context, launch, memory);
+    check_launch(
+        persistent_grid_forward(sweep, launch.shape, launch.groups, memory.exchange, memory.flags, context.stream()));
   }
 }
 
-void sweep_backward(const CallContext& context, const Layer& p, const Plan& plan, const BackwardArgs& sweep) {
-  const LaunchShape shape = checked_launch(context, p, plan, sweep.tf32, true);
-  if (plan.path == Path::single_cta) {
-    Tensor packed = packed_weights(context, p);
-    check_launch(single_cta_backward(sweep, shape, packed.mutable_data_ptr(), context.stream()));
-  } else if (plan.path == Path::cluster) {
-    check_launch(cluster_backward(sweep, shape, context.stream()));
+void sweep_backward(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory,
+                    const BackwardArgs& sweep) {
+  if (launch.path == Path::single_cta) {
+    check_launch(single_cta_backward(sweep, launch.shape, memory.packed, context.stream()));
+  } else if (launch.path == Path::cluster) {
+    check_launch(cluster_backward(sweep, launch.shape, context.stream()));
   } else {
-    GridWorkspace workspace(context, sweep, shape, true);
-    check_launch(persistent_grid_backward(sweep, shape, workspace.groups, workspace.exchange.mutable_data_ptr(),
-                                          workspace.flags.mutable_data_ptr(), context.stream()));
+    clear_flags(context, launch, memory);
+    check_launch(
+        persistent_grid_backward(sweep, launch.shape, launch.groups, memory.exchange, memory.flags, context.stream()));
   }
 }
 

@@ -23,7 +23,7 @@ class Direction {
   Direction(const CallContext& context, const Layer& p, const SweepGradients& grads, int d)
       : context_(context), N_(grads.gates.size(1)), FH_(grads.gates.size(2)), R_(p.rows) {
     gates_ = context.at(grads.gates.const_data_ptr(), d * N_ * FH_);
-    if (p.has_projection) projected_ = context.at(grads.projected.const_data_ptr(), d * N_ * p.projected);
+    if (p.has_projection) projected_ = context.at(grads.projected->const_data_ptr(), d * N_ * p.projected);
   }
 
   Tensor gates() const { return context_.view(gates_, {N_, FH_}); }
@@ -50,41 +50,71 @@ void multiply_grad_w_ih(const CallContext& context, const Layer& p, const Direct
   }
 }
 
-void add_up_biases(const CallContext& context, const Layer& p, const Direction& grads, Tensor& grad_b_ih,
-                   Tensor& grad_b_hh) {
-  const Shape over_rows{0};
-  const Tensor sums = torch::stable::sum(grads.gates(), over_rows);
-  copy(grad_b_hh, context.view(sums.const_data_ptr(), {gates_of(p.cell) * p.hidden}));
-  for (const ColumnBlock& block : blocks_of_x(p)) {
-    Tensor part = context.view(context.at(grad_b_ih.mutable_data_ptr(), block.row), {block.width});
-    copy(part, context.view(context.at(sums.const_data_ptr(), block.column), {block.width}));
+// Gathers states, and writes the gradients of all biases.
+void finish(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep, const SweepGradients& grads,
+            const BackwardMemory& memory, Tensors& grad_weights) {
+  FinishSweep finish{};
+  finish.layer = sweep;
+  finish.h_0 = p.h_0, finish.y = p.y;
+  finish.previous = memory.previous;
+  if (memory.sums) {
+    Tensor sums = context.view(memory.sums, {p.directions, grads.gates.size(2)});
+    const Shape over_rows{1};
+    count_operation();
+    torch::stable::sum_out(sums, grads.gates, over_rows);
+    finish.sums = memory.sums;
+    finish.biases = gates_of(p.cell) * p.hidden;
+    finish.folded = finish.biases - apart_of(p.cell) * p.hidden;
+    for (int d = 0; d < p.directions; d++) {
+      const auto of = weights_of_direction(grad_weights.data(), grad_weights.size(), p.directions, d);
+      finish.grad_b_ih[d] = of.b_ih->mutable_data_ptr();
+      finish.grad_b_hh[d] = of.b_hh->mutable_data_ptr();
+    }
   }
+  check_launch(finish_sweep(finish, context.stream()));
 }
 
 }  // namespace
 
-Tensor project_input(const CallContext& context, const Layer& p, int64_t rows) {
+ForwardMemory::ForwardMemory(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
+                             const Optional& batch_sizes, const SweepLaunch& launch)
+    : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
+      gates_x(carver.take(context.bytes(p.directions * rows * gates_of(p.cell) * p.hidden))),
+      biases(carver.take(p.weights[0].b_ih ? context.bytes(p.directions * gates_of(p.cell) * p.hidden) : 0)),
+      sweep(carver, launch) {}
+
+BackwardMemory::BackwardMemory(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
+                               bool wants_weights, const Optional& batch_sizes, const SweepLaunch& launch)
+    : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
+      gates(carver.take(context.bytes(p.directions * rows * gradient_blocks_of(p.cell) * p.hidden))),
+      projected(carver.take(p.has_projection ? context.bytes(p.directions * rows * p.projected) : 0)),
+      previous(carver.take(wants_weights ? context.bytes(p.directions * rows * p.projected) : 0)),
+      sums(carver.take(wants_weights && p.weights[0].b_ih
+                           ? context.bytes(p.directions * gradient_blocks_of(p.cell) * p.hidden)
+                           : 0)),
+      sweep(carver, launch) {}
+
+FoldBiases folded_biases(const Layer& p, void* folded) {
+  FoldBiases fold{};
+  if (!p.weights[0].b_ih) return fold;
+  for (int d = 0; d < p.directions; d++) fold.b_ih[d] = p.weights[d].b_ih, fold.b_hh[d] = p.weights[d].b_hh;
+  fold.result = folded;
+  fold.size = gates_of(p.cell) * p.hidden;
+  fold.folded = fold.size - apart_of(p.cell) * p.hidden;
+  return fold;
+}
+
+void project_input(const CallContext& context, const Layer& p, int64_t rows, const ForwardMemory& memory) {
   const int64_t GH = gates_of(p.cell) * p.hidden;
   const Tensor inputs = context.view(p.x, {rows, p.input});
-  Tensor gates = context.allocate({p.directions, rows, GH});
   for (int d = 0; d < p.directions; d++) {
-    const auto& w = p.weights[d];
-    const Tensor result = context.view(context.at(gates.mutable_data_ptr(), d * rows * GH), {rows, GH});
-    const Tensor w_ih = context.view(w.w_ih, {p.input, GH}, {1, p.input});
-    if (!w.b_ih) {
+    const Tensor result = context.view(context.at(memory.gates_x, d * rows * GH), {rows, GH});
+    const Tensor w_ih = context.view(p.weights[d].w_ih, {p.input, GH}, {1, p.input});
+    if (memory.biases)
+      multiply_with_bias(result, context.view(context.at(memory.biases, d * GH), {GH}), inputs, w_ih);
+    else
       multiply(result, inputs, w_ih);
-      continue;
-    }
-    Tensor bias = context.allocate({GH});
-    const int64_t folded = GH - apart_of(p.cell) * p.hidden;
-    FoldBiases fold{};
-    fold.b_ih = w.b_ih, fold.b_hh = w.b_hh;
-    fold.result = bias.mutable_data_ptr();
-    fold.size = GH, fold.folded = folded;
-    check_launch(fold_biases(fold, p.scalar, context.stream()));
-    multiply_with_bias(result, bias, inputs, w_ih);
   }
-  return gates;
 }
 
 void multiply_grad_x(const CallContext& context, const Layer& p, const SweepGradients& grads, Tensor& grad_x) {
@@ -98,21 +128,15 @@ void multiply_grad_x(const CallContext& context, const Layer& p, const SweepGrad
 }
 
 void multiply_grad_weights(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep,
-                           const SweepGradients& grads, Tensors& grad_weights) {
+                           const SweepGradients& grads, const BackwardMemory& memory, Tensors& grad_weights) {
   const int64_t N = sweep.rows, R = p.rows, H = p.hidden, P = p.projected;
+  finish(context, p, sweep, grads, memory, grad_weights);
   for (int d = 0; d < p.directions; d++) {
     const auto of = weights_of_direction(grad_weights.data(), grad_weights.size(), p.directions, d);
     const Direction grad(context, p, grads, d);
     multiply_grad_w_ih(context, p, grad, *of.w_ih);
-    Tensor states = context.allocate({N, P});  // that steps started from
-    Previous gather{};
-    gather.layer = sweep;
-    gather.direction = d;
-    gather.h_0 = p.h_0, gather.y = p.y;
-    gather.result = states.mutable_data_ptr();
-    check_launch(previous(gather, context.stream()));
-    multiply(*of.w_hh, grad.transposed(0, gates_of(p.cell) * H), context.view(states.const_data_ptr(), {R, P}));
-    if (of.b_ih) add_up_biases(context, p, grad, *of.b_ih, *of.b_hh);
+    const Tensor states = context.view(context.at(memory.previous, d * N * P), {R, P});
+    multiply(*of.w_hh, grad.transposed(0, gates_of(p.cell) * H), states);
     if (!p.has_projection) continue;
     Tensor h = context.allocate({N, H});  // before the projection
     Unprojected recompute{};

@@ -38,9 +38,10 @@ PYBIND11_MODULE(emulator, m) {
   m.def("exchange_by_copies", &exchange_by_copies, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
         "late"_a = false);
   m.def("counts", [] {
-    const Counts c = counts();
+    const Counts& c = counted;
     return pybind11::dict("launches"_a = c.launches, "blocks"_a = c.blocks, "barriers"_a = c.barriers,
                           "switches"_a = c.switches, "pushes"_a = c.pushes, "waits"_a = c.waits,
-                          "shared_bytes"_a = c.shared_bytes);
+                          "shared_bytes"_a = c.shared_bytes, "operations"_a = c.operations,
+                          "allocations"_a = c.allocations);
   });
 }

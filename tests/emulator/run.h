@@ -40,7 +40,8 @@ struct Counts {
   int64_t launches, blocks, barriers, switches;  // barriers: that a block has passed; switches: from fiber to fiber
   int64_t shared_bytes;                          // that launches asked for, for a block of each
   int64_t pushes, waits;                         // of 16 bytes; for pushes
+  int64_t operations, allocations;               // of torch, by the operators
 };
-Counts counts();  // since the program started
+extern Counts counted;  // since the program started
 
 }  // namespace seqkernels::emulator

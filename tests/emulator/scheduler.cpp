@@ -215,6 +215,5 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
 
 void seed(uint64_t seed) { random_state = seed; }
 void plant(Fault fault, int n) { planted = fault, planted_at = n; }
-Counts counts() { return counted; }
 
 }  // namespace seqkernels::emulator

@@ -114,7 +114,6 @@ struct Group {
   int y;
 };
 
-extern Counts counted;
 extern uint64_t random_state;
 extern Fault planted;
 extern int planted_at;
