@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import checks, hardware, late_checks, modes, varlen
+from seqkernels.backends import arguments
 from seqkernels.backends.call import Call, class_of_steps
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -55,7 +56,7 @@ def prepare(
         rows = varlen.from_unbatched(input)
     else:
         rows = varlen.from_padded(input, batch_first)
-    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
+    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions, transformed)
     call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
     return Inputs(rows, h_0, c_0, unbatched, call)
 
@@ -119,7 +120,7 @@ def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c
 
 
 def _initial_state(
-    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int
+    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int, transformed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
     hidden, has_c = w_hh.shape[0] // CELLS[cell].gates, CELLS[cell].states == 2
@@ -138,4 +139,8 @@ def _initial_state(
         checks.check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
     if rows.sorted_indices is None:
         return h_0, c_0
+    if not (torch.compiler.is_compiling() or transformed):  # torch selects from a freed storage all the same
+        for name, state in (("h_0", h_0), ("c_0", c_0)):
+            if state is not None:
+                arguments.expect_storage(name, state)
     return h_0.index_select(1, rows.sorted_indices), None if c_0 is None else c_0.index_select(1, rows.sorted_indices)
