@@ -17,8 +17,8 @@ help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
 	@echo "make fuzz      try random calls for SECONDS=60 beside torch's"
-	@echo "make gpu-check on a machine with a GPU: gpu-build, gpu-test, gpu-sanitize, gpu-bench and"
-	@echo "               gpu-bench-large (beside cuDNN), gpu-profile"
+	@echo "make gpu-check on a machine with a GPU: gpu-build, then gpu-check-first and gpu-check-second (tests,"
+	@echo "               benchmarks beside cuDNN, compute-sanitizer, profiles), of six minutes each"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style, import directions and types"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
@@ -64,46 +64,18 @@ SECONDS ?= 60
 fuzz: $(READY) $(EMULATOR)
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/ops/test_fuzz.py
 
-# On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. Each part ends within ten minutes, and
-# the others run even if one fails. Rows, and what Nsight Compute saw, go to $(OUT).
-OUT ?= benchmarks/results
-GPU_IGNORED := tests/benchmarks tests/triton/test_triton_compiled.py
-GPU_PROBLEMS ?= names256 news charlm cliff129 cliff256 long
-GPU_LARGE_PROBLEMS ?= charlm1 big1024 flashrnn kernelbench
-GPU_CELLS ?= GRU LSTM
-GPU_DTYPES ?= bfloat16 float32
+# On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. tests/cuda/gpu_check.py says what
+# the two commands run: at most six minutes each, once the library is built. Rows and logs go to $(OUT).
+OUT ?= build/gpu-check
 gpu-check: gpu-build
-	$(MAKE) --keep-going gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile
+	$(MAKE) --keep-going gpu-check-first gpu-check-second
 
 gpu-build:
 	SEQKERNELS_BUILD=cuda $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m seqkernels
 
-gpu-test:
-	SEQKERNELS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q $(addprefix --ignore=,$(GPU_IGNORED)) \
-	  $$($(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
-
-# Without torch's allocator, so that what lies outside of a tensor lies outside of all.
-gpu-sanitize:
-	for tool in memcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --kernel-name kernel_substring=seqkernels \
-	    --error-exitcode 1 $(PYTHON) tests/cuda/gpu_run.py || failed=1; \
-	done; exit $${failed:-0}
-
-gpu-bench: MEASURED := $(GPU_PROBLEMS)
-gpu-bench-large: MEASURED := $(GPU_LARGE_PROBLEMS)
-gpu-bench gpu-bench-large:
-	$(PYTHON) -m benchmarks kernels --device cuda --problem $(MEASURED) --cell $(GPU_CELLS) --dtype $(GPU_DTYPES) \
-	  --contender torch.nn "torch.nn float16" seqkernels "seqkernels cuda" --rounds 9 --out $(OUT)
-
-GPU_PROFILE := ncu --clock-control none --set detailed --kernel-name-base demangled
-gpu-profile:
-	$(GPU_PROFILE) --kernel-name regex:SingleCta --launch-count 8 \
-	  $(PYTHON) tests/cuda/gpu_run.py --problem news --cell GRU LSTM --dtype bfloat16 > $(OUT)/profile.txt
-	$(GPU_PROFILE) --kernel-name regex:Slice --launch-count 16 \
-	  $(PYTHON) tests/cuda/gpu_run.py --problem charlm big1024 --cell GRU LSTM --dtype bfloat16 >> $(OUT)/profile.txt
-	$(GPU_PROFILE) --kernel-name "regex:Step(Forward|Backward)" --launch-skip 20 --launch-count 2 \
-	  $(PYTHON) tests/cuda/gpu_run.py --problem big1024 --cell GRU LSTM --dtype float64 >> $(OUT)/profile.txt
+gpu-check-first gpu-check-second:
+	$(PYTHON) tests/cuda/gpu_check.py $(@:gpu-check-%=%) --out $(OUT)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
@@ -143,4 +115,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test fuzz gpu-check gpu-build gpu-test gpu-sanitize gpu-bench gpu-bench-large gpu-profile bench wheel lint sanitize arm clean
+.PHONY: help environment demo test fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint sanitize arm clean

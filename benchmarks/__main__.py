@@ -13,6 +13,7 @@ from benchmarks import (
     calls,
     compare,
     distributed,
+    fit,
     kernels,
     record,
     report,
@@ -27,7 +28,14 @@ from benchmarks.tasks import TASKS, charlm
 from benchmarks.train import measure, rnn_classes, start_runs, train
 from benchmarks.training_report import Training
 
-MEASUREMENTS = {"kernels": kernels, "calls": calls, "report": report, "compare": compare, "scaling": scaling}
+MEASUREMENTS = {
+    "kernels": kernels,
+    "calls": calls,
+    "report": report,
+    "compare": compare,
+    "scaling": scaling,
+    "fit": fit,
+}
 DEMO_TEXT = ["--limit", "200000", "--epochs", "3"]  # minutes, not the best model
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
 

@@ -1,5 +1,5 @@
-"""Who is measured. Every contender lives in a process of its own: threads that one library keeps spinning would slow
-the next one several times.
+"""Who is measured. On a CPU every contender lives in a process of its own: threads that one library keeps spinning
+would slow the next one several times.
 
 A contender is made from the arguments of `Case`, on the same weights and input, and is called for one run.
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.cases import Case, add_case_options, cases_of
 from benchmarks.contenders import CONTENDERS, OURS, OWN, USUAL, Unavailable, explain, versions
 from benchmarks.options import round_count
 from benchmarks.problems import flops
-from benchmarks.timing import Worker, paired, peak_gflops, speedup, summary
+from benchmarks.timing import InProcess, Worker, paired, peak_gflops, speedup, summary
 
 QUICK_ROUNDS = 31
 # A difference that is taken for none, however little the runs of one process spread: where memory happens to lie makes
@@ -55,13 +56,14 @@ def run(options: argparse.Namespace) -> int:
     for threads, group in itertools.groupby(cases, key=lambda case: case.threads):
         peak = peak_gflops(threads)
         print(f"threads: {threads}; peak:", f"{peak:.0f} GFLOP/s" if peak else "not known without compiled kernels")
-        workers = [Worker(name, threads) for name in names]
+        on_gpu = options.device.startswith("cuda")
+        workers = [InProcess(name) if on_gpu else Worker(name, threads) for name in names]
         try:
             for case in group:
                 try:
                     rows = measure(case, workers, QUICK_ROUNDS if options.quick else options.rounds)
                 except InputError as reason:  # of the problem's data; a dead worker would say so again
-                    if all(worker.process.is_alive() for worker in workers):
+                    if all(worker.alive() for worker in workers):
                         print(f"{title(case)} left out: {reason}", flush=True)
                         continue
                     raise
@@ -86,7 +88,7 @@ def facts(case: Case) -> dict[str, Any]:
     return {**record.environment(), **described, "plan": explain(case)}
 
 
-def measure(case: Case, workers: list[Worker], rounds: int, host: bool = False) -> list[dict[str, Any]]:
+def measure(case: Case, workers: Sequence[Worker | InProcess], rounds: int, host: bool = False) -> list[dict[str, Any]]:
     """A row for each contender: its errors, whether all of ours pass the gate, and the times (the `host`'s) if so."""
     work = flops(case.shape, case.cell, case.mode, case.layout)
     rows, able = {}, []

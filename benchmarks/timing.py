@@ -1,5 +1,6 @@
-"""Paired timing: each contender in a process of its own, run in turn, round after round."""
+"""Paired timing: contenders run in turn, round after round; on a CPU each in a process of its own."""
 
+import functools
 import importlib
 import itertools
 import math
@@ -7,7 +8,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,9 @@ from benchmarks.call_layers import LAYERS
 from benchmarks.cases import Case
 from benchmarks.contenders import CONTENDERS, Unavailable, errors, torch_nn
 
-ROUND_SECONDS = 0.02  # of measuring each contender
 MAX_RUNS = 2000  # of a contender in a round
 CASE_SECONDS = 10  # after which there are rounds enough, if there are
 MIN_ROUNDS = 9
-REST_SECONDS = 0.02  # between two contenders: until their threads have stopped spinning
 FLUSHED_BYTES = 256 << 20  # more than any GPU's second-level cache
 
 
@@ -49,6 +48,9 @@ class Worker:
     root: the folder whose seqkernels is to be imported there instead of the installed one.
     label: what results are called, if not by the contender's name.
     """
+
+    round_seconds = 0.02  # of measuring a contender
+    rest_seconds = 0.02  # before it: until the threads of the one before have stopped spinning
 
     def __init__(self, name: str, threads: int, root: Path | None = None, label: str | None = None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -76,10 +78,42 @@ class Worker:
             raise Unavailable(answer)
         return answer
 
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
     def stop(self) -> None:
         self.pipe.close()
         self.process.join(5)
         self.process.kill()
+
+
+class InProcess:
+    """A contender here, with a Worker's methods: on a GPU, where nobody's threads spin, so that no time goes by in
+    starting processes."""
+
+    round_seconds, rest_seconds = 0.005, 0.0
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.case: Case | None = None
+        self.run: Callable[[], list[torch.Tensor]] | None = None
+
+    def request(self, wanted: Any) -> Any:
+        """As of a Worker.
+
+        Raises:
+            Unavailable: the contender cannot run this case, with its own reason.
+        """
+        if not isinstance(wanted, Case):
+            return answer_to(wanted, self.case, self.run)
+        self.case, self.run = wanted, None
+        self.run = CONTENDERS[self.name](wanted)
+
+    def alive(self) -> bool:
+        return True
+
+    def stop(self) -> None:
+        self.case = self.run = None
 
 
 def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:
@@ -110,13 +144,12 @@ def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:
                 pipe.send(("unavailable", str(error)))
 
 
-def answer_to(request: Any, case: Case, run: Callable[[], list[torch.Tensor]]) -> Any:
+def answer_to(request: Any, case: Case | None, run: Callable[[], list[torch.Tensor]] | None) -> Any:
+    assert case is not None and run is not None
     device = torch.device(case.device)
     if request == "errors":
         results = [result.detach().double().cpu() for result in run()]
-        # Against torch.nn in float64; the tests judge that, too, by the specification.
-        right = torch_nn(case._replace(dtype="float64", device="cpu"))()
-        return errors(results, right[: len(results)])
+        return errors(results, right_results(case._replace(dtype="float64"))[: len(results)])
     if request == "memory":
         run()
         return profiling.peak_memory(run, device)
@@ -127,6 +160,12 @@ def answer_to(request: Any, case: Case, run: Callable[[], list[torch.Tensor]]) -
         return [timed_on_host(run, device) for _ in range(request.count)]
     clock = timed_on_gpu if device.type == "cuda" else timed
     return [clock(run) for _ in range(request)]
+
+
+@functools.lru_cache(1)  # contenders of one process come case by case
+def right_results(case: Case) -> list[torch.Tensor]:
+    """By torch.nn in float64; the tests judge that, too, by the specification."""
+    return [result.detach().cpu() for result in torch_nn(case)()]
 
 
 def timed(run: Callable[[], Any]) -> float:
@@ -152,7 +191,7 @@ def timed_on_gpu(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def paired(workers: list[Worker], rounds: int, host: bool = False) -> dict[str, list[list[float]]]:
+def paired(workers: Sequence[Worker | InProcess], rounds: int, host: bool = False) -> dict[str, list[list[float]]]:
     """Seconds of every run of each worker, by round: each runs in every round, so that what else the machine does
     meanwhile falls on all of them. Fewer rounds than wanted where runs are long. `host`: the host's seconds."""
 
@@ -162,13 +201,13 @@ def paired(workers: list[Worker], rounds: int, host: bool = False) -> dict[str, 
     runs, seconds = {}, 0.0
     for worker in workers:
         warm = min(worker.request(wanted(3)))
-        runs[worker.name] = max(1, min(MAX_RUNS, int(ROUND_SECONDS / warm)))
+        runs[worker.name] = max(1, min(MAX_RUNS, int(worker.round_seconds / warm)))
         seconds += warm * (runs[worker.name] + 1)
     rounds = min(rounds, max(MIN_ROUNDS, int(CASE_SECONDS / seconds)))
     times: dict[str, list[list[float]]] = {worker.name: [] for worker in workers}
     for _ in range(rounds):
         for worker in workers:
-            time.sleep(REST_SECONDS)
+            time.sleep(worker.rest_seconds)
             # The first runs of a round pay for what the others left in the caches, and for threads that sleep.
             count = runs[worker.name]
             times[worker.name].append(worker.request(wanted(count + 1 + count // 10))[-count:])

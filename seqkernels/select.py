@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from seqkernels import hardware
-from seqkernels.backends import Backend, cpu, cuda, cudnn, torch_eager, triton
+from seqkernels.backends import Backend, costs, cpu, cuda, cudnn, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.hardware import THIS_MACHINE, Machine
 
@@ -78,11 +78,11 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
     if not offers:
         raise _nothing_runs(call, against)
     chosen = _choice(offers)
-    against |= {name: _why_not(offer, call, chosen) for name, offer in offers.items() if name != chosen}
+    against |= {name: _why_not(name, offer, call, chosen, machine) for name, offer in offers.items() if name != chosen}
     reason = _MODULES[chosen].DESCRIPTION
     cost = offers[chosen].cost
     if cost is not None:
-        reason += f", {_words(cost, call)}"
+        reason += f", {_words(cost, call, costs.source(chosen, machine.gpu))}"
     refusals = tuple((name, against[name]) for name in BACKENDS if name != chosen)
     return Plan(chosen, reason, refusals, offers[chosen].kernel, _MODULES[chosen].plan_launch(call, machine))
 
@@ -113,14 +113,14 @@ def _choice(offers: dict[str, _Offer]) -> str:
     return min(costs, key=lambda name: costs[name]) if costs else next(iter(offers))
 
 
-def _why_not(offer: _Offer, call: Call, chosen: str) -> str:
+def _why_not(name: str, offer: _Offer, call: Call, chosen: str, machine: Machine) -> str:
     if offer.cost is None:
         return f"it could run, but {chosen} is preferred"
-    return f"{_words(offer.cost, call)} ({offer.kernel})"
+    return f"{_words(offer.cost, call, costs.source(name, machine.gpu))} ({offer.kernel})"
 
 
-def _words(cost: float, call: Call) -> str:
-    return f"by estimate about {cost:.1f} us a step{' forward and backward' if call.training else ''}"
+def _words(cost: float, call: Call, source: str) -> str:
+    return f"about {cost:.1f} us a step{' forward and backward' if call.training else ''}, {source}"
 
 
 def _nothing_runs(call: Call, against: dict[str, str]) -> ValueError:

@@ -1,14 +1,19 @@
-"""What GPUs can do, as far as the backends' estimates share it: rates from data sheets and from what others measured.
+"""What a step costs on a GPU: constants that `python -m benchmarks fit` draws from measured rows, by the GPU's name
+(`measured`), times terms that a backend knows of a call; and the rates of GPUs that the terms are made of.
 
-Nothing here was measured with our own kernels. The constants are what measurements on a GPU set right:
-tests/ops/test_select.py checks the choices that follow against the rows in benchmarks/results that came from one.
+For a GPU nobody measured the constants of `_NEAREST` stand in, as the terms know what another GPU does in a clock;
+where the host and cuDNN decide, what others measured.
 """
+
+from typing import NamedTuple
 
 import torch
 
 from seqkernels.backends.call import Call
+from seqkernels.backends.measured import MEASURED
 from seqkernels.hardware import GPU
 
+_NEAREST = "NVIDIA H200"
 # Multiply-adds a multiprocessor and clock, by compute capability: tensor cores in 16 bits (by mma.sync) and in TF32;
 # without them in float32 and float64. Sources: the CUDA programming guide's table of arithmetic throughput, the data
 # sheets. AMD's are those of MI300X.
@@ -24,9 +29,57 @@ _MULTIPLY_ADDS = {
 CLOCK = 1700  # clocks a microsecond; the data sheets' boosts are 1,410 (A100) to 2,040 (L4)
 SHARED = 128  # bytes a clock that a multiprocessor reads from its shared memory (Hopper tuning guide)
 L2 = 64  # bytes a clock and multiprocessor from the L2 cache (GA100 white paper: 5,120 for 80 of them)
+ROWS = 64  # that cuBLAS multiplies at once, however few there are
 # One of the dependent launches of a step, where the GPU has little to do in it: 383 ms on an A100 for 8,000 steps of
 # four layers, a GRU of H = 130 forward and backward, are 128,000 launches (seen by nsys; cuDNN 9.1 in torch 2.6).
 LAUNCH = 3.0
+
+_UNMEASURED = {
+    **MEASURED[_NEAREST],
+    "cuda stepwise forward": (2 * LAUNCH + 4,),  # an operator through torch's dispatcher takes 4 us (measured on a CPU)
+    "cuda stepwise backward": (2 * LAUNCH + 4,),
+    # GRU of H = 128 1.1 us a step, of H = 160 3.1 (A100, nsys), LSTM of H = 128 2.4 (153 ms for 64,000 steps).
+    "cudnn PERSIST_STATIC_SMALL_H forward": (1.1, 0.72, 0.0),
+    "cudnn PERSIST_STATIC_SMALL_H backward": (1.1, 0.72, 0.0),
+    # nn.LSTM(768, 768), fp16, B = 16 on an H100 (FlashRNN's figure).
+    "cudnn PERSIST_STATIC forward": (2.0,),
+    "cudnn PERSIST_STATIC backward": (3.1,),
+    # That directions run side by side, on streams of their own, is the best that cuDNN can do.
+    "cudnn STANDARD forward": (2 * LAUNCH,),
+    "cudnn STANDARD backward": (2 * LAUNCH,),
+}
+
+
+class Terms(NamedTuple):
+    """What a step costs: known + sum(constants * terms) microseconds, with the constants of `key`."""
+
+    key: str
+    terms: tuple[float, ...]
+    known: float = 0.0
+
+
+def cost(found: Terms, gpu: GPU) -> float:
+    constants = MEASURED.get(gpu.name, _UNMEASURED).get(found.key) or _UNMEASURED[found.key]
+    return found.known + sum(constant * term for constant, term in zip(constants, found.terms, strict=True))
+
+
+def of_call(backend: str, call: Call, gpu: GPU) -> float:
+    """What the host takes for a call, in microseconds, as its share of a step."""
+    return cost(Terms(call_key(backend, call), (1.0,)), gpu) / max(call.steps, 1)
+
+
+def call_key(backend: str, call: Call) -> str:
+    dtype = " bfloat16" if call.dtype == torch.bfloat16 else ""  # which is slow to begin in cuDNN
+    return f"{backend} call {'train' if call.training else 'infer'}{dtype}"
+
+
+def source(backend: str, gpu: GPU | None) -> str:
+    """Where the constants of a backend come from."""
+    if gpu is None or gpu.name not in MEASURED:
+        return "estimated for a GPU nobody measured"
+    if not any(key.startswith(f"{backend} ") for key in MEASURED[gpu.name]):
+        return f"estimated, as nobody measured it on an {gpu.name}"
+    return f"measured on an {gpu.name}"
 
 
 def multiply_adds(call: Call, gpu: GPU) -> int:
@@ -42,7 +95,8 @@ def multiply_adds(call: Call, gpu: GPU) -> int:
 def step_product(call: Call, gpu: GPU) -> float:
     """Microseconds of a step's matrix product on all multiprocessors, with the weights read from L2."""
     read = call.weights * call.dtype.itemsize / L2
-    multiplied = call.sequences * call.weights / multiply_adds(call, gpu)
+    rows = -(-call.sequences // ROWS) * ROWS if call.sequences > 1 else 1
+    multiplied = rows * call.weights / multiply_adds(call, gpu)
     return call.directions * max(read, multiplied) / (gpu.multiprocessors * CLOCK)
 
 

@@ -35,6 +35,15 @@ def test_a_row_holds_what_judges_and_repeats_it(tmp_path, capsys):
     assert "seqkernels" in capsys.readouterr().out
 
 
+def test_contenders_of_one_process_are_measured_as_those_of_several():
+    """As on a GPU, where no contender's threads spin."""
+    case = CASE._replace(mode="train")
+    here = [timing.InProcess(name) for name in ("torch.nn", "seqkernels", "onnxruntime")]
+    own, ours, other = kernels.measure(case, here, 3)
+    assert own["right"] and ours["median_ms"] > 0 and own["speedup"] > 0 and "median_ms" not in other
+    assert len(own["errors"]) == len(ours["errors"]) and max(ours["errors"]) < 1e-5
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_training_checks_every_gradient(layout, tmp_path):
     names = ("torch.nn", "seqkernels", "onnxruntime")

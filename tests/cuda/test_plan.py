@@ -140,21 +140,21 @@ def test_no_gpu_is_without_a_path():
 
 PATHS = [
     # GPU, cell, H, dtype (exact), directions, sequences, and the paths forward and backward: sequences of a tile, units
-    (H200, "lstm", 1024, HALF, 1, 1, "persistent grid 1 64", "persistent grid 1 64"),
+    (H200, "lstm", 1024, HALF, 1, 1, "persistent grid 1 64", "persistent grid 1 32"),
     # 31 clusters of 4 are one group of 16 of them; but 66 clusters of 2 are two groups of 32, for two tiles at once,
     (H200, "lstm", 1024, HALF, 1, 8, "persistent grid 4 32", "persistent grid 4 32"),
     (H200, "lstm", 1024, HALF, 1, 16, "persistent grid 8 32", "persistent grid 8 32"),
     (H200, "gru", 1024, HALF, 1, 64, "persistent grid 8 32", "persistent grid 8 32"),
     (H200, "gru", 1024, HALF, 2, 8, "persistent grid 8 32", "persistent grid 8 32"),  # or both directions.
-    (H200, "gru", 1536, HALF, 1, 16, "persistent grid 8 64", "persistent grid 8 64"),
-    (H200, "lstm", 1536, HALF, 1, 64, "persistent grid 8 64", "stepwise"),
+    (H200, "gru", 1536, HALF, 1, 16, "persistent grid 8 64", "persistent grid 8 32"),
+    (H200, "lstm", 1536, HALF, 1, 64, "stepwise", "stepwise"),
     # 128 blocks are more than 31 clusters of 4; a direction follows upon the other.
     (H200, "lstm", 2048, HALF, 1, 8, "persistent grid 8 32", "persistent grid 8 32"),
     (H200, "lstm", 2048, HALF, 2, 5, "persistent grid 5 32", "persistent grid 5 32"),
     # Where clusters hold the weights as well: the exchange through L2 takes longer, and what each of fewer blocks has
     # to read of the weights.
     (H200, "gru", 768, HALF, 1, 16, "cluster 3 48", "cluster 3 48"),
-    (H200, "lstm", 768, HALF, 1, 16, "persistent grid 8 64", "cluster 3 48"),
+    (H200, "lstm", 768, HALF, 1, 16, "cluster 3 48", "cluster 3 48"),
     (H200, "lstm", 1024, SINGLE, 1, 16, "stepwise", "persistent grid 8 32"),
     (H200, "lstm", 2113, HALF, 1, 1, "stepwise", "stepwise"),
     (H200, "lstm", 512, HALF, 1, 1, "cluster 1 32", "cluster 1 32"),

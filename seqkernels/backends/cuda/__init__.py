@@ -10,6 +10,7 @@ float32 products follow torch's switches: those inside the kernels torch.backend
 cuBLAS multiplies torch.backends.cuda.matmul.
 """
 
+from seqkernels.backends import costs
 from seqkernels.backends.call import NO_TRANSFORMS, Call
 from seqkernels.backends.cuda.host import backward, forward
 from seqkernels.backends.cuda.launch import cheapest, launch_of
@@ -76,7 +77,8 @@ def estimate(call: Call, machine: Machine) -> float | None:
     if call.device_type != "cuda" or gpu is None or not call.hidden_size:
         return None
     passes = (False, True) if call.training else (False,)
-    return call.layers * sum(cheapest(call, gpu, backward)[1] for backward in passes)
+    steps = sum(cheapest(call, gpu, backward)[1] for backward in passes)
+    return call.layers * steps + costs.of_call("cuda", call, gpu)
 
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:

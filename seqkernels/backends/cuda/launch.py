@@ -3,6 +3,7 @@ costs on each."""
 
 import functools
 import importlib
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,10 @@ def _cheapest(
     )
     paths = path_names()
     choices = [
-        (PassLaunch(paths.index(found["path"]), found["tile"], found["units"]), _cost(found, layer, gpu, backward))
+        (
+            PassLaunch(paths.index(found["path"]), found["tile"], found["units"]),
+            costs.cost(terms(found, layer, gpu, backward), gpu),
+        )
         for found in candidates(layer, gpu, backward)
         if not found["reason"]
     ]
@@ -101,61 +105,54 @@ def _native() -> Any:
     return importlib.import_module("seqkernels._C")
 
 
-# ---- what a step costs, in microseconds
+# ---- what a step costs: what it consists of, to be weighed by constants from measurements
 
-# What the stepwise path adds to each step: an operator through torch's dispatcher takes 4 us (measured on a CPU).
-_THROUGH_TORCH = 4.0
-# Clocks of a step in one block besides products: two barriers of 16 warps, and the latency of shared memory, of the
-# tensor cores' chain and of the activations.
-_LATENCY = 400
-# Clocks of an exchange between the blocks of a cluster besides its bytes, and bytes a clock that peers push to a block:
-# remote shared memory answers after 180 to 213 clocks (arXiv 2402.13499), the rest is for the mbarrier; one block
-# writes 21 bytes a clock to another (arXiv 2609.01864).
-_EXCHANGE, _PUSHED = 300, 20
-# Clocks of an exchange through L2 besides its bytes: from one multiprocessor's write to another's read 956 to 1,110
-# (H800; arXiv 2402.13499, 2501.12084). So much come to, in parts, what L2 answers after (258 near, 470 far; Chips and
-# Cheese) until the data are there, a flag's way (160 ns), and another answer until they are read.
-_THROUGH_L2 = 1000
+_PUSHED = 20  # bytes a clock that peers push to a block (arXiv 2609.01864: one block writes 21 to another)
 
 
-def _cost(found: dict[str, Any], layer: Call, gpu: GPU, backward: bool) -> float:
+def terms(found: dict[str, Any], layer: Call, gpu: GPU, backward: bool) -> costs.Terms:
+    """Of a step by one of the `candidates`. A block multiplies its part of the weights and reads its shared memory and
+    L2; every tile of sequences waits for the one before it where not all run at once."""
+    key = f"cuda {found['path']} {'backward' if backward else 'forward'}"
     if found["path"] == "stepwise":
-        return _stepwise(layer, gpu)
-    # Clocks of a block: it multiplies its part of the weights while it reads those that its registers do not hold.
-    read = found["shared_memory"] / costs.SHARED + found["l2"] / costs.L2
-    product = max(read, _cta_product(layer, gpu, found["tile"]) / found["blocks"])
-    exchange = 0.0
-    if found["path"] == "cluster":
-        exchange = _cluster_exchange(layer, found["tile"], backward)
-    elif found["path"] == "persistent grid":
-        exchange = _grid_exchange(layer, found["tile"], found["blocks"], found["cluster"], backward)
-    return costs.rounds(layer, found["tile"], found["at_once"]) * (_LATENCY + exchange + product) / costs.CLOCK
+        times = 2.0 if layer.projected else 1.0
+        return costs.Terms(key, (times,), costs.step_product(layer, gpu))
+    tile, blocks = found["tile"], found["blocks"]
+    product = _cta_product(layer, gpu, tile, found["width"])
+    of_block = [product, found["shared_memory"] / costs.SHARED]
+    if found["path"] == "single CTA":
+        of_block.append(found["l2"] / costs.L2)
+    elif found["path"] == "cluster":
+        of_block.append(_received(layer, tile, backward) / _PUSHED)
+    else:
+        of_block += _through_l2(layer, tile, blocks, found["cluster"], backward)
+    shape = [1.0, layer.gates / 4, math.log2(tile), blocks / gpu.multiprocessors]
+    if found["path"] == "single CTA":
+        shape.pop()
+    elif found["path"] == "cluster":
+        shape.append(float(found["units"].bit_count() > 1))  # 48 units: warps that do not share out evenly
+    rounds = costs.rounds(layer, tile, found["at_once"])
+    return costs.Terms(key, tuple(rounds * term for term in (*shape, *(clocks / costs.CLOCK for clocks in of_block))))
 
 
-def _stepwise(layer: Call, gpu: GPU) -> float:
-    """A cuBLAS product and a kernel a step, twice where h is projected."""
-    return (2 if layer.projected else 1) * (2 * costs.LAUNCH + _THROUGH_TORCH) + costs.step_product(layer, gpu)
+def _received(layer: Call, sequences: int, backward: bool) -> float:
+    """Bytes that a block of a cluster gets of the states of `sequences`, or of their gradients in float32."""
+    return sequences * layer.hidden_size * (4 if backward else layer.dtype.itemsize)
 
 
-def _cluster_exchange(layer: Call, sequences: int, backward: bool) -> float:
-    """Clocks until a block has from its peers the states of `sequences`, or their gradients in float32."""
-    received = sequences * layer.hidden_size * (4 if backward else layer.dtype.itemsize)
-    return _EXCHANGE + received / _PUSHED
-
-
-def _grid_exchange(layer: Call, sequences: int, blocks: int, cluster: int, backward: bool) -> float:
-    """The same through L2, by `blocks` blocks in clusters of so many. Forward a block reads the states of `sequences`
+def _through_l2(layer: Call, sequences: int, blocks: int, cluster: int, backward: bool) -> list[float]:
+    """Clocks of the exchange by `blocks` blocks in clusters of so many. Forward a block reads the states of `sequences`
     for its cluster, each a part of them, but all come to its shared memory. Backward it is pushed the gradients of its
     cluster's gates; of the states' gradients it writes its part, in float32, and reads as much."""
     states = sequences * layer.hidden_size
     if not backward:
-        return _THROUGH_L2 + states * layer.dtype.itemsize / costs.L2
+        return [states * layer.dtype.itemsize / costs.L2]
     pushed = layer.gates * states * layer.dtype.itemsize * cluster / blocks
-    return _EXCHANGE + pushed / _PUSHED + _THROUGH_L2 + 2 * 4 * states / cluster / costs.L2
+    return [pushed / _PUSHED, 2 * 4 * states / cluster / costs.L2]
 
 
-def _cta_product(layer: Call, gpu: GPU, sequences: int) -> float:
-    """Clocks that one multiprocessor would multiply for a step of so many sequences, at most 8: tensor cores always
-    take 8, and without them there is code for 1, 2, 4 and 8."""
+def _cta_product(layer: Call, gpu: GPU, sequences: int, units: int) -> float:
+    """Clocks that one multiprocessor multiplies so many units for a step of so many sequences, at most 8: tensor cores
+    always take 8, and without them there is code for 1, 2, 4 and 8."""
     rows = 8 if layer.dtype.itemsize == 2 or layer.tf32 else 1 << (sequences - 1).bit_length()
-    return rows * layer.weights / costs.multiply_adds(layer, gpu)
+    return rows * layer.gates * units * layer.hidden_size / costs.multiply_adds(layer, gpu)

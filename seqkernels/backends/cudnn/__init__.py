@@ -5,6 +5,8 @@ pair's contract: `autograd` runs it by an autograd function of its own, `host` m
 Here stands when it runs.
 """
 
+import math
+
 import torch
 
 from seqkernels.backends import costs
@@ -28,11 +30,9 @@ __all__ = [
 
 DESCRIPTION = "torch's own kernels for NVIDIA GPUs"
 
-# The kernel for small H, one block a sequence: GRU of H = 128 1.1 us a step, of H = 160 3.1 (A100, nsys), LSTM of
-# H = 128 2.4 (153 ms for 64,000 steps): 1.1 up to so many recurrent weights, with which a block has the registers of a
-# multiprocessor for itself (nsys again), and beyond on the line of these three.
-_SMALL_H = (128 * 384, 1.1, 2.0 / (160 * 480 - 128 * 384))
-_PERSIST_STATIC = (2.0, 3.1)  # nn.LSTM(768, 768), fp16, B = 16 on an H100: forward, backward (FlashRNN's figure)
+# Recurrent weights with which a block of the kernel for small H has the registers of a multiprocessor for itself (seen
+# by nsys), and beyond which it takes longer.
+_SMALL_WEIGHTS = 128 * 384
 
 
 def unsupported(call: Call, machine: Machine) -> str | None:
@@ -79,8 +79,8 @@ def estimate(call: Call, machine: Machine) -> float | None:
     if call.device_type != "cuda" or gpu is None or not call.hidden_size:
         return None
     passes = (False, True) if call.training else (False,)
-    steps = sum(_step(call, gpu, backward) for backward in passes)
-    return call.layers * (steps + _weights_copied(call, gpu) / max(call.steps, 1))
+    steps = sum(costs.cost(terms(call, gpu, backward), gpu) for backward in passes)
+    return call.layers * steps + costs.of_call("cudnn", call, gpu)
 
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
@@ -111,20 +111,18 @@ def algorithm(call: Call, gpu: GPU, backward: bool) -> str:
     return "STANDARD"
 
 
-def _step(call: Call, gpu: GPU, backward: bool) -> float:
-    chosen = algorithm(call, gpu, backward)
+def terms(call: Call, gpu: GPU, backward: bool) -> costs.Terms:
+    """Of a step, by the algorithm."""
+    chosen, way = algorithm(call, gpu, backward), "backward" if backward else "forward"
     if chosen == "PERSIST_STATIC":
-        return _PERSIST_STATIC[backward]
-    if chosen == "PERSIST_STATIC_SMALL_H":
-        weights, lowest, slope = _SMALL_H
-        together = max(1, weights // call.weights)  # blocks on a multiprocessor
-        return costs.rounds(call, together, gpu.multiprocessors) * (lowest + slope * max(0, call.weights - weights))
-    # That directions run side by side, on streams of their own, is the best that cuDNN can do.
-    return (2 if call.projected else 1) * 2 * costs.LAUNCH + costs.step_product(call, gpu)
-
-
-def _weights_copied(call: Call, gpu: GPU) -> float:
-    """What a call costs before its steps: one kernel that lays the weights out as cuDNN reads them."""
-    of_input = call.gates * call.hidden_size * call.input_size
-    copied = 2 * call.directions * (call.weights + of_input) * call.dtype.itemsize
-    return costs.LAUNCH + copied / (costs.L2 * gpu.multiprocessors * costs.CLOCK)
+        return costs.Terms(f"cudnn {chosen} {way}", (1.0,))
+    # In bfloat16 cuDNN takes as long with its kernel for small H as without.
+    if chosen == "STANDARD" or call.dtype == torch.bfloat16:
+        times = 2.0 if call.projected else 1.0
+        return costs.Terms(f"cudnn STANDARD {way}", (times,), costs.step_product(call, gpu))
+    together = max(1, _SMALL_WEIGHTS // call.weights)  # blocks on a multiprocessor
+    padded = -(-call.hidden_size // 32) * 32
+    beyond = max(0, call.gates * padded * padded - _SMALL_WEIGHTS) / 1e4
+    rounds = costs.rounds(call, together, gpu.multiprocessors)
+    of_tile = (1.0, beyond, math.log2(max(call.sequences, 1)))
+    return costs.Terms(f"cudnn {chosen} {way}", tuple(rounds * term for term in of_tile))

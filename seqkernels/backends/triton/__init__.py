@@ -4,6 +4,7 @@ Here stands when it runs; `tiles` says how a layer is cut, `host` how the kernel
 compute.
 """
 
+from seqkernels.backends import costs
 from seqkernels.backends.call import NO_TRANSFORMS, Call
 from seqkernels.backends.triton.host import backward, forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
@@ -50,7 +51,8 @@ def estimate(call: Call, machine: Machine) -> float | None:
     if call.device_type != "cuda" or gpu is None or not call.hidden_size:
         return None
     passes = (False, True) if call.training else (False,)
-    return call.layers * sum(step_cost(call, gpu, backward) for backward in passes)
+    steps = sum(step_cost(call, gpu, backward) for backward in passes)
+    return call.layers * steps + costs.of_call("cuda", call, gpu)  # whose host does as much, and has been measured
 
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:

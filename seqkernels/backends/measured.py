@@ -1,0 +1,30 @@
+"""Constants of what a step costs, by GPU and kernel: microseconds, to multiply the backends' terms by.
+
+Written by `python -m benchmarks fit` from the rows in benchmarks/results; not to be changed by hand.
+"""
+
+MEASURED: dict[str, dict[str, tuple[float, ...]]] = {
+    "NVIDIA H200": {
+        "cuda call infer": (228.7,),
+        "cuda call infer bfloat16": (224.3,),
+        "cuda call train": (1121.0,),
+        "cuda call train bfloat16": (1150.9,),
+        "cuda cluster backward": (0.9064, 0.3193, 0.1405, 4.9823, 0.0447, 1.1399, 0.4912, 0.0),
+        "cuda cluster forward": (0.9072, 0.3437, 0.1142, 1.278, 0.0902, 1.1539, 0.1182, 0.0),
+        "cuda persistent grid backward": (2.0974, 0.7258, 0.2607, 0.0, 4.2865, 0.0715, 1.1395, 0.0),
+        "cuda persistent grid forward": (1.8345, 0.1261, 0.2107, 2.2891, 1.2818, 0.0, 0.0),
+        "cuda single CTA backward": (0.1689, 0.6941, 0.0, 1.2861, 1.0042, 0.7856),
+        "cuda single CTA forward": (0.3715, 0.5341, 0.0, 0.9436, 0.9348, 1.0355),
+        "cuda stepwise backward": (17.0123,),
+        "cuda stepwise forward": (15.668,),
+        "cudnn PERSIST_STATIC forward": (2.0582,),
+        "cudnn PERSIST_STATIC_SMALL_H backward": (0.7373, 0.6417, 0.0746),
+        "cudnn PERSIST_STATIC_SMALL_H forward": (0.6509, 0.6517, 0.0292),
+        "cudnn STANDARD backward": (13.7631,),
+        "cudnn STANDARD forward": (12.442,),
+        "cudnn call infer": (154.9,),
+        "cudnn call infer bfloat16": (601.6,),
+        "cudnn call train": (1054.2,),
+        "cudnn call train bfloat16": (1892.0,),
+    },
+}
