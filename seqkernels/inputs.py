@@ -1,5 +1,6 @@
 """A call's arguments, checked, as the operators take them and as `select` sees them."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import checks, hardware, late_checks, modes, varlen
+from seqkernels.backends import arguments
 from seqkernels.backends.call import Call, class_of_steps
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -55,7 +57,7 @@ def prepare(
         rows = varlen.from_unbatched(input)
     else:
         rows = varlen.from_padded(input, batch_first)
-    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions)
+    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions, transformed)
     call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
     return Inputs(rows, h_0, c_0, unbatched, call)
 
@@ -78,15 +80,8 @@ def call_of(
     # on a CPU there is nothing to weigh.
     compiled = torch.compiler.is_compiling()
     if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
-        return Call(
-            cell=cell,
-            device_type=device.type,
-            dtype=x.dtype,
-            transformed=transformed,
-            compiled=compiled,
-            layers=num_layers,
-            directions=directions,
-        )
+        make = Call if compiled else _call_without_sizes
+        return make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
     sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
@@ -113,13 +108,17 @@ def call_of(
     )
 
 
+# Calls that differ in their sizes alone are the same object, which also finds its plan faster.
+_call_without_sizes = functools.lru_cache(1024)(Call)
+
+
 def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None) -> Call:
     """The facts of one step of a cell: x ``[B, I]``, states ``[B, H]``."""
     return call_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
 
 
 def _initial_state(
-    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int
+    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int, transformed: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
     hidden, has_c = w_hh.shape[0] // CELLS[cell].gates, CELLS[cell].states == 2
@@ -138,4 +137,8 @@ def _initial_state(
         checks.check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
     if rows.sorted_indices is None:
         return h_0, c_0
+    if not (torch.compiler.is_compiling() or transformed):  # torch selects from a freed storage all the same
+        for name, state in (("h_0", h_0), ("c_0", c_0)):
+            if state is not None:
+                arguments.expect_storage(name, state)
     return h_0.index_select(1, rows.sorted_indices), None if c_0 is None else c_0.index_select(1, rows.sorted_indices)

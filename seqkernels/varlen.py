@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks
+from seqkernels.backends.arguments import expect_storage
 
 
 class Rows(NamedTuple):
@@ -185,6 +186,8 @@ def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
         values = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.long)
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
+    if values.dtype != torch.int64 and not torch.compiler.is_compiling():  # the operators look at the others
+        expect_storage(name, values)
     return values.long()
 
 
@@ -199,16 +202,20 @@ def _check_packed(packed: PackedSequence) -> None:
     if int(batch_sizes.sum()) != len(data):
         raise ValueError(f"batch_sizes add up to {int(batch_sizes.sum())} rows, but data has {len(data)}")
     for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
-        if indices is not None and indices.shape != (int(batch_sizes[0]),):
+        if indices is None:
+            continue
+        if indices.shape != (int(batch_sizes[0]),):
             raise ValueError(
                 f"{name} is [{int(batch_sizes[0])}], one for each sequence, got the shape {list(indices.shape)}"
             )
+        expect_storage(name, indices)
 
 
 def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
     """Operator: how many sequences run in each step ``[T]``. An operator so that values are checked when compiled, too.
 
     Values on a GPU are checked there, without waiting for it."""
+    expect_storage("lengths", lengths)
     late_checks.look()
     if late_checks.out_of_sight(lengths):
         lengths = late_checks.fitting_lengths(lengths, steps)
@@ -220,6 +227,7 @@ def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
     """Operator: cu_seqlens, checked; those on a GPU there, without waiting for it."""
+    expect_storage("cu_seqlens", cu_seqlens)
     late_checks.look()
     if late_checks.out_of_sight(cu_seqlens):
         return late_checks.fitting_cu_seqlens(cu_seqlens, rows)
@@ -231,6 +239,8 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
 def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Operator: rows[index], a zero row where index is -1. `inverse` serves the gradient, which is the same operator:
     no row is taken twice, so nothing need be added up."""
+    for name, tensor in (("rows", rows), ("index", index), ("inverse", inverse)):
+        expect_storage(name, tensor)
     if rows.shape[0] == 0:
         return rows.new_zeros(index.shape[0], rows.shape[1])
     return rows.index_select(0, index.clamp(min=0)).masked_fill((index < 0).unsqueeze(1), 0)

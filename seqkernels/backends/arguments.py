@@ -42,7 +42,7 @@ def check(
     """
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
-    _expect_storage("x", x)
+    expect_storage("x", x)
     _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
     N, I, (D, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
     _require(D in (1, 2), f"an RNN has one or two directions, got {D}")
@@ -67,7 +67,7 @@ def check(
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
-    _expect_storage("batch_sizes", batch_sizes)
+    expect_storage("batch_sizes", batch_sizes)
     if not late_checks.out_of_sight(batch_sizes):
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
@@ -127,10 +127,10 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) 
         _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
         _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
         _require(tensor.device == x.device, f"{name} is on another device than x")
-        _expect_storage(name, tensor)
+        expect_storage(name, tensor)
 
 
-def _expect_storage(name: str, tensor: Tensor) -> None:
+def expect_storage(name: str, tensor: Tensor) -> None:
     """A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold."""
     sizes, strides = list(tensor.shape), list(tensor.stride())
     if 0 in sizes:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from operators import BACKENDS, Call, backward, forward
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import seqkernels as sk
 
 LAYER = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "batch_sizes")
 GRADIENTS = ("grad_y", "grad_h_n", "grad_c_n", "y", "saved")
@@ -52,3 +55,35 @@ def test_a_view_reaches_as_far_as_its_offset_and_strides_say(backend):
     wide.untyped_storage().resize_(wide.untyped_storage().nbytes() - 2 * wide.element_size())
     with pytest.raises(RuntimeError, match=r"x: sizes .* out of bounds"):
         run_forward(backend, of)
+
+
+def freed(tensor: Tensor) -> Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def packed(free: str | None = None) -> PackedSequence:
+    batch = pack_padded_sequence(torch.randn(6, 3, 4), [2, 4, 6], enforce_sorted=False)
+    if free:
+        freed(getattr(batch, free))
+    return batch
+
+
+FREED = {  # what torch itself reads without a look at its storage
+    "lengths": lambda rnn: rnn(torch.randn(6, 3, 4), lengths=freed(torch.tensor([1, 2, 3]))),
+    "short lengths": lambda rnn: rnn(torch.randn(6, 3, 4), lengths=freed(torch.tensor([1, 2, 3]).int())),
+    "input with lengths": lambda rnn: rnn(freed(torch.randn(6, 3, 4)), lengths=torch.tensor([1, 2, 3])),
+    "state of a packed batch": lambda rnn: rnn(packed(), freed(torch.randn(1, 3, 5))),
+    "sorted indices": lambda rnn: rnn(packed("sorted_indices")),
+    "unsorted indices": lambda rnn: rnn(packed("unsorted_indices")),
+    "batch sizes": lambda rnn: rnn(packed("batch_sizes")),
+    "cu_seqlens": lambda rnn: sk.functional.gru(
+        torch.randn(6, 4), None, rnn._flat_weights, cu_seqlens=freed(torch.tensor([0, 2, 6]))
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FREED)
+def test_freed_storages_on_the_way_to_the_operators_are_refused(what):
+    with pytest.raises(RuntimeError, match="out of bounds for storage of size 0"):
+        FREED[what](sk.GRU(4, 5))
