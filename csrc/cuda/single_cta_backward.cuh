@@ -18,12 +18,7 @@ struct SingleCtaBackward : C {
     const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
 
     float grad_h[M_TILES][1][kElements], grad_c[M_TILES][2][2];
-    mine.each([&](int m, int s_) {
-      float units[2];
-      to_acc(mine.load_state(s.grad_h_n, m, s_), units);
-      grad_h[m][0][s_] = units[0], grad_h[m][0][2 + s_] = units[1];
-      to_acc(mine.load_state(s.grad_c_n, m, s_), grad_c[m][s_]);
-    });
+    load_states(s, mine, grad_h, grad_c);
 
     StepInputs<T> inputs[M_TILES][2];
     const int64_t last = tile.count() - 1;
@@ -55,11 +50,7 @@ struct SingleCtaBackward : C {
           for (int i = 0; i < 2; i++) grad_h[m][0][i * 2 + s_] = h_new[i], grad_c[m][s_][i] = c_new[i];
           arrays.store_gates(now.row + s_, m * kMmaRows, mine.lane, mine.present[m], grad);
         }
-#pragma unroll
-        for (int gate = 0; gate < G; gate++) {
-          const Pair<T> factors = running ? MathPolicy::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};
-          gradients.store_pair(mine.place(m, s_) + gate * C::WIDTH, factors);
-        }
+        publish(gradients, mine.place(m, s_), grad, running);
       });
       synchronize();
       // What the next step reads, under the latency of the products.
@@ -79,6 +70,25 @@ struct SingleCtaBackward : C {
   }
 
  private:
+  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, float (&grad_h)[M_TILES][1][kElements],
+                                 float (&grad_c)[M_TILES][2][2]) {
+    mine.each([&](int m, int s_) {
+      float units[2];
+      to_acc(mine.load_state(s.grad_h_n, m, s_), units);
+      grad_h[m][0][s_] = units[0], grad_h[m][0][2 + s_] = units[1];
+      to_acc(mine.load_state(s.grad_c_n, m, s_), grad_c[m][s_]);
+    });
+  }
+
+  // The gradients of the gates of two units, for all threads; zeros for a sequence that does not run.
+  static DEVICE void publish(Shared<T> gradients, int at, const float (&grad)[2][4], bool runs) {
+#pragma unroll
+    for (int gate = 0; gate < G; gate++) {
+      const Pair<T> factors = runs ? MathPolicy::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};
+      gradients.store_pair(at + gate * C::WIDTH, factors);
+    }
+  }
+
   // Adds the products of so many sequences to `sum`.
   static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> gradients, int sequences,
                                   float (&sum)[1][kElements]) {

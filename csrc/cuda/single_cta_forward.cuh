@@ -9,22 +9,18 @@ struct SingleCtaForward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
   using Parameters = SingleCtaArgs<ForwardArgs>;
+  using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
   static constexpr int G = C::G, M_TILES = C::M_TILES;
 
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
     const ThreadTile<C> mine(s, tile);
-    const ForwardArrays<C::CELL, T, C::EVEN> arrays(s, tile.direction());
+    const Arrays arrays(s, tile.direction());
     const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);
 
     Pair<T> h[M_TILES][2];
     float c[M_TILES][2][2], b_apart[M_TILES][2];
-    mine.each([&](int m, int s_) {
-      h[m][s_] = mine.load_state(s.h_0, m, s_);
-      to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
-      if (s_ == 0) arrays.load_b_hn(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
-      mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
-    });
+    load_states(s, mine, arrays, h, c, b_apart);
 
     // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
     Pair<T> x[M_TILES][2][G];
@@ -77,6 +73,17 @@ struct SingleCtaForward : C {
   }
 
  private:
+  // The initial states, which go to all threads, and the biases that stay apart.
+  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays,
+                                 Pair<T> (&h)[M_TILES][2], float (&c)[M_TILES][2][2], float (&b_apart)[M_TILES][2]) {
+    mine.each([&](int m, int s_) {
+      h[m][s_] = mine.load_state(s.h_0, m, s_);
+      to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
+      if (s_ == 0) arrays.load_b_hn(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
+      mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+    });
+  }
+
   // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.
   static DEVICE void start(const Pair<T> (&x)[2][G], const float (&b_apart)[2], float (&sum)[G][kElements],
                            float (&x_apart)[kElements]) {

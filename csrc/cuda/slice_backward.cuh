@@ -17,34 +17,19 @@ struct SliceBackward : C {
   static constexpr int chunks = backward_chunks(C::PATH, G, C::UNITS, MathPolicy::math);  // of a set
   static constexpr int halves = kBackwardRows / kMmaRows;                                 // of a warp's rows
   using Weights = SliceWeights<C, halves * chunks>;
+  using Arrays = BackwardArrays<C::CELL, T, C::EVEN>;
+  using Step = typename Tile::Step;
   static_assert(halves == 2);
 
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
-    const int hidden = static_cast<int>(s.hidden), stride = s.stride;
-    const BackwardArrays<C::CELL, T, C::EVEN> arrays(s, exchange.direction());
-    const auto gradients = [&](int64_t n) { return factor_buffer<T>(n, stride); };
+    const Arrays arrays(s, exchange.direction());
+    const auto gradients = [&](int64_t n) { return factor_buffer<T>(n, s.stride); };
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
-    for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads)
-      gradients(0).store_pair(i * 2, Pair<T>{}), gradients(1).store_pair(i * 2, Pair<T>{});
+    clear_buffers(s.stride);
     cluster_arrive();
-    // The n-th group of a warp's fragments is for 32 states, and for the gates of one set of units.
-    const int warp = thread() / kWarpSize, sets = exchange.sets();
-    const auto first_row = [&](int group) { return (warp + group / sets * C::warps) * kBackwardRows; };
-    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
-    const int row_groups = (exchange.states() + kBackwardRows - 1) / kBackwardRows;
-    const Weights weights(
-        (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
-        [&](int group, int i, int row, int column) {
-          const int of = i / halves * C::chunk + column, gate = of / set_units;
-          const int own = exchange.first_of_set(group % sets) + of % set_units;
-          const int state = first_row(group) + i % halves * kMmaRows + row;
-          const int count = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
-          const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
-          const T zero = from_acc<T>(0);
-          return MathPolicy::factors(pair(count > 0 ? w_hh.load(at) : zero, count > 1 ? w_hh.load(at + hidden) : zero));
-        });
+    const Weights weights = load_weights(s, exchange);
     cluster_wait();
 
     int64_t before_all = 0;  // exchanges, for other tiles
@@ -55,17 +40,10 @@ struct SliceBackward : C {
       to_acc(mine.load_state(s.grad_c_n), grad_c);
 
       const int64_t count = tile.count();
-      typename Tile::Step now = tile.step(tile.prefetch(count - 1));
-      const auto load = [&](const typename Tile::Step& step, const typename Tile::Step& step_before) {
-        StepInputs<T> read = {};
-        if (mine.any && mine.sequence < step.running && mine.present)
-          arrays.load(step.row, step_before.row, mine.sequence < step_before.running, tile.first(), 0, mine.lane(),
-                      mine.present, read);
-        return read;
-      };
-      const typename Tile::Step second = tile.step(tile.prefetch(count - 2)),
-                                third = tile.step(tile.prefetch(count - 3));
-      StepInputs<T> inputs = load(now, second), inputs_before = load(second, third);
+      Step now = tile.step(tile.prefetch(count - 1));
+      const Step second = tile.step(tile.prefetch(count - 2)), third = tile.step(tile.prefetch(count - 3));
+      StepInputs<T> inputs = load(arrays, tile, mine, now, second);
+      StepInputs<T> inputs_before = load(arrays, tile, mine, second, third);
 
       int ran = 0;  // sequences, in the exchange before
       for (int64_t i = 0; i < count; i++) {
@@ -79,28 +57,10 @@ struct SliceBackward : C {
         float grad[2][4] = {};
         zero_absent(grad_h, mine.present);
         if (runs) arrays.step(inputs, grad_h, grad_c, grad);
-        exchange.publish(gradients(n), stride, mine, grad, runs, n);
+        exchange.publish(gradients(n), s.stride, mine, grad, runs, n);
         exchange.wait(n);
         // Multiply, for 32 states at a time, and send the partial gradients to their owners.
-        for_sequences<MathPolicy>(running, [&](auto policy) {
-          using HalfAccumulators = Accumulators<decltype(policy), halves>;
-          const float zero[halves][kElements] = {};
-          HalfAccumulators accumulators(zero);
-          weights.each([&](int group, auto of) {
-            const int set = group % sets;
-            if (set == 0) accumulators = HalfAccumulators(zero);
-#pragma unroll
-            for (int chunk = 0; chunk < chunks; chunk++)
-              accumulators.add([&](int half) { return of(chunk * halves + half); }, gradients(n), stride,
-                               (set * chunks + chunk) * C::chunk);
-            if (set + 1 < sets) return;
-            float result[halves][kElements] = {};
-            accumulators.finish(result);
-#pragma unroll
-            for (int half = 0; half < halves; half++)
-              exchange.send_partials(n, first_row(group) + half * kMmaRows, running, result[half]);
-          });
-        });
+        multiply_and_send(weights, exchange, gradients(n), s.stride, running, n);
         exchange.signal(n);
         // Store and load only now, while others wait for the partials; what is loaded has a whole step to come. Which
         // steps come is read anew, so that no register has it through the products.
@@ -108,7 +68,8 @@ struct SliceBackward : C {
         const typename Tile::Prefetched before = tile.prefetch(k - 1), two_before = tile.prefetch(k - 2),
                                         three_before = tile.prefetch(k - 3);
         if (runs) arrays.store_gates(now.row, 0, mine.lane(), mine.present, grad);
-        inputs = inputs_before, inputs_before = load(tile.step(two_before), tile.step(three_before));
+        inputs = inputs_before;
+        inputs_before = load(arrays, tile, mine, tile.step(two_before), tile.step(three_before));
         now = tile.step(before);
         ran = running;
       }
@@ -118,6 +79,70 @@ struct SliceBackward : C {
       if (!mine.any) return;
       mine.store_state(s.grad_h_0, from_acc<T>(grad_h));
       if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, from_acc<T>(grad_c));
+    });
+  }
+
+ private:
+  static DEVICE void clear_buffers(int stride) {
+    const Shared<T> even = factor_buffer<T>(0, stride), odd = factor_buffer<T>(1, stride);
+    for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads)
+      even.store_pair(i * 2, Pair<T>{}), odd.store_pair(i * 2, Pair<T>{});
+  }
+
+  // The n-th group of a warp's fragments is for 32 states, from this one on, and for the gates of one set of units.
+  static DEVICE int first_row(int group, int sets) {
+    return (thread() / kWarpSize + group / sets * C::warps) * kBackwardRows;
+  }
+
+  static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange) {
+    const int hidden = static_cast<int>(s.hidden), warp = thread() / kWarpSize, sets = exchange.sets();
+    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
+    const int row_groups = (exchange.states() + kBackwardRows - 1) / kBackwardRows;
+    return Weights(
+        (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
+        [&](int group, int i, int row, int column) {
+          const int of = i / halves * C::chunk + column, gate = of / set_units;
+          const int own = exchange.first_of_set(group % sets) + of % set_units;
+          const int state = first_row(group, sets) + i % halves * kMmaRows + row;
+          const int count = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
+          const int at = (gate * hidden + own) * hidden + exchange.first_state() + state;
+          const T zero = from_acc<T>(0);
+          return MathPolicy::factors(pair(count > 0 ? w_hh.load(at) : zero, count > 1 ? w_hh.load(at + hidden) : zero));
+        });
+  }
+
+  // What a thread reads of a step, and of the one before.
+  static DEVICE StepInputs<T> load(const Arrays& arrays, const Tile& tile, const OwnedUnits<C>& mine, const Step& step,
+                                   const Step& before) {
+    StepInputs<T> read = {};
+    if (mine.any && mine.sequence < step.running && mine.present)
+      arrays.load(step.row, before.row, mine.sequence < before.running, tile.first(), 0, mine.lane(), mine.present,
+                  read);
+    return read;
+  }
+
+  // Partial gradients of 32 states at a time, of so many sequences, to the CTAs that own these.
+  static DEVICE void multiply_and_send(const Weights& weights, const Exchange& exchange, Shared<T> gradients,
+                                       int stride, int sequences, int64_t n) {
+    const int sets = exchange.sets();
+    for_sequences<MathPolicy>(sequences, [&](auto policy) {
+      using HalfAccumulators = Accumulators<decltype(policy), halves>;
+      const float zero[halves][kElements] = {};
+      HalfAccumulators accumulators(zero);
+      weights.each([&](int group, auto of) {
+        const int set = group % sets;
+        if (set == 0) accumulators = HalfAccumulators(zero);
+#pragma unroll
+        for (int chunk = 0; chunk < chunks; chunk++)
+          accumulators.add([&](int half) { return of(chunk * halves + half); }, gradients, stride,
+                           (set * chunks + chunk) * C::chunk);
+        if (set + 1 < sets) return;
+        float result[halves][kElements] = {};
+        accumulators.finish(result);
+#pragma unroll
+        for (int half = 0; half < halves; half++)
+          exchange.send_partials(n, first_row(group, sets) + half * kMmaRows, sequences, result[half]);
+      });
     });
   }
 };

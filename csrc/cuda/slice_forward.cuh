@@ -1,6 +1,5 @@
 // The forward pass of a slice. The warps that have the same 16 units each multiply a part of the columns; the parts'
-// sums meet in shared memory, where the threads that own the units add them up. What is set up and what a step does
-// stand in one function, since the compiler allocates registers worse across functions, even inlined ones.
+// sums meet in shared memory, where the threads that own the units add them up.
 #pragma once
 #include "slice.cuh"
 
@@ -13,6 +12,7 @@ struct SliceForward : C {
   using Exchange = Exchange_<C>;
   using Parameters = typename Exchange::template Parameters<ForwardArgs>;
   using Weights = SliceWeights<C, C::G>;
+  using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
   static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
   static constexpr int PARTS = forward_parts(UNITS), all_sums = forward_sums(G, UNITS);
   static constexpr int sum_row = sums_stride(UNITS), part_sums = G * kMaxTile * sum_row;
@@ -21,20 +21,12 @@ struct SliceForward : C {
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
     const int hidden = static_cast<int>(s.hidden), stride = s.stride;
-    const ForwardArrays<C::CELL, T, C::EVEN> arrays(s, exchange.direction());
+    const Arrays arrays(s, exchange.direction());
     const auto states = [&](int64_t n) { return factor_buffer<T>(n, stride); };  // that the n-th exchange follows
     const Shared<float> sums(s.exchange, all_sums);
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
-    const int warp = thread() / kWarpSize, part = warp % PARTS, first_row = warp / PARTS * kMmaRows;
-    const int chunks = (hidden + C::chunk - 1) / C::chunk;
-    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
-    const Weights weights(
-        (chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes, [&](int group, int gate, int row, int column) {
-          const int unit = exchange.rank() * UNITS + first_row + row, of = (part + group * PARTS) * C::chunk + column;
-          const int at = (gate * hidden + unit) * hidden + of;  // of at most 4 matrices of 2112 by 2112
-          return MathPolicy::factors(load_units<C::EVEN>(w_hh, at, unit < hidden ? two_of(hidden - of) : 0));
-        });
+    const Weights weights = load_weights(s, exchange);
 
     int64_t before = 0;  // exchanges, for other tiles
     exchange.each_tile(s, [&](const Tile& tile) {
@@ -49,10 +41,7 @@ struct SliceForward : C {
       arrays.load_b_hn(mine.unit, mine.present, b_apart);
       typename Tile::Step now = tile.step(tile.prefetch(0));
       typename Tile::Prefetched next = tile.prefetch(1);
-      const auto load = [&] {
-        if (mine.any) arrays.load_gates(now.row, 0, mine.lane(), mine.sequence < now.running ? mine.present : 0, x);
-      };
-      load();
+      load(arrays, mine, now, x);
       cluster_wait();
 
       for (int64_t k = 0; k < tile.count(); k++) {
@@ -62,26 +51,13 @@ struct SliceForward : C {
         if (thread() == 0 && !last) arrivals(n).expect(now.running * exchange.blocks() * UNITS * size);
         if (k > 0) exchange.wait(n - 1);
         // Multiply: one part of W h for 16 units; then the parts meet.
-        float result[G][kElements];
-        multiply_all(weights, states(n), stride, part, now.running, result);
-#pragma unroll
-        for (int gate = 0; gate < G; gate++)
-#pragma unroll
-          for (int s_ = 0; s_ < 2; s_++)
-            sums.store_pair(place(part, gate, sequence_of_lane() + s_) + first_row + unit_of_lane(),
-                            pair(result[gate][s_], result[gate][2 + s_]));
+        multiply_all(weights, states(n), stride, now.running, sums);
         synchronize();
         if (mine.any) {
           // Activate.
           const bool runs = mine.sequence < now.running;
           float saved[2][4];
-          if (runs) {
-            float h_new[2];
-            to_acc(h, h_new);
-            activate(sums, mine, x, b_apart, h_new, c, saved);
-            zero_absent(h_new, mine.present);
-            h = from_acc<T>(h_new);
-          }
+          if (runs) activate(sums, mine, x, b_apart, h, c, saved);
           // Publish the new states first, once all lanes have read their sums: others may overwrite them after that.
           if (!last) exchange.publish(states(n + 1), stride, mine, MathPolicy::factors(h), runs, n);
           // Store y and what the backward pass needs.
@@ -93,7 +69,7 @@ struct SliceForward : C {
         if (!last) exchange.multicast(states(n + 1), stride, now.running, n);
         // Load the gates of the next step.
         now = tile.step(next), next = tile.prefetch(k + 2);
-        load();
+        load(arrays, mine, now, x);
       }
       if (tile.count() > 0) before += tile.count() - 1;
 
@@ -104,6 +80,22 @@ struct SliceForward : C {
   }
 
  private:
+  // What a warp multiplies: a part of the columns, for 16 units of the slice.
+  static DEVICE int part_of_warp() { return thread() / kWarpSize % PARTS; }
+  static DEVICE int first_row_of_warp() { return thread() / kWarpSize / PARTS * kMmaRows; }
+
+  static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange) {
+    const int part = part_of_warp(), first_row = first_row_of_warp();
+    const int hidden = static_cast<int>(s.hidden), chunks = (hidden + C::chunk - 1) / C::chunk;
+    const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
+    return Weights(
+        (chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes, [&](int group, int gate, int row, int column) {
+          const int unit = exchange.rank() * UNITS + first_row + row, of = (part + group * PARTS) * C::chunk + column;
+          const int at = (gate * hidden + unit) * hidden + of;  // of at most 4 matrices of 2112 by 2112
+          return MathPolicy::factors(load_units<C::EVEN>(w_hh, at, unit < hidden ? two_of(hidden - of) : 0));
+        });
+  }
+
   // The initial states, into both buffers: a sequence that begins later, backwards in time, finds them in either.
   static DEVICE void store_h_0(const Parameters& s, const Tile& tile, int hidden, int stride) {
     const Global<const T> h_0(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden);
@@ -122,23 +114,34 @@ struct SliceForward : C {
     return part * part_sums + (gate * kMaxTile + sequence) * sum_row;
   }
 
-  // One part of W h for the 16 units of a warp, of so many sequences.
-  static DEVICE void multiply_all(const Weights& weights, Shared<T> h, int stride, int part, int sequences,
-                                  float (&result)[G][kElements]) {
-#pragma unroll
-    for (int gate = 0; gate < G; gate++)
-#pragma unroll
-      for (int e = 0; e < kElements; e++) result[gate][e] = 0;
+  // The gates of x of a step.
+  static DEVICE void load(const Arrays& arrays, const OwnedUnits<C>& mine, const typename Tile::Step& step,
+                          Pair<T> (&x)[G]) {
+    if (mine.any) arrays.load_gates(step.row, 0, mine.lane(), mine.sequence < step.running ? mine.present : 0, x);
+  }
+
+  // A warp's part of W h, of so many sequences, into `sums`.
+  static DEVICE void multiply_all(const Weights& weights, Shared<T> h, int stride, int sequences, Shared<float> sums) {
+    const int part = part_of_warp(), first_row = first_row_of_warp();
+    float result[G][kElements] = {};
     for_sequences<MathPolicy>(sequences, [&](auto policy) {
       Accumulators<decltype(policy), G> accumulators(result);
       weights.each([&](int group, auto of) { accumulators.add(of, h, stride, (part + group * PARTS) * C::chunk); });
       accumulators.finish(result);
     });
+#pragma unroll
+    for (int gate = 0; gate < G; gate++)
+#pragma unroll
+      for (int s_ = 0; s_ < 2; s_++)
+        sums.store_pair(place(part, gate, sequence_of_lane() + s_) + first_row + unit_of_lane(),
+                        pair(result[gate][s_], result[gate][2 + s_]));
   }
 
   // The step of two units of a sequence; h and c change in place.
   static DEVICE void activate(Shared<float> sums, const OwnedUnits<C>& mine, const Pair<T> (&x)[G],
-                              const float (&b_apart)[2], float (&h)[2], float (&c)[2], float (&saved)[2][4]) {
+                              const float (&b_apart)[2], Pair<T>& h, float (&c)[2], float (&saved)[2][4]) {
+    float h_new[2];
+    to_acc(h, h_new);
     float x_i[2][G] = {}, of_h[2][G];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
@@ -157,7 +160,9 @@ struct SliceForward : C {
       }
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++) cell_forward<C::CELL>(x_i[i], of_h[i], h[i], c[i], saved[i]);
+    for (int i = 0; i < 2; i++) cell_forward<C::CELL>(x_i[i], of_h[i], h_new[i], c[i], saved[i]);
+    zero_absent(h_new, mine.present);
+    h = from_acc<T>(h_new);
   }
 };
 
