@@ -175,9 +175,14 @@ CUDA_SOURCES = {
     "cluster": 90,
     "persistent_grid": 90,
 }
-# Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores (csrc/cuda/instances.h).
+# Their paths are for 9.0 alone (has_path() in csrc/cuda/config.h): beside machine code for it PTX would never run, and
+# takes a third of the compiler's time.
+CUDA_FOR_90 = ("cluster", "persistent_grid")
+# Those that are one launch are compiled for each pass, cell and dtype, so that ninja uses all cores
+# (csrc/cuda/instances.h).
 CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
 CELLS = re.search(r"enum class Cell {(.*?)}", (ROOT / "csrc/cells.h").read_text())[1].replace(",", "").split()
+CUDA_PASSES = {"forward": "-DSEQKERNELS_PASS=ForwardArgs", "backward": "-DSEQKERNELS_PASS=BackwardArgs"}
 CUDA_DTYPES = {
     name: f"-DSEQKERNELS_SCALAR_NAME={scalar} -DSEQKERNELS_TF32={tf32}"
     for name, scalar, tf32 in (
@@ -229,6 +234,13 @@ def targets_from(lowest: int, targets: list[str]) -> list[str]:
     return list(dict.fromkeys(able)) or [f"compute_{lowest}"]
 
 
+def targets_for(source: str, targets: list[str]) -> list[str]:
+    """Those of `targets` that a file of CUDA_SOURCES is compiled for."""
+    able = targets_from(CUDA_SOURCES[source], targets)
+    for_90 = [target for target in able if target.startswith("sm_90")] if source in CUDA_FOR_90 else []
+    return for_90 or able
+
+
 # ---- how to build it
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -269,7 +281,7 @@ def cpu_library(includes: str) -> Library:
 
 
 class Instance(NamedTuple):
-    """A translation unit of the CUDA kernels: a file, or its part for one cell and dtype (TF32 is one)."""
+    """A translation unit of the CUDA kernels: a file, or its part for one pass, cell and dtype (TF32 is one)."""
 
     source: str
     name: str
@@ -279,10 +291,15 @@ class Instance(NamedTuple):
 def cuda_instances() -> list[Instance]:
     """Those that take longest come first."""
     instances = [
-        Instance(source, f"{source}_{cell}_{name}", f"-DSEQKERNELS_CELL_NAME={cell} {flags}")
-        for name, flags in CUDA_DTYPES.items()
+        Instance(
+            source,
+            f"{source}_{of_pass}_{cell}_{dtype}",
+            f"{pass_flags} -DSEQKERNELS_CELL_NAME={cell} {dtype_flags}",
+        )
+        for dtype, dtype_flags in CUDA_DTYPES.items()
         for cell in reversed(CELLS)
         for source in CUDA_INSTANCED
+        for of_pass, pass_flags in CUDA_PASSES.items()
     ]
     return instances + [Instance(source, source, "") for source in CUDA_SOURCES if source not in CUDA_INSTANCED]
 
@@ -292,7 +309,7 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
     includes += "".join(f" -isystem {shlex.quote(directory)}" for directory in nvcc.includes)
     objects = []
     for of in cuda_instances():
-        own_targets = targets_from(CUDA_SOURCES[of.source], targets)
+        own_targets = targets_for(of.source, targets)
         codes = " ".join(f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in own_targets)
         objects.append(Object(f"csrc/cuda/{of.source}.cu", f"cuda_{of.name}.o", f"{of.flags} {codes}", "compile_cuda"))
     objects.append(Object("csrc/cuda/dispatch.cpp", "cuda_dispatch.o", ""))

@@ -19,6 +19,7 @@ from benchmarks import (
     report,
     require,
     scaling,
+    steps,
     training_report,
 )
 from benchmarks.data import VARIABLE, data_folder, names_files
@@ -34,6 +35,7 @@ MEASUREMENTS = {
     "report": report,
     "compare": compare,
     "scaling": scaling,
+    "steps": steps,
     "fit": fit,
 }
 DEMO_TEXT = ["--limit", "200000", "--epochs", "3"]  # minutes, not the best model

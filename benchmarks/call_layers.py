@@ -95,10 +95,10 @@ def native_passes(known: Arguments) -> tuple[Callable, Callable]:
         return ops.recurrence_forward.cpu, ops.recurrence_backward.cpu
     if known.plan.backend != "cuda":
         raise Unavailable(f"the backend {known.plan.backend} has no native code of ours")
-    tf32, forward, backward = require("seqkernels.backends.cuda.launch").Launch.from_ints(launch)
+    tf32, *passes = launch
     return (
-        lambda *args: ops.cuda_forward(*args, tf32, *forward),
-        lambda *args: ops.cuda_backward(*args, tf32, *backward),
+        lambda *args: ops.cuda_forward(*args, bool(tf32), *passes[:3]),
+        lambda *args: ops.cuda_backward(*args, bool(tf32), *passes[3:]),
     )
 
 

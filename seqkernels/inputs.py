@@ -1,5 +1,6 @@
 """A call's arguments, checked, as the operators take them and as `select` sees them."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -79,15 +80,8 @@ def call_of(
     # on a CPU there is nothing to weigh.
     compiled = torch.compiler.is_compiling()
     if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
-        return Call(
-            cell=cell,
-            device_type=device.type,
-            dtype=x.dtype,
-            transformed=transformed,
-            compiled=compiled,
-            layers=num_layers,
-            directions=directions,
-        )
+        make = Call if compiled else _call_without_sizes
+        return make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
     sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
@@ -112,6 +106,10 @@ def call_of(
         deterministic=torch.are_deterministic_algorithms_enabled(),
         capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
     )
+
+
+# Calls that differ in their sizes alone are the same object, which also finds its plan faster.
+_call_without_sizes = functools.lru_cache(1024)(Call)
 
 
 def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None) -> Call:

@@ -1,4 +1,4 @@
-// The cluster kernels of one cell and dtype (instances.h).
+// The cluster kernels of one pass, cell and dtype (instances.h).
 #include "cluster.cuh"
 //
 #include "dispatch.h"
@@ -25,29 +25,21 @@ const char* launch_cluster(const Args& args, const LaunchShape& shape, void* str
   return launch<Kernel>(tiles * slices.blocks, args.directions, p.bytes, stream, p, cooperation);
 }
 
-template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args>
-const char* run(const Args& args, const LaunchShape& shape, void* stream) {
-  constexpr const char* none = "no cluster kernel with so many units a block";
-  return by_value<kClusterUnits>(shape.units, none, [&](auto units) {
-    constexpr int UNITS = decltype(units)::value;
-    return by_slice_config<Path::cluster, CELL, MathPolicy, BACKWARD, UNITS>(
-        args, shape.arch, [&](auto config) { return launch_cluster<Pass<decltype(config)>>(args, shape, stream); });
-  });
-}
+template <class C>
+using KernelOf = std::conditional_t<C::variant.backward, ClusterBackward<C>, ClusterForward<C>>;
 
 }  // namespace
 
-template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* cluster_forward(const ForwardArgs& args, const LaunchShape& shape, void* stream) {
-  return run<ClusterForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, stream);
+template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
+const char* cluster_sweep(const Pass& args, const LaunchShape& shape, void* stream) {
+  constexpr const char* none = "no cluster kernel with so many units a block";
+  return by_value<kClusterUnits>(shape.units, none, [&](auto units) {
+    constexpr int UNITS = decltype(units)::value;
+    return by_slice_config<Path::cluster, CELL, policy_t<SCALAR, TF32>, Pass::backward, UNITS>(
+        args, shape.arch, [&](auto config) { return launch_cluster<KernelOf<decltype(config)>>(args, shape, stream); });
+  });
 }
 
-template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* cluster_backward(const BackwardArgs& args, const LaunchShape& shape, void* stream) {
-  return run<ClusterBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, stream);
-}
-
-template const char* cluster_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, void*);
-template const char* cluster_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&, void*);
+template const char* cluster_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&, void*);
 
 }  // namespace seqkernels

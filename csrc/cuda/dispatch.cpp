@@ -1,4 +1,4 @@
-// From the launches that the host calls to those of a cell and a dtype, and what is the same for all of these.
+// From the launches that the host calls to those of a pass, a cell and a dtype, and what is the same for all of these.
 #include "dispatch.h"
 
 #include "instances.h"
@@ -32,27 +32,27 @@ constexpr const char* kNoGrid = "no kernel for the persistent grid in float64";
 
 const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
   return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar, auto tf32) {
-    return single_cta_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, packed,
-                                                                                                    stream);
+    return single_cta_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, packed,
+                                                                                                  stream);
   });
 }
 
 const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
   return by_instance(args, kNoSingleCta, [&](auto cell, auto scalar, auto tf32) {
-    return single_cta_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape,
-                                                                                                     packed, stream);
+    return single_cta_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, packed,
+                                                                                                  stream);
   });
 }
 
 const char* cluster_forward(const ForwardArgs& args, const LaunchShape& shape, void* stream) {
   return by_instance(args, kNoCluster, [&](auto cell, auto scalar, auto tf32) {
-    return cluster_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, stream);
+    return cluster_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, stream);
   });
 }
 
 const char* cluster_backward(const BackwardArgs& args, const LaunchShape& shape, void* stream) {
   return by_instance(args, kNoCluster, [&](auto cell, auto scalar, auto tf32) {
-    return cluster_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, stream);
+    return cluster_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(args, shape, stream);
   });
 }
 
@@ -74,7 +74,7 @@ const char* persistent_grid_groups(const SweepArgs& args, const LaunchShape& sha
 const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
                                     void* exchange, void* flags, void* stream) {
   return by_instance(args, kNoGrid, [&](auto cell, auto scalar, auto tf32) {
-    return persistent_grid_forward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
+    return persistent_grid_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
         args, shape, groups, exchange, flags, stream);
   });
 }
@@ -82,7 +82,7 @@ const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& 
 const char* persistent_grid_backward(const BackwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
                                      void* exchange, void* flags, void* stream) {
   return by_instance(args, kNoGrid, [&](auto cell, auto scalar, auto tf32) {
-    return persistent_grid_backward<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
+    return persistent_grid_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
         args, shape, groups, exchange, flags, stream);
   });
 }

@@ -17,6 +17,7 @@ struct SweepArgs {
 };
 
 struct ForwardArgs : SweepArgs {
+  static constexpr bool backward = false;
   const void* gates_x;  // [D, N, G*H], with all biases but b_hn
   const void* w_hh[2];  // [G*H, H]
   const void* b_hn[2];  // [H] or null: GRU's, which r multiplies
@@ -29,6 +30,7 @@ struct ForwardArgs : SweepArgs {
 };
 
 struct BackwardArgs : SweepArgs {
+  static constexpr bool backward = true;
   const void* grad_y;    // [N, D*H] or null
   const void* grad_h_n;  // [D, B, H] or null
   const void* grad_c_n;  // [D, B, H] or null

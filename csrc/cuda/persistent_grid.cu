@@ -1,4 +1,4 @@
-// The kernels for the persistent grid of one cell and dtype (instances.h).
+// The kernels for the persistent grid of one pass, cell and dtype (instances.h).
 #include "persistent_grid.cuh"
 //
 #include "instances.h"
@@ -34,29 +34,21 @@ const char* launch_grid(const Args& args, const LaunchShape& shape, const GridGr
   return nullptr;
 }
 
-template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args, class... Rest>
-const char* run(const Args& args, const LaunchShape& shape, Rest... rest) {
-  return by_slice_config<Path::persistent_grid, CELL, MathPolicy, BACKWARD, kGridUnits>(
-      args, shape.arch, [&](auto config) { return launch_grid<Pass<decltype(config)>>(args, shape, rest...); });
-}
+template <class C>
+using KernelOf = std::conditional_t<C::variant.backward, PersistentGridBackward<C>, PersistentGridForward<C>>;
 
 }  // namespace
 
-template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
-                                    void* exchange, void* flags, void* stream) {
-  return run<PersistentGridForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, groups, exchange, flags, stream);
+template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
+const char* persistent_grid_sweep(const Pass& args, const LaunchShape& shape, const GridGroups& groups, void* exchange,
+                                  void* flags, void* stream) {
+  return by_slice_config<Path::persistent_grid, CELL, policy_t<SCALAR, TF32>, Pass::backward, kGridUnits>(
+      args, shape.arch, [&](auto config) {
+        return launch_grid<KernelOf<decltype(config)>>(args, shape, groups, exchange, flags, stream);
+      });
 }
 
-template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* persistent_grid_backward(const BackwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
-                                     void* exchange, void* flags, void* stream) {
-  return run<PersistentGridBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, groups, exchange, flags, stream);
-}
-
-template const char* persistent_grid_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&,
-                                                                  const GridGroups&, void*, void*, void*);
-template const char* persistent_grid_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&,
-                                                                   const GridGroups&, void*, void*, void*);
+template const char* persistent_grid_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&,
+                                                                const GridGroups&, void*, void*, void*);
 
 }  // namespace seqkernels

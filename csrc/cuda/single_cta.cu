@@ -1,4 +1,4 @@
-// The single CTA kernels of one cell and dtype (instances.h).
+// The single CTA kernels of one pass, cell and dtype (instances.h).
 #include "single_cta_backward.cuh"
 #include "single_cta_forward.cuh"
 //
@@ -28,8 +28,14 @@ const char* launch_with(const Args& args, const LaunchShape& shape, const void* 
 // Whether there is a kernel of this width for even or for odd numbers of units.
 constexpr bool has_width(Math math, int width, bool even) { return single_cta_width(math, width - !even) == width; }
 
-template <template <class> class Pass, Cell CELL, class MathPolicy, bool BACKWARD, class Args>
-const char* run(const Args& args, const LaunchShape& shape, const void* packed, void* stream) {
+template <class C>
+using KernelOf = std::conditional_t<C::variant.backward, SingleCtaBackward<C>, SingleCtaForward<C>>;
+
+}  // namespace
+
+template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
+const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, const void* packed, void* stream) {
+  using MathPolicy = policy_t<SCALAR, TF32>;
   return by_even(args.hidden, [&](auto even) {
     constexpr const char* none = "no single CTA kernel for so many hidden units in this dtype";
     constexpr bool EVEN = decltype(even)::value;
@@ -38,10 +44,10 @@ const char* run(const Args& args, const LaunchShape& shape, const void* packed, 
       constexpr int WIDTH = decltype(of_width)::value;
       if constexpr (has_width(MathPolicy::math, WIDTH, EVEN)) {
         return by_arch(shape.arch, [&](auto of_arch) {
-          constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
+          constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, Pass::backward, EVEN};
           constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
-          using C = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, EVEN>;
-          return launch_with<Pass<C>>(args, shape, packed, stream);
+          using C = SingleCtaConfig<ARCH, CELL, MathPolicy, Pass::backward, WIDTH, EVEN>;
+          return launch_with<KernelOf<C>>(args, shape, packed, stream);
         });
       } else {
         return none;
@@ -50,21 +56,7 @@ const char* run(const Args& args, const LaunchShape& shape, const void* packed, 
   });
 }
 
-}  // namespace
-
-template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* single_cta_forward(const ForwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
-  return run<SingleCtaForward, CELL, policy_t<SCALAR, TF32>, false>(args, shape, packed, stream);
-}
-
-template <Cell CELL, Scalar SCALAR, bool TF32>
-const char* single_cta_backward(const BackwardArgs& args, const LaunchShape& shape, const void* packed, void* stream) {
-  return run<SingleCtaBackward, CELL, policy_t<SCALAR, TF32>, true>(args, shape, packed, stream);
-}
-
-template const char* single_cta_forward<SEQKERNELS_INSTANCE>(const ForwardArgs&, const LaunchShape&, const void*,
-                                                             void*);
-template const char* single_cta_backward<SEQKERNELS_INSTANCE>(const BackwardArgs&, const LaunchShape&, const void*,
-                                                              void*);
+template const char* single_cta_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&, const void*,
+                                                           void*);
 
 }  // namespace seqkernels

@@ -160,10 +160,23 @@ def test_what_is_compiled_for(setup, capabilities, wanted, targets, from_80):
 def test_a_gpu_that_runs_some_kernels_runs_all_that_it_can(setup, row):
     """So that `select` need not know which file was compiled for what."""
     built = row[2].split()
-    for number, lowest in itertools.product((70, 75, 80, 86, 90, 100, 103, 120), setup.CUDA_SOURCES.values()):
+    for number, (source, lowest) in itertools.product((70, 75, 80, 86, 90, 100, 103, 120), setup.CUDA_SOURCES.items()):
         gpu = GPU("", f"sm_{number}", 0, 0)
-        if number >= lowest and any(cuda._runs(target, gpu) for target in built):
-            assert any(cuda._runs(target, gpu) for target in setup.targets_from(lowest, built)), (number, lowest)
+        able = number == 90 if source in setup.CUDA_FOR_90 else number >= lowest
+        if able and any(cuda._runs(target, gpu) for target in built):
+            assert any(cuda._runs(target, gpu) for target in setup.targets_for(source, built)), (number, source)
+
+
+@needs_setup
+def test_paths_for_90_have_no_ptx_beside_its_machine_code(setup):
+    for targets, own in (
+        ("sm_75 sm_80 sm_90a compute_80", "sm_90a"),
+        ("sm_80 compute_80", "compute_90"),  # which the driver of a 9.0 compiles
+        ("sm_90 sm_100f compute_100f", "sm_90"),
+        ("sm_100f compute_100f", "sm_100f compute_100f"),
+    ):
+        assert setup.targets_for("cluster", targets.split()) == own.split()
+        assert setup.targets_for("occupancy", targets.split()) == setup.targets_from(90, targets.split())
 
 
 @needs_setup

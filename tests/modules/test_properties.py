@@ -94,7 +94,9 @@ def test_packed_lengths_and_cu_seqlens_are_one(cell, backend, dtype):
     padded = torch.nn.utils.rnn.pad_sequence(sequences)
     lengths = on_device([5, 2, 6, 2], backend)
     output, state = module(padded, lengths=lengths)
-    packed, packed_state = module(pack_sequence(sequences, enforce_sorted=False))
+    with torch.device("cpu"):  # torch makes the lengths on the default device, and refuses them there
+        packed = pack_sequence(sequences, enforce_sorted=False)
+    packed, packed_state = module(packed)
     close(torch.nn.utils.rnn.pad_packed_sequence(packed)[0], output)
     close(packed_state, state)
     function = getattr(sk.functional, "rnn" if cell.startswith("rnn") else cell)

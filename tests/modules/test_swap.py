@@ -35,7 +35,15 @@ class Tagger(nn.Module):
         return self.head(self.again(self.shared(y)[0])[0])
 
 
-def test_a_model_swapped_in_keeps_everything_and_gives_the_same():
+@pytest.fixture
+def dropout_of_torch():
+    """cuDNN drops by a generator of its own, whose draws nobody else has; without it torch.nn drops as we do. (This
+    setting allows TF32 where nobody says that it does not.)"""
+    with torch.backends.cudnn.flags(enabled=False, allow_tf32=False):
+        yield
+
+
+def test_a_model_swapped_in_keeps_everything_and_gives_the_same(dropout_of_torch):
     model, tokens = Tagger().eval(), torch.randint(10, (3, 7))
     model.encoder["lstm"].train()
     parameters, state = list(model.parameters()), list(model.state_dict())
@@ -204,7 +212,8 @@ def test_explain_says_what_runs_and_why():
     x = torch.randn(6, 3, 4)
     for module in (sk.GRU(4, 5), nn.LSTM(4, 5), sk.RNNCell(4, 5), nn.GRUCell(4, 5), nn.RNN(4, 5)):
         plan = sk.explain(module, x)
-        assert plan.backend in ("cpu", "torch_eager") and plan.reason in str(plan)
+        here = {"cpu", "torch_eager"} if x.device.type == "cpu" else {"cuda", "triton", "cudnn", "torch_eager"}
+        assert plan.backend in here and plan.reason in str(plan)
     meta = str(sk.explain(sk.GRU(4, 5, device="meta"), x.to("meta")))
     assert "not cpu: the tensors are on meta" in meta
     forced = sk.GRU(4, 5)

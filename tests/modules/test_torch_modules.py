@@ -11,6 +11,9 @@ import io
 import pickle
 
 import pytest
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
+
 import torch
 from module_samples import (
     INFOS,

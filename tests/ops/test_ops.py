@@ -6,6 +6,7 @@ from operators import (
     BACKENDS,
     BELOW_FLOAT64,
     CELLS,
+    NO_CPU_KERNELS,
     SHAPES,
     Call,
     assert_an_infinite_last_state_is_no_factor,
@@ -26,8 +27,8 @@ from seqkernels.hardware import THIS_MACHINE
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request):
-    if THIS_MACHINE.native_missing:
-        pytest.skip(THIS_MACHINE.native_missing)
+    if NO_CPU_KERNELS:
+        pytest.skip(NO_CPU_KERNELS)
     from seqkernels import _C
 
     before = _C.isa()
@@ -97,8 +98,8 @@ def test_a_backward_without_saved_state_is_refused(backend):
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize("cell", CELLS)
 def test_results_do_not_depend_on_the_number_of_threads(cell, threads):
-    if THIS_MACHINE.native_missing:
-        pytest.skip(THIS_MACHINE.native_missing)
+    if NO_CPU_KERNELS:
+        pytest.skip(NO_CPU_KERNELS)
     calls = [
         Call(cell, 2, 70, 5, 40, batch_sizes=(70, 64, 33, 9, 2), dtype=torch.float32),
         Call(cell, 1, 2, 40, 150, batch_sizes=(2,) * 30 + (1,) * 10, dtype=torch.float32),
@@ -118,16 +119,16 @@ def test_results_do_not_depend_on_the_number_of_threads(cell, threads):
 @pytest.mark.parametrize("cell", CELLS)
 def test_nothing_is_read_before_it_is_written(cell, shape, dtype):
     """Outputs and working memory start as NaN; spare rows and empty sequences must be filled as well."""
-    if THIS_MACHINE.native_missing:
-        pytest.skip(THIS_MACHINE.native_missing)
+    if NO_CPU_KERNELS:
+        pytest.skip(NO_CPU_KERNELS)
     with nan_in_fresh_memory():
         results = both_passes(Call(cell, dtype=dtype, **SHAPES[shape]), forward("cpu"), backward("cpu"))
     assert all(x.isfinite().all() for x in results)
 
 
 def test_working_memory_can_be_given_back():
-    if THIS_MACHINE.native_missing:
-        pytest.skip(THIS_MACHINE.native_missing)
+    if NO_CPU_KERNELS:
+        pytest.skip(NO_CPU_KERNELS)
     from seqkernels import _C
 
     call = Call("gru", **SHAPES["ragged"])

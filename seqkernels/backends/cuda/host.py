@@ -22,9 +22,9 @@ def forward(
     save: bool,
     launch: Sequence[int] = (),  # by `Launch`
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    plan = _planned(launch, cell, x, weights, h_0)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0)
     batch_sizes = fitting(x, h_0, batch_sizes)
-    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, plan.tf32, *plan.forward)
+    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3])
 
 
 def backward(
@@ -43,18 +43,18 @@ def backward(
     wants_weights: bool,
     launch: Sequence[int] = (),
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    plan = _planned(launch, cell, x, weights, h_0)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0)
     batch_sizes = fitting(x, h_0, batch_sizes)
     if wants_weights:
         x = used_rows_of(x, batch_sizes)
     grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     return torch.ops.seqkernels.cuda_backward(
-        cell, *grads, *layer, y, saved, wants_x, wants_weights, plan.tf32, *plan.backward
+        cell, *grads, *layer, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:]
     )
 
 
-def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor) -> Launch:
-    """What was planned for the call; where nothing was, the plan for the sizes that arrive.
+def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor) -> Sequence[int]:
+    """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
 
     Raises:
         RuntimeError: no CUDA kernels are installed here.
@@ -62,11 +62,11 @@ def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor],
     if hardware.THIS_MACHINE.cuda_missing:
         raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
     if launch:
-        return Launch.from_ints(launch)
+        return launch
     known = h_0.dim() == 3 and h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
     hidden_size = weights[0].shape[0] // CELLS[cell].gates if known else 0
     if not hidden_size:
-        return Launch(False, PassLaunch(), PassLaunch())  # the operator says what is wrong
+        return Launch(False, PassLaunch(), PassLaunch()).to_ints()  # the operator says what is wrong
     directions, sequences, _ = h_0.shape
     call = Call(
         cell=cell,
@@ -78,4 +78,4 @@ def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor],
         directions=directions,
         sequences=sequences,
     )
-    return launch_of(call, hardware.gpu_of(x.device))
+    return launch_of(call, hardware.gpu_of(x.device)).to_ints()

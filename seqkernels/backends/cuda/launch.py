@@ -4,7 +4,6 @@ costs on each."""
 import functools
 import importlib
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +32,6 @@ class Launch(NamedTuple):
     tf32: bool  # float32 factors may be rounded to TF32
     forward: PassLaunch
     backward: PassLaunch
-
-    @classmethod
-    def from_ints(cls, ints: Sequence[int]) -> "Launch":
-        return cls(bool(ints[0]), PassLaunch(*ints[1:4]), PassLaunch(*ints[4:7]))
 
     def to_ints(self) -> tuple[int, ...]:
         return int(self.tf32), *self.forward, *self.backward
