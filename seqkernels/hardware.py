@@ -179,8 +179,17 @@ def _cuda() -> str:
         return "this torch has no CUDA"
     if not torch.cuda.is_available():
         return f"torch is built for CUDA {torch.version.cuda}; no GPU is visible"
-    names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return f"torch is built for CUDA {torch.version.cuda}; {', '.join(names)}"
+    gpus = (gpu_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
+    return f"torch is built for CUDA {torch.version.cuda}; {', '.join(map(said_of, gpus))}"
+
+
+def said_of(gpu: GPU) -> str:
+    """A GPU, and whether it has the clusters that layers of many hidden units run on; part of one (MIG) has fewer."""
+    clusters = ""  # where nobody has asked for them: there are no CUDA kernels here
+    if gpu.clusters:
+        widest = max((blocks for blocks in range(1, 17) if gpu.clusters_of(blocks)), default=0)
+        clusters = f", clusters of up to {widest} blocks" if widest > 1 else ", no clusters: wide layers go by steps"
+    return f"{gpu.name} ({gpu.target}, {gpu.multiprocessors} multiprocessors{clusters})"
 
 
 def _cuda_kernels() -> str:

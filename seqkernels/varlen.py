@@ -186,8 +186,6 @@ def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
         values = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.long)
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
-    if values.dtype != torch.int64 and not torch.compiler.is_compiling():  # the operators look at the others
-        expect_storage(name, values)
     return values.long()
 
 
@@ -202,13 +200,10 @@ def _check_packed(packed: PackedSequence) -> None:
     if int(batch_sizes.sum()) != len(data):
         raise ValueError(f"batch_sizes add up to {int(batch_sizes.sum())} rows, but data has {len(data)}")
     for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
-        if indices is None:
-            continue
-        if indices.shape != (int(batch_sizes[0]),):
+        if indices is not None and indices.shape != (int(batch_sizes[0]),):
             raise ValueError(
                 f"{name} is [{int(batch_sizes[0])}], one for each sequence, got the shape {list(indices.shape)}"
             )
-        expect_storage(name, indices)
 
 
 def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
@@ -239,11 +234,15 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
 def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Operator: rows[index], a zero row where index is -1. `inverse` serves the gradient, which is the same operator:
     no row is taken twice, so nothing need be added up."""
-    for name, tensor in (("rows", rows), ("index", index), ("inverse", inverse)):
-        expect_storage(name, tensor)
     if rows.shape[0] == 0:
         return rows.new_zeros(index.shape[0], rows.shape[1])
     return rows.index_select(0, index.clamp(min=0)).masked_fill((index < 0).unsqueeze(1), 0)
+
+
+def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    for name, tensor in (("rows", rows), ("index", index), ("inverse", inverse)):
+        expect_storage(name, tensor)
+    return _gather_rows(rows, index, inverse)
 
 
 _library = torch.library.Library("seqkernels", "FRAGMENT")
@@ -252,7 +251,7 @@ _library.define("check_cu_seqlens(Tensor cu_seqlens, SymInt rows) -> Tensor")
 _library.define("gather_rows(Tensor rows, Tensor index, Tensor inverse) -> Tensor")
 _library.impl("batch_sizes", _batch_sizes, "CompositeExplicitAutograd")
 _library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd")
-_library.impl("gather_rows", _gather_rows, "CompositeExplicitAutograd")
+_library.impl("gather_rows", _checked_gather_rows, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("seqkernels::batch_sizes", lib=_library)

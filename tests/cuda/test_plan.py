@@ -234,3 +234,11 @@ def test_a_launch_is_what_explain_says(seed, launched):
     forward, backward = launched[0], launched[-1]
     assert launched == [forward] * rnn.num_layers + [backward] * rnn.num_layers
     assert str(Launch(False, forward[0], backward[0])) == said
+
+
+def test_what_is_said_of_a_gpu_names_its_clusters():
+    assert hardware.said_of(GPUS["NVIDIA H200"]).endswith("(sm_90, 132 multiprocessors, clusters of up to 16 blocks)")
+    assert hardware.said_of(MIG).endswith("(sm_90, 16 multiprocessors, clusters of up to 7 blocks)")
+    assert hardware.said_of(GPUS["Tesla T4"]) == "Tesla T4 (sm_75, 40 multiprocessors)"  # nobody has asked for them
+    without = GPUS["Tesla T4"]._replace(clusters=16 * (0,))
+    assert hardware.said_of(without).endswith("multiprocessors, no clusters: wide layers go by steps)")

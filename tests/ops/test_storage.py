@@ -71,11 +71,8 @@ def packed(free: str | None = None) -> PackedSequence:
 
 FREED = {  # what torch itself reads without a look at its storage
     "lengths": lambda rnn: rnn(torch.randn(6, 3, 4), lengths=freed(torch.tensor([1, 2, 3]))),
-    "short lengths": lambda rnn: rnn(torch.randn(6, 3, 4), lengths=freed(torch.tensor([1, 2, 3]).int())),
     "input with lengths": lambda rnn: rnn(freed(torch.randn(6, 3, 4)), lengths=torch.tensor([1, 2, 3])),
     "state of a packed batch": lambda rnn: rnn(packed(), freed(torch.randn(1, 3, 5))),
-    "sorted indices": lambda rnn: rnn(packed("sorted_indices")),
-    "unsorted indices": lambda rnn: rnn(packed("unsorted_indices")),
     "batch sizes": lambda rnn: rnn(packed("batch_sizes")),
     "cu_seqlens": lambda rnn: sk.functional.gru(
         torch.randn(6, 4), None, rnn._flat_weights, cu_seqlens=freed(torch.tensor([0, 2, 6]))
