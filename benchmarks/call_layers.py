@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks import require
 from benchmarks.cases import Case
 from benchmarks.contenders import Unavailable, data, prepared, weights
+from benchmarks.problems import operator_cell
 
 
 class Arguments(NamedTuple):
@@ -27,10 +28,6 @@ class Arguments(NamedTuple):
         return self.call.cell, self.x, self.weights, self.h_0, self.c_0, None
 
 
-def cell_of(case: Case) -> str:
-    return {"RNN": "rnn_tanh"}.get(case.cell, case.cell.lower())
-
-
 def functional_layer(case: Case) -> Callable[[], list[Tensor]]:
     module = weights(case)
     function = getattr(require("seqkernels").functional, case.cell.lower())
@@ -43,7 +40,7 @@ def arguments(case: Case, x: Tensor, parameters: list[Tensor]) -> Arguments:
     from seqkernels import inputs, select  # not at hand where --root names another folder, before require
 
     with torch.set_grad_enabled(case.mode == "train"):
-        prepared_inputs = inputs.prepare(cell_of(case), x, None, parameters, 1, 1)
+        prepared_inputs = inputs.prepare(operator_cell(case.cell), x, None, parameters, 1, 1)
     plan = select.plan_of(prepared_inputs.call, x.device, None)
     return Arguments(plan, prepared_inputs.call, x.flatten(0, 1), parameters, *prepared_inputs[1:3])
 

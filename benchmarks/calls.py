@@ -3,19 +3,18 @@
 import argparse
 import itertools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import InputError, kernels, record
+from benchmarks import kernels, record
 from benchmarks.call_layers import LAYERS
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import OURS, OWN
-from benchmarks.options import round_count, thread_count
+from benchmarks.options import add_out, check_device, round_count, thread_count
 from benchmarks.problems import CELLS, Problem
 from benchmarks.record import Row, newest, ordered
-from benchmarks.timing import Worker
+from benchmarks.timing import Worker, stopping
 
 SIZES = {  # so short that the call is most of what they cost
     "1x1x96": Problem(1, 1, 96, 96),
@@ -38,28 +37,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of a CPU")
     parser.add_argument("--rounds", type=round_count, default=15, metavar="N", help="of all contenders (%(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=record.RESULTS, metavar="DIR", help="for the rows (benchmarks/results)"
-    )
+    add_out(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure every case asked for; 1 if a result was wrong."""
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device}: torch sees no GPU here.")
+    check_device(options.device)
     file, started, failed = options.out / "calls.jsonl", record.environment()["time"], False
     print("us of host time, median (launches, allocations); what is below the module costs as much without it")
-    workers = [Worker(name, options.threads) for name in CONTENDERS]
-    try:
+    with stopping([Worker(name, options.threads) for name in CONTENDERS]) as workers:
         for case in cases(options):
             common = {"benchmark": "calls", "run": started, **kernels.facts(case)}
             rows = [common | row for row in measure(case, workers, options.rounds)]
             record.append(file, *rows)
             failed |= not rows[0]["right"]
             show(case, rows)
-    finally:
-        for worker in workers:
-            worker.stop()
     print(f"Rows: {file}")
     return int(failed)
 

@@ -13,7 +13,7 @@ from benchmarks import InputError, kernels, problems, record
 from benchmarks.cases import Case, add_case_options, cases_of
 from benchmarks.contenders import Unavailable
 from benchmarks.options import round_count
-from benchmarks.timing import Worker, paired, speedup
+from benchmarks.timing import Worker, paired, speedup, stopping
 
 NOW = "the working tree"
 
@@ -42,13 +42,10 @@ def run(options: argparse.Namespace) -> int:
                 Worker("seqkernels", threads, folder, label)
                 for label, folder in ((NOW, record.ROOT), (options.revision, root))
             ]
-            try:
+            with stopping(workers):
                 for case in group:
                     for verdict in compare(case, workers, options.rounds):
                         moved[verdict] += 1
-            finally:
-                for worker in workers:
-                    worker.stop()
     print(f"{moved['faster']} faster, {moved['slower']} slower than {options.revision}, beyond the noise.")
     return int(moved["wrong"] > 0)
 

@@ -10,11 +10,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from benchmarks import InputError, record, require
+from benchmarks.problems import operator_cell
 from benchmarks.record import Row, newest, read, step_key
 
 T = TypeVar("T")
@@ -35,9 +36,7 @@ class Sample(NamedTuple):
     """A measured step and what its cost consists of."""
 
     layer: tuple  # whose rows are held out together
-    key: str
-    terms: tuple[float, ...]
-    known: float
+    terms: Any  # seqkernels.backends.costs.Terms
     us: float
 
 
@@ -83,7 +82,7 @@ def gpu_of(name: str, facts: Row):
 def call_of(row: Row, **more):
     """The call of a row, of a step or of a module."""
     torch = require("torch")
-    cell = {"RNN": "rnn_tanh"}.get(row["cell"], row["cell"].lower())
+    cell = operator_cell(row["cell"])
     dtype = getattr(torch, row["dtype"].replace("tf32", "float32"))
     sizes = {"hidden_size": row["H"], "sequences": row["B"], "directions": row.get("directions", 1)}
     tf32 = row["dtype"] == "tf32"
@@ -108,7 +107,7 @@ def sample_of(row: Row) -> Sample | None:
     else:
         return None
     layer = tuple(row[name] for name in ("cell", "dtype", "H", "B", "directions"))
-    return Sample(layer, *terms, row["us"])
+    return Sample(layer, terms, row["us"])
 
 
 def long_sample(row: Row, facts: Row) -> Sample | None:
@@ -119,7 +118,7 @@ def long_sample(row: Row, facts: Row) -> Sample | None:
     terms = require("seqkernels.backends.cudnn").terms(call, gpu_of(row["gpu"], facts), False)
     if "PERSIST" not in terms.key:
         return None
-    return Sample((row["problem"], row["cell"], row["dtype"]), *terms, row["median_ms"] * 1e3 / row["T"])
+    return Sample((row["problem"], row["cell"], row["dtype"]), terms, row["median_ms"] * 1e3 / row["T"])
 
 
 # ---- the fit
@@ -128,9 +127,9 @@ def long_sample(row: Row, facts: Row) -> Sample | None:
 def fitted(samples: Iterable[Sample]) -> Constants:
     """Of each kernel the constants, none below zero, of the least sum of squared relative errors."""
     constants = {}
-    for key, group in grouped(samples, lambda sample: sample.key):
-        terms, us = np.array([sample.terms for sample in group]), np.array([sample.us for sample in group])
-        known = np.array([sample.known for sample in group])
+    for key, group in grouped(samples, lambda sample: sample.terms.key):
+        terms, us = np.array([sample.terms.terms for sample in group]), np.array([sample.us for sample in group])
+        known = np.array([sample.terms.known for sample in group])
         constants[key] = tuple(round(float(x), 4) for x in least_squares(terms / us[:, None], (us - known) / us))
     return constants
 
@@ -143,10 +142,6 @@ def least_squares(terms: np.ndarray, wanted: np.ndarray, rounds: int = 2000) -> 
             if gram[i, i]:
                 found[i] = max(0.0, found[i] - (gram[i] @ found - right[i]) / gram[i, i])
     return found
-
-
-def predicted(sample: Sample, constants: Constants) -> float:
-    return sample.known + float(np.dot(sample.terms, constants[sample.key]))
 
 
 def grouped(items: Iterable[T], of: Callable[[T], object]) -> list[tuple[str, list[T]]]:
@@ -163,14 +158,14 @@ def held_out(samples: list[Sample], more: list[Sample]) -> list[tuple[Sample, fl
     for fold in range(FOLDS):
         out = set(layers[fold::FOLDS])
         constants = fitted([sample for sample in samples if sample.layer not in out] + more)
-        pairs += [(sample, predicted(sample, constants)) for sample in samples if sample.layer in out]
+        pairs += [(sample, sample.terms.us(constants[sample.terms.key])) for sample in samples if sample.layer in out]
     return pairs
 
 
 def say_residuals(samples: list[Sample], more: list[Sample]) -> None:
     pairs = held_out(samples, more)
     print("held out: relative error of the predictions, median and greatest")
-    for key, group in grouped(pairs, lambda pair: pair[0].key):
+    for key, group in grouped(pairs, lambda pair: pair[0].terms.key):
         errors = [abs(us / sample.us - 1) for sample, us in group]
         print(f"  {key:40} {len(errors):4} rows  {statistics.median(errors):6.1%}  {max(errors):6.1%}")
     lost = regrets(pairs)
@@ -184,7 +179,7 @@ def say_residuals(samples: list[Sample], more: list[Sample]) -> None:
 def regrets(pairs: list[tuple[Sample, float]]) -> list[float]:
     """How many times as long as the best what the predictions choose took, of each layer and pass."""
     found = []
-    for _, group in grouped(pairs, lambda pair: (*pair[0].layer, pair[0].key.split()[-1])):
+    for _, group in grouped(pairs, lambda pair: (*pair[0].layer, pair[0].terms.key.split()[-1])):
         chosen = min(group, key=lambda pair: pair[1])[0]
         found.append(chosen.us / min(sample.us for sample, _ in group))
     return found
@@ -210,7 +205,7 @@ def steps_of(backend: str, call, gpu, constants: Constants) -> float:
     """Microseconds of a step through one layer, by the cheapest path."""
 
     def cost(terms) -> float:
-        return terms.known + float(np.dot(terms.terms, constants[terms.key]))
+        return terms.us(constants[terms.key])
 
     passes, launch = ((False, True) if call.training else (False,)), require("seqkernels.backends.cuda.launch")
     if backend == "cudnn":

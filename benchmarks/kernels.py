@@ -3,7 +3,6 @@
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ import torch
 from benchmarks import InputError, problems, record
 from benchmarks.cases import Case, add_case_options, cases_of
 from benchmarks.contenders import CONTENDERS, OURS, OWN, USUAL, Unavailable, explain, versions
-from benchmarks.options import round_count
+from benchmarks.options import add_out, check_device, round_count
 from benchmarks.problems import flops
-from benchmarks.timing import InProcess, Worker, paired, peak_gflops, speedup, summary
+from benchmarks.timing import InProcess, Worker, paired, peak_gflops, speedup, stopping, summary
 
 QUICK_ROUNDS = 31
 # A difference that is taken for none, however little the runs of one process spread: where memory happens to lie makes
@@ -35,19 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help=f"a first look: {' '.join(problems.QUICK)}, {QUICK_ROUNDS} rounds"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=record.RESULTS,
-        metavar="DIR",
-        help="for the result rows (benchmarks/results)",
-    )
+    add_out(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure every case asked for; 1 if a result was wrong."""
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device}: torch sees no GPU here.")
+    check_device(options.device)
     names = list(CONTENDERS) if "all" in options.contender else list(dict.fromkeys(options.contender))
     cases = cases_of(options, problems.QUICK if options.quick else problems.USUAL)
     file = options.out / "kernels.jsonl"
@@ -58,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"threads: {threads}; peak:", f"{peak:.0f} GFLOP/s" if peak else "not known without compiled kernels")
         on_gpu = options.device.startswith("cuda")
         workers = [InProcess(name) if on_gpu else Worker(name, threads) for name in names]
-        try:
+        with stopping(workers):
             for case in group:
                 try:
                     rows = measure(case, workers, QUICK_ROUNDS if options.quick else options.rounds)
@@ -74,9 +66,6 @@ def run(options: argparse.Namespace) -> int:
                 failed |= not rows[0]["right"]
                 record.append(file, *rows)
                 show(case, rows)
-        finally:
-            for worker in workers:
-                worker.stop()
     print(f"Rows: {file}")
     return int(failed)
 

@@ -1,9 +1,29 @@
-"""Types of command-line options: each refuses what it does not take in one sentence."""
+"""Command-line options: each refuses what it does not take in one sentence."""
 
 import argparse
 import math
+from pathlib import Path
+
+import torch
+
+from benchmarks import InputError, record
 
 MAX_THREADS = 1024
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=record.RESULTS, metavar="DIR", help="for the result rows (benchmarks/results)"
+    )
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        InputError: a GPU where torch sees none.
+    """
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU here.")
 
 
 def natural(text: str) -> int:

@@ -45,6 +45,13 @@ PROBLEMS = {
 USUAL = ("step", "names", "names256", "news", "charlm", "charlm1", "big", "big1024")
 QUICK = ("step", "names", "news")
 CELLS = ("GRU", "LSTM", "RNN")
+
+
+def operator_cell(name: str) -> str:
+    """What seqkernels' operators call the cell of a module."""
+    return "rnn_tanh" if name == "RNN" else name.lower()
+
+
 GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,9 @@ import torch
 from benchmarks import InputError, kernels, record
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import OURS, OWN
-from benchmarks.options import round_count, thread_count
+from benchmarks.options import add_out, round_count, thread_count
 from benchmarks.problems import CELLS, Problem
-from benchmarks.timing import Worker
+from benchmarks.timing import Worker, stopping
 
 
 class Axis(NamedTuple):
@@ -43,9 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=CASES["dtype"], default="float32")
     parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--rounds", type=round_count, default=5, metavar="N", help="of both sides (%(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=record.RESULTS, metavar="DIR", help="for the rows (benchmarks/results)"
-    )
+    add_out(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,12 +82,8 @@ def measure(axis: str, value: float, options: argparse.Namespace) -> list[dict[s
     else:
         problem = problem._replace(**{axis: int(value)})
     case = Case("scaling", options.cell, options.mode, layout, options.dtype, threads, "cpu", problem)
-    workers = [Worker(name, threads) for name in CONTENDERS]
-    try:
+    with stopping([Worker(name, threads) for name in CONTENDERS]) as workers:
         rows = kernels.measure(case, workers, options.rounds)
-    finally:
-        for worker in workers:
-            worker.stop()
     if not rows[0]["right"]:
         raise InputError(
             f"{axis} = {value:g}: wrong results are not timed; relative errors {kernels.said_errors(rows)}"

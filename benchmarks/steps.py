@@ -11,15 +11,16 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import InputError, record, require
-from benchmarks.options import positive, positive_float
+from benchmarks.options import add_out, check_device, positive, positive_float
+from benchmarks.problems import CELLS, operator_cell
 from benchmarks.record import Row
+from benchmarks.timing import timed
 
 AXES: dict[str, tuple] = {
     "cell": ("gru", "lstm", "rnn_tanh"),
@@ -31,7 +32,7 @@ AXES: dict[str, tuple] = {
 STEPS = {"cuda": (1024, 3072), "cpu": (64, 192)}
 INPUT_SIZE = 8  # so that a step is the recurrence, and hardly its input projection
 RUNS = 5
-MODULES = {"gru": "GRU", "lstm": "LSTM", "rnn_tanh": "RNN"}
+MODULES = {operator_cell(name): name for name in CELLS}
 
 
 class Layer(NamedTuple):
@@ -56,15 +57,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--budget", type=positive_float, default=240.0, metavar="SECONDS", help="no layer begins after (%(default)s)"
     )
     parser.add_argument("--steps", type=positive, nargs=2, metavar="T", help="the two (1024 3072; on a CPU 64 192)")
-    parser.add_argument(
-        "--out", type=Path, default=record.RESULTS, metavar="DIR", help="for the result rows (benchmarks/results)"
-    )
+    add_out(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     began, device = time.monotonic(), torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device}: torch sees no GPU here.")
+    check_device(options.device)
     steps = sorted(options.steps or STEPS[device.type])
     if steps[0] == steps[1]:
         raise InputError("--steps: a slope needs two different numbers.")
@@ -133,12 +131,7 @@ def microseconds(run: Callable[[], Any], device: torch.device) -> float:
     """Of one run: on a GPU by its own clock, with the next runs in the queue before the first one ends."""
     run()
     if device.type != "cuda":
-        times = []
-        for _ in range(RUNS):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        return min(times) * 1e6
+        return min(timed(run) for _ in range(RUNS)) * 1e6
     events = [torch.cuda.Event(enable_timing=True) for _ in range(RUNS + 1)]
     run()  # so that the GPU is at work when the first event is recorded
     events[0].record()

@@ -1,5 +1,6 @@
 """Paired timing: contenders run in turn, round after round; on a CPU each in a process of its own."""
 
+import contextlib
 import functools
 import importlib
 import itertools
@@ -8,10 +9,10 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -114,6 +115,19 @@ class InProcess:
 
     def stop(self) -> None:
         self.case = self.run = None
+
+
+W = TypeVar("W", bound=Sequence[Worker | InProcess])
+
+
+@contextlib.contextmanager
+def stopping(workers: W) -> Iterator[W]:
+    """Workers that are gone afterwards."""
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkernels import modules, trial
-from seqkernels.drop_in import DropIn
+from seqkernels.drop_in import DropIn, check_module
 
 # torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
 OURS = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")}
@@ -167,9 +167,7 @@ def swap_out(model: nn.Module) -> Report:
 
 
 def _check_model(model: object, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TypeError(f"{function} takes a model, which is one torch.nn.Module, got {what}")
+    check_module(model, f"{function} takes a model, which is one torch.nn.Module")
 
 
 def _torchs_class(module: nn.Module) -> type | None:

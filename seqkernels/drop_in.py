@@ -32,6 +32,16 @@ def counting_as(torchs: dict[type, type]) -> Iterator[None]:
         DropIn.counting = before
 
 
+def check_module(value: object, sentence: str) -> None:
+    """
+    Raises:
+        TypeError: `sentence`, and what was given, where that is no module.
+    """
+    if not isinstance(value, nn.Module):
+        what = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"{sentence}, got {what}")
+
+
 def parameters(module: nn.Module, names: Sequence[str]) -> list:
     # A parametrized weight is no parameter but an attribute; nn.Module's own lookup would take twice the time.
     parameters = module._parameters

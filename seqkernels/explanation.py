@@ -52,9 +52,7 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
         ValueError, RuntimeError: as the module itself, for what does not fit, and where the backend that is forced
             cannot run.
     """
-    if not isinstance(module, nn.Module):
-        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
-        raise TypeError(f"explain takes a module, got {what}")
+    drop_in.check_module(module, "explain takes a module")
     if not args and not kwargs:
         return Explanation(_explained(name, found) for name, found in _recurrent_in(module))
     if modules.is_recurrent(module):

@@ -51,16 +51,19 @@ _UNMEASURED = {
 
 
 class Terms(NamedTuple):
-    """What a step costs: known + sum(constants * terms) microseconds, with the constants of `key`."""
+    """What a step costs, by the constants of `key`."""
 
     key: str
     terms: tuple[float, ...]
     known: float = 0.0
 
+    def us(self, constants: tuple[float, ...]) -> float:
+        """Microseconds."""
+        return self.known + sum(constant * term for constant, term in zip(constants, self.terms, strict=True))
+
 
 def cost(found: Terms, gpu: GPU) -> float:
-    constants = MEASURED.get(gpu.name, _UNMEASURED).get(found.key) or _UNMEASURED[found.key]
-    return found.known + sum(constant * term for constant, term in zip(constants, found.terms, strict=True))
+    return found.us(MEASURED.get(gpu.name, _UNMEASURED).get(found.key) or _UNMEASURED[found.key])
 
 
 def of_call(backend: str, call: Call, gpu: GPU) -> float:
