@@ -1,14 +1,20 @@
 """PyTorch's samples of its recurrent modules (torch.testing._internal.common_modules), built and run as ours and as
 torch.nn's."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_leaves, tree_map
 
 import seqkernels
+
+# Importing it takes the setting of torch.backends' flags from the whole process, and so from other files' tests.
+with mock.patch("torch.backends.disable_global_flags"):
+    from torch.testing._internal.common_modules import module_db
+
 
 NAMES = ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")
 INFOS = [info for info in module_db if info.module_cls in {getattr(nn, name) for name in NAMES}]
