@@ -1,6 +1,7 @@
 // The arguments of the operators, checked: what the operators of every native backend do first.
 #pragma once
 #include <iterator>
+#include <type_traits>
 
 #include "layer.h"
 #include "tensors.h"
@@ -40,13 +41,14 @@ inline Scalar scalar_of(ScalarType type) {
 }
 
 // What both operators take.
-struct LayerArguments {
+struct StackArguments {
   Cell cell;
   const Tensor& x;
   const Tensors& weights;
   const Tensor& h_0;
   const Optional& c_0;
   const Optional& batch_sizes;
+  int64_t layers;
 };
 
 // What the operator of the backward pass takes besides.
@@ -63,7 +65,20 @@ struct CheckOptions {
   bool read_sizes = true;  // into batch_sizes that are on the CPU
 };
 
-// One direction of `count` flat weights of a layer: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr.
+// Where `saved` has what a layer leaves there: its blocks [N, D, K*H], and, of all layers but the last, behind them its
+// y [N, D*P].
+struct SavedLayout {
+  int64_t blocks, y;  // elements of a layer
+
+  SavedLayout(const Layer& p, int64_t rows)
+      : blocks(rows * p.directions * saved_blocks_of(p.cell) * p.hidden), y(rows * p.directions * p.projected) {}
+
+  int64_t blocks_of(int64_t layer) const { return layer * (blocks + y); }
+  int64_t y_of(int64_t layer) const { return blocks_of(layer) + blocks; }
+};
+
+// One direction of `count` flat weights of a stack: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr.
+// `directions`: of all layers.
 template <class T>  // Tensor or const Tensor
 WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int direction) {
   const size_t each = count / directions;
@@ -75,13 +90,17 @@ WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int
 // Without, there is nothing to compute, and no gradient.
 inline bool has_states(const Layer& p) { return p.sequences && (p.hidden || p.projected); }
 
-// Checks arguments, fills a layer with pointers to them, and keeps contiguous copies alive as long as these are used.
+// Checks the arguments of a stack, fills one layer after another with pointers to them, and keeps contiguous copies
+// alive as long as these are used.
 class CheckedArguments {
  public:
-  CheckedArguments(Layer& p, const LayerArguments& arguments, CheckOptions options = {})
+  // `p` has what all layers have in common, and the arguments of the first one.
+  CheckedArguments(Layer& p, const StackArguments& arguments, CheckOptions options = {})
       : type_(arguments.x.scalar_type()),
+        element_size_(arguments.x.element_size()),
         device_(arguments.x.device()),
-        alignment_(options.alignment * arguments.x.element_size()),
+        layers_(arguments.layers),
+        alignment_(options.alignment * element_size_),
         has_c_(arguments.c_0.has_value()) {
     p.cell = arguments.cell;
     p.scalar = scalar_of(type_);
@@ -91,28 +110,59 @@ class CheckedArguments {
   }
 
   void set_backward(LayerBackward& p, const BackwardArguments& arguments) {
-    const int64_t D = p.directions, N = rows_, B = p.sequences, H = p.hidden, P = p.projected;
+    const int64_t D = p.directions, N = rows_, B = p.sequences, H = p.hidden, P = p.projected, L = layers_;
     const auto optional = [&](const Optional& tensor, const char* name, const Shape& shape) {
       return tensor ? check_contiguous(*tensor, name, shape) : nullptr;
     };
     p.grad_y = optional(arguments.grad_y, "grad_y", {N, D * P});
-    p.grad_h_n = optional(arguments.grad_h_n, "grad_h_n", {D, B, P});
+    grad_h_n_ = optional(arguments.grad_h_n, "grad_h_n", {L * D, B, P});
     check(has_c_ || !arguments.grad_c_n || !arguments.grad_c_n->numel(), "grad_c_n goes with an LSTM only");
-    p.grad_c_n = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
-    p.y = check_contiguous(arguments.y, "y", {N, D * P});
-    p.saved = check_contiguous(arguments.saved, "saved", {N, D, saved_blocks_of(p.cell) * H});
+    grad_c_n_ = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {L * D, B, H}) : nullptr;
+    y_ = check_contiguous(arguments.y, "y", {N, D * P});
+    saved_ = check_contiguous(arguments.saved, "saved", {N, D, L * (saved_blocks_of(p.cell) * H + P) - P});
+    set_layer_backward(p, 0);
+  }
+
+  int64_t layers() const { return layers_; }
+
+  // Another layer, whose input is `x`.
+  void set_layer(Layer& p, int64_t layer, const void* x) const {
+    p.x = x;
+    p.input = layer ? p.directions * p.projected : input_;
+    std::copy_n(weights_.begin() + layer * p.directions, p.directions, p.weights);
+    p.h_0 = at(h_0_, layer * p.directions * p.sequences * p.projected);
+    p.c_0 = at(c_0_, layer * p.directions * p.sequences * p.hidden);
+  }
+
+  // Another layer on the way back, but for the gradient of its y.
+  void set_layer_backward(LayerBackward& p, int64_t layer) const {
+    const SavedLayout layout(p, rows_);
+    set_layer(p, layer, layer ? at(saved_, layout.y_of(layer - 1)) : x_);
+    p.grad_h_n = at(grad_h_n_, layer * p.directions * p.sequences * p.projected);
+    p.grad_c_n = at(grad_c_n_, layer * p.directions * p.sequences * p.hidden);
+    p.y = layer == layers_ - 1 ? y_ : at(saved_, layout.y_of(layer));
+    p.saved = at(saved_, layout.blocks_of(layer));
+  }
+
+  // Element `i` of an array, if there is one.
+  template <class Pointer>  // void* or const void*
+  Pointer at(Pointer data, int64_t i) const {
+    using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char*, const char*>;
+    return data ? static_cast<Byte>(data) + i * element_size_ : nullptr;
   }
 
  private:
-  void set_sizes(Layer& p, const LayerArguments& arguments) {
-    const auto& [cell, x, weights, h_0, c_0, batch_sizes] = arguments;
+  void set_sizes(Layer& p, const StackArguments& arguments) {
+    const auto& [cell, x, weights, h_0, c_0, batch_sizes, layers] = arguments;
     check(x.dim() == 2, "x is [rows, input size], got ", x.dim(), " dimensions");
     check(h_0.dim() == 3, "h_0 is [directions, sequences, hidden size], got ", h_0.dim(), " dimensions");
-    check(h_0.size(0) == 1 || h_0.size(0) == 2, "an RNN has one or two directions, got ", h_0.size(0));
-    p.directions = static_cast<int>(h_0.size(0));
-    const size_t each = weights.size() / p.directions;
-    check(each * p.directions == weights.size() && each >= 2 && each <= 5,
-          "a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got ", weights.size(), " weights for ", p.directions,
+    const int64_t all = h_0.size(0), directions = layers > 0 ? all / layers : 0;  // all: directions of all layers
+    check(layers > 0 && directions * layers == all, "h_0 has ", all, " states for ", layers, " layers");
+    check(directions == 1 || directions == 2, "an RNN has one or two directions, got ", directions);
+    p.directions = static_cast<int>(directions);
+    const size_t each = weights.size() / all;
+    check(each * all == weights.size() && each >= 2 && each <= 5,
+          "a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got ", weights.size(), " weights for ", all,
           " directions");
     p.has_projection = each % 2;
     check(!p.has_projection || can_project(p.cell), "w_hr goes with an LSTM only");
@@ -120,7 +170,7 @@ class CheckedArguments {
     check(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size], got ", weights[0].dim(), " dimensions");
     const int64_t gates = gates_of(p.cell), rows = weights[0].size(0);
     rows_ = x.size(0);
-    p.input = x.size(1);
+    p.input = input_ = x.size(1);
     p.sequences = h_0.size(1);
     p.projected = h_0.size(2);
     p.hidden = rows / gates;
@@ -129,20 +179,23 @@ class CheckedArguments {
           p.hidden);
   }
 
-  void set_arrays(Layer& p, const LayerArguments& arguments) {
-    const int64_t D = p.directions, I = p.input, B = p.sequences, H = p.hidden, P = p.projected;
-    const int64_t GH = gates_of(p.cell) * H;
-    p.x = check_contiguous(arguments.x, "x", {rows_, I});
-    for (int d = 0; d < D; d++) {
-      const auto of = weights_of_direction(arguments.weights.data(), arguments.weights.size(), p.directions, d);
-      p.weights[d].w_ih = check_contiguous(*of.w_ih, "w_ih", {GH, I});
-      p.weights[d].w_hh = check_contiguous(*of.w_hh, "w_hh", {GH, P});
-      p.weights[d].b_ih = of.b_ih ? check_contiguous(*of.b_ih, "b_ih", {GH}) : nullptr;
-      p.weights[d].b_hh = of.b_hh ? check_contiguous(*of.b_hh, "b_hh", {GH}) : nullptr;
-      p.weights[d].w_hr = of.w_hr ? check_contiguous(*of.w_hr, "w_hr", {P, H}) : nullptr;
+  void set_arrays(Layer& p, const StackArguments& arguments) {
+    const int64_t B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
+    const int all = static_cast<int>(layers_) * p.directions;
+    x_ = check_contiguous(arguments.x, "x", {rows_, p.input});
+    for (int d = 0; d < all; d++) {
+      const auto of = weights_of_direction(arguments.weights.data(), arguments.weights.size(), all, d);
+      WeightsOf<const void*> w{};
+      w.w_ih = check_contiguous(*of.w_ih, "w_ih", {GH, d < p.directions ? p.input : p.directions * P});
+      w.w_hh = check_contiguous(*of.w_hh, "w_hh", {GH, P});
+      w.b_ih = of.b_ih ? check_contiguous(*of.b_ih, "b_ih", {GH}) : nullptr;
+      w.b_hh = of.b_hh ? check_contiguous(*of.b_hh, "b_hh", {GH}) : nullptr;
+      w.w_hr = of.w_hr ? check_contiguous(*of.w_hr, "w_hr", {P, H}) : nullptr;
+      weights_.push_back(w);
     }
-    p.h_0 = check_contiguous(arguments.h_0, "h_0", {D, B, P});
-    p.c_0 = arguments.c_0 ? check_contiguous(*arguments.c_0, "c_0", {D, B, H}) : nullptr;
+    h_0_ = check_contiguous(arguments.h_0, "h_0", {all, B, P});
+    c_0_ = arguments.c_0 ? check_contiguous(*arguments.c_0, "c_0", {all, B, H}) : nullptr;
+    set_layer(p, 0, x_);
   }
 
   const void* check_contiguous(const Tensor& tensor, const char* name, const Shape& shape) {
@@ -216,10 +269,17 @@ class CheckedArguments {
   }
 
   ScalarType type_;
+  int64_t element_size_;
   torch::stable::Device device_;
+  int64_t layers_;
   uintptr_t alignment_;
-  int64_t rows_ = 0;  // of x; steps may use fewer
   bool has_c_;
+  int64_t rows_ = 0;  // of x; steps may use fewer
+  int64_t input_ = 0;
+  // Of all layers.
+  std::vector<WeightsOf<const void*>> weights_;  // [L*D]
+  const void *x_ = nullptr, *h_0_ = nullptr, *c_0_ = nullptr;
+  const void *grad_h_n_ = nullptr, *grad_c_n_ = nullptr, *y_ = nullptr, *saved_ = nullptr;
   std::vector<Tensor> copies_;
   std::vector<int64_t> batch_sizes_, offsets_;
 };

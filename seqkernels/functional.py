@@ -172,12 +172,13 @@ def recurrent(
 def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
-    layers, directions = call.layers, call.directions
-    # cuDNN takes all layers at once, unless there is dropout between them: its own could not be differentiated twice.
-    if layers == 1 or (plan.backend == "cudnn" and dropout == 0):
+    layers, directions, each = call.layers, call.directions, len(weights) // call.layers
+    # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it would
+    # compute. (cuDNN cannot leave any out.)
+    if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, each))):
         save = modes.wants_gradients(y, h_0, c_0, *weights)
         return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)
-    h_n, c_n, each = [], [], len(weights) // layers
+    h_n, c_n = [], []
     for layer in range(layers):
         if layer and dropout > 0:
             y = F.dropout(y, dropout, True)
@@ -189,6 +190,12 @@ def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: 
         h_n.append(h)
         c_n.append(c)
     return y, torch.cat(h_n), torch.cat(c_n)
+
+
+def _want_alike(weights: Sequence[Tensor], each: int) -> bool:
+    """Whether the weights of all layers want gradients, or those of none."""
+    wants = [modes.wants_gradients(*weights[k : k + each]) for k in range(0, len(weights), each)]
+    return all(wants) or not any(wants)
 
 
 def recurrent_cell(

@@ -1,4 +1,4 @@
-"""The operator pair: recurrence_forward and recurrence_backward, one layer with all its directions.
+"""The operator pair: recurrence_forward and recurrence_backward, layers with all their directions.
 
 ``torch.ops.seqkernels.recurrence_forward.<backend>`` and its backward are overloads, one per backend, with one schema.
 Schema, fake kernel, autograd formula and autocast rule stand here once; a backend only computes.
@@ -8,22 +8,24 @@ nothing is projected), G gates (RNN 1, GRU 3, LSTM 4), D directions, L layers, K
 
 forward
     x ``[N, I]``
-    weights: for each direction w_ih ``[G*H, I]``, w_hh ``[G*H, P]``, with bias b_ih, b_hh ``[G*H]``, with projection
-    (LSTM) w_hr ``[P, H]``; torch.nn's order
-    h_0 ``[D, B, P]``, c_0 ``[D, B, H]`` (LSTM)
+    weights: for each layer, for each direction w_ih ``[G*H, I]`` (from the second layer on ``[G*H, D*P]``), w_hh
+    ``[G*H, P]``, with bias b_ih, b_hh ``[G*H]``, with projection (LSTM) w_hr ``[P, H]``; torch.nn's order
+    h_0 ``[L*D, B, P]``, c_0 ``[L*D, B, H]`` (LSTM)
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step come out as zeros, and have no part in anything. Sequences that never run keep their
     state. batch_sizes on a GPU that are not so are taken as the nearest that are (`seqkernels.late_checks`).
-    -> y ``[N, D*P]``, h_n ``[D, B, P]``, c_n ``[D, B, H]`` (else ``[D, B, 0]``), saved ``[N, D, K*H]``
+    -> y ``[N, D*P]``, h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]`` (else ``[L*D, B, 0]``), saved ``[N, D, L*(K*H + P) - P]``
 
-`saved` is part of the contract, so any backend's forward pairs with any backend's backward: the blocks named at
-`seqkernels.backends.cells.CELLS`. With ``save=False`` it is ``[N, D, 0]``.
+`saved` is part of the contract, so any backend's forward pairs with any backend's backward. Of one layer it is
+``[N, D, K*H]``, the blocks named at `seqkernels.backends.cells.CELLS`; of several, it holds those of each layer and, but
+for the last one, its y ``[N, D*P]``, one behind the other. With ``save=False`` it is ``[N, D, 0]``.
 
 backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
 
-launch, the last argument of both: what the plan of the call (`seqkernels.select`) tells its backend of the launch;
-empty where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
+launch, of both: what the plan of the call (`seqkernels.select`) tells its backend of the launch of each layer; empty
+where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
+layers, the last argument of both: L.
 
 The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has an autograd function of its own.
 
@@ -37,7 +39,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import batching, flops, inplace
-from seqkernels.backends import arguments, cuda, cudnn, torch_eager, triton
+from seqkernels.backends import arguments, cuda, cudnn, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import cast_for_autocast
@@ -45,13 +47,14 @@ from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
-    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[]) "
+    "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[], "
+    "int layers=1) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
     "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, "
     "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-    "int[] launch=[]) "
+    "int[] launch=[], int layers=1) "
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 
@@ -67,21 +70,22 @@ def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes:
         raise RuntimeError(f"batch_sizes is on the CPU or where x is, found {x.device} (x) and {batch_sizes.device}")
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1):
     _expect_one_device(x, (*weights, h_0, c_0), batch_sizes)
-    rows, (directions, sequences, projected) = x.shape[0], h_0.shape
-    blocks = CELLS[cell].saved_blocks if save else 0
+    rows, (all_directions, sequences, projected) = x.shape[0], h_0.shape
+    directions, blocks = all_directions // layers, CELLS[cell].saved_blocks * (weights[1].shape[0] // CELLS[cell].gates)
     return (
         x.new_empty(rows, directions * projected),
         torch.empty_like(h_0, memory_format=torch.contiguous_format),
-        h_0.new_empty(directions, sequences, 0 if c_0 is None else c_0.shape[2]),
-        x.new_empty(rows, directions, blocks * (weights[1].shape[0] // CELLS[cell].gates)),
+        h_0.new_empty(all_directions, sequences, 0 if c_0 is None else c_0.shape[2]),
+        x.new_empty(rows, directions, layers * (blocks + projected) - projected if save else 0),
     )
 
 
 def _fake_backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=()
-):
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=(),
+    layers=1,
+):  # fmt: skip
     _expect_one_device(x, (*weights, h_0, c_0, y, saved, grad_y, grad_h_n, grad_c_n), batch_sizes)
 
     def like(tensor, wanted=True):
@@ -96,11 +100,11 @@ def _fake_backward(
 
 
 def _save_for_backward(ctx, inputs, output):
-    cell, x, weights, h_0, c_0, batch_sizes, save, launch = inputs
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers = inputs
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
-    ctx.cell, ctx.save, ctx.launch = cell, save, launch
+    ctx.cell, ctx.save, ctx.launch, ctx.layers = cell, save, launch, layers
     ctx.changes = None
     if type(y) is Tensor:
         ctx.changes, y = inplace.Changes(y), y.data
@@ -116,17 +120,22 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = _BACKWARD[backend]
     if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
+        below = stack.parts(saved, ctx.layers, y.shape[1])[1] if ctx.layers > 1 else [x]
+        *_, (of_layer, *states) = stack.each(ctx.layers, weights, h_0, c_0)
         with torch.no_grad():
-            y = _FORWARD[backend](ctx.cell, x, weights, h_0, c_0, batch_sizes, False, ctx.launch)[0]
-    layer = x, weights, h_0, c_0, batch_sizes, y, saved
-    args = ctx.cell, grad_y, grad_h_n, grad_c_n, *layer, wants_x, wants_weights, ctx.launch
+            y = _FORWARD[backend](ctx.cell, below[-1], of_layer, *states, batch_sizes, False, ctx.launch)[0]
+    of_stack = x, weights, h_0, c_0, batch_sizes, y, saved
+    args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
     if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes):
-        # Nobody has read h, so that a projection w_hr has had no part in anything: no gradient, as in torch.nn.
-        each = len(weights) // len(h_0)
-        grad_weights = [None if each % 2 and k % each == each - 1 else grad for k, grad in enumerate(grad_weights)]
+        # Nobody has read h of the last layer, so that its projection w_hr has had no part in anything: no gradient, as
+        # in torch.nn.
+        each, first = len(weights) // len(h_0), len(weights) - len(weights) // ctx.layers
+        grad_weights = [
+            None if each % 2 and k % each == each - 1 and k >= first else grad for k, grad in enumerate(grad_weights)
+        ]
     return (
         grad_x if wants_x else None,
         grad_weights if wants_weights else [None] * len(weights),
@@ -150,15 +159,15 @@ def _registered_backward_of(backend: str):
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
             ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
-        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *_grad_of_launch(ctx.launch)
+        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *_grads_of_options(ctx)
 
     return formula
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, wants_x, wants_weights, launch = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, *wants, launch, layers = inputs
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.wants, ctx.launch = cell, (wants_x, wants_weights), launch
+    ctx.cell, ctx.wants, ctx.launch, ctx.layers = cell, wants, launch, layers
     ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
 
 
@@ -179,10 +188,10 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
             for t, need in zip((*first, *weights), needed, strict=True)
         ]
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = inputs
-        layer = x, weights, h_0, c_0, batch_sizes
-        y, _, _, saved = torch_eager.forward(ctx.cell, *layer, True)
+        of_stack = x, weights, h_0, c_0, batch_sizes
+        y, _, _, saved = torch_eager.forward(ctx.cell, *of_stack, True, layers=ctx.layers)
         grad_x, grad_weights, grad_h_0, grad_c_0 = torch_eager.backward(
-            ctx.cell, grad_y, grad_h_n, grad_c_n, *layer, y, saved, *ctx.wants
+            ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *ctx.wants, layers=ctx.layers
         )
     outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
@@ -197,12 +206,12 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
     # Zeros where nothing depends on an input, as the slope of relu does not: torch.nn's graph has that input as well.
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found) if need else None for need in needed)
     grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
-    return *grads, *_grad_of_launch(ctx.launch)
+    return *grads, *_grads_of_options(ctx)
 
 
-def _grad_of_launch(launch: Sequence[int]) -> tuple[None, ...]:
-    """torch.library leaves a last argument out that has its default, and then wants no gradient of it."""
-    return (None,) if launch else ()
+def _grads_of_options(ctx) -> tuple[None, ...]:
+    """torch.library leaves last arguments out that have their defaults, and then wants no gradient of them."""
+    return (None, None) if ctx.layers > 1 else (None,) if ctx.launch else ()
 
 
 def _register(backend: str) -> None:
@@ -220,16 +229,20 @@ def _register(backend: str) -> None:
         batching.register(f"{name}.{backend}", operator, _library)
 
 
-def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=()):
-    arguments.check(cell, x, weights, h_0, c_0, batch_sizes)
-    return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch)
+def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1):
+    arguments.check(cell, x, weights, h_0, c_0, batch_sizes, layers)
+    return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
 
 
-def _checked_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, *wants):
-    arguments.check(cell, x, weights, h_0, c_0, batch_sizes)
-    arguments.check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved)
+def _checked_backward(
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=(),
+    layers=1,
+):  # fmt: skip
+    arguments.check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     grads = grad_y, grad_h_n, grad_c_n
-    return torch_eager.backward(cell, *grads, x, weights, h_0, c_0, batch_sizes, y, saved, *wants)
+    arguments.check_backward(cell, grads, x, weights, h_0, c_0, y, saved, layers)
+    of_stack = x, weights, h_0, c_0, batch_sizes, y, saved
+    return torch_eager.backward(cell, *grads, *of_stack, wants_x, wants_weights, launch, layers)
 
 
 _backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
@@ -255,8 +268,8 @@ class _Recurrence(torch.autograd.Function):
     """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
-    def forward(ctx, backend, launch, cell, x, h_0, c_0, batch_sizes, *weights):
-        args = cell, x, weights, h_0, c_0, batch_sizes, True, launch
+    def forward(ctx, backend, launch, layers, cell, x, h_0, c_0, batch_sizes, *weights):
+        args = cell, x, weights, h_0, c_0, batch_sizes, True, launch, layers
         output = _below_autograd(_FORWARD[backend], *args)
         _save_for_backward(ctx, args, output)
         ctx.backend = backend
@@ -266,9 +279,9 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
         needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[3], any(needs[7:])
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[4], any(needs[8:])
         )
-        return None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+        return None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
 def _below_autograd(operator, *args):
@@ -291,11 +304,11 @@ def recurrence_forward(
     """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n; `save`: gradients are wanted.
 
     Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
-    operations. The backend cudnn takes all layers of `call` at once, the others one.
+    operations.
     """
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
-    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch
+    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
         return _FORWARD[plan.backend](*args)[:3]
     if call.transformed:
@@ -303,7 +316,8 @@ def recurrence_forward(
     if save:
         if torch._C._get_tracing_state() is not None:
             raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
-        return _Recurrence.apply(plan.backend, plan.launch, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
+        options = plan.backend, plan.launch, call.layers
+        return _Recurrence.apply(*options, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 
 

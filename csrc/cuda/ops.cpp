@@ -32,13 +32,42 @@ Plan plan_of(int64_t path, int64_t tile, int64_t units) {
 }
 
 // Rows that no step uses are zeros; where only the GPU knows which these are, all rows are.
-void zero_rows(const CallContext& context, const Layer& p, Tensor& tensor, bool ragged) {
-  if (!tensor.numel() || !ragged) return;
-  const int64_t rows = tensor.size(0), from = p.batch_sizes ? p.rows : 0, width = tensor.numel() / rows;
+void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t elements, int64_t rows, bool ragged) {
+  if (!data || !elements || !ragged) return;
+  const int64_t from = p.batch_sizes ? p.rows : 0, width = elements / rows;
   if (from == rows) return;
-  Tensor rest = context.view(context.at(tensor.mutable_data_ptr(), from * width), {rows - from, width});
+  Tensor rest = context.view(context.at(data, from * width), {rows - from, width});
   zero(rest);
 }
+
+// Of a tensor of all layers [L*D, B, *], that of one.
+Tensor of_layer(const CallContext& context, Tensor& all, int64_t layers, int64_t layer) {
+  if (layers == 1 || !all.numel()) return all;
+  const Shape shape{all.size(0) / layers, all.size(1), all.size(2)};
+  return context.view(context.at(all.mutable_data_ptr(), layer * (all.numel() / layers)), shape);
+}
+
+Tensor in_accumulator_type(const CallContext& context, const Tensor& like) {
+  const auto sizes = like.sizes();
+  return context.allocate(Shape(sizes.begin(), sizes.end()), context.accumulator_type());
+}
+
+// What layers hand to each other, [N, D*P], where nobody keeps it: that of the last two.
+class Between {
+ public:
+  Between(const CallContext& context, int64_t layers, const Layer& p, int64_t rows)
+      : count_(std::min<int64_t>(layers - 1, 2)), size_(rows * p.directions * p.projected) {
+    if (count_) rows_ = context.allocate({count_ * size_});
+  }
+
+  void* of(const CallContext& context, int64_t layer) {
+    return size_ ? context.at(rows_->mutable_data_ptr(), layer % count_ * size_) : nullptr;
+  }
+
+ private:
+  int64_t count_, size_;
+  Optional rows_;
+};
 
 // What the passes of a sweep have in common, but for the steps. `rows`: of x.
 void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
@@ -53,9 +82,21 @@ void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
   sweep.projected = p.projected;
 }
 
+// A state that changes in place, or its gradient, begins as the initial one (the gradient of the final one), or as
+// zeros.
+void begin_as(const CallContext& context, Tensor& state, const void* initial) {
+  if (!state.numel()) return;
+  const auto sizes = state.sizes();
+  if (initial)
+    copy(state, context.view(initial, Shape(sizes.begin(), sizes.end())));
+  else
+    zero(state);
+}
+
 // ---- forward
 
 struct ForwardResults {
+  bool save;
   Tensor y, h_n, c_n, saved;
 };
 
@@ -65,16 +106,24 @@ void copy_states(ForwardResults& results, const Tensor& h_0, const Optional& c_0
   if (c_0) copy(results.c_n, *c_0);
 }
 
-void run_forward(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, const Tensor& h_0,
-                 const Optional& c_0, const Optional& batch_sizes, ForwardResults& results) {
-  const int64_t rows = results.y.size(0);
-  ForwardArgs sweep{};
-  set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, false);
-  const Workspace<ForwardMemory> memory(context, context, p, rows, batch_sizes, launch);
-  const StepOffsets steps(context, p, batch_sizes, memory->steps);
-  sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
-  sweep.gates_x = memory->gates_x;
+// Where layer `l` writes its results.
+void set_results(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, int64_t l,
+                 ForwardResults& results, Between& between, bool ragged) {
+  const int64_t rows = results.y.size(0), D = p.directions, B = p.sequences;
+  const SavedLayout layout(p, rows);
+  void* saved = results.save ? pointer(results.saved) : nullptr;
+  p.y = l == arguments.layers() - 1 ? pointer(results.y)
+        : results.save              ? arguments.at(saved, layout.y_of(l))
+                                    : between.of(context, l);
+  p.saved = layout.blocks ? arguments.at(saved, layout.blocks_of(l)) : nullptr;
+  p.h_n = arguments.at(pointer(results.h_n), l * D * B * p.projected);
+  p.c_n = arguments.at(pointer(results.c_n), l * D * B * p.hidden);
+  zero_rows(context, p, p.y, layout.y, rows, ragged);
+  zero_rows(context, p, p.saved, layout.blocks, rows, ragged);
+}
+
+// The arguments of a sweep through one layer.
+void set_layer(const CallContext& context, ForwardArgs& sweep, const LayerForward& p) {
   for (int d = 0; d < p.directions; d++) {
     const auto& w = p.weights[d];
     sweep.w_hh[d] = w.w_hh;
@@ -82,36 +131,58 @@ void run_forward(const CallContext& context, const Layer& p, const Plan& plan, b
     sweep.b_hn[d] = apart_of(p.cell) && w.b_hh ? context.at(w.b_hh, folded) : nullptr;
   }
   sweep.h_0 = p.h_0, sweep.c_0 = p.c_0;
-  sweep.y = pointer(results.y), sweep.saved = pointer(results.saved);
-  sweep.h_n = pointer(results.h_n), sweep.c_n = pointer(results.c_n);
-  prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
-  project_input(context, p, rows, *memory);
-  if (plan.path != Path::stepwise) return sweep_forward(context, launch, memory->sweep, sweep);
-  copy(results.h_n, h_0);
-  Tensor c = context.allocate({p.directions, p.sequences, c_0 ? p.hidden : 0}, context.accumulator_type());
-  if (c_0) copy(c, *c_0);
-  stepwise_forward(context, p, steps, sweep, results.h_n, c);
-  if (c_0) copy(results.c_n, c);
+  sweep.y = p.y, sweep.saved = p.saved;
+  sweep.h_n = p.h_n, sweep.c_n = p.c_n;
+}
+
+void run_forward(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, const Plan& plan,
+                 bool tf32, const Optional& batch_sizes, ForwardResults& results) {
+  const int64_t rows = results.y.size(0), L = arguments.layers();
+  ForwardArgs sweep{};
+  set_sweep(sweep, p, rows, tf32);
+  const SweepLaunch launch(context, p, plan, sweep, false);
+  const Workspace<ForwardMemory> memory(context, context, p, rows, batch_sizes, launch);
+  const StepOffsets steps(context, p, batch_sizes, memory->steps);
+  sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
+  sweep.gates_x = memory->gates_x;
+  Between between(context, results.save ? 1 : L, p, rows);
+  for (int64_t l = 0; l < L; l++) {
+    if (l) arguments.set_layer(p, l, p.y);
+    set_results(context, p, arguments, l, results, between, batch_sizes.has_value());
+    set_layer(context, sweep, p);
+    prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
+    project_input(context, p, rows, *memory);
+    if (plan.path != Path::stepwise) {
+      sweep_forward(context, launch, memory->sweep, sweep);
+      continue;
+    }
+    Tensor h = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
+    Tensor c = in_accumulator_type(context, c_n);
+    begin_as(context, h, p.h_0);
+    begin_as(context, c, p.c_0);
+    stepwise_forward(context, p, steps, sweep, h, c);
+    if (c.numel()) copy(c_n, c);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, bool save, bool tf32,
-                                                        int64_t path, int64_t tile, int64_t units) {
+                                                        int64_t path, int64_t tile, int64_t units, int64_t layers) {
   const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
   const Plan plan = plan_of(path, tile, units);
   LayerForward p{};
-  CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes}, check_options());
+  const CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
   const CallContext context(x);
-  const int64_t D = p.directions, N = x.size(0), B = p.sequences, H = p.hidden, K = saved_blocks_of(p.cell);
-  ForwardResults results{context.allocate({N, D * p.projected}), context.allocate({D, B, p.projected}),
-                         context.allocate({D, B, c_0 ? H : 0}), context.allocate({N, D, save ? K * H : 0})};
-  zero_rows(context, p, results.y, batch_sizes.has_value());
-  zero_rows(context, p, results.saved, batch_sizes.has_value());
-  if (has_states(p)) {
-    if (p.steps && p.rows)
-      run_forward(context, p, plan, tf32, h_0, c_0, batch_sizes, results);
-    else
-      copy_states(results, h_0, c_0);
+  const int64_t D = p.directions, LD = layers * D, N = x.size(0), B = p.sequences, H = p.hidden, P = p.projected;
+  const int64_t kept = save ? layers * (saved_blocks_of(p.cell) * H + P) - P : 0;
+  ForwardResults results{save, context.allocate({N, D * P}), context.allocate({LD, B, P}),
+                         context.allocate({LD, B, c_0 ? H : 0}), context.allocate({N, D, kept})};
+  if (p.steps && p.rows && has_states(p)) {
+    run_forward(context, p, arguments, plan, tf32, batch_sizes, results);
+  } else {
+    zero_rows(context, p, pointer(results.y), results.y.numel(), N, batch_sizes.has_value());
+    zero_rows(context, p, pointer(results.saved), results.saved.numel(), N, batch_sizes.has_value());
+    if (has_states(p)) copy_states(results, h_0, c_0);
   }
   return {results.y, results.h_n, results.c_n, results.saved};
 }
@@ -125,9 +196,9 @@ struct BackwardResults {
   Tensor grad_h_0, grad_c_0;
 };
 
-BackwardResults allocate_results(const CallContext& context, const LayerBackward& p, const Tensor& x,
+BackwardResults allocate_results(const CallContext& context, const LayerBackward& p, int64_t layers, const Tensor& x,
                                  const Tensors& weights, bool wants_x, bool wants_weights) {
-  const int64_t D = p.directions, B = p.sequences;
+  const int64_t LD = layers * p.directions, B = p.sequences;
   const auto like = [&](const Tensor& tensor, bool wanted) {
     const auto sizes = tensor.sizes();
     return context.allocate(wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0});
@@ -136,26 +207,16 @@ BackwardResults allocate_results(const CallContext& context, const LayerBackward
                           wants_weights,
                           like(x, wants_x),
                           {},
-                          context.allocate({D, B, p.projected}),
-                          context.allocate({D, B, states_of(p.cell) > 1 ? p.hidden : 0})};
+                          context.allocate({LD, B, p.projected}),
+                          context.allocate({LD, B, states_of(p.cell) > 1 ? p.hidden : 0})};
   for (const Tensor& weight : weights) results.grad_weights.push_back(like(weight, wants_weights));
   return results;
 }
 
-// The gradient of a state, if it is added to in place, begins as that of the final state: `final_grad`, or zero.
-void begin_as(const CallContext& context, Tensor& grad, const void* final_grad) {
-  if (!grad.numel()) return;
-  const auto sizes = grad.sizes();
-  if (final_grad)
-    copy(grad, context.view(final_grad, Shape(sizes.begin(), sizes.end())));
-  else
-    zero(grad);
-}
-
 // No step: the gradients of the initial states are those of the final ones, all others zeros.
-void pass_gradients(const CallContext& context, const LayerBackward& p, BackwardResults& results) {
-  begin_as(context, results.grad_h_0, p.grad_h_n);
-  begin_as(context, results.grad_c_0, p.grad_c_n);
+void pass_gradients(const CallContext& context, const LayerBackward& first, BackwardResults& results) {
+  begin_as(context, results.grad_h_0, first.grad_h_n);
+  begin_as(context, results.grad_c_0, first.grad_c_n);
   zero(results.grad_x);
   for (Tensor& grad : results.grad_weights) zero(grad);
 }
@@ -173,8 +234,30 @@ SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64
   return grads;
 }
 
-void run_backward(const CallContext& context, const LayerBackward& p, const Plan& plan, bool tf32, int64_t rows,
-                  const Optional& batch_sizes, BackwardResults& results) {
+// Of the results those of one layer, the gradient of whose input is `grad_x`.
+BackwardResults of_layer(const CallContext& context, BackwardResults& all, int64_t layers, int64_t layer,
+                         const Tensor& grad_x, bool wants_x) {
+  const size_t each = all.grad_weights.size() / layers;
+  const auto first = all.grad_weights.begin() + layer * each;
+  return {wants_x,
+          all.wants_weights,
+          grad_x,
+          Tensors(first, first + each),
+          of_layer(context, all.grad_h_0, layers, layer),
+          of_layer(context, all.grad_c_0, layers, layer)};
+}
+
+// The arguments of a sweep back through one layer.
+void set_layer(BackwardArgs& sweep, const LayerBackward& p, BackwardResults& results) {
+  for (int d = 0; d < p.directions; d++) sweep.w_hh[d] = p.weights[d].w_hh;
+  sweep.h_0 = p.h_0, sweep.c_0 = p.c_0, sweep.y = p.y, sweep.saved = p.saved;
+  sweep.grad_y = p.grad_y, sweep.grad_h_n = p.grad_h_n, sweep.grad_c_n = p.grad_c_n;
+  sweep.grad_h_0 = pointer(results.grad_h_0), sweep.grad_c_0 = pointer(results.grad_c_0);
+}
+
+void run_backward(const CallContext& context, LayerBackward& p, const CheckedArguments& arguments, const Plan& plan,
+                  bool tf32, int64_t rows, const Optional& batch_sizes, BackwardResults& results) {
+  const int64_t L = arguments.layers();
   BackwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
   const SweepLaunch launch(context, p, plan, sweep, true);
@@ -182,40 +265,43 @@ void run_backward(const CallContext& context, const LayerBackward& p, const Plan
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
   const SweepGradients grads = begin_gradients(context, p, rows, batch_sizes.has_value(), *memory);
-  for (int d = 0; d < p.directions; d++) sweep.w_hh[d] = p.weights[d].w_hh;
-  sweep.h_0 = p.h_0, sweep.c_0 = p.c_0, sweep.y = p.y, sweep.saved = p.saved;
-  sweep.grad_y = p.grad_y, sweep.grad_h_n = p.grad_h_n, sweep.grad_c_n = p.grad_c_n;
   sweep.grad_gates = memory->gates;
-  sweep.grad_h_0 = pointer(results.grad_h_0), sweep.grad_c_0 = pointer(results.grad_c_0);
-  if (plan.path != Path::stepwise) {
-    prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
-    sweep_backward(context, launch, memory->sweep, sweep);
-  } else {
-    begin_as(context, results.grad_h_0, p.grad_h_n);
-    const auto sizes = results.grad_c_0.sizes();
-    Tensor grad_c = context.allocate(Shape(sizes.begin(), sizes.end()), context.accumulator_type());
-    begin_as(context, grad_c, p.grad_c_n);
-    stepwise_backward(context, p, steps, sweep, grads, results.grad_h_0, grad_c);
-    if (grad_c.numel()) copy(results.grad_c_0, grad_c);
+  Between between(context, L, p, rows);
+  for (int64_t l = L; l-- > 0;) {
+    arguments.set_layer_backward(p, l);
+    const Tensor grad_x = l ? context.view(between.of(context, l), {rows, p.input}) : results.grad_x;
+    BackwardResults own = of_layer(context, results, L, l, grad_x, l || results.wants_x);
+    set_layer(sweep, p, own);
+    if (plan.path != Path::stepwise) {
+      prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
+      sweep_backward(context, launch, memory->sweep, sweep);
+    } else {
+      begin_as(context, own.grad_h_0, p.grad_h_n);
+      Tensor grad_c = in_accumulator_type(context, own.grad_c_0);
+      begin_as(context, grad_c, p.grad_c_n);
+      stepwise_backward(context, p, steps, sweep, grads, own.grad_h_0, grad_c);
+      if (grad_c.numel()) copy(own.grad_c_0, grad_c);
+    }
+    if (own.wants_x) multiply_grad_x(context, p, grads, own.grad_x);
+    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, own.grad_weights);
+    if (l) p.grad_y = own.grad_x.const_data_ptr();
   }
-  if (results.wants_x) multiply_grad_x(context, p, grads, results.grad_x);
-  if (results.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, results.grad_weights);
 }
 
 std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n,
                                                           Optional grad_c_n, Tensor x, Tensors weights, Tensor h_0,
                                                           Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                                                           bool wants_x, bool wants_weights, bool tf32, int64_t path,
-                                                          int64_t tile, int64_t units) {
+                                                          int64_t tile, int64_t units, int64_t layers) {
   const Cell known = take_cell(cell);
   const Plan plan = plan_of(path, tile, units);
   LayerBackward p{};
-  CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes}, check_options());
+  CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
   const CallContext context(x);
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
-  BackwardResults results = allocate_results(context, p, x, weights, wants_x, wants_weights);
+  BackwardResults results = allocate_results(context, p, layers, x, weights, wants_x, wants_weights);
   if (p.steps && p.rows && has_states(p))
-    run_backward(context, p, plan, tf32, x.size(0), batch_sizes, results);
+    run_backward(context, p, arguments, plan, tf32, x.size(0), batch_sizes, results);
   else
     pass_gradients(context, p, results);
   return {results.grad_x, results.grad_weights, results.grad_h_0, results.grad_c_0};
@@ -238,11 +324,12 @@ std::vector<int64_t> cuda_clusters() {
 STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
-      "bool tf32, int path, int tile, int units) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "cuda_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-      "bool tf32, int path, int tile, int units) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, "
+      "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor "
+      "grad_h_0, "
       "Tensor grad_c_0)");
   m.def("cuda_clusters() -> int[]");
 }

@@ -21,7 +21,8 @@ class Weights(NamedTuple):
 
 
 def by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
-    """A layer's flat weights: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr, for each direction."""
+    """Flat weights: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr, for each direction of each
+    layer."""
     each = len(weights) // directions
     named = []
     for d in range(directions):
@@ -32,7 +33,13 @@ def by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
 
 
 def check(
-    cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None, batch_sizes: Tensor | None
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    layers: int = 1,
 ) -> None:
     """Arguments of the operators, before a kernel addresses memory by them; csrc/check.h says the same in C++.
 
@@ -44,13 +51,15 @@ def check(
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
     expect_storage("x", x)
     _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
-    N, I, (D, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
+    N, I, (LD, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
+    _require(layers > 0 and LD % layers == 0, f"h_0 has {LD} states for {layers} layers")
+    D = LD // layers
     _require(D in (1, 2), f"an RNN has one or two directions, got {D}")
     _require(
-        len(weights) % D == 0 and 2 <= len(weights) // D <= 5,
-        f"a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got {len(weights)} weights for {D} directions",
+        len(weights) % LD == 0 and 2 <= len(weights) // LD <= 5,
+        f"a direction has w_ih, w_hh, (b_ih, b_hh), (w_hr), got {len(weights)} weights for {LD} directions",
     )
-    directions = by_direction(weights, D)
+    directions = by_direction(weights, LD)
     projected = directions[0].w_hr is not None
     _require(CELLS[cell].can_project or not projected, "w_hr goes with an LSTM only")
     _require((CELLS[cell].states == 2) == (c_0 is not None), "c_0 goes with an LSTM and only with it")
@@ -59,10 +68,12 @@ def check(
     H = GH // G
     _require(H * G == GH, f"w_ih has {GH} rows, no multiple of {G} gates")
     _require(projected or P == H, f"h_0 has {P} features, but the hidden size is {H}")
-    expected = {"w_ih": (GH, I), "w_hh": (GH, P), "b_ih": (GH,), "b_hh": (GH,), "w_hr": (P, H)}
-    named = [(name, getattr(w, name), shape) for w in directions for name, shape in expected.items()]
-    for name, tensor, shape in [*named, ("h_0", h_0, (D, B, P)), ("c_0", c_0, (D, B, H))]:
-        expect(name, tensor, shape, x)
+    for k, w in enumerate(directions):
+        shapes = (GH, I if k < D else D * P), (GH, P), (GH,), (GH,), (P, H)
+        for name, tensor, shape in zip(Weights._fields, w, shapes, strict=True):
+            expect(name, tensor, shape, x)
+    expect("h_0", h_0, (LD, B, P), x)
+    expect("c_0", c_0, (LD, B, H), x)
     if batch_sizes is None:
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
@@ -110,15 +121,17 @@ def check_backward(
     c_0: Tensor | None,
     y: Tensor,
     saved: Tensor,
+    layers: int = 1,
 ) -> None:
     """What the operator of the backward pass takes besides, after `check`."""
-    N, (D, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
+    N, (LD, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
+    D = LD // layers
     expect("y", y, (N, D * P), x)
-    expect("saved", saved, (N, D, CELLS[cell].saved_blocks * H), x)
+    expect("saved", saved, (N, D, layers * (CELLS[cell].saved_blocks * H + P) - P), x)
     grad_y, grad_h_n, grad_c_n = grads
     expect("grad_y", grad_y, (N, D * P), x)
-    expect("grad_h_n", grad_h_n, (D, B, P), x)
-    expect("grad_c_n", grad_c_n, (D, B, 0 if c_0 is None else H), x)
+    expect("grad_h_n", grad_h_n, (LD, B, P), x)
+    expect("grad_c_n", grad_c_n, (LD, B, 0 if c_0 is None else H), x)
 
 
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

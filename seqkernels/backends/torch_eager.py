@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqkernels.backends import stack
 from seqkernels.backends.arguments import Weights, by_direction
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -42,13 +43,19 @@ def kernel(call: Call, machine: Machine) -> str:
 def forward(
     cell: str,
     x: Tensor,  # [N, I]
-    weights: list[Tensor],
-    h_0: Tensor,  # [D, B, P]
-    c_0: Tensor | None,  # [D, B, H]
+    weights: Sequence[Tensor],
+    h_0: Tensor,  # [L*D, B, P]
+    c_0: Tensor | None,  # [L*D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
     launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return stack.forward(_forward, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
+
+
+def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer."""
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
     x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
     steps = _steps(batch_sizes, rows, h_0.shape[1])
@@ -77,19 +84,28 @@ def forward(
 def backward(
     cell: str,
     grad_y: Tensor | None,  # [N, D*P]
-    grad_h_n: Tensor | None,  # [D, B, P]
-    grad_c_n: Tensor | None,  # [D, B, H]
+    grad_h_n: Tensor | None,  # [L*D, B, P]
+    grad_c_n: Tensor | None,  # [L*D, B, H]
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
     y: Tensor,  # [N, D*P]
-    saved: Tensor,  # [N, D, K*H]
+    saved: Tensor,
     wants_x: bool,
     wants_weights: bool,
     launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    grads, of_stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
+    return stack.backward(_backward, cell, *grads, *of_stack, y, saved, wants_x, wants_weights, launch, layers)
+
+
+def _backward(
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, _
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """One layer."""
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights = to_acc(
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights

@@ -16,44 +16,50 @@ def forward(
     cell: str,
     x: Tensor,  # [N, I]
     weights: list[Tensor],
-    h_0: Tensor,  # [D, B, P]
-    c_0: Tensor | None,  # [D, B, H]
+    h_0: Tensor,  # [L*D, B, P]
+    c_0: Tensor | None,  # [L*D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
-    launch: Sequence[int] = (),  # by `Launch`
+    launch: Sequence[int] = (),  # by `Launch`, the same for all layers
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers)
     batch_sizes = fitting(x, h_0, batch_sizes)
-    return torch.ops.seqkernels.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3])
+    return torch.ops.seqkernels.cuda_forward(
+        cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers
+    )
 
 
 def backward(
     cell: str,
     grad_y: Tensor | None,  # [N, D*P]
-    grad_h_n: Tensor | None,  # [D, B, P]
-    grad_c_n: Tensor | None,  # [D, B, H]
+    grad_h_n: Tensor | None,  # [L*D, B, P]
+    grad_c_n: Tensor | None,  # [L*D, B, H]
     x: Tensor,
     weights: list[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
     y: Tensor,  # [N, D*P]
-    saved: Tensor,  # [N, D, K*H]
+    saved: Tensor,
     wants_x: bool,
     wants_weights: bool,
     launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers)
     batch_sizes = fitting(x, h_0, batch_sizes)
     if wants_weights:
         x = used_rows_of(x, batch_sizes)
-    grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
+    grads, stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     return torch.ops.seqkernels.cuda_backward(
-        cell, *grads, *layer, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:]
+        cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers
     )
 
 
-def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor) -> Sequence[int]:
+def _planned(
+    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int
+) -> Sequence[int]:
     """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
 
     Raises:
@@ -63,19 +69,19 @@ def _planned(launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor],
         raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
     if launch:
         return launch
-    known = h_0.dim() == 3 and h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
+    known = h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
     hidden_size = weights[0].shape[0] // CELLS[cell].gates if known else 0
     if not hidden_size:
         return Launch(False, PassLaunch(), PassLaunch()).to_ints()  # the operator says what is wrong
-    directions, sequences, _ = h_0.shape
+    all_directions, sequences, _ = h_0.shape
     call = Call(
         cell=cell,
         device_type=x.device.type,
         dtype=x.dtype,
         hidden_size=hidden_size,
-        projected=len(weights) // directions % 2 == 1,
+        projected=len(weights) // all_directions % 2 == 1,
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
-        directions=directions,
+        directions=all_directions // layers,
         sequences=sequences,
     )
     return launch_of(call, hardware.gpu_of(x.device)).to_ints()

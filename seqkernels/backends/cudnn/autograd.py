@@ -47,17 +47,9 @@ class Recurrence(torch.autograd.Function):
     def _differentiable(ctx, grads, needs, *inputs):
         """The gradients as functions of the gradients of the outputs and of all inputs."""
         aliases = [t.view_as(t) if need else t for t, need in zip(inputs, needs, strict=True)]
-        y, h_0, c_0, batch_sizes, *weights = aliases
-        each = ctx.directions * len(weights) // len(h_0)
-        h_n, c_n = [], []
-        for layer in range(len(h_0) // ctx.directions):
-            here = slice(layer * ctx.directions, (layer + 1) * ctx.directions)
-            states = h_0[here], None if c_0 is None else c_0[here]
-            of_layer = weights[layer * each : (layer + 1) * each]
-            y, h, c, _ = torch_eager.forward(ctx.cell, y, of_layer, *states, batch_sizes, False)
-            h_n.append(h)
-            c_n.append(c)
-        results = y, torch.cat(h_n), torch.cat(c_n)
+        x, h_0, c_0, batch_sizes, *weights = aliases
+        layers = len(h_0) // ctx.directions
+        results = torch_eager.forward(ctx.cell, x, weights, h_0, c_0, batch_sizes, False, layers=layers)[:3]
         outputs, grads = zip(*((o, g) for o, g in zip(results, grads, strict=True) if g is not None), strict=True)
         wanted = [t for t, need in zip(aliases, needs, strict=True) if need]
         found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import hardware, late_checks
+from seqkernels.backends import stack
 from seqkernels.backends.arguments import Weights, by_direction, check, check_backward, fitting, used_rows_of
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -30,12 +31,20 @@ def forward(
     cell: str,
     x: Tensor,  # [N, I]
     weights: list[Tensor],
-    h_0: Tensor,  # [D, B, P]
-    c_0: Tensor | None,  # [D, B, H]
+    h_0: Tensor,  # [L*D, B, P]
+    c_0: Tensor | None,  # [L*D, B, H]
     batch_sizes: Tensor | None,  # [T]
     save: bool,
     launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
+    batch_sizes = fitting(x, h_0, batch_sizes)
+    return stack.forward(_forward, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
+
+
+def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer."""
     layer = Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     # Rows that no step uses come out as zeros.
     new = x.new_empty if batch_sizes is None else x.new_zeros
@@ -56,22 +65,34 @@ def forward(
 def backward(
     cell: str,
     grad_y: Tensor | None,  # [N, D*P]
-    grad_h_n: Tensor | None,  # [D, B, P]
-    grad_c_n: Tensor | None,  # [D, B, H]
+    grad_h_n: Tensor | None,  # [L*D, B, P]
+    grad_c_n: Tensor | None,  # [L*D, B, H]
     x: Tensor,
     weights: list[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
     y: Tensor,  # [N, D*P]
-    saved: Tensor,  # [N, D, K*H]
+    saved: Tensor,
     wants_x: bool,
     wants_weights: bool,
     launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
+    grads = grad_y, grad_h_n, grad_c_n
+    check_backward(cell, grads, x, weights, h_0, c_0, y, saved, layers)
+    batch_sizes = fitting(x, h_0, batch_sizes)
+    of_stack = x, weights, h_0, c_0, batch_sizes
+    return stack.backward(_backward, cell, *grads, *of_stack, y, saved, wants_x, wants_weights, launch, layers)
+
+
+def _backward(
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """One layer."""
     layer = Layer(cell, x, weights, h_0, c_0, batch_sizes, launch)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
-    check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved)
     carried = torch.float32 if layer.tile.resident else x.dtype  # the stepwise path multiplies into it
     grad_h = _given_or_zeros(grad_h_n, (D, B, P), x, carried)
     grad_c = _given_or_zeros(grad_c_n, (D, B, 0 if c_0 is None else H), x, torch.float32)
@@ -98,6 +119,12 @@ def backward(
     return grad_x, grad_weights, grad_h.to(x.dtype), grad_c.to(x.dtype)
 
 
+def _check(cell, x, weights, h_0, c_0, batch_sizes, layers) -> None:
+    check(cell, x, weights, h_0, c_0, batch_sizes, layers)
+    if x.dtype not in DTYPES:
+        raise RuntimeError(NO_KERNEL.format(x.dtype))
+
+
 class Layer:
     """Sizes of a call, by the letters of ``seqkernels.ops``, where its steps begin, and how it is cut into tiles."""
 
@@ -111,9 +138,6 @@ class Layer:
         batch_sizes: Tensor | None,
         launch: Sequence[int],
     ):
-        check(cell, x, weights, h_0, c_0, batch_sizes)
-        if x.dtype not in DTYPES:
-            raise RuntimeError(NO_KERNEL.format(x.dtype))
         self.cell, self.device = CELLS[cell], x.device
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
@@ -130,7 +154,7 @@ class Layer:
         self.starts = self.sizes = h_0.new_zeros(1, dtype=torch.int64)  # stand-ins that no kernel reads
         # How many sequences run in each step, as far as that is known without asking the device.
         self.known = [self.B] * self.T
-        self.batch_sizes = batch_sizes = fitting(x, h_0, batch_sizes)
+        self.batch_sizes = batch_sizes
         if batch_sizes is not None:
             if not late_checks.out_of_sight(batch_sizes):
                 self.known = batch_sizes.tolist()
