@@ -209,9 +209,12 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
     return *grads, *_grads_of_options(ctx)
 
 
-def _grads_of_options(ctx) -> tuple[None, ...]:
-    """torch.library leaves last arguments out that have their defaults, and then wants no gradient of them."""
-    return (None, None) if ctx.layers > 1 else (None,) if ctx.launch else ()
+def _grads_of_options(ctx) -> tuple:
+    """Of launch and layers: torch.library leaves last arguments out that have their defaults, and then wants no gradient
+    of them; of an empty list that it has not left out, it wants an empty list."""
+    if ctx.layers > 1:
+        return (None if ctx.launch else []), None
+    return (None,) if ctx.launch else ()
 
 
 def _register(backend: str) -> None:

@@ -17,6 +17,7 @@ from operators import (
     calls,
     for_backends,
     forward,
+    layer_by_layer,
     nan_in_fresh_memory,
 )
 from torch import Tensor
@@ -64,6 +65,56 @@ def test_every_instruction_set_errs_by_rounding_alone_in_dtypes_below_float64(ce
 def test_forward_of_one_backend_pairs_with_backward_of_another(call, first, second):
     call = for_backends(call, first, second)
     assert_as_in_float64(both_passes(call, forward(first), backward(second)), call)
+
+
+STACKS = {
+    "padded": {"layers": 2},
+    "three layers both ways": {"layers": 3, "directions": 2, "hidden": 8},
+    "four ragged layers": {"layers": 4, **SHAPES["ragged"]},
+    "spare rows": {"layers": 2, **SHAPES["spare rows"]},
+    "steps in which nothing runs": {"layers": 3, **SHAPES["steps in which nothing runs"]},
+    "all sequences empty": {"layers": 2, **SHAPES["all sequences empty"]},
+    "no steps": {"layers": 2, **SHAPES["no steps"]},
+    "no sequences": {"layers": 2, **SHAPES["no sequences"]},
+    "no bias": {"layers": 2, "bias": False},
+}
+
+
+@pytest.mark.parametrize("shape", STACKS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stack_is_its_layers_one_after_another(backend, cell, shape):
+    for projected in (None, 3) if cell == "lstm" else (None,):
+        call = for_backends(Call(cell, projected=projected, **STACKS[shape]), backend)
+        with nan_in_fresh_memory():
+            ours = both_passes(call, forward(backend), backward(backend))
+            expected = layer_by_layer(call, forward(backend), backward(backend))
+        assert ours.pop(3).isfinite().all()
+        for found, right in zip(ours, expected, strict=True):
+            assert torch.equal(found, right)
+        without = forward(backend)(*call.arguments(save=False))
+        assert without[3].numel() == 0
+        for found, right in zip(without[:3], expected[:3], strict=True):
+            assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("first", BACKENDS)
+@pytest.mark.parametrize("second", BACKENDS)
+def test_stacks_of_one_backend_pair_with_those_of_another(first, second):
+    for cell in CELLS:
+        call = for_backends(Call(cell, **STACKS["three layers both ways"]), first, second)
+        assert_as_in_float64(both_passes(call, forward(first), backward(second)), call)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_stacks_pass_opcheck(cell, backend):
+    call = for_backends(Call(cell, layers=2, **SHAPES["ragged both ways"]), backend)
+    torch.library.opcheck(forward(backend), call.arguments(requires_grad=True))
+    cell, *stack, save, launch, layers = call.arguments()
+    y, h_n, c_n, saved = forward(backend)(cell, *stack, save, launch, layers)
+    grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
+    torch.library.opcheck(backward(backend), (cell, *grads, *stack, y, saved, True, True, launch, layers))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -229,6 +280,25 @@ def test_an_operator_that_addresses_memory_refuses(name, backend, monkeypatch):
     monkeypatch.setenv("SEQKERNELS_CHECK", "1")
     place, change, message = BAD[name]
     arguments = list(for_backends(Call("gru"), backend).arguments())
+    arguments[place] = change(arguments[place])
+    with pytest.raises(RuntimeError, match=message):
+        forward(backend)(*arguments)
+
+
+BAD_STACKS = {
+    "no layers": (8, lambda layers: 0, "h_0 has 4 states for 0 layers"),
+    "layers that do not divide the states": (8, lambda layers: 3, "h_0 has 4 states for 3 layers"),
+    "one layer too few": (8, lambda layers: 1, "one or two directions, got 4"),
+    "a second w_ih of the input's size": (2, but(8, lambda w: w[:, :3]), r"w_ih is \[15, 10\], got \[15, 3\]"),
+    "too few weights": (2, lambda weights: weights[:-1], "got 15 weights for 4 directions"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", BAD_STACKS)
+def test_a_stack_that_does_not_fit_is_refused(name, backend):
+    place, change, message = BAD_STACKS[name]
+    arguments = list(for_backends(Call("gru", 2, layers=2), backend).arguments())
     arguments[place] = change(arguments[place])
     with pytest.raises(RuntimeError, match=message):
         forward(backend)(*arguments)

@@ -40,6 +40,7 @@ class Call:
     bias: bool = True
     dtype: torch.dtype = torch.float64
     seed: int = 0
+    layers: int = 1
 
     def arguments(self, requires_grad: bool = False, save: bool = True) -> tuple:
         generator = torch.Generator("cpu").manual_seed(self.seed)
@@ -57,18 +58,19 @@ class Call:
         rows = (self.steps * B if self.batch_sizes is None else sum(self.batch_sizes)) + self.spare_rows
         gates = cells.CELLS[self.cell].gates * H
         weights = []
-        for _ in range(D):
-            weights += [weight(gates, self.input), weight(gates, P)]
+        for k in range(self.layers * D):
+            weights += [weight(gates, self.input if k < D else D * P), weight(gates, P)]
             weights += [random(gates), random(gates)] if self.bias else []
             weights += [weight(P, H)] if self.projected is not None else []
         return (
             self.cell,
             random(rows, self.input),
             weights,
-            random(D, B, P),
-            random(D, B, H) if self.cell == "lstm" else None,
+            random(self.layers * D, B, P),
+            random(self.layers * D, B, H) if self.cell == "lstm" else None,
             None if self.batch_sizes is None else torch.tensor(self.batch_sizes, dtype=torch.int64),
             save,
+            *(([], self.layers) if self.layers > 1 else ()),
         )
 
 
@@ -102,13 +104,42 @@ def backward(backend: str):
 
 def both_passes(call: Call, run_forward, run_backward) -> list[Tensor]:
     """All outputs of forward and backward, for random gradients of the outputs."""
-    cell, *layer, save = call.arguments()
-    y, h_n, c_n, saved = run_forward(cell, *layer, save)
+    cell, *layer, save = call.arguments()[:7]
+    options = call.arguments()[7:]
+    y, h_n, c_n, saved = run_forward(cell, *layer, save, *options)
     generator = torch.Generator("cpu").manual_seed(call.seed + 1)
     grads = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in (y, h_n, c_n)]
     grads[2] = grads[2] if cell == "lstm" else None
-    grad_x, grad_weights, *grad_states = run_backward(cell, *grads, *layer, y, saved, True, True)
+    grad_x, grad_weights, *grad_states = run_backward(cell, *grads, *layer, y, saved, True, True, *options)
     return [y, h_n, c_n, saved, grad_x, *grad_weights, *grad_states]
+
+
+def layer_by_layer(call: Call, run_forward, run_backward) -> list[Tensor]:
+    """`both_passes`, but for what is saved, by calls of the operators for one layer each."""
+    L = call.layers
+    cell, x, weights, h_0, c_0, batch_sizes, *_ = call.arguments()
+    each = len(weights) // L
+    states = list(zip(h_0.chunk(L), [None] * L if c_0 is None else c_0.chunk(L), strict=True))
+    xs, results = [x], []
+    for k in range(L):
+        of_layer = weights[k * each : (k + 1) * each]
+        results.append(run_forward(cell, xs[-1], of_layer, *states[k], batch_sizes, True))
+        xs.append(results[-1][0])
+    h_n, c_n = (torch.cat([result[k] for result in results]) for k in (1, 2))
+    generator = torch.Generator("cpu").manual_seed(call.seed + 1)
+    grad_y, grad_h_n, grad_c_n = (
+        torch.randn(x.shape, generator=generator, device="cpu").to(x) for x in (xs[-1], h_n, c_n)
+    )
+    grad_weights, grads_h_0, grads_c_0 = [], [], []
+    for k in reversed(range(L)):
+        of_layer = weights[k * each : (k + 1) * each]
+        grads = grad_y, grad_h_n.chunk(L)[k], grad_c_n.chunk(L)[k] if cell == "lstm" else None
+        layer = xs[k], of_layer, *states[k], batch_sizes
+        grad_y, own, grad_h_0, grad_c_0 = run_backward(cell, *grads, *layer, xs[k + 1], results[k][3], True, True)
+        grad_weights = [*own, *grad_weights]
+        grads_h_0.insert(0, grad_h_0)
+        grads_c_0.insert(0, grad_c_0)
+    return [xs[-1], h_n, c_n, grad_y, *grad_weights, torch.cat(grads_h_0), torch.cat(grads_c_0)]
 
 
 def to_float64(args) -> list:
