@@ -173,8 +173,8 @@ def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: 
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
     layers, directions, each = call.layers, call.directions, len(weights) // call.layers
-    # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it would
-    # compute. (cuDNN cannot leave any out.)
+    # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
+    # would compute. (cuDNN cannot leave any out.)
     if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, each))):
         save = modes.wants_gradients(y, h_0, c_0, *weights)
         return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)

@@ -14,11 +14,12 @@ forward
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step come out as zeros, and have no part in anything. Sequences that never run keep their
     state. batch_sizes on a GPU that are not so are taken as the nearest that are (`seqkernels.late_checks`).
-    -> y ``[N, D*P]``, h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]`` (else ``[L*D, B, 0]``), saved ``[N, D, L*(K*H + P) - P]``
+    -> y ``[N, D*P]``, h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]`` (else ``[L*D, B, 0]``), saved
+    ``[N, D, L*(K*H + P) - P]``
 
 `saved` is part of the contract, so any backend's forward pairs with any backend's backward. Of one layer it is
-``[N, D, K*H]``, the blocks named at `seqkernels.backends.cells.CELLS`; of several, it holds those of each layer and, but
-for the last one, its y ``[N, D*P]``, one behind the other. With ``save=False`` it is ``[N, D, 0]``.
+``[N, D, K*H]``, the blocks named at `seqkernels.backends.cells.CELLS`; of several, it holds those of each layer and,
+but for the last one, its y ``[N, D*P]``, one behind the other. With ``save=False`` it is ``[N, D, 0]``.
 
 backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
@@ -190,8 +191,9 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = inputs
         of_stack = x, weights, h_0, c_0, batch_sizes
         y, _, _, saved = torch_eager.forward(ctx.cell, *of_stack, True, layers=ctx.layers)
+        wants_x, wants_weights = ctx.wants
         grad_x, grad_weights, grad_h_0, grad_c_0 = torch_eager.backward(
-            ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *ctx.wants, layers=ctx.layers
+            ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, wants_x, wants_weights, ctx.launch, ctx.layers
         )
     outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
@@ -210,8 +212,8 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
 
 
 def _grads_of_options(ctx) -> tuple:
-    """Of launch and layers: torch.library leaves last arguments out that have their defaults, and then wants no gradient
-    of them; of an empty list that it has not left out, it wants an empty list."""
+    """Of launch and layers: torch.library leaves last arguments out that have their defaults, and then wants no
+    gradient of them; of an empty list that it has not left out, it wants an empty list."""
     if ctx.layers > 1:
         return (None if ctx.launch else []), None
     return (None,) if ctx.launch else ()

@@ -52,19 +52,21 @@ def backward(
     launch: Sequence[int],
     layers: int,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    states = h_0, c_0
     if layers == 1:
-        grads = grad_y, grad_h_n, grad_c_n
-        return run(cell, *grads, x, weights, *states, batch_sizes, y, saved, wants_x, wants_weights, launch)
+        return run(
+            cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights,
+            launch,
+        )  # fmt: skip
     blocks, below = parts(saved, layers, y.shape[1])
     xs, ys = [x, *below], [*below, y]
-    each_layer = list(each(layers, weights, grad_h_n, grad_c_n, *states))
+    each_layer = list(each(layers, weights, grad_h_n, grad_c_n, h_0, c_0))
     grad_weights: list[Tensor] = []
-    grads_h_0, grads_c_0 = [], []
+    grads_h_0: list[Tensor] = []
+    grads_c_0: list[Tensor] = []
     for k in reversed(range(layers)):
-        of_layer, grad_h, grad_c, *states_of_layer = each_layer[k]
+        of_layer, grad_h, grad_c, *states = each_layer[k]
         grad_y, grads, grad_h, grad_c = run(
-            cell, grad_y, grad_h, grad_c, xs[k], of_layer, *states_of_layer, batch_sizes, ys[k], blocks[k],
+            cell, grad_y, grad_h, grad_c, xs[k], of_layer, *states, batch_sizes, ys[k], blocks[k],
             wants_x or k > 0, wants_weights, launch,
         )  # fmt: skip
         grad_weights = [*grads, *grad_weights]

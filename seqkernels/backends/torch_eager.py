@@ -98,8 +98,10 @@ def backward(
     launch: Sequence[int] = (),
     layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    grads, of_stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
-    return stack.backward(_backward, cell, *grads, *of_stack, y, saved, wants_x, wants_weights, launch, layers)
+    return stack.backward(
+        _backward, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
+        wants_weights, launch, layers,
+    )  # fmt: skip
 
 
 def _backward(

@@ -69,7 +69,9 @@ def _planned(
         raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
     if launch:
         return launch
-    known = h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
+    known = (
+        h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
+    )
     hidden_size = weights[0].shape[0] // CELLS[cell].gates if known else 0
     if not hidden_size:
         return Launch(False, PassLaunch(), PassLaunch()).to_ints()  # the operator says what is wrong

@@ -80,11 +80,12 @@ def backward(
     layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
-    grads = grad_y, grad_h_n, grad_c_n
-    check_backward(cell, grads, x, weights, h_0, c_0, y, saved, layers)
+    check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved, layers)
     batch_sizes = fitting(x, h_0, batch_sizes)
-    of_stack = x, weights, h_0, c_0, batch_sizes
-    return stack.backward(_backward, cell, *grads, *of_stack, y, saved, wants_x, wants_weights, launch, layers)
+    return stack.backward(
+        _backward, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
+        wants_weights, launch, layers,
+    )  # fmt: skip
 
 
 def _backward(
