@@ -2,13 +2,13 @@
 about the package stands in pyproject.toml.
 
 SEQKERNELS_BUILD=cpu builds the first, =cuda both, on any machine with an nvcc; =none makes a pure Python package. Unset
-means cuda where there are an nvcc and a GPU, or with FORCE_CUDA=1, and else cpu. tests/emulator/build.py builds the CUDA
-kernels for the CPU with what stands here.
+means cuda where there are an nvcc and a GPU, or with FORCE_CUDA=1, and else cpu. tests/emulator/build.py builds the
+CUDA kernels for the CPU with what stands here.
 
 nvcc is that of CUDA_HOME or CUDA_PATH, or else of PATH. TORCH_CUDA_ARCH_LIST, in torch's syntax ("8.0;9.0a+PTX"), names
-what it compiles for; unset means the GPUs here. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The libraries stand on LibTorch's
-stable ABI: torch's headers are needed to build, but the result runs with every torch from 2.10 on, so nothing depends
-on which torch, with or without CUDA, that is.
+what it compiles for; unset means the GPUs here. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The
+libraries stand on LibTorch's stable ABI: torch's headers are needed to build, but the result runs with every torch from
+2.10 on, so nothing depends on which torch, with or without CUDA, that is.
 """
 
 import ctypes
