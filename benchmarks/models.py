@@ -73,7 +73,7 @@ def measure(entry: Entry, mode: str, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model, call = entry.build()
     forms = {OWN: model.eval(), OURS: copy.deepcopy(model)}
-    report = seqkernels.swap_in(forms[OURS])
+    report = seqkernels.swap_in(forms[OURS], cells=True)
     results = []
     for form in forms.values():
         torch.manual_seed(1)  # some models drop out in inference as well

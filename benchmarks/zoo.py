@@ -5,6 +5,7 @@ models`. Importing this file imports none of them. A builder makes a model and w
 size that the package is used with, as far as one core runs that in some seconds.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -183,7 +184,24 @@ def torchrl_lstm() -> tuple[nn.Module, Call]:
     return model, call
 
 
+def by_hand(cell: str, batch: int, size: int) -> tuple[nn.Module, Call]:
+    """A cell in a loop of 20 steps."""
+    x, h = torch.randn(20, batch, size), torch.zeros(batch, size)
+
+    def call(model: nn.Module) -> Any:
+        state = (h, h) if cell == "LSTMCell" else h
+        for x_t in x:
+            state = model(x_t, state)
+        return state
+
+    return getattr(nn, cell)(size, size), call
+
+
 ZOO = {
+    f"torch {cell} by hand, {batch} x {size}": Entry(functools.partial(by_hand, cell, batch, size), 1, "torch")
+    for cell in ("RNNCell", "GRUCell", "LSTMCell")
+    for batch, size in ((1, 128), (64, 128), (16, 512))
+} | {
     "torch_geometric AttentiveFP": Entry(attentive_fp, 3, "torch_geometric"),
     "torch_geometric LSTMAggregation": Entry(lstm_aggregation, 1, "torch_geometric"),
     "openunmix OpenUnmix": Entry(open_unmix, 1, "openunmix"),

@@ -56,9 +56,9 @@ class Report(list[Swap]):
 def swap_in(
     model: nn.Module,
     *,
-    classes: type | Iterable[type] = tuple(OURS),
+    classes: type | Iterable[type] | None = None,
     names: str | Iterable[str] | None = None,
-    cells: bool = True,
+    cells: bool | None = None,
     subclasses: bool = False,
     benchmark: Any = None,
 ) -> Report:
@@ -69,10 +69,11 @@ def swap_in(
 
     Args:
         model: any module.
-        classes: which of torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell and LSTMCell to swap.
+        classes: which of torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell and LSTMCell to swap; None for all.
         names: patterns of the names to swap, as `model.named_modules()` has them, with the wildcards of `fnmatch`:
             "encoder.*" or ["rnn", "heads.?.lstm"]; None for all.
-        cells: False leaves cells as they are.
+        cells: False leaves cells as they are; None those on a CPU, where training a loop of them is faster by
+            torch.nn, unless `classes` names theirs or `benchmark` times them.
         subclasses: True swaps a subclass of nn.GRU, say, as well, if it changes only how it is made, or adds methods.
             It stays an instance of its class, which torch.compile refuses as before.
         benchmark: an example input of `model`, or a tuple of its positional arguments. The model is called once, each
@@ -88,12 +89,13 @@ def swap_in(
         ValueError: one of `classes` is none of the six.
     """
     _check_model(model, "swap_in")
-    chosen = tuple(classes) if isinstance(classes, Iterable) else (classes,)
+    chosen = tuple(OURS) if classes is None else tuple(classes) if isinstance(classes, Iterable) else (classes,)
     for cls in chosen:
         if cls not in OURS:
             raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
-    if not cells:
+    if cells is False:
         chosen = tuple(cls for cls in chosen if cls not in _CELLS)
+    weigh = cells is None and classes is None and benchmark is None
     patterns = None if names is None else (names,) if isinstance(names, str) else tuple(names)
     report, able = Report(), {}
     for report.seen, (name, module) in enumerate(model.named_modules(), 1):
@@ -106,7 +108,7 @@ def swap_in(
             reason = "its name was not asked for"
         else:
             reason = _reason_against_class(module, torchs, subclasses) or _reason_to_leave(module)
-            reason = reason or modules.unsupported(module)
+            reason = reason or modules.unsupported(module) or (_reason_of_speed(module) if weigh else None)
         if reason:
             report.append(Swap(name, _name(type(module)), None, reason))
         elif torchs:
@@ -194,6 +196,13 @@ def _is_of_ao(module: nn.Module) -> bool:
 
 def _reason_to_leave(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
+
+
+def _reason_of_speed(module: nn.Module) -> str | None:
+    """Why a swap does not pay, by the rows of benchmarks/results/models.jsonl: a call of ours passes more Python."""
+    if isinstance(module, _CELLS) and next(module.parameters()).device.type == "cpu":
+        return "on a CPU torch.nn's cells are faster in training; cells=True swaps it"
+    return None
 
 
 def _reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> str | None:

@@ -37,7 +37,7 @@ def made(entry):
     model, call = entry.build()
     model.eval()
     swapped = copy.deepcopy(model)
-    report = sk.swap_in(swapped)
+    report = sk.swap_in(swapped, cells=True)
     assert len(report.swapped) == entry.swapped and not report.left, report
     yield model, swapped, call
     torch.set_default_dtype(dtype)
