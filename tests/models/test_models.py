@@ -18,7 +18,7 @@ if not os.environ.get("SEQKERNELS_TEST_MODELS"):
 STEPS = 5
 
 
-@pytest.fixture(params=ZOO, autouse=True)
+@pytest.fixture(params=ZOO)
 def entry(request):
     entry = ZOO[request.param]
     try:
@@ -104,3 +104,10 @@ def test_pickle_gives_the_same_model(made):
     except RuntimeError as error:  # torch refuses parametrizations
         pytest.skip(f"as its package makes it: {error}")
     assert same_bits(outputs(pickle.loads(pickle.dumps(swapped)), call), outputs(swapped, call))
+
+
+def test_what_is_torchscript_is_left_and_said():
+    model = pytest.importorskip("silero_vad").load_silero_vad()
+    report = sk.swap_in(model, cells=True)
+    assert len(report.left) == 2 and not report.swapped
+    assert {swap.reason for swap in report} == {"TorchScript has its code"}
