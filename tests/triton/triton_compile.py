@@ -101,9 +101,8 @@ def compiled(launch: dict, gpu: hardware.GPU) -> dict:
             signature[name] = "i32"
     number = gpu.target if gpu.amd else int(gpu.target.removeprefix("sm_"))
     target = GPUTarget("hip" if gpu.amd else "cuda", number, 64 if gpu.amd else 32)
-    options = backend.compiler_options(launch["name"], launch["warps"], gpu.amd)
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=target, options=options)
+    kernel = triton.compile(source, target=target, options={"num_warps": launch["warps"], "num_stages": 1})
     taken = {**launch, "shared": kernel.metadata.shared}
     return taken | (of_amdgcn(kernel.asm["amdgcn"]) if gpu.amd else of_cubin(kernel.asm["cubin"]))
 

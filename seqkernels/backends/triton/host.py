@@ -184,15 +184,7 @@ def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
 def _run(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
     if arguments["starts"].device.type == "cpu" and not hardware.THIS_MACHINE.interpreter:
         raise RuntimeError("Triton's kernels take tensors on a GPU (TRITON_INTERPRET=1 lets them run on the CPU)")
-    options = compiler_options(name, warps, amd=torch.version.hip is not None)
-    getattr(_kernels(), name)[grid](**arguments, **options)
-
-
-def compiler_options(name: str, warps: int, amd: bool) -> dict[str, int]:
-    """How Triton compiles a kernel. NVIDIA's assembler spills a few registers where that lets one more program onto a
-    multiprocessor; those that keep weights there have it to themselves, and may take every register."""
-    options = {"num_warps": warps, "num_stages": 1}
-    return options | {"maxnreg": 255} if name.startswith("resident") and not amd else options
+    getattr(_kernels(), name)[grid](**arguments, num_warps=warps, num_stages=1)
 
 
 @functools.cache
