@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -72,8 +73,8 @@ def swap_in(
         classes: which of torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell and LSTMCell to swap; None for all.
         names: patterns of the names to swap, as `model.named_modules()` has them, with the wildcards of `fnmatch`:
             "encoder.*" or ["rnn", "heads.?.lstm"]; None for all.
-        cells: False leaves cells as they are; None those on a CPU, where training a loop of them is faster by
-            torch.nn, unless `classes` names theirs or `benchmark` times them.
+        cells: False leaves cells as they are. None warns of those that are swapped on a CPU, where a loop of torch.nn's
+            is faster, unless `classes` names theirs or `benchmark` times them.
         subclasses: True swaps a subclass of nn.GRU, say, as well, if it changes only how it is made, or adds methods.
             It stays an instance of its class, which torch.compile refuses as before.
         benchmark: an example input of `model`, or a tuple of its positional arguments. The model is called once, each
@@ -95,7 +96,6 @@ def swap_in(
             raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
     if cells is False:
         chosen = tuple(cls for cls in chosen if cls not in _CELLS)
-    weigh = cells is None and classes is None and benchmark is None
     patterns = None if names is None else (names,) if isinstance(names, str) else tuple(names)
     report, able = Report(), {}
     for report.seen, (name, module) in enumerate(model.named_modules(), 1):
@@ -108,7 +108,7 @@ def swap_in(
             reason = "its name was not asked for"
         else:
             reason = _reason_against_class(module, torchs, subclasses) or _reason_to_leave(module)
-            reason = reason or modules.unsupported(module) or (_reason_of_speed(module) if weigh else None)
+            reason = reason or modules.unsupported(module)
         if reason:
             report.append(Swap(name, _name(type(module)), None, reason))
         elif torchs:
@@ -125,6 +125,8 @@ def swap_in(
             report[place] = swap._replace(reason="it is not faster as ours", speed=speed)
         else:
             report[place] = _swap(swap.name, *able[swap.name])._replace(speed=speed)
+    if cells is None and classes is None and benchmark is None:
+        _warn_of_cells(model, report)
     return report
 
 
@@ -198,11 +200,17 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
 
 
-def _reason_of_speed(module: nn.Module) -> str | None:
-    """Why a swap does not pay, by the rows of benchmarks/results/models.jsonl: a call of ours passes more Python."""
-    if isinstance(module, _CELLS) and next(module.parameters()).device.type == "cpu":
-        return "on a CPU torch.nn's cells are faster in training; cells=True swaps it"
-    return None
+def _warn_of_cells(model: nn.Module, report: Report) -> None:
+    """By the rows of benchmarks/results/models.jsonl: a call of ours passes more Python."""
+    ours = [swap.name for swap in report.swapped if isinstance(model.get_submodule(swap.name), nn.RNNCellBase)]
+    slow = [name for name in ours if next(model.get_submodule(name).parameters()).device.type == "cpu"]
+    if slow:
+        names = ", ".join(repr(name) for name in slow)
+        warnings.warn(
+            f"on a CPU a loop of torch.nn's cells is faster than one of ours, which {names} became; cells=False leaves "
+            "them, cells=True says that they are wanted, and a layer in place of the loop is faster than either",
+            stacklevel=3,
+        )
 
 
 def _reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> str | None:
