@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-import seqkernels
-from benchmarks import record
+from benchmarks import record, require
 from benchmarks.contenders import OURS, OWN
 from benchmarks.options import add_out, round_count, thread_count
 from benchmarks.record import Row, newest
@@ -73,7 +72,7 @@ def measure(entry: Entry, mode: str, rounds: int) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model, call = entry.build()
     forms = {OWN: model.eval(), OURS: copy.deepcopy(model)}
-    report = seqkernels.swap_in(forms[OURS], cells=True)
+    report = require("seqkernels").swap_in(forms[OURS], cells=True)
     results = []
     for form in forms.values():
         torch.manual_seed(1)  # some models drop out in inference as well
