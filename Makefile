@@ -16,6 +16,7 @@ CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SO
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
 	@echo "make test      run all tests"
+	@echo "make test-models   swap other people's models (torchaudio, transformers, ...), and compare"
 	@echo "make fuzz      try random calls for SECONDS=60 beside torch's"
 	@echo "make gpu-check on a machine with a GPU: gpu-build, then gpu-check-first and gpu-check-second (tests,"
 	@echo "               benchmarks beside cuDNN, compute-sanitizer, profiles), of six minutes each"
@@ -44,6 +45,7 @@ $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
 	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
+	@$(BIN)/python -m seqkernels  # what was built, and what was left out
 	touch $@
 
 demo: $(READY)
@@ -58,6 +60,23 @@ $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
 TEST_JOBS ?= 2
 test: $(READY) $(EMULATOR)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+
+# Other people's models in an environment of their own, with the same torch; what does not install is skipped.
+MODELS := .venv-models
+$(MODELS)/ready: tests/models/packages.txt | $(READY)
+	rm -rf $(MODELS) && $(PYTHON) -m venv $(MODELS)
+	$(BIN)/python -c "import torch; print('torch==' + torch.__version__.partition('+')[0])" > $(MODELS)/torch.txt
+	$(MODELS)/bin/pip install -q -r $(MODELS)/torch.txt hypothesis pytest pytest-xdist
+	grep -v "^#" $< | while read -r packages; do \
+	  $(MODELS)/bin/pip install -q -c $(MODELS)/torch.txt $$packages || echo "not installed: $$packages"; \
+	done
+	@# Its library is for torch with CUDA; the models need none.
+	$(MODELS)/bin/python -c "import torchaudio" 2>/dev/null || rm -rf $(MODELS)/lib/python*/site-packages/torchaudio/lib
+	touch $@
+
+test-models: $(READY) $(MODELS)/ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} SEQKERNELS_TEST_MODELS=1 \
+	  $(MODELS)/bin/python -m pytest -n $(TEST_JOBS) tests/models
 
 # Random calls beside torch_eager and torch.nn; a failure prints the seed that repeats it.
 SECONDS ?= 60
@@ -113,6 +132,6 @@ arm: $(READY)
 	$(BIN)/python tests/cpu/native_compare.py build/arm/check.txt build/arm/check-here.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info seqkernels/*.so
+	rm -rf $(VENV) $(MODELS) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint sanitize arm clean
+.PHONY: help environment demo test test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint sanitize arm clean

@@ -1,16 +1,17 @@
 """Builds the compiled parts, seqkernels/_C.abi3.so for the CPU and seqkernels/_cuda.so for NVIDIA GPUs; everything else
 about the package stands in pyproject.toml.
 
-SEQKERNELS_BUILD=cpu builds the first, =cuda both; unset means cuda where there is an nvcc, and else cpu. =none makes a
-pure Python package. The build does not depend on whether this machine has a GPU. tests/emulator/build.py builds the
+SEQKERNELS_BUILD=cpu builds the first, =cuda both, on any machine with an nvcc; =none makes a pure Python package. Unset
+means cuda where there are an nvcc and a GPU, or with FORCE_CUDA=1, and else cpu. tests/emulator/build.py builds the
 CUDA kernels for the CPU with what stands here.
 
 nvcc is that of CUDA_HOME or CUDA_PATH, or else of PATH. TORCH_CUDA_ARCH_LIST, in torch's syntax ("8.0;9.0a+PTX"), names
-what it compiles for. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The libraries stand on LibTorch's
-stable ABI: torch's headers are needed to build, but the result runs with every torch from 2.10 on, so nothing depends
-on which torch, with or without CUDA, that is.
+what it compiles for; unset means the GPUs here. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The
+libraries stand on LibTorch's stable ABI: torch's headers are needed to build, but the result runs with every torch from
+2.10 on, so nothing depends on which torch, with or without CUDA, that is.
 """
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -76,20 +77,43 @@ def torch_directory() -> Path:
 # ---- what to build
 
 
-def parts_of(build: str | None, nvcc: str | None) -> list[str]:
+def parts_of(environment: Mapping[str, str], nvcc: str | None, gpus: list[int]) -> list[str]:
     """The names of the parts that SEQKERNELS_BUILD asks for; `nvcc` is the one that was found."""
+    build, forced = environment.get("SEQKERNELS_BUILD", ""), environment.get("FORCE_CUDA", "0") not in ("", "0")
     parts = {
-        "": ["cpu", "cuda"] if nvcc else ["cpu"],
+        "": ["cpu", "cuda"] if forced or (nvcc and gpus) else ["cpu"],
         "cpu": ["cpu"],
         "cuda": ["cpu", "cuda"],
         "none": [],
     }
-    if (build or "") in parts:
-        return parts[build or ""]
+    if build in parts:
+        return parts[build]
     sys.exit(
         f"SEQKERNELS_BUILD={build} is not known; it may be cpu, cuda or none (pure Python); unset, it is cuda where "
-        "there is an nvcc, and else cpu"
+        "there are an nvcc and a GPU, and else cpu"
     )
+
+
+def left_out(nvcc: str | None) -> str:
+    """What a build for the CPU says where nobody asked for one."""
+    missing, first = ("GPU", "") if nvcc else ("nvcc", "after installing NVIDIA's CUDA toolkit, ")
+    return f"seqkernels: no CUDA kernels, as there is no {missing} here; {first}FORCE_CUDA=1 pip install builds them"
+
+
+def gpus_here(driver: str = "libcuda.so.1") -> list[int]:
+    """The compute capabilities of this machine's NVIDIA GPUs, 90 for 9.0, as their driver says."""
+    try:
+        cuda = ctypes.CDLL(driver)
+    except OSError:
+        return []
+    count, major, minor, found = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), []
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    for device in range(count.value):
+        for value, attribute in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+            cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        found.append(10 * major.value + minor.value)
+    return found
 
 
 def check_platform(platform: str, free_threaded: bool) -> None:
@@ -195,11 +219,14 @@ CUDA_DTYPES = {
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
-def targets_of(nvcc: Nvcc, wanted: str | None) -> list[str]:
+def targets_of(nvcc: Nvcc, wanted: str | None, gpus: list[int]) -> list[str]:
     """What to compile for: machine code for sm_*, and PTX, which newer GPUs' drivers compile, for compute_*.
 
-    The default is A100 with its relatives, H100, and PTX for all that comes after them; and, for the kernels that can,
-    the oldest GPU that nvcc knows. `wanted` is TORCH_CUDA_ARCH_LIST."""
+    `wanted` is TORCH_CUDA_ARCH_LIST. The default is the GPUs here; where there are none, or some that nvcc does not
+    know, it is A100 with its relatives, H100, and PTX for all that comes after them, and, for the kernels that can, the
+    oldest GPU that nvcc knows."""
+    if not wanted and gpus and all(gpu >= min(CUDA_SOURCES.values()) and gpu in nvcc.capabilities for gpu in gpus):
+        return [f"sm_{gpu}a" if gpu == 90 else f"sm_{gpu}" for gpu in sorted(set(gpus))]
     if not wanted:
         oldest = [capability for capability in nvcc.capabilities if 70 <= capability < 80][:1]
         return [*(f"sm_{capability}" for capability in oldest), "sm_80", "sm_90a", "compute_80"]
@@ -377,12 +404,14 @@ class BuildNative(build_ext):
         libraries, remedy = {native: cpu_library(header_flags())}, ""
         if CUDA in self.extensions:
             nvcc = examine(NVCC)
-            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"), gpus_here())
             print(f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})")
             libraries[cuda] = cuda_library(header_flags(), nvcc, targets)
             remedy = "SEQKERNELS_BUILD=cpu builds without CUDA, "
-        else:  # that of a build before would be taken along
-            cuda.unlink(missing_ok=True)
+        else:
+            cuda.unlink(missing_ok=True)  # that of a build before would be taken along
+            if not os.environ.get("SEQKERNELS_BUILD"):
+                print(left_out(NVCC))
         directory = Path(self.build_temp).resolve()
         if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
@@ -418,7 +447,7 @@ CUDA = Extension(
 NVCC = find_nvcc(os.environ)
 
 if __name__ == "__main__":
-    parts = parts_of(os.environ.get("SEQKERNELS_BUILD"), NVCC)
+    parts = parts_of(os.environ, NVCC, gpus_here())
     if parts:
         check_platform(sys.platform, bool(sysconfig.get_config_var("Py_GIL_DISABLED")))
     setup(

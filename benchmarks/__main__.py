@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks` kernels, calls, report, compare, scaling, train, generate and demo."""
+"""The command line: `python -m benchmarks` kernels, calls, models, report, compare, scaling, train, generate, demo."""
 
 import argparse
 import io
@@ -15,6 +15,7 @@ from benchmarks import (
     distributed,
     fit,
     kernels,
+    models,
     record,
     report,
     require,
@@ -32,6 +33,7 @@ from benchmarks.training_report import Training
 MEASUREMENTS = {
     "kernels": kernels,
     "calls": calls,
+    "models": models,
     "report": report,
     "compare": compare,
     "scaling": scaling,

@@ -71,7 +71,7 @@ def revision() -> dict[str, Any]:
     commit = git("rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None or git("rev-parse", "--show-toplevel") != str(ROOT):
         return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": git("status", "--porcelain", "--", ".", f":!{RESULTS}") != ""}
+    return {"commit": commit, "dirty": git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}") != ""}
 
 
 def git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: tables and plots of the rows that `kernels`, `calls`, `steps` and `scaling` wrote."""
+"""`python -m benchmarks report`: tables and plots of the rows that the commands that measure wrote."""
 
 import argparse
 import statistics
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import InputError, calls, kernels, plots, record, require
+from benchmarks import InputError, calls, kernels, models, plots, record, require
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
@@ -32,8 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
-    file, of_calls, of_steps = (options.rows / f"{name}.jsonl" for name in ("kernels", "calls", "steps"))
-    rows = read(file) if file.exists() or not (of_calls.exists() or of_steps.exists()) else []
+    others = ("calls", "steps", "models")
+    file, of_calls, of_steps, of_models = (options.rows / f"{name}.jsonl" for name in ("kernels", *others))
+    rows = read(file) if file.exists() or not any(path.exists() for path in (of_calls, of_steps, of_models)) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
         print(f"refused, its results were wrong: {' '.join(map(str, case))}", file=sys.stderr)
@@ -41,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
     found = tables(rows)
     found += [Table(*parts) for parts in calls.tables(read(of_calls))] if of_calls.exists() else []
     found += step_tables(newest(read(of_steps), step_key)) if of_steps.exists() else []
+    found += [Table(*parts) for parts in models.tables(read(of_models))] if of_models.exists() else []
     if options.markdown:
         print("\n\n".join(map(markdown, found)))
     else:

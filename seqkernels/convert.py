@@ -3,6 +3,7 @@
 import fnmatch
 import functools
 import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -56,9 +57,9 @@ class Report(list[Swap]):
 def swap_in(
     model: nn.Module,
     *,
-    classes: type | Iterable[type] = tuple(OURS),
+    classes: type | Iterable[type] | None = None,
     names: str | Iterable[str] | None = None,
-    cells: bool = True,
+    cells: bool | None = None,
     subclasses: bool = False,
     benchmark: Any = None,
 ) -> Report:
@@ -69,10 +70,11 @@ def swap_in(
 
     Args:
         model: any module.
-        classes: which of torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell and LSTMCell to swap.
+        classes: which of torch.nn.RNN, GRU, LSTM, RNNCell, GRUCell and LSTMCell to swap; None for all.
         names: patterns of the names to swap, as `model.named_modules()` has them, with the wildcards of `fnmatch`:
             "encoder.*" or ["rnn", "heads.?.lstm"]; None for all.
-        cells: False leaves cells as they are.
+        cells: False leaves cells as they are. None warns of those that are swapped on a CPU, where a loop of torch.nn's
+            is faster, unless `classes` names theirs or `benchmark` times them.
         subclasses: True swaps a subclass of nn.GRU, say, as well, if it changes only how it is made, or adds methods.
             It stays an instance of its class, which torch.compile refuses as before.
         benchmark: an example input of `model`, or a tuple of its positional arguments. The model is called once, each
@@ -88,11 +90,11 @@ def swap_in(
         ValueError: one of `classes` is none of the six.
     """
     _check_model(model, "swap_in")
-    chosen = tuple(classes) if isinstance(classes, Iterable) else (classes,)
+    chosen = tuple(OURS) if classes is None else tuple(classes) if isinstance(classes, Iterable) else (classes,)
     for cls in chosen:
         if cls not in OURS:
             raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
-    if not cells:
+    if cells is False:
         chosen = tuple(cls for cls in chosen if cls not in _CELLS)
     patterns = None if names is None else (names,) if isinstance(names, str) else tuple(names)
     report, able = Report(), {}
@@ -123,6 +125,8 @@ def swap_in(
             report[place] = swap._replace(reason="it is not faster as ours", speed=speed)
         else:
             report[place] = _swap(swap.name, *able[swap.name])._replace(speed=speed)
+    if cells is None and classes is None and benchmark is None:
+        _warn_of_cells(model, report)
     return report
 
 
@@ -194,6 +198,19 @@ def _is_of_ao(module: nn.Module) -> bool:
 
 def _reason_to_leave(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
+
+
+def _warn_of_cells(model: nn.Module, report: Report) -> None:
+    """By the rows of benchmarks/results/models.jsonl: a call of ours passes more Python."""
+    ours = [swap.name for swap in report.swapped if isinstance(model.get_submodule(swap.name), nn.RNNCellBase)]
+    slow = [name for name in ours if next(model.get_submodule(name).parameters()).device.type == "cpu"]
+    if slow:
+        names = ", ".join(repr(name) for name in slow)
+        warnings.warn(
+            f"on a CPU a loop of torch.nn's cells is faster than one of ours, which {names} became; cells=False leaves "
+            "them, cells=True says that they are wanted, and a layer in place of the loop is faster than either",
+            stacklevel=3,
+        )
 
 
 def _reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> str | None:

@@ -71,7 +71,7 @@ def _load_cuda(emulator: str | None) -> str:
     if not emulator and torch.version.cuda is None:
         return "this torch has no CUDA"
     if not library.exists():
-        return "this install has no CUDA kernels (it was built without nvcc)"
+        return "this install has no CUDA kernels"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -196,7 +196,7 @@ def _cuda_kernels() -> str:
     if torch.version.cuda is None and not THIS_MACHINE.emulator:
         return f"none: {THIS_MACHINE.cuda_missing}"
     if THIS_MACHINE.cuda_missing:
-        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then pip install again"
+        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then FORCE_CUDA=1 pip install again"
         return f"none: {THIS_MACHINE.cuda_missing}. Remedy: {remedy}"
     if THIS_MACHINE.emulator:
         return "run on the CPU, every access checked (SEQKERNELS_EMULATOR), for backend='cuda' only"

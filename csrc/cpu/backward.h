@@ -5,6 +5,22 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
+// The gradients of h(t-1) of the rows that run, from those of the gates, `units` of it; added to what there is if some
+// of it goes past the gates. No inline: the same for all cells.
+template <class S>
+__attribute__((noinline)) void multiply_gates(const BackwardMemory<S>& memory, int direction, const Units& units,
+                                              int64_t rows, const acc_t<S>* grads, int64_t stride, bool added,
+                                              acc_t<S>* grad_h, bool backwards) {
+  using V = Vec<acc_t<S>>;
+  const auto row = [&](int64_t r) { return grads + r * stride + memory.columns.recurrent; };
+  const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
+    acc_t<S>* h = grad_h + r * memory.ldp + unit;
+    store(h, added ? load(h) + x : x);
+  };
+  product(memory.hh, memory.direction[direction].w_hh, units.first / kLanes<acc_t<S>>, vectors_of<acc_t<S>>(units.last),
+          rows, {memory.columns.gates}, row, put, backwards);
+}
+
 template <Cell kCell, class S>
 class BackwardSweep {
   using C = acc_t<S>;
@@ -62,20 +78,14 @@ class BackwardSweep {
     grads = at.at_row(memory.grads, row0 - chunk_row, memory.ldg);
 
     if (p.grad_y) add_grad_y(running);
-    if (p.has_projection) undo_projection(running);
+    if constexpr (Traits::can_project) {
+      if (p.has_projection) undo_projection(running);
+    }
     for (int64_t r = 0; r < running; r++)
       for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit);
     work.wait();
-    const auto row = [&](int64_t r) { return grad_row(r) + memory.columns.recurrent; };
-    product(
-        memory.hh, weights.w_hh, outputs.first / kLane, vectors_of<C>(outputs.last), running, {memory.columns.gates},
-        row,
-        [&](int64_t r, int64_t unit, int64_t, V x) {
-          C* h = mine.grad_h + r * memory.ldp + unit;
-          // The part that goes past the gates is there already.
-          store(h, Traits::needs_h_prev ? load(h) + x : x);
-        },
-        t % 2);
+    multiply_gates<S>(memory, at.task.direction, outputs, running, grads, grad_row(1) - grads, Traits::needs_h_prev,
+                      mine.grad_h, t % 2);
   }
 
   void add_grad_y(int64_t running) const {

@@ -6,6 +6,31 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
+// gates = W_ih x + biases of the chunk's `count` rows of the layer, rows[i]: the columns of `work`. No inline: the same
+// for all cells.
+template <class S, class F>
+__attribute__((noinline)) void project_inputs(const LayerForward& p, const ForwardMemory<S, F>& memory, int direction,
+                                              const WorkRange& work, const int64_t* rows, int64_t count,
+                                              acc_t<S>* gates) {
+  using C = acc_t<S>;
+  const auto& weights = memory.direction[direction];
+  const int64_t columns = memory.ih.units, first = work.first(memory.ih.vectors());
+  const int64_t last = work.last(memory.ih.vectors());
+  const auto row = [&](int64_t i) {
+    if (memory.x) return static_cast<const F*>(memory.x) + rows[i] * memory.ldi;
+    return reinterpret_cast<const F*>(static_cast<const S*>(p.x) + rows[i] * p.input);
+  };
+  const auto put = [&](int64_t i, int64_t column, int64_t, Vec<C> x) {
+    store(gates + i * memory.ldg + column, x + load(weights.bias + column));
+  };
+  if (memory.packed) return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k}, row, put);
+  for (int64_t column = first * kLanes<C>; column < min(last * kLanes<C>, columns); column += kLanes<C>)
+    for (int64_t i = 0; i < count; i++) {
+      const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih) + column * p.input;
+      put(i, column, 0, dots(w_ih, columns - column, p.input, row(i)));
+    }
+}
+
 template <Cell kCell, class S, class F>
 class ForwardSweep {
   using C = acc_t<S>;
@@ -39,7 +64,8 @@ class ForwardSweep {
         const int64_t t = step(end++), running = at.running(t);
         for (int64_t r = 0; r < running; r++) rows[count++] = at.row(t, r);
       } while (end < p.steps && count + at.running(step(end)) <= memory.chunk);
-      project(count);
+      project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates);
+      work.wait();
       for (int64_t first = 0; i < end; first += at.running(step(i++))) run_step(step(i), first);
     }
   }
@@ -67,31 +93,6 @@ class ForwardSweep {
     }
   }
 
-  const F* input(int64_t i) const {
-    if (memory.x) return memory.x + rows[i] * memory.ldi;
-    return reinterpret_cast<const F*>(static_cast<const S*>(p.x) + rows[i] * p.input);
-  }
-
-  // gates = W_ih x + biases of the chunk's `count` rows: this range's columns.
-  void project(int64_t count) const {
-    const int64_t columns = memory.ih.units, first = work.first(memory.ih.vectors());
-    const int64_t last = work.last(memory.ih.vectors());
-    const auto row = [&](int64_t i) { return input(i); };
-    const auto put = [&](int64_t i, int64_t column, int64_t, V x) {
-      store(mine.gates + i * memory.ldg + column, x + load(weights.bias + column));
-    };
-    if (memory.packed) {
-      product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k}, row, put);
-    } else {
-      for (int64_t column = first * kLane; column < min(last * kLane, columns); column += kLane)
-        for (int64_t i = 0; i < count; i++) {
-          const S* w_ih = static_cast<const S*>(source.w_ih) + column * p.input;
-          put(i, column, 0, dots(w_ih, columns - column, p.input, row(i)));
-        }
-    }
-    work.wait();
-  }
-
   void dots_of_gates(const S* w, int64_t unit, int64_t k, const F* a, V* out) const {
     for (int g = 0; g < G; g++) out[g] = dots(w + (g * p.hidden + unit) * k, p.hidden - unit, k, a);
   }
@@ -106,9 +107,11 @@ class ForwardSweep {
     // Sequences from this one on end with this step. Those of a reverse sweep all end with its last step.
     first_ending = at.task.direction ? (later < 0 ? 0 : running) : at.running(later);
     multiply_states(running, t % 2);
-    if (p.has_projection) {
-      work.wait();
-      project_outputs(running);
+    if constexpr (Traits::can_project) {
+      if (p.has_projection) {
+        work.wait();
+        project_outputs(running);
+      }
     }
     swap(mine.h, mine.h_next);
     swap(mine.factors, mine.factors_next);

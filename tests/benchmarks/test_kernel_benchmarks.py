@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from kernel_benchmarks import CASE, plant, read
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, kernels, problems, timing
+from benchmarks import contenders, kernels, problems, record, timing
 from benchmarks.problems import PROBLEMS, Problem, flops, lengths, rows
 from seqkernels import select
 
@@ -159,3 +160,17 @@ def test_the_same_problems_run_under_pytest_benchmark():
     alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, env=alone, capture_output=True, text=True)
     assert done.returncode == 0 and "step GRU infer padded" in done.stdout and "2 passed" in done.stdout, done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git here")
+def test_rows_that_were_written_make_no_tree_dirty(tmp_path, monkeypatch):
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", results)
+    record.git("init")
+    record.git("-c", "user.name=me", "-c", "user.email=me@here", "commit", "--allow-empty", "-m", "first")
+    (results / "models.jsonl").write_text("")
+    assert record.revision()["commit"] and not record.revision()["dirty"]
+    (tmp_path / "changed.py").write_text("")
+    assert record.revision()["dirty"]

@@ -23,7 +23,7 @@ from seqkernels.hardware import GPU
 SETUP = Path(__file__).parents[2] / "setup.py"
 CUDA = Path(seqkernels.__file__).with_name("_cuda.so")
 needs_setup = pytest.mark.skipif(not SETUP.exists(), reason="setup.py is not beside the tests")
-needs_library = pytest.mark.skipif(not CUDA.exists(), reason="this install has no CUDA kernels: no nvcc when built")
+needs_library = pytest.mark.skipif(not CUDA.exists(), reason="this install has no CUDA kernels")
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +36,56 @@ def setup():
 
 @needs_setup
 @pytest.mark.parametrize(
-    ("build", "nvcc", "parts"),
+    ("environment", "nvcc", "gpus", "parts"),
     [
-        (None, None, ["cpu"]),
-        ("", None, ["cpu"]),
-        (None, "/opt/nvcc", ["cpu", "cuda"]),
-        ("cpu", "/opt/nvcc", ["cpu"]),
-        ("cuda", "/opt/nvcc", ["cpu", "cuda"]),
-        ("cuda", None, ["cpu", "cuda"]),  # which then ends with a sentence
-        ("none", "/opt/nvcc", []),
+        ({}, None, [], ["cpu"]),
+        ({"SEQKERNELS_BUILD": "", "FORCE_CUDA": ""}, None, [90], ["cpu"]),
+        ({}, "/opt/nvcc", [], ["cpu"]),
+        ({"FORCE_CUDA": "0"}, "/opt/nvcc", [], ["cpu"]),
+        ({}, "/opt/nvcc", [90], ["cpu", "cuda"]),
+        ({"FORCE_CUDA": "1"}, "/opt/nvcc", [], ["cpu", "cuda"]),
+        ({"FORCE_CUDA": "1"}, None, [], ["cpu", "cuda"]),  # which then ends with a sentence
+        ({"SEQKERNELS_BUILD": "cpu", "FORCE_CUDA": "1"}, "/opt/nvcc", [90], ["cpu"]),
+        ({"SEQKERNELS_BUILD": "cuda"}, "/opt/nvcc", [], ["cpu", "cuda"]),
+        ({"SEQKERNELS_BUILD": "cuda"}, None, [], ["cpu", "cuda"]),  # the same
+        ({"SEQKERNELS_BUILD": "none", "FORCE_CUDA": "1"}, "/opt/nvcc", [90], []),
     ],
 )
-def test_which_parts_are_built(setup, build, nvcc, parts):
-    assert setup.parts_of(build, nvcc) == parts
+def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
+    assert setup.parts_of(environment, nvcc, gpus) == parts
+
+
+@needs_setup
+def test_what_is_left_out_unasked_is_said_in_a_line(setup):
+    assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install" in setup.left_out("/opt/nvcc")
+    assert "as there is no nvcc here; after installing NVIDIA's CUDA toolkit, FORCE_CUDA=1" in setup.left_out(None)
+
+
+DRIVER = """
+static const int capabilities[][2] = {{9, 0}, {8, 6}};
+extern "C" int cuInit(unsigned) { return FAILURE; }
+extern "C" int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+extern "C" int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = capabilities[device][attribute - 75];
+  return 0;
+}
+"""
+
+
+@needs_setup
+@pytest.mark.parametrize(("failure", "gpus"), [(0, [90, 86]), (100, [])], ids=["two GPUs", "no device"])
+def test_the_driver_is_asked_for_gpus(setup, failure, gpus, tmp_path):
+    library = tmp_path / "driver.so"
+    command = [*setup.compiler().split(), "-shared", "-fPIC", f"-DFAILURE={failure}", "-xc++", "-", "-o", str(library)]
+    subprocess.run(command, input=DRIVER, text=True, check=True)
+    assert setup.gpus_here(str(library)) == gpus
+    assert setup.gpus_here(str(tmp_path / "none.so")) == []
 
 
 @needs_setup
 def test_an_unknown_build_is_refused(setup):
     with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda or none"):
-        setup.parts_of("gpu", None)
+        setup.parts_of({"SEQKERNELS_BUILD": "gpu"}, None, [])
 
 
 @needs_setup
@@ -145,14 +176,28 @@ TARGETS = [
     (CUDA_13, "7.5+PTX", "sm_75 compute_75", "compute_80"),
     (CUDA_12, "7.0;7.0", "sm_70", "compute_80"),
 ]
+GPU_TARGETS = [
+    # the GPUs here, TORCH_CUDA_ARCH_LIST, what is built
+    ([90, 90], None, "sm_90a"),
+    ([86, 75], "", "sm_75 sm_86"),
+    ([90], "8.0", "sm_80"),
+    ([61, 80], None, "sm_75 sm_80 sm_90a compute_80"),  # none for the first
+    ([130], None, "sm_75 sm_80 sm_90a compute_80"),  # newer than nvcc
+]
 
 
 @needs_setup
 @pytest.mark.parametrize(("capabilities", "wanted", "targets", "from_80"), TARGETS)
 def test_what_is_compiled_for(setup, capabilities, wanted, targets, from_80):
     nvcc = setup.Nvcc("nvcc", (13, 0), capabilities, (), ())
-    assert setup.targets_of(nvcc, wanted) == targets.split()
+    assert setup.targets_of(nvcc, wanted, []) == targets.split()
     assert setup.targets_from(80, targets.split()) == from_80.split()
+
+
+@needs_setup
+@pytest.mark.parametrize(("gpus", "wanted", "targets"), GPU_TARGETS)
+def test_the_gpus_here_are_compiled_for(setup, gpus, wanted, targets):
+    assert setup.targets_of(setup.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted, gpus) == targets.split()
 
 
 @needs_setup
@@ -190,7 +235,7 @@ def test_paths_for_90_have_no_ptx_beside_its_machine_code(setup):
 )
 def test_architectures_that_cannot_be_are_refused_in_a_sentence(setup, wanted, said):
     with pytest.raises(SystemExit, match=said):
-        setup.targets_of(setup.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted)
+        setup.targets_of(setup.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted, [])
 
 
 @pytest.mark.parametrize("name", ["_C.abi3.so", "_cuda.so"])

@@ -45,7 +45,7 @@ def _build() -> tuple[str, list[str]]:
 
 def _missing() -> str:
     if not LIBRARY.exists():
-        return "this install has no CUDA kernels: no nvcc when built"
+        return "this install has no CUDA kernels"
     if not _tool():
         return "no cuobjdump here: Triton's wheel brings it (pip install triton)"
     if not shutil.which("c++filt"):

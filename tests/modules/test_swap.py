@@ -75,7 +75,7 @@ def test_a_model_swapped_in_keeps_everything_and_gives_the_same(dropout_of_torch
 def test_the_model_itself_can_be_the_module(name):
     module, x = getattr(nn, name)(4, 5), torch.randn(3, 4)
     expected = module(x)
-    assert sk.swap_in(module)[0].name == "" and type(module) is getattr(sk, name)
+    assert sk.swap_in(module, cells=True)[0].name == "" and type(module) is getattr(sk, name)
     torch.testing.assert_close(module(x), expected)
     sk.swap_out(module)
     assert type(module) is getattr(nn, name)
@@ -126,11 +126,11 @@ def test_a_module_with_another_forward_is_left_both_ways(name):
     before = module.forward
     module.forward = lambda *args: before(*args)
     expected = module(x)
-    report = sk.swap_in(module)
+    report = sk.swap_in(module, cells=True)
     assert type(module) is getattr(nn, name) and "left: its forward was replaced" in str(report)
     torch.testing.assert_close(module(x), expected)
     del module.forward
-    sk.swap_in(module)
+    sk.swap_in(module, cells=True)
     ours = module.forward
     module.forward = lambda *args: ours(*args)
     assert not sk.swap_out(module).swapped and type(module) is getattr(sk, name)
@@ -146,7 +146,7 @@ def test_what_no_backend_runs_is_left_with_the_reason(name, dtype, reason):
     model = nn.ModuleList([getattr(nn, name)(4, 5), getattr(nn, name)(4, 5)])
     for key, parameter in list(model[0].named_parameters()):
         setattr(model[0], key, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-    report = sk.swap_in(model)
+    report = sk.swap_in(model, cells=True)
     assert [swap.name for swap in report.left] == ["0"] and reason in report[0].reason
     assert type(model[0]) is getattr(nn, name) and type(model[1]) is getattr(sk, name)
 
@@ -243,7 +243,7 @@ def test_only_what_is_asked_for_is_swapped():
         return {swap.name for swap in report.swapped}
 
     everything = {"encoder.encoder.lstm", "encoder.shared", "cell", "decoder"}
-    assert swapped() == everything and swapped(cells=False) == everything - {"cell"}
+    assert swapped(cells=True) == everything and swapped(cells=False) == everything - {"cell"}
     assert swapped(classes=nn.LSTM) == {"encoder.encoder.lstm"}
     assert swapped(classes=[nn.RNN, nn.GRUCell]) == {"cell", "decoder"}
     assert swapped(names="encoder.*") == {"encoder.encoder.lstm", "encoder.shared"}
@@ -251,6 +251,20 @@ def test_only_what_is_asked_for_is_swapped():
     for classes in (sk.GRU, [nn.GRU, nn.Linear], "GRU"):
         with pytest.raises(ValueError, match=r"classes are some of torch\.nn's RNN, GRU, LSTM, RNNCell"):
             swapped(classes=classes)
+
+
+def test_a_swap_that_does_not_pay_is_not_made_without_a_word():
+    """Cells on a CPU, by the rows of benchmarks/results/models.jsonl."""
+    model = nn.ModuleDict({"cell": nn.LSTMCell(4, 5), "layer": nn.LSTM(4, 5)}).to("cpu")
+    with pytest.warns(UserWarning, match="a loop of torch.nn's cells is faster .* 'cell' became; cells=False leaves"):
+        assert len(sk.swap_in(model).swapped) == 2
+    sk.swap_out(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for asked in ({"cells": True}, {"cells": False}, {"classes": [nn.LSTMCell, nn.LSTM]}, {"names": "layer"}):
+            assert sk.swap_in(model, **asked).swapped
+            sk.swap_out(model)
+        sk.swap_in(nn.GRUCell(4, 5, device="meta"))
 
 
 def test_a_report_never_says_nothing():

@@ -153,12 +153,11 @@ def resident_forward(
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], tl.arange(0, UNITS)[:, None]
     here = (first + lane < B) & (unit < H)
-    # Apart, so that their sum takes no register across the steps.
-    tile, state = (direction * B + first) * H, lane * H + unit
-    h = tl.load(h_0 + tile + state, here, 0.0).to(tl.float32)
+    state = (direction * B + first) * H + (lane * H + unit)
+    h = tl.load(h_0 + state, here, 0.0).to(tl.float32)
     c = tl.zeros([UNITS, ROWS], tl.float32)
     if CELL == "lstm":
-        c = tl.load(c_0 + tile + state, here, 0.0)
+        c = tl.load(c_0 + state, here, 0.0)
     w_0, w_1, w_2, w_3 = load_weights(w_hh + direction * GATES * H * H, UNITS, H, GATES, False)
     b_0, b_1, b_2, b_3 = 0.0, 0.0, 0.0, 0.0
     if BIAS:
@@ -194,9 +193,9 @@ def resident_forward(
             if CELL == "lstm":
                 store(saved + (place * SAVED + 4) * H + in_row, c, running)
         at, running, x_0, x_1, x_2, x_3 = next_at, next_running, next_0, next_1, next_2, next_3
-    store(h_n + tile + state, h, here)
+    store(h_n + state, h, here)
     if CELL == "lstm":
-        store(c_n + tile + state, c, here)
+        store(c_n + state, c, here)
 
 
 @kernel
@@ -213,11 +212,11 @@ def resident_backward(
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], tl.arange(0, UNITS)[:, None]
     here = (first + lane < B) & (unit < H)
-    tile, state = (direction * B + first) * H, lane * H + unit
-    grad_h_t = tl.load(grad_h + tile + state, here, 0.0)
+    state = (direction * B + first) * H + (lane * H + unit)
+    grad_h_t = tl.load(grad_h + state, here, 0.0)
     grad_c_t = tl.zeros([UNITS, ROWS], tl.float32)
     if CELL == "lstm":
-        grad_c_t = tl.load(grad_c + tile + state, here, 0.0)
+        grad_c_t = tl.load(grad_c + state, here, 0.0)
     w_0, w_1, w_2, w_3 = load_weights(w_hh + direction * GATES * H * H, UNITS, H, GATES, True)
 
     steps = steps_of_tile(sizes, first, T, RAGGED)
@@ -249,9 +248,9 @@ def resident_backward(
         grad_h_t, grad_c_t = tl.where(running, total, grad_h_t), tl.where(running, grad_c_before, grad_c_t)
         at, running, grad, now, before = next_at, next_running, next_grad, next_now, next_before
         s_0, s_1, s_2, s_3 = next_0, next_1, next_2, next_3
-    store(grad_h + tile + state, grad_h_t, here)
+    store(grad_h + state, grad_h_t, here)
     if CELL == "lstm":
-        store(grad_c + tile + state, grad_c_t, here)
+        store(grad_c + state, grad_c_t, here)
 
 
 # ---- stepwise: the host multiplies, a kernel does the rest of the k-th step of every direction
