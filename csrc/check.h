@@ -66,15 +66,34 @@ struct CheckOptions {
 };
 
 // Where `saved` has what a layer leaves there: its blocks [N, D, K*H], and, of all layers but the last, behind them its
-// y [N, D*P].
-struct SavedLayout {
-  int64_t blocks, y;  // elements of a layer
+// y [N, D*P]. Each begins at a multiple of kAligned elements, as kernels read pairs and products are fastest so.
+class SavedLayout {
+ public:
+  static constexpr int64_t kAligned = 64;
+  const int64_t blocks, y;  // elements of a layer
 
   SavedLayout(const Layer& p, int64_t rows)
-      : blocks(rows * p.directions * saved_blocks_of(p.cell) * p.hidden), y(rows * p.directions * p.projected) {}
+      : blocks(rows * p.directions * saved_blocks_of(p.cell) * p.hidden),
+        y(rows * p.directions * p.projected),
+        one_layer_{rows, p.directions, saved_blocks_of(p.cell) * p.hidden} {}
 
-  int64_t blocks_of(int64_t layer) const { return layer * (blocks + y); }
-  int64_t y_of(int64_t layer) const { return blocks_of(layer) + blocks; }
+  int64_t blocks_of(int64_t layer) const { return layer * (aligned(blocks) + aligned(y)); }
+  int64_t y_of(int64_t layer) const { return blocks_of(layer) + aligned(blocks); }
+  Shape shape(int64_t layers) const { return layers == 1 ? one_layer_ : Shape{blocks_of(layers - 1) + blocks}; }
+
+  // Calls gap(begin, end) for what lies between the parts, which is zeros.
+  template <class Gap>
+  void each_gap(int64_t layers, const Gap& gap) const {
+    for (int64_t layer = 0; layer < layers - 1; layer++) {
+      if (blocks % kAligned) gap(blocks_of(layer) + blocks, y_of(layer));
+      if (y % kAligned) gap(y_of(layer) + y, blocks_of(layer + 1));
+    }
+  }
+
+ private:
+  static int64_t aligned(int64_t size) { return (size + kAligned - 1) / kAligned * kAligned; }
+
+  Shape one_layer_;
 };
 
 // One direction of `count` flat weights of a stack: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr.
@@ -119,7 +138,7 @@ class CheckedArguments {
     check(has_c_ || !arguments.grad_c_n || !arguments.grad_c_n->numel(), "grad_c_n goes with an LSTM only");
     grad_c_n_ = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {L * D, B, H}) : nullptr;
     y_ = check_contiguous(arguments.y, "y", {N, D * P});
-    saved_ = check_contiguous(arguments.saved, "saved", {N, D, L * (saved_blocks_of(p.cell) * H + P) - P});
+    saved_ = check_contiguous(arguments.saved, "saved", SavedLayout(p, N).shape(L));
     set_layer_backward(p, 0);
   }
 

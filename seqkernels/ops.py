@@ -15,11 +15,10 @@ forward
     Rows behind the last step come out as zeros, and have no part in anything. Sequences that never run keep their
     state. batch_sizes on a GPU that are not so are taken as the nearest that are (`seqkernels.late_checks`).
     -> y ``[N, D*P]``, h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]`` (else ``[L*D, B, 0]``), saved
-    ``[N, D, L*(K*H + P) - P]``
 
 `saved` is part of the contract, so any backend's forward pairs with any backend's backward. Of one layer it is
-``[N, D, K*H]``, the blocks named at `seqkernels.backends.cells.CELLS`; of several, it holds those of each layer and,
-but for the last one, its y ``[N, D*P]``, one behind the other. With ``save=False`` it is ``[N, D, 0]``.
+``[N, D, K*H]``, the blocks named at `seqkernels.backends.cells.CELLS`; of several, it is flat and holds those of each
+layer and, but for the last, its y (`seqkernels.backends.stack.SavedLayout`). With ``save=False`` it is ``[N, D, 0]``.
 
 backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
@@ -73,13 +72,12 @@ def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes:
 
 def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1):
     _expect_one_device(x, (*weights, h_0, c_0), batch_sizes)
-    rows, (all_directions, sequences, projected) = x.shape[0], h_0.shape
-    directions, blocks = all_directions // layers, CELLS[cell].saved_blocks * (weights[1].shape[0] // CELLS[cell].gates)
+    layout = stack.SavedLayout.of(cell, x, weights, h_0, layers)
     return (
-        x.new_empty(rows, directions * projected),
+        x.new_empty(layout.rows, layout.directions * layout.projected),
         torch.empty_like(h_0, memory_format=torch.contiguous_format),
-        h_0.new_empty(all_directions, sequences, 0 if c_0 is None else c_0.shape[2]),
-        x.new_empty(rows, directions, layers * (blocks + projected) - projected if save else 0),
+        h_0.new_empty(*h_0.shape[:2], 0 if c_0 is None else c_0.shape[2]),
+        x.new_empty(layout.shape() if save else (layout.rows, layout.directions, 0)),
     )
 
 
@@ -121,10 +119,10 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = _BACKWARD[backend]
     if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
-        below = stack.parts(saved, ctx.layers, y.shape[1])[1] if ctx.layers > 1 else [x]
+        _, below = stack.SavedLayout.of(ctx.cell, x, weights, h_0, ctx.layers).parts(saved)
         *_, (of_layer, *states) = stack.each(ctx.layers, weights, h_0, c_0)
         with torch.no_grad():
-            y = _FORWARD[backend](ctx.cell, below[-1], of_layer, *states, batch_sizes, False, ctx.launch)[0]
+            y = _FORWARD[backend](ctx.cell, [x, *below][-1], of_layer, *states, batch_sizes, False, ctx.launch)[0]
     of_stack = x, weights, h_0, c_0, batch_sizes, y, saved
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()

@@ -64,9 +64,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(StringHandle cell,
   Tensor y = allocate(type, Shape{N, D * P});
   Tensor h_n = allocate(type, Shape{L * D, B, P});
   Tensor c_n = allocate(type, Shape{L * D, B, c_0 ? H : 0});
-  Tensor saved = allocate(type, Shape{N, D, save ? L * (saved_blocks_of(p.cell) * H + P) - P : 0});
+  Tensor saved = allocate(type, save ? layout.shape(L) : Shape{N, D, 0});
   Between between(type, save ? 1 : L, p, N);
   const int64_t bytes = x.element_size();
+  layout.each_gap(save ? L : 1, [&](int64_t begin, int64_t end) {
+    memset(arguments.at(pointer(saved), begin), 0, (end - begin) * bytes);
+  });
   for (int64_t l = 0; l < L; l++) {
     if (l) arguments.set_layer(p, l, p.y);
     p.y = l == L - 1 ? pointer(y) : save ? arguments.at(pointer(saved), layout.y_of(l)) : between.of(l);

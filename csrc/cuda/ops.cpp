@@ -147,6 +147,10 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
   sweep.gates_x = memory->gates_x;
+  SavedLayout(p, rows).each_gap(results.save ? L : 1, [&](int64_t begin, int64_t end) {
+    Tensor gap = context.view(context.at(pointer(results.saved), begin), {end - begin});
+    zero(gap);
+  });
   Between between(context, results.save ? 1 : L, p, rows);
   for (int64_t l = 0; l < L; l++) {
     if (l) arguments.set_layer(p, l, p.y);
@@ -176,14 +180,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tenso
   const CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
   const CallContext context(x);
   const int64_t D = p.directions, LD = layers * D, N = x.size(0), B = p.sequences, H = p.hidden, P = p.projected;
-  const int64_t kept = save ? layers * (saved_blocks_of(p.cell) * H + P) - P : 0;
   ForwardResults results{save, context.allocate({N, D * P}), context.allocate({LD, B, P}),
-                         context.allocate({LD, B, c_0 ? H : 0}), context.allocate({N, D, kept})};
+                         context.allocate({LD, B, c_0 ? H : 0}),
+                         context.allocate(save ? SavedLayout(p, N).shape(layers) : Shape{N, D, 0})};
   if (p.steps && p.rows && has_states(p)) {
     run_forward(context, p, arguments, plan, tf32, batch_sizes, results);
   } else {
-    zero_rows(context, p, pointer(results.y), results.y.numel(), N, batch_sizes.has_value());
-    zero_rows(context, p, pointer(results.saved), results.saved.numel(), N, batch_sizes.has_value());
+    zero(results.y);
+    zero(results.saved);
     if (has_states(p)) copy_states(results, h_0, c_0);
   }
   return {results.y, results.h_n, results.c_n, results.saved};

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from seqkernels import late_checks
 from seqkernels.backends.cells import CELLS
+from seqkernels.backends.stack import SavedLayout
 
 
 class Weights(NamedTuple):
@@ -127,7 +128,7 @@ def check_backward(
     N, (LD, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
     D = LD // layers
     expect("y", y, (N, D * P), x)
-    expect("saved", saved, (N, D, layers * (CELLS[cell].saved_blocks * H + P) - P), x)
+    expect("saved", saved, SavedLayout(N, D, CELLS[cell].saved_blocks * H, P, layers).shape(), x)
     grad_y, grad_h_n, grad_c_n = grads
     expect("grad_y", grad_y, (N, D * P), x)
     expect("grad_h_n", grad_h_n, (LD, B, P), x)

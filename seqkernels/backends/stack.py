@@ -1,13 +1,62 @@
 """A stack of layers by a backend that runs one: from the first up, and from the last down.
 
-Weights and states of the layers lie one behind the other. What the layers leave in `saved` is laid out as
-csrc/check.h says it as well: for each its blocks ``[N, D, K*H]`` and, but for the last, its y ``[N, D*P]``.
+Weights and states of the layers lie one behind the other.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from seqkernels.backends.cells import CELLS
+
+ALIGNED = 64  # elements
+
+
+class SavedLayout(NamedTuple):
+    """What layers leave in `saved`, as csrc/check.h says it as well: for each its blocks ``[N, D, K*H]`` and, but for
+    the last, its y ``[N, D*P]``, which begin at multiples of ALIGNED elements."""
+
+    rows: int
+    directions: int
+    blocks: int  # K*H
+    projected: int
+    layers: int
+
+    @classmethod
+    def of(cls, cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, layers: int) -> "SavedLayout":
+        hidden_size = weights[1].shape[0] // CELLS[cell].gates
+        return cls(x.shape[0], h_0.shape[0] // layers, CELLS[cell].saved_blocks * hidden_size, h_0.shape[2], layers)
+
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the parts."""
+        blocks, y = (self.rows, self.directions, self.blocks), (self.rows, self.directions * self.projected)
+        return [blocks, *([y, blocks] * (self.layers - 1))]
+
+    def shape(self) -> tuple[int, ...]:
+        first, *others = self.shapes()
+        sizes = [math.prod(shape) for shape in self.shapes()]
+        return (sum(map(self._aligned, sizes[:-1])) + sizes[-1],) if others else first
+
+    def parts(self, saved: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The blocks of all layers, and y of all but the last."""
+        shapes = self.shapes()
+        ends = itertools.accumulate((self._aligned(math.prod(shape)) for shape in shapes), initial=0)
+        flat = saved.flatten()
+        views = [flat.narrow(0, at, math.prod(shape)).view(shape) for at, shape in zip(ends, shapes, strict=False)]
+        return views[::2], views[1::2]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """What `parts` takes apart, blocks and y in turn."""
+        *others, last = (part.flatten() for part in parts)
+        return torch.cat([*(F.pad(part, (0, self._aligned(len(part)) - len(part))) for part in others), last])
+
+    def _aligned(self, size: int) -> int:
+        return -(-size // ALIGNED) * ALIGNED
 
 
 def forward(
@@ -24,6 +73,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if layers == 1:
         return run(cell, x, weights, h_0, c_0, batch_sizes, save, launch)
+    layout = SavedLayout.of(cell, x, weights, h_0, layers)
     h_n, c_n, kept = [], [], []
     for of_layer in each(layers, weights, h_0, c_0):
         x, h, c, saved = run(cell, x, *of_layer, batch_sizes, save, launch)
@@ -31,7 +81,7 @@ def forward(
         c_n.append(c)
         if save:
             kept += [saved, x]
-    return x, torch.cat(h_n), torch.cat(c_n), _joined(kept[:-1], layers) if save else saved
+    return x, torch.cat(h_n), torch.cat(c_n), layout.joined(kept[:-1]) if save else saved
 
 
 def backward(
@@ -57,7 +107,7 @@ def backward(
             cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights,
             launch,
         )  # fmt: skip
-    blocks, below = parts(saved, layers, y.shape[1])
+    blocks, below = SavedLayout.of(cell, x, weights, h_0, layers).parts(saved)
     xs, ys = [x, *below], [*below, y]
     each_layer = list(each(layers, weights, grad_h_n, grad_c_n, h_0, c_0))
     grad_weights: list[Tensor] = []
@@ -82,19 +132,3 @@ def each(layers: int, weights: Sequence[Tensor], *states: Tensor | None) -> Iter
     for layer in range(layers):
         of_layer = [None if state is None else state.chunk(layers)[layer] for state in states]
         yield weights[layer * count : (layer + 1) * count], *of_layer
-
-
-def parts(saved: Tensor, layers: int, width: int) -> tuple[list[Tensor], list[Tensor]]:
-    """What all layers saved: their blocks, and y ``[N, width]`` of all but the last."""
-    rows, directions, kept = saved.shape
-    projected = width // directions
-    blocks = (kept + projected) // layers - projected
-    sizes = [rows * directions * blocks, rows * width] * layers
-    flat = saved.flatten().split(sizes[:-1])
-    return [part.view(rows, directions, blocks) for part in flat[::2]], [part.view(rows, width) for part in flat[1::2]]
-
-
-def _joined(kept: list[Tensor], layers: int) -> Tensor:
-    rows, directions, blocks = kept[0].shape
-    width = layers * blocks + (layers - 1) * (kept[1].shape[1] // directions)
-    return torch.cat([part.flatten() for part in kept]).view(rows, directions, width)

@@ -11,8 +11,8 @@ from gpus import GPUS, MIG
 import seqkernels as sk
 from seqkernels import functional, hardware
 from seqkernels.backends.call import Call
-from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, cheapest
+from seqkernels.backends.stack import SavedLayout
 from seqkernels.hardware import THIS_MACHINE
 
 pytestmark = pytest.mark.skipif(bool(THIS_MACHINE.native_missing), reason=THIS_MACHINE.native_missing)
@@ -201,7 +201,8 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
         D, P = len(h_0) // layers, h_0.shape[2]
         y = x.new_zeros(len(x), D * P)
         c_n = h_0.new_zeros(*h_0.shape[:2], 0) if c_0 is None else torch.zeros_like(c_0)
-        saved = x.new_zeros(len(x), D, layers * (CELLS[cell].saved_blocks * P + P) - P if save else 0)
+        layout = SavedLayout.of(cell, x, weights, h_0, layers)
+        saved = x.new_zeros(layout.shape() if save else (len(x), D, 0))
         return y, torch.zeros_like(h_0), c_n, saved
 
     def cuda_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, *more):
