@@ -6,9 +6,9 @@ means cuda where there are an nvcc and a GPU, or with FORCE_CUDA=1, and else cpu
 CUDA kernels for the CPU with what stands here.
 
 nvcc is that of CUDA_HOME or CUDA_PATH, or else of PATH. TORCH_CUDA_ARCH_LIST, in torch's syntax ("8.0;9.0a+PTX"), names
-what it compiles for; unset means the GPUs here. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean what they always mean. The
-libraries stand on LibTorch's stable ABI: torch's headers are needed to build, but the result runs with every torch from
-2.10 on, so nothing depends on which torch, with or without CUDA, that is.
+what it compiles for; unset means the GPUs here, or else what targets_of says. CXX, CXXFLAGS, LDFLAGS and MAX_JOBS mean
+what they always mean. The libraries stand on LibTorch's stable ABI: torch's headers are needed to build, but the result
+runs with every torch from 2.10 on, so nothing depends on which torch, with or without CUDA, that is.
 """
 
 import ctypes
@@ -152,8 +152,8 @@ def examine(path: str | None) -> Nvcc:
     """Facts about the nvcc at `path`; ends with a sentence where there is none, or one that is too old."""
     if not path:
         sys.exit(
-            "SEQKERNELS_BUILD=cuda needs nvcc, which is neither at CUDA_HOME or CUDA_PATH nor on the PATH; install "
-            "NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
+            "FORCE_CUDA=1 or SEQKERNELS_BUILD=cuda needs nvcc, which is neither at CUDA_HOME or CUDA_PATH nor on the "
+            "PATH; install NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
         )
 
     def run(*arguments: str) -> str:

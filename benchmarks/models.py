@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from benchmarks import record, require
 from benchmarks.contenders import OURS, OWN
 from benchmarks.options import add_out, round_count, thread_count
 from benchmarks.record import Row, newest
 from benchmarks.timing import paired, speedup, summary, timed
-from benchmarks.zoo import ZOO, Entry
+from benchmarks.zoo import ZOO, Entry, loss_of, outputs
 
 MODES = ("infer", "train")
 
@@ -89,10 +88,6 @@ def measure(entry: Entry, mode: str, rounds: int) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def outputs(results: Any) -> list[torch.Tensor]:
-    return [y for y in pytree.tree_leaves(results) if isinstance(y, torch.Tensor) and y.is_floating_point()]
-
-
 def run_of(model: torch.nn.Module, call: Callable, mode: str) -> Callable[[], Any]:
     """A call of the model, and in training a backward pass."""
 
@@ -102,7 +97,7 @@ def run_of(model: torch.nn.Module, call: Callable, mode: str) -> Callable[[], An
 
     def train() -> None:
         model.zero_grad()
-        sum(y.square().mean() for y in outputs(call(model)) if y.requires_grad).backward()
+        loss_of(call(model)).backward()
 
     return infer if mode == "infer" else train
 

@@ -32,9 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
-    others = ("calls", "steps", "models")
-    file, of_calls, of_steps, of_models = (options.rows / f"{name}.jsonl" for name in ("kernels", *others))
-    rows = read(file) if file.exists() or not any(path.exists() for path in (of_calls, of_steps, of_models)) else []
+    file, *others = (options.rows / f"{name}.jsonl" for name in ("kernels", "calls", "steps", "models"))
+    of_calls, of_steps, of_models = others
+    rows = read(file) if file.exists() or not any(path.exists() for path in others) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
         print(f"refused, its results were wrong: {' '.join(map(str, case))}", file=sys.stderr)

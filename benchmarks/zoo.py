@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 Call = Callable[[Any], Any]  # of the model, with inputs; gives outputs
 
@@ -20,6 +21,15 @@ class Entry(NamedTuple):
     swapped: int  # so many recurrent modules
     package: str  # what has to be imported
     dtype: torch.dtype = torch.float64  # for tests
+
+
+def outputs(results: Any) -> list[Tensor]:
+    """The floating tensors of what a call gives."""
+    return [y for y in pytree.tree_leaves(results) if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def loss_of(results: Any) -> Tensor:
+    return sum(y.square().mean() for y in outputs(results) if y.requires_grad)
 
 
 def attentive_fp() -> tuple[nn.Module, Call]:

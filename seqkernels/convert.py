@@ -202,13 +202,14 @@ def _reason_to_leave(module: nn.Module) -> str | None:
 
 def _warn_of_cells(model: nn.Module, report: Report) -> None:
     """By the rows of benchmarks/results/models.jsonl: a call of ours passes more Python."""
-    ours = [swap.name for swap in report.swapped if isinstance(model.get_submodule(swap.name), nn.RNNCellBase)]
-    slow = [name for name in ours if next(model.get_submodule(name).parameters()).device.type == "cpu"]
+    swapped = {swap.name: model.get_submodule(swap.name) for swap in report.swapped}
+    cells = {name: module for name, module in swapped.items() if isinstance(module, nn.RNNCellBase)}
+    slow = [name for name, cell in cells.items() if cell.weight_hh.device.type == "cpu"]
     if slow:
-        names = ", ".join(repr(name) for name in slow)
+        names = ", ".join(map(repr, slow))
         warnings.warn(
             f"on a CPU a loop of torch.nn's cells is faster than one of ours, which {names} became; cells=False leaves "
-            "them, cells=True says that they are wanted, and a layer in place of the loop is faster than either",
+            "them, and cells=True says that they are wanted",
             stacklevel=3,
         )
 

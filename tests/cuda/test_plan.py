@@ -193,6 +193,7 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
     """How the passes of calls were launched, on an H200 that is not here: nothing is computed."""
     machine = THIS_MACHINE._replace(cuda_missing="", emulator=True, gpu=H200)
     monkeypatch.setattr(hardware, "machine_of", lambda device: machine)
+    monkeypatch.setattr(hardware, "THIS_MACHINE", machine)  # where there is no emulator
     launches = []
 
     def cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, tf32, *launch):

@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 import seqkernels as sk
+from benchmarks import zoo
 from benchmarks.zoo import ZOO
 
 if not os.environ.get("SEQKERNELS_TEST_MODELS"):
@@ -45,7 +45,7 @@ def made(entry):
 
 def outputs(model, call):
     torch.manual_seed(1)  # of dropout
-    found = [y for y in pytree.tree_leaves(call(model)) if isinstance(y, torch.Tensor) and y.is_floating_point()]
+    found = zoo.outputs(call(model))
     assert found and all(y.isfinite().all() for y in found)
     return found
 
@@ -58,7 +58,7 @@ def train(model, call):
     """The losses of some steps."""
     optimizer, losses = torch.optim.SGD(model.train().parameters(), 0.01), []
     for _ in range(STEPS):
-        loss = sum(y.square().mean() for y in outputs(model, call) if y.requires_grad)
+        loss = zoo.loss_of(outputs(model, call))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

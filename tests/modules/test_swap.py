@@ -75,7 +75,7 @@ def test_a_model_swapped_in_keeps_everything_and_gives_the_same(dropout_of_torch
 def test_the_model_itself_can_be_the_module(name):
     module, x = getattr(nn, name)(4, 5), torch.randn(3, 4)
     expected = module(x)
-    assert sk.swap_in(module, cells=True)[0].name == "" and type(module) is getattr(sk, name)
+    assert sk.swap_in(module)[0].name == "" and type(module) is getattr(sk, name)
     torch.testing.assert_close(module(x), expected)
     sk.swap_out(module)
     assert type(module) is getattr(nn, name)
@@ -126,11 +126,11 @@ def test_a_module_with_another_forward_is_left_both_ways(name):
     before = module.forward
     module.forward = lambda *args: before(*args)
     expected = module(x)
-    report = sk.swap_in(module, cells=True)
+    report = sk.swap_in(module)
     assert type(module) is getattr(nn, name) and "left: its forward was replaced" in str(report)
     torch.testing.assert_close(module(x), expected)
     del module.forward
-    sk.swap_in(module, cells=True)
+    sk.swap_in(module)
     ours = module.forward
     module.forward = lambda *args: ours(*args)
     assert not sk.swap_out(module).swapped and type(module) is getattr(sk, name)
@@ -146,7 +146,7 @@ def test_what_no_backend_runs_is_left_with_the_reason(name, dtype, reason):
     model = nn.ModuleList([getattr(nn, name)(4, 5), getattr(nn, name)(4, 5)])
     for key, parameter in list(model[0].named_parameters()):
         setattr(model[0], key, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-    report = sk.swap_in(model, cells=True)
+    report = sk.swap_in(model)
     assert [swap.name for swap in report.left] == ["0"] and reason in report[0].reason
     assert type(model[0]) is getattr(nn, name) and type(model[1]) is getattr(sk, name)
 
@@ -243,7 +243,7 @@ def test_only_what_is_asked_for_is_swapped():
         return {swap.name for swap in report.swapped}
 
     everything = {"encoder.encoder.lstm", "encoder.shared", "cell", "decoder"}
-    assert swapped(cells=True) == everything and swapped(cells=False) == everything - {"cell"}
+    assert swapped() == everything and swapped(cells=False) == everything - {"cell"}
     assert swapped(classes=nn.LSTM) == {"encoder.encoder.lstm"}
     assert swapped(classes=[nn.RNN, nn.GRUCell]) == {"cell", "decoder"}
     assert swapped(names="encoder.*") == {"encoder.encoder.lstm", "encoder.shared"}

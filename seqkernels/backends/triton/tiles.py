@@ -78,10 +78,13 @@ def launch_of(call: Call, gpu: GPU) -> Launch:
     weights = (1 if gpu.amd else call.gates) * units * units * size
     if call.projected or units > widest or weights + SCRATCH * units > gpu.shared_memory:
         return Launch(call.tf32, False, 4, 128, 4)
-    # By what the compilers keep in registers, all else being equal.
-    few_warps = call.gates == 1 if precision == 2 else (call.gates, units) == (2, 32)
+    # Of four and eight warps those by which the compiler spills nothing.
     if gpu.amd:
         few_warps = units < 128
+    elif precision == 2:
+        few_warps = call.gates == 1
+    else:
+        few_warps = call.gates == 2 and units == 32
     return Launch(call.tf32, True, ROWS, units, 4 if few_warps else 8)
 
 
