@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, drop_in, functional, hardware, select
+from seqkernels import checks, drop_in, functional, hardware, select, streaming
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
@@ -56,6 +56,44 @@ class _Recurrent(drop_in.Layer):
             lengths=lengths,
             backend=self.backend,
         )
+
+    def step(
+        self,
+        input: Tensor,
+        state: State | None = None,
+        *,
+        out: tuple[Tensor, State] | None = None,
+    ) -> tuple[Tensor, State]:
+        """One step of a stream through all layers.
+
+        In float32 and float64 on the CPU's kernels, steps have the bits of the same sequence in one call. Hooks of the
+        module do not run.
+
+        Args:
+            input: ``[B, I]``, or ``[I]`` of one sequence, whatever batch_first says.
+            state: as hx of a call: ``[L, B, H]`` (``[L, H]`` of one sequence), of LSTM (h, c); None for the first step.
+            out: (y, state) that the results are written to, tensors like the results; the given state may be among
+                them. Not with gradients.
+
+        Returns:
+            y ``[B, H]`` (``[H]``) of the last layer, and the state for the next step.
+
+        Raises:
+            ValueError: the module is bidirectional; an input of other dimensions.
+            RuntimeError: torch.nn's own for sizes that do not fit; an `out` that does not fit, or with gradients.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer has no step: its second direction begins at the end of a stream")
+        y, new = streaming.step(
+            self.mode.lower(),
+            input,
+            state,
+            self._weights(),
+            num_layers=self.num_layers,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return (y, new) if out is None else streaming.write(out, y, new)
 
 
 class RNN(_Recurrent):
