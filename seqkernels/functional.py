@@ -164,12 +164,12 @@ def recurrent(
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
-    y, h_n, c_n = _run(plan, inputs, weights, dropout if training else 0.0)
-    h_n = _restore(h_n, inputs)
-    return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, _restore(c_n, inputs)))
+    y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0)
+    h_n = restore(h_n, inputs)
+    return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, restore(c_n, inputs)))
 
 
-def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
     layers, directions, each = call.layers, call.directions, len(weights) // call.layers
@@ -223,7 +223,7 @@ def recurrent_cell(
     return y, c if c_0 is None else c.squeeze(0)
 
 
-def _restore(state: Tensor, inputs: Inputs) -> Tensor:
+def restore(state: Tensor, inputs: Inputs) -> Tensor:
     """A final state ``[L*D, B, *]`` in the user's order of sequences."""
     unsorted_indices = inputs.rows.unsorted_indices
     if unsorted_indices is not None:
