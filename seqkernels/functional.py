@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, modes, ops, select
+from seqkernels import checks, modes, onnx_export, ops, select
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, call_of_step, prepare
 
@@ -162,6 +162,10 @@ def recurrent(
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
+    if onnx_export.exporting():
+        dropout = dropout if training else 0.0
+        options = num_layers, directions, dropout, batch_first, lengths, cu_seqlens
+        return onnx_export.recurrent(cell, input, hx, weights, *options)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0)
@@ -214,6 +218,8 @@ def recurrent_cell(
     """
     checks.check_kind(weights)
     checks.check_step(input, (h_0,) if c_0 is None else (h_0, c_0), weights)
+    if onnx_export.exporting():
+        return onnx_export.step(cell, input, h_0, c_0, weights)
     call = call_of_step(cell, input, weights, h_0, c_0)
     plan = select.plan_of(call, input.device, backend)
     # With a single step y is h.

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, functional, select
+from seqkernels import checks, functional, onnx_export, select
 from seqkernels.backends import arguments, precision, torch_eager
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare
@@ -68,6 +68,8 @@ def recurrent(
     backend: str | None,
 ) -> tuple[Tensor | PackedSequence, State, State]:
     """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
+    if onnx_export.exporting():
+        raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1
     each = directions * checks.count_weights(len(weights), num_layers * directions, bias, cell)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels import checks, functional, select
+from seqkernels import checks, functional, onnx_export, select
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare
 
@@ -28,6 +28,11 @@ def step(
     checks.check_kind(weights)
     if x.dim() not in (1, 2):
         raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
+    if onnx_export.exporting():
+        y, state = onnx_export.recurrent(
+            cell, x.unsqueeze(0), state, weights, num_layers, 1, dropout, False, None, None
+        )  # fmt: skip
+        return y.squeeze(0), state
     inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1)
     plan = select.plan_of(inputs.call, x.device, backend)
     sequences = inputs.rows.sequences

@@ -39,22 +39,6 @@ def test_make_targets_in_documents_exist(document):
     assert not missing
 
 
-NEEDS: dict[str, tuple[str, ...]] = {}  # packages without which a document's examples do not run
-
-
-@pytest.mark.parametrize(
-    "document", [path for path in DOCUMENTS if path.parent.name == "docs" and "```python" in path.read_text()],
-    ids=lambda path: path.name,
-)  # fmt: skip
-def test_examples_of_documents_run(document):
-    """One after the other in the names that those before have made; they assert what they say themselves."""
-    for package in NEEDS.get(document.name, ()):
-        pytest.importorskip(package)
-    names: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, str(document), "exec"), names)
-
-
 @pytest.mark.parametrize(
     "document", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda path: path.name
 )
