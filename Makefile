@@ -22,6 +22,7 @@ help:
 	@echo "               benchmarks beside cuDNN, compute-sanitizer, profiles), of six minutes each"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style, import directions and types"
+	@echo "make site      build the site of README and docs/ in build/site"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
@@ -117,6 +118,11 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The site of README and docs/, in build/site; a warning is an error.
+site: $(READY)
+	$(BIN)/pip install -q -e ".[docs]" --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
 	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
@@ -141,4 +147,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) $(MODELS) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint sanitize arm clean
+.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint site sanitize arm clean
