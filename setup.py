@@ -423,8 +423,8 @@ class BuildNative(build_ext):
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         if not build(libraries, directory, NVCC or ""):
             sys.exit(
-                f"seqkernels: compiling failed, see above; {full_disk(directory)}{remedy}SEQKERNELS_BUILD=none installs "
-                "the pure Python package"
+                f"seqkernels: compiling failed, see above; {full_disk(directory)}{remedy}SEQKERNELS_BUILD=none "
+                "installs the pure Python package"
             )
 
 
