@@ -391,6 +391,12 @@ def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bo
     return subprocess.run([ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])]).returncode == 0
 
 
+def full_disk(directory: Path, least_mb: int = 50) -> str:
+    """What may be why a build failed where hardly any room is left; "" where there is."""
+    free = shutil.disk_usage(directory).free >> 20
+    return f"only {free} MB are free for {directory}; " if free < least_mb else ""
+
+
 class BuildNative(build_ext):
     """Builds all libraries by one build.ninja."""
 
@@ -417,8 +423,8 @@ class BuildNative(build_ext):
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         if not build(libraries, directory, NVCC or ""):
             sys.exit(
-                f"seqkernels: compiling failed, see above; {remedy}SEQKERNELS_BUILD=none installs the pure Python "
-                "package"
+                f"seqkernels: compiling failed, see above; {full_disk(directory)}{remedy}SEQKERNELS_BUILD=none "
+                "installs the pure Python package"
             )
 
 

@@ -45,7 +45,7 @@ def initial(layer: "Layer", input: Tensor | PackedSequence, batched: int = 3) ->
     if isinstance(input, PackedSequence):
         sequences = int(input.batch_sizes[0])
     elif input.dim() == batched:
-        sequences = input.shape[0 if batched == 2 or layer.batch_first else 1]
+        sequences = input.shape[0 if batched == 2 or layer.batch_first or input.is_nested else 1]
     else:
         return states[0] if len(states) == 1 else (states[0], states[1])
     h, *c = (state.unsqueeze(1).expand(-1, sequences, -1).contiguous() for state in states)
@@ -98,8 +98,13 @@ def recurrent(
 
 
 def _stacked(layers: list[Tensor], inputs: Inputs) -> Tensor:
-    restored = [inputs.rows.restore_layout(rows) for rows in layers]
-    return torch.stack([one.data if isinstance(one, PackedSequence) else one for one in restored])
+    found = []
+    for rows in layers:
+        restored = inputs.rows.restore_layout(rows)
+        if isinstance(restored, PackedSequence):
+            restored = restored.data
+        found.append(restored.values() if restored.is_nested else restored)
+    return torch.stack(found)
 
 
 def _cell_states(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor:
