@@ -63,8 +63,10 @@ def from_packed(input: PackedSequence, sequences: int | None) -> Rows:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _check_packed(input)
-    first = int(batch_sizes[0])
+    exporting = torch.compiler.is_exporting()  # where int() would ask for a number
+    first: int = batch_sizes[0].item() if exporting else int(batch_sizes[0])  # type: ignore[assignment]
     if compiling:
+        torch._check(first >= 0)
         # Prefer a size the compiler knows to one it must read from batch_sizes.
         if sorted_indices is not None:
             sequences = sorted_indices.shape[0]
@@ -152,7 +154,7 @@ def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
 
 def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, restore_layout) -> Rows:
     sorted_indices = sorted_indices.to(data.device)
-    late_checks.mark_fitting(batch_sizes, sequences, len(data))
+    late_checks.mark_fitting(batch_sizes, sequences, data.shape[0])
     return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
 
 
