@@ -193,10 +193,14 @@ def seconds_of(case: Case, one: Callable[[], Any], count: int) -> float:
 
 
 def show(device: str, rows: dict[Case, Row]) -> None:
-    where = f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}"
+    threads = torch.get_num_threads()
+    where = f"{threads} thread{'s' * (threads > 1)} of a CPU with {torch.backends.cpu.get_cpu_capability()}"
     if device == "cuda":
         where = hardware.gpu_of(torch.device("cuda")).name
     print(f"\nfloat32, {where}, torch {torch.__version__}, seqkernels {seqkernels.__version__}")
+    missing = hardware.THIS_MACHINE.native_missing if device == "cpu" else hardware.THIS_MACHINE.cuda_missing
+    if missing:
+        print(f"Without our kernels: {missing}. `python -m seqkernels doctor` says what to do.")
     print(f"{'':<44}{'torch.nn ms':>12}{'seqkernels ms':>15}{'as fast':>9}")
     for case, row in rows.items():
         shape = case.shape

@@ -65,7 +65,7 @@ def compiled_part() -> Finding:
     if not missing:
         return Finding("ok", "CPU kernels", f"{importlib.import_module('seqkernels._C').isa()} in use")
     if sys.platform != "linux" or sysconfig.get_config_var("Py_GIL_DISABLED"):
-        return Finding("-", "CPU kernels", f"{missing}; layers run by torch's own operations, no faster than torch.nn")
+        return Finding("-", "CPU kernels", f"{missing}; layers run by torch's own operations, slower than torch.nn")
     needed = "" if compiler().state == "ok" else "install a C++17 compiler (Debian: apt install g++), then "
     return Finding("missing", "CPU kernels", missing, f"{needed}SEQKERNELS_BUILD=cpu {REINSTALL}")
 

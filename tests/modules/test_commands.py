@@ -72,7 +72,7 @@ def test_bench_prints_a_line_for_each_case(with_tqdm, monkeypatch, capsys):
     assert command.main(["bench", "--seconds", "0.01", "--threads", "1", "--device", "cpu"]) == 0
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if "small" in line]
-    assert len(lines) == 4 and all(line.endswith(" x") for line in lines) and "1 threads" in said.out
+    assert len(lines) == 4 and all(line.endswith(" x") for line in lines) and "1 thread of" in said.out
     assert torch.get_num_threads() == threads
     assert with_tqdm or "4 of 4: cpu LSTM small training" in said.err
 
