@@ -30,6 +30,7 @@ struct ForwardMemory {
     int64_t* rows;              // [members of the team, chunk]: which rows of the layer they are
   };
 
+  const bool by_tiles;  // products are
   const Panels<F> ih, hh, hr;
   const bool packed;  // whether the weights are
   const int64_t ldh, ldp, ldi, ldg, chunk;
@@ -39,9 +40,10 @@ struct ForwardMemory {
   int64_t task_bytes;
 
   ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
-      : ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1),
-        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell)),
-        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1),
+      : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
+        ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles),
+        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles),
+        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles),
         packed(p.rows > kFewRows),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
