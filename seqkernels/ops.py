@@ -38,7 +38,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, flops, inplace
+from seqkernels import batching, flops, inplace, ranges
 from seqkernels.backends import arguments, cuda, cudnn, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -330,3 +330,6 @@ def recurrence_forward(
 
 
 flops.register()
+if ranges.ON:
+    _backward = ranges.of_backward(_backward)
+    recurrence_forward = ranges.of_forward(recurrence_forward)
