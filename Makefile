@@ -26,6 +26,7 @@ help:
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
+	@echo "make hf-kernel write a Hugging Face kernel, with a build for this machine's kind, to build/hf-kernel"
 	@echo "make clean     remove what these made"
 
 $(TORCH_READY):
@@ -110,6 +111,10 @@ bench: $(READY)
 wheel: $(READY)
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 
+# For get_local_kernel of Hugging Face's kernels, and for their kernel-builder.
+hf-kernel: $(READY)
+	$(BIN)/python hf_kernel.py
+
 lint: $(READY)
 	$(BIN)/pip install -q -e ".[lint]" --no-build-isolation
 	$(BIN)/ruff check .
@@ -150,4 +155,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) $(MODELS) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint site sanitize arm clean
+.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel hf-kernel lint site sanitize arm clean

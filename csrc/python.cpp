@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cuda/plan.h"
+#include "names.h"
 
 using namespace seqkernels;
 
@@ -145,7 +146,10 @@ static PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyMODINIT_FUNC PyInit__C() {
+#define SEQKERNELS_INIT_OF(module) PyInit_##module
+#define SEQKERNELS_INIT(module) SEQKERNELS_INIT_OF(module)
+
+PyMODINIT_FUNC SEQKERNELS_INIT(SEQKERNELS_MODULE)() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT,
                                "_C",
                                "CPU kernels, and what fits on a GPU.",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from seqkernels import modes
+from seqkernels._ops import add_op_namespace_prefix
 
 
 def register(name: str, operator, library: torch.library.Library) -> None:
@@ -39,7 +40,7 @@ def register(name: str, operator, library: torch.library.Library) -> None:
         outputs, of_outputs = _each(operator, pytree.tree_unflatten(leaves, structure), dims, size)
         return pytree.tree_unflatten([torch._add_batch_dim(output, 0, level) for output in outputs], of_outputs)
 
-    torch.library.register_vmap(f"seqkernels::{name}", rule, lib=library)
+    torch.library.register_vmap(add_op_namespace_prefix(name), rule, lib=library)
     library.impl(name, older_rule, "Batched")
 
 

@@ -3,8 +3,7 @@
 They are those of torch.nn's modules: a step's input and state times the weights, and twice as much for the gradients.
 """
 
-import torch
-
+from seqkernels._ops import ops
 from seqkernels.on_import import when_imported
 
 
@@ -23,8 +22,8 @@ def backward_flops(cell, grad_y, grad_h_n, grad_c_n, x_shape, weight_shapes, h_0
 
 
 def _register(counter) -> None:
-    counter.register_flop_formula(torch.ops.seqkernels.recurrence_forward)(forward_flops)
-    counter.register_flop_formula(torch.ops.seqkernels.recurrence_backward)(backward_flops)
+    counter.register_flop_formula(ops.recurrence_forward)(forward_flops)
+    counter.register_flop_formula(ops.recurrence_backward)(backward_flops)
 
 
 def register() -> None:

@@ -6,9 +6,12 @@ import importlib.util
 import os
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+
+from seqkernels._ops import ops
 
 
 class GPU(NamedTuple):
@@ -53,10 +56,19 @@ class Machine(NamedTuple):
     gpu: GPU | None = None  # the one that the tensors are on
 
 
+# In a Hugging Face kernel the library has the unique name of its operators' namespace.
+NATIVE = f"{__package__}.{'_C' if ops.name == 'seqkernels' else ops.name}"
+
+
+def native() -> ModuleType:
+    """The compiled library."""
+    return importlib.import_module(NATIVE)
+
+
 def _load_native() -> str:
     """Load the compiled library, which registers its operators; the reason if that cannot be done."""
     try:
-        importlib.import_module("seqkernels._C")
+        native()
     except ModuleNotFoundError:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
             return "the compiled part is for Pythons with a GIL, and this one has none"
@@ -68,10 +80,9 @@ def _load_native() -> str:
 
 def _choose_isa(wanted: str) -> str:
     """The instruction set in use from now on. ValueError if `wanted` is one that is not built or does not run here."""
-    native = importlib.import_module("seqkernels._C")
     if wanted:
-        native.force_isa(wanted)
-    return native.isa()
+        native().force_isa(wanted)
+    return native().isa()
 
 
 def _load_cuda(emulator: str | None) -> str:
@@ -89,7 +100,7 @@ def _load_cuda(emulator: str | None) -> str:
 
 
 def _cuda_build() -> CudaBuild:
-    version, *targets = torch.ops.seqkernels.cuda_build().split()
+    version, *targets = ops.cuda_build().split()
     major, minor = map(int, version.split("."))
     return CudaBuild((major, minor), tuple(targets))
 
@@ -144,10 +155,10 @@ def gpu_of(device: torch.device) -> GPU:
         target, shared = f"sm_{facts.major}{facts.minor}", facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
     driver, clusters = None, ()
     if not THIS_MACHINE.cuda_missing and not THIS_MACHINE.emulator:
-        version = torch.ops.seqkernels.cuda_driver()
+        version = ops.cuda_driver()
         driver = version // 1000, version % 1000 // 10
         with torch.cuda.device(device):
-            clusters = tuple(torch.ops.seqkernels.cuda_clusters())
+            clusters = tuple(ops.cuda_clusters())
     return GPU(facts.name, target, shared, facts.multi_processor_count, driver, clusters)
 
 
@@ -170,8 +181,7 @@ def describe() -> list[tuple[str, str]]:
     """(what, finding) for each thing that decides what can run here, with the remedy where something is missing."""
     rows = [("torch", str(torch.__version__))]
     if not THIS_MACHINE.native_missing:
-        native = importlib.import_module("seqkernels._C")
-        rows.append(("CPU kernels", f"{native.isa()} in use; {native.build_info()}"))
+        rows.append(("CPU kernels", f"{native().isa()} in use; {native().build_info()}"))
     else:
         rows.append(
             ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again")

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import batching, flops, inplace, ranges
+from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import arguments, autocast, cuda, cudnn, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -57,7 +58,7 @@ BACKWARD_SCHEMA = (
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 
-_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library = torch.library.Library(ops.name, "FRAGMENT")
 
 
 def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None) -> None:
@@ -219,14 +220,15 @@ def _grads_of_options(ctx) -> tuple:
 
 def _register(backend: str) -> None:
     """Everything about a backend's pair of operators that is the same for all backends."""
-    forward, backward = f"seqkernels::recurrence_forward.{backend}", f"seqkernels::recurrence_backward.{backend}"
+    names = f"recurrence_forward.{backend}", f"recurrence_backward.{backend}"
+    forward, backward = map(add_op_namespace_prefix, names)
     torch.library.register_fake(forward, _fake_forward, lib=_library)
     torch.library.register_fake(backward, _fake_backward, lib=_library)
     formula = _registered_backward_of(backend)
     torch.library.register_autograd(forward, formula, setup_context=_save_for_backward, lib=_library)
     torch.library.register_autograd(backward, _double_backward, setup_context=_setup_backward, lib=_library)
     for name in ("recurrence_forward", "recurrence_backward"):
-        operator = getattr(getattr(torch.ops.seqkernels, name), backend)
+        operator = getattr(getattr(ops, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", autocast.cast_arguments(operator, device_type), key)
         batching.register(f"{name}.{backend}", operator, _library)
@@ -263,8 +265,8 @@ for _name, _forward, _backward_of in (
 for _backend in _backends:
     _register(_backend)
 
-_FORWARD = {backend: getattr(torch.ops.seqkernels.recurrence_forward, backend) for backend in _backends}
-_BACKWARD = {backend: getattr(torch.ops.seqkernels.recurrence_backward, backend) for backend in _backends}
+_FORWARD = {backend: getattr(ops.recurrence_forward, backend) for backend in _backends}
+_BACKWARD = {backend: getattr(ops.recurrence_backward, backend) for backend in _backends}
 
 
 class _Recurrence(torch.autograd.Function):

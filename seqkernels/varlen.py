@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks
+from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.arguments import expect_storage
 
 
@@ -93,7 +94,7 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     """
     steps, sequences = _steps_and_sequences(input, batch_first)
     lengths = _as_lengths(lengths, sequences, input.device)
-    batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, steps)
+    batch_sizes = ops.batch_sizes(lengths, steps)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     total = steps * sequences
     known = not (torch.compiler.is_compiling() or late_checks.out_of_sight(lengths))
@@ -101,7 +102,7 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
     index, inverse = _row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
+    gather = _gather_rows if transformed else ops.gather_rows
     data = gather(input.reshape(total, input.shape[2]), index, inverse)
 
     def restore_layout(y: Tensor) -> Tensor:
@@ -126,15 +127,15 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
     total, sequences = input.shape[0], cu_seqlens.shape[0] - 1
-    cu_seqlens = torch.ops.seqkernels.check_cu_seqlens(cu_seqlens, total)
+    cu_seqlens = ops.check_cu_seqlens(cu_seqlens, total)
     lengths = cu_seqlens.diff()
     if max_seqlen is None:
         max_seqlen = int(lengths.max()) if sequences else 0
-    batch_sizes = torch.ops.seqkernels.batch_sizes(lengths, min(max_seqlen, total))
+    batch_sizes = ops.batch_sizes(lengths, min(max_seqlen, total))
     sorted_indices = lengths.argsort(descending=True, stable=True)
     index, inverse = _row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    gather = _gather_rows if transformed else torch.ops.seqkernels.gather_rows
+    gather = _gather_rows if transformed else ops.gather_rows
     data = gather(input, index, inverse)
 
     def restore_layout(y: Tensor) -> Tensor:
@@ -267,7 +268,7 @@ def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor
     return _gather_rows(rows, index, inverse)
 
 
-_library = torch.library.Library("seqkernels", "FRAGMENT")
+_library = torch.library.Library(ops.name, "FRAGMENT")
 _library.define("batch_sizes(Tensor lengths, SymInt steps) -> Tensor")
 _library.define("check_cu_seqlens(Tensor cu_seqlens, SymInt rows) -> Tensor")
 _library.define("gather_rows(Tensor rows, Tensor index, Tensor inverse) -> Tensor")
@@ -276,24 +277,24 @@ _library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd"
 _library.impl("gather_rows", _checked_gather_rows, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("seqkernels::batch_sizes", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("batch_sizes"), lib=_library)
 def _(lengths, steps):
     return lengths.new_empty(steps)
 
 
-@torch.library.register_fake("seqkernels::check_cu_seqlens", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("check_cu_seqlens"), lib=_library)
 def _(cu_seqlens, rows):
     return torch.empty_like(cu_seqlens)
 
 
-@torch.library.register_fake("seqkernels::gather_rows", lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("gather_rows"), lib=_library)
 def _(rows, index, inverse):
     return rows.new_empty(index.shape[0], rows.shape[1])
 
 
 torch.library.register_autograd(
-    "seqkernels::gather_rows",
-    lambda ctx, grad: (torch.ops.seqkernels.gather_rows(grad, *ctx.saved_tensors), None, None),
+    add_op_namespace_prefix("gather_rows"),
+    lambda ctx, grad: (ops.gather_rows(grad, *ctx.saved_tensors), None, None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2], inputs[1]),
     lib=_library,
 )

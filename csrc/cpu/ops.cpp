@@ -2,6 +2,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../names.h"
 #include "isa.h"
 #include "memory.h"
 #include "schedule.h"
@@ -144,7 +145,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(StringHandle cel
 }  // namespace
 
 // seqkernels/ops.py defines the operators, and explains every argument.
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+SEQKERNELS_IMPL(CPU, m) {
   m.impl("recurrence_forward.cpu", TORCH_BOX(&recurrence_forward));
   m.impl("recurrence_backward.cpu", TORCH_BOX(&recurrence_backward));
 }

@@ -2,6 +2,7 @@
 // and nothing is read again from the host's memory, so that all of it can be captured in a CUDA graph.
 #include <tuple>
 
+#include "../names.h"
 #include "host.h"
 
 #ifndef SEQKERNELS_EMULATOR
@@ -327,7 +328,7 @@ std::vector<int64_t> cuda_clusters() {
 
 // What seqkernels/backends/cuda/host.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
 // factors may be rounded to TF32, and the plan of the pass (plan.h).
-STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
+SEQKERNELS_FRAGMENT(m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
       "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
@@ -340,12 +341,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
   m.def("cuda_clusters() -> int[]");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
-  m.impl("cuda_clusters", TORCH_BOX(&cuda_clusters));
-}
+SEQKERNELS_IMPL(CompositeExplicitAutograd, m) { m.impl("cuda_clusters", TORCH_BOX(&cuda_clusters)); }
 
 #ifdef SEQKERNELS_EMULATOR
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CPU, m) {
+SEQKERNELS_IMPL(CPU, m) {
 #else
 // nvcc's version, and what it compiled for: sm_80, compute_80, ...; to be read as well where the library does not load.
 __attribute__((used)) static const char kBuild[] = SEQKERNELS_CUDA_BUILD;
@@ -359,17 +358,17 @@ static int64_t cuda_driver() {
   return version;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(seqkernels, m) {
+SEQKERNELS_FRAGMENT(m) {
   m.def("cuda_build() -> str");
   m.def("cuda_driver() -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CompositeExplicitAutograd, m) {
+SEQKERNELS_IMPL(CompositeExplicitAutograd, m) {
   m.impl("cuda_build", TORCH_BOX(&cuda_build));
   m.impl("cuda_driver", TORCH_BOX(&cuda_driver));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(seqkernels, CUDA, m) {
+SEQKERNELS_IMPL(CUDA, m) {
 #endif
   m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
   m.impl("cuda_backward", TORCH_BOX(&cuda_backward));

@@ -7,7 +7,6 @@ run is there and right, and 1 if not.
 """
 
 import argparse
-import importlib
 import os
 import platform
 import shlex
@@ -63,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 def compiled_part() -> Finding:
     missing = THIS_MACHINE.native_missing
     if not missing:
-        return Finding("ok", "CPU kernels", f"{importlib.import_module('seqkernels._C').isa()} in use")
+        return Finding("ok", "CPU kernels", f"{hardware.native().isa()} in use")
     if sys.platform != "linux" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return Finding("-", "CPU kernels", f"{missing}; layers run by torch's own operations, slower than torch.nn")
     needed = "" if compiler().state == "ok" else "install a C++17 compiler (Debian: apt install g++), then "

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import hardware
+from seqkernels._ops import ops
 from seqkernels.backends.arguments import fitting, used_rows_of
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -25,9 +26,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tf32, *passes = _planned(launch, cell, x, weights, h_0, layers)
     batch_sizes = fitting(x, h_0, batch_sizes)
-    return torch.ops.seqkernels.cuda_forward(
-        cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers
-    )
+    return ops.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers)
 
 
 def backward(
@@ -52,9 +51,7 @@ def backward(
     if wants_weights:
         x = used_rows_of(x, batch_sizes)
     grads, stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
-    return torch.ops.seqkernels.cuda_backward(
-        cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers
-    )
+    return ops.cuda_backward(cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers)
 
 
 def _planned(

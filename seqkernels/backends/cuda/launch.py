@@ -2,12 +2,12 @@
 costs on each."""
 
 import functools
-import importlib
 import math
 from typing import Any, NamedTuple
 
 import torch
 
+from seqkernels import hardware
 from seqkernels.backends import costs
 from seqkernels.backends.call import Call
 from seqkernels.hardware import GPU
@@ -93,16 +93,12 @@ def candidates(layer: Call, gpu: GPU, backward: bool) -> list[dict[str, Any]]:
     dtype, target = str(layer.dtype).removeprefix("torch."), 0 if gpu.amd else int(gpu.target.removeprefix("sm_"))
     facts = layer.cell, layer.hidden_size, layer.projected, dtype, layer.tf32, layer.directions, layer.sequences
     machine = target, gpu.shared_memory, gpu.multiprocessors, gpu.clusters
-    return _native().cuda_candidates(*facts, *machine, backward)
+    return hardware.native().cuda_candidates(*facts, *machine, backward)
 
 
 def path_names() -> tuple[str, ...]:
     """By their numbers."""
-    return _native().CUDA_PATHS
-
-
-def _native() -> Any:
-    return importlib.import_module("seqkernels._C")
+    return hardware.native().CUDA_PATHS
 
 
 # ---- what a step costs: what it consists of, to be weighed by constants from measurements
