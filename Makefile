@@ -15,13 +15,14 @@ CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SO
 
 help:
 	@echo "make demo      train a model twice, with torch.nn's GRU and with seqkernels.GRU, and compare"
-	@echo "make test      run all tests"
+	@echo "make test      run all tests but those that are marked slow; make test-slow runs these, make test-all both"
 	@echo "make test-models   swap other people's models (torchaudio, transformers, ...), and compare"
 	@echo "make fuzz      try random calls for SECONDS=60 beside torch's"
 	@echo "make gpu-check on a machine with a GPU: gpu-build, then gpu-check-first and gpu-check-second (tests,"
 	@echo "               benchmarks beside cuDNN, compute-sanitizer, profiles), of six minutes each"
 	@echo "make bench     time the kernels beside torch.nn under pytest-benchmark; BENCH=... passes options to pytest"
 	@echo "make lint      check style, import directions and types"
+	@echo "make site      build the site of README and docs/ in build/site"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
 	@echo "make wheel     build dist/seqkernels-*.whl"
@@ -42,6 +43,7 @@ environment: $(TORCH_READY)
 
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/python setup.py -q build_ext --inplace  # here ninja says how far it is; pip would not, and finds it done
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
 	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
@@ -58,8 +60,14 @@ $(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
 
 # Processes that each take one file of tests after the other; one thread each, where a test does not say how many.
 TEST_JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 test: $(READY) $(EMULATOR)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY) $(EMULATOR)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
 
 # Other people's models in an environment of their own, with the same torch; what does not install is skipped.
 MODELS := .venv-models
@@ -110,6 +118,11 @@ lint: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
+# The site of README and docs/, in build/site; a warning is an error.
+site: $(READY)
+	$(BIN)/pip install -q -e ".[docs]" --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(READY)
 	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
@@ -134,4 +147,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) $(MODELS) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint sanitize arm clean
+.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint site sanitize arm clean

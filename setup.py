@@ -202,11 +202,11 @@ CUDA_SOURCES = {
 # Their paths are for 9.0 alone (has_path() in csrc/cuda/config.h): beside machine code for it PTX would never run, and
 # takes a third of the compiler's time.
 CUDA_FOR_90 = ("cluster", "persistent_grid")
-# Those that are one launch are compiled for each pass, cell and dtype, so that ninja uses all cores
-# (csrc/cuda/instances.h).
-CUDA_INSTANCED = ("single_cta", "cluster", "persistent_grid")
+# Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores; the clusters, which take
+# longest, for each pass as well (csrc/cuda/instances.h).
+CUDA_PASSES = {"_forward": " -DSEQKERNELS_PASS=ForwardArgs", "_backward": " -DSEQKERNELS_PASS=BackwardArgs"}
+CUDA_INSTANCED = {"single_cta": {"": ""}, "cluster": CUDA_PASSES, "persistent_grid": {"": ""}}
 CELLS = re.search(r"enum class Cell {(.*?)}", (ROOT / "csrc/cells.h").read_text())[1].replace(",", "").split()
-CUDA_PASSES = {"forward": "-DSEQKERNELS_PASS=ForwardArgs", "backward": "-DSEQKERNELS_PASS=BackwardArgs"}
 CUDA_DTYPES = {
     name: f"-DSEQKERNELS_SCALAR_NAME={scalar} -DSEQKERNELS_TF32={tf32}"
     for name, scalar, tf32 in (
@@ -308,7 +308,7 @@ def cpu_library(includes: str) -> Library:
 
 
 class Instance(NamedTuple):
-    """A translation unit of the CUDA kernels: a file, or its part for one pass, cell and dtype (TF32 is one)."""
+    """A translation unit of the CUDA kernels: a file, or its part for one cell and dtype (TF32 is one), or one pass."""
 
     source: str
     name: str
@@ -320,13 +320,13 @@ def cuda_instances() -> list[Instance]:
     instances = [
         Instance(
             source,
-            f"{source}_{of_pass}_{cell}_{dtype}",
-            f"{pass_flags} -DSEQKERNELS_CELL_NAME={cell} {dtype_flags}",
+            f"{source}{of_pass}_{cell}_{dtype}",
+            f"-DSEQKERNELS_CELL_NAME={cell} {dtype_flags}{pass_flags}",
         )
         for dtype, dtype_flags in CUDA_DTYPES.items()
         for cell in reversed(CELLS)
-        for source in CUDA_INSTANCED
-        for of_pass, pass_flags in CUDA_PASSES.items()
+        for source, passes in CUDA_INSTANCED.items()
+        for of_pass, pass_flags in passes.items()
     ]
     return instances + [Instance(source, source, "") for source in CUDA_SOURCES if source not in CUDA_INSTANCED]
 
@@ -391,6 +391,12 @@ def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bo
     return subprocess.run([ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])]).returncode == 0
 
 
+def full_disk(directory: Path, least_mb: int = 50) -> str:
+    """What may be why a build failed where hardly any room is left; "" where there is."""
+    free = shutil.disk_usage(directory).free >> 20
+    return f"only {free} MB are free for {directory}; " if free < least_mb else ""
+
+
 class BuildNative(build_ext):
     """Builds all libraries by one build.ninja."""
 
@@ -417,8 +423,8 @@ class BuildNative(build_ext):
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         if not build(libraries, directory, NVCC or ""):
             sys.exit(
-                f"seqkernels: compiling failed, see above; {remedy}SEQKERNELS_BUILD=none installs the pure Python "
-                "package"
+                f"seqkernels: compiling failed, see above; {full_disk(directory)}{remedy}SEQKERNELS_BUILD=none "
+                "installs the pure Python package"
             )
 
 

@@ -20,6 +20,7 @@ def open_pyplot() -> Any:
 def write_figure(figure: Any, path: Path) -> None:
     """Written whole or not at all."""
     unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, format=path.suffix[1:], dpi=150)
+    kind = path.suffix[1:]
+    figure.savefig(unfinished, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     open_pyplot().close(figure)
     os.replace(unfinished, path)

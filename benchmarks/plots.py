@@ -7,7 +7,7 @@ from benchmarks import figures
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import GATES, PROBLEMS, Problem
-from benchmarks.record import Row, ordered, readme_rows
+from benchmarks.record import Row, gpu_rows, ordered, readme_rows
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -16,8 +16,11 @@ def draw(rows: list[Row], scaling: list[Row], folder: Path) -> list[Path]:
     """The plots that there are rows for."""
     drawn = []
     timed = [row for row in rows if "median_ms" in row]
+    beside = [row for row in timed if row["contender"] == OWN and "speedup" in row]
     for name, plot, given in (
-        ("speedup", plot_speedup, [row for row in readme_rows(timed) if row["contender"] == OWN and "speedup" in row]),
+        ("overview-cpu", plot_overview, readme_rows(beside)),
+        ("overview-gpu", plot_overview, [row for row in gpu_rows(beside) if row["dtype"] == "tf32"]),
+        ("speedup", plot_speedup, readme_rows(beside)),
         (
             "roofline",
             plot_roofline,
@@ -29,12 +32,39 @@ def draw(rows: list[Row], scaling: list[Row], folder: Path) -> list[Path]:
         if not given:
             continue
         pyplot = figures.open_pyplot()
-        with pyplot.rc_context(figures.STYLE):
+        with pyplot.rc_context(figures.STYLE | {"svg.hashsalt": name}):  # the same rows, the same file
             figure = plot(pyplot, given)
             for kind in ("png", "svg"):
                 drawn.append(folder / f"kernels-{name}.{kind}")
                 figures.write_figure(figure, drawn[-1])
     return drawn
+
+
+def plot_overview(pyplot: Any, rows: list[Row]) -> Any:
+    """GRU and LSTM, padded and packed, on one page: bars to the right of the line are faster than torch.nn, to the left
+    of it slower. A panel each for inference and training."""
+    modes = {"infer": "inference", "train": "training step"}
+    columns = [(cell, layout) for cell in ("GRU", "LSTM") for layout in CASES["layout"]]
+    problems = ordered((row["problem"] for row in rows), PROBLEMS)
+    height = 1.6 + 0.42 * len(problems)
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, height), layout="constrained", sharex=True, sharey=True)
+    for axes, (mode, title) in zip(panels, modes.items(), strict=True):
+        for place, (cell, layout) in enumerate(columns):
+            here = [row for row in rows if (row["mode"], row["cell"], row["layout"]) == (mode, cell, layout)]
+            at = [problems.index(row["problem"]) + (place - 1.5) * 0.2 for row in here]
+            times = [row["speedup"] for row in here]
+            colour, label = figures.CELL_COLOURS[cell], f"{cell} {layout}"
+            bars = {"height": 0.18, "color": colour, "alpha": 1 if layout == "padded" else 0.5, "label": label}
+            axes.barh(at, [time - 1 for time in times], left=1, **bars)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set(title=title, xscale="log", xlabel="times as fast as torch.nn")
+        axes.set_xticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+        axes.minorticks_off()
+    panels[0].set_yticks(range(len(problems)), problems)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"seqkernels beside torch.nn, {conditions(rows)}")
+    return figure
 
 
 def plot_speedup(pyplot: Any, rows: list[Row]) -> Any:

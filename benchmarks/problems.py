@@ -1,4 +1,4 @@
-"""The shapes that are measured, by name; the same names stand in tests, result rows and the README."""
+"""The shapes that are measured, by name; the same names stand in tests, result rows and docs/benchmarks.md."""
 
 import functools
 from typing import NamedTuple

@@ -215,6 +215,12 @@ def bucketed(lengths: Tensor, batch_size: int, generator: torch.Generator) -> li
     return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+def sent(batch: Any, device: torch.device) -> Any:
+    """A tensor or PackedSequence of the host, on the device. From pinned memory: any other copy waits until the GPU has
+    done all that was asked of it before, and the host would fall behind in every step."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
+
+
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 

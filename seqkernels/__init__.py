@@ -5,13 +5,15 @@
 >>> output, h_n = rnn(torch.randn(50, 32, 128), lengths=torch.randint(1, 51, (32,)))
 """
 
-from seqkernels import functional
+from seqkernels import functional, quantization
 from seqkernels.convert import swap_in, swap_out
 from seqkernels.explanation import explain
 from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, is_recurrent
 from seqkernels.patch import patch_torch
 
 __version__ = "0.1.0"
+
+quantization.register()
 
 __all__ = [
     "GRU",

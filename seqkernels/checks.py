@@ -42,6 +42,9 @@ def is_unbatched(
         return False
     if cu_seqlens is not None:
         return False
+    if input.is_nested:
+        _check_nested(input, lengths)
+        return False
     name, dimensions = CELLS[cell].display_name, input.dim()
     if dimensions not in (2, 3):
         raise ValueError(
@@ -61,6 +64,16 @@ def is_unbatched(
             f"For {batch}-D input, hx should also be {dimensions}-D but got {hx.dim()}-D tensor"  # type: ignore[union-attr]
         )
     return unbatched
+
+
+def _check_nested(input: Tensor, lengths: Tensor | Sequence[int] | None) -> None:
+    if lengths is not None:
+        raise ValueError("a nested tensor has its lengths in it; give no lengths beside it")
+    if input.layout != torch.jagged or input.dim() != 3 or input._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "a nested tensor of sequences is [sequences, steps of each, features] of the jagged layout: "
+            "torch.nested.nested_tensor(sequences, layout=torch.jagged)"
+        )
 
 
 def check_pair(hx: State, name: str) -> None:

@@ -158,7 +158,7 @@ def swap_out(model: nn.Module) -> Report:
         cls = _unparametrized(module)
         torchs = vars(cls).get("_subclass_of_torch") or TORCHS.get(cls)
         if torchs is not None:
-            reason = _reason_to_leave(module)
+            reason = _reason_to_leave(module) or _beyond_torch(module)
         elif isinstance(cls, DropIn):
             reason = "torch.nn has no such class"
         else:
@@ -198,6 +198,11 @@ def _is_of_ao(module: nn.Module) -> bool:
 
 def _reason_to_leave(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
+
+
+def _beyond_torch(module: nn.Module) -> str | None:
+    options = [name for name in ("return_all_states", "learn_initial_state") if getattr(module, name, False)]
+    return f"torch.nn has no {' and no '.join(options)}" if options else None
 
 
 def _warn_of_cells(model: nn.Module, report: Report) -> None:

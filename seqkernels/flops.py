@@ -3,13 +3,9 @@
 They are those of torch.nn's modules: a step's input and state times the weights, and twice as much for the gradients.
 """
 
-import importlib.util
-import sys
-from importlib.abc import MetaPathFinder
-
 import torch
 
-_COUNTER = "torch.utils.flop_counter"
+from seqkernels.on_import import when_imported
 
 
 def forward_flops(cell, x_shape, weight_shapes, h_0_shape, *_, **__) -> int:
@@ -31,28 +27,6 @@ def _register(counter) -> None:
     counter.register_flop_formula(torch.ops.seqkernels.recurrence_backward)(backward_flops)
 
 
-class _WhenImported(MetaPathFinder):
-    """Registers once somebody imports the counter. To import it here would bring in Triton for all who do not count."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name != _COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        execute = spec.loader.exec_module
-
-        def execute_and_register(module):
-            execute(module)
-            _register(module)
-
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
 def register() -> None:
-    """Let FlopCounterMode count the operators, whether it is imported already or later."""
-    if _COUNTER in sys.modules:
-        _register(sys.modules[_COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    """Let FlopCounterMode count the operators. To import it here would bring in Triton for all who do not count."""
+    when_imported("torch.utils.flop_counter", _register)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, modes, ops, select
+from seqkernels import checks, modes, onnx_export, ops, select
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, call_of_step, prepare
 
@@ -162,14 +162,18 @@ def recurrent(
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
+    if onnx_export.exporting():
+        dropout = dropout if training else 0.0
+        options = num_layers, directions, dropout, batch_first, lengths, cu_seqlens
+        return onnx_export.recurrent(cell, input, hx, weights, *options)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
-    y, h_n, c_n = _run(plan, inputs, weights, dropout if training else 0.0)
-    h_n = _restore(h_n, inputs)
-    return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, _restore(c_n, inputs)))
+    y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0)
+    h_n = restore(h_n, inputs)
+    return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, restore(c_n, inputs)))
 
 
-def _run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
     layers, directions, each = call.layers, call.directions, len(weights) // call.layers
@@ -214,6 +218,8 @@ def recurrent_cell(
     """
     checks.check_kind(weights)
     checks.check_step(input, (h_0,) if c_0 is None else (h_0, c_0), weights)
+    if onnx_export.exporting():
+        return onnx_export.step(cell, input, h_0, c_0, weights)
     call = call_of_step(cell, input, weights, h_0, c_0)
     plan = select.plan_of(call, input.device, backend)
     # With a single step y is h.
@@ -223,7 +229,7 @@ def recurrent_cell(
     return y, c if c_0 is None else c.squeeze(0)
 
 
-def _restore(state: Tensor, inputs: Inputs) -> Tensor:
+def restore(state: Tensor, inputs: Inputs) -> Tensor:
     """A final state ``[L*D, B, *]`` in the user's order of sequences."""
     unsorted_indices = inputs.rows.unsorted_indices
     if unsorted_indices is not None:

@@ -55,6 +55,8 @@ def prepare(
         rows = varlen.from_lengths(input, lengths, batch_first, transformed)
     elif unbatched:
         rows = varlen.from_unbatched(input)
+    elif input.is_nested:
+        rows = varlen.from_nested(input, transformed)
     else:
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions, transformed)

@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, drop_in, functional, hardware, select
+from seqkernels import checks, drop_in, functional, hardware, select, states, streaming
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.functional import State
@@ -20,12 +20,37 @@ from seqkernels.functional import State
 class _Recurrent(drop_in.Layer):
     """What RNN, GRU and LSTM share.
 
+    Keyword arguments beside those of torch.nn:
+        return_all_states: a call returns the states of every layer at every step as well (docs/states.md).
+        learn_initial_state: a call without a state begins with parameters of the layer, initial_h ``[L*D, H]`` and of
+            LSTM initial_c, zeros at first; a state dict without them loads all the same.
+
     Attributes:
         backend: forces a backend for this module (see `seqkernels.select.BACKENDS`); None lets `select` choose.
     """
 
     backend: str | None = None
+    return_all_states = learn_initial_state = False
     _forward_of_torch: ClassVar[Callable | None] = None  # where torch.nn has such a layer
+
+    def __init__(self, *args, return_all_states: bool = False, learn_initial_state: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        # Only what differs from the class is kept.
+        if return_all_states:
+            self.return_all_states = True
+        if learn_initial_state:
+            self.learn_initial_state = True
+            weight = next(self.parameters())
+            states.learn_initial(self, weight.dtype, weight.device)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for _, parameter in states.initial_parameters(self):
+            nn.init.zeros_(parameter)
+
+    def extra_repr(self) -> str:
+        mine = [name for name in ("return_all_states", "learn_initial_state") if getattr(self, name)]
+        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in mine)])
 
     def forward(
         self,
@@ -33,16 +58,22 @@ class _Recurrent(drop_in.Layer):
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
-        """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`."""
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
+        """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`.
+
+        With return_all_states a third result: the states of every layer at every step (docs/states.md).
+        """
         if tracer := drop_in.tracer_of(input, hx, lengths):
             return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
         weights = self._weights()
         if checks.any_expanded(weights):
-            if self._forward_of_torch is not None and lengths is None:
+            if self._forward_of_torch and lengths is None and not (self.return_all_states or self.learn_initial_state):
                 return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
             checks.check_kind(weights)
-        return functional.recurrent(
+        if self.learn_initial_state and hx is None:
+            hx = states.initial(self, input)
+        run = states.recurrent if self.return_all_states else functional.recurrent
+        return run(
             self.mode.lower(),
             input,
             hx,
@@ -56,6 +87,46 @@ class _Recurrent(drop_in.Layer):
             lengths=lengths,
             backend=self.backend,
         )
+
+    def step(
+        self,
+        input: Tensor,
+        state: State | None = None,
+        *,
+        out: tuple[Tensor, State] | None = None,
+    ) -> tuple[Tensor, State]:
+        """One step of a stream through all layers.
+
+        In float32 and float64 on the CPU's kernels, steps have the bits of the same sequence in one call. Hooks of the
+        module do not run.
+
+        Args:
+            input: ``[B, I]``, or ``[I]`` of one sequence, whatever batch_first says.
+            state: as hx of a call: ``[L, B, H]`` (``[L, H]`` of one sequence), of LSTM (h, c); None for the first step.
+            out: (y, state) that the results are written to, tensors like the results; the given state may be among
+                them. Not with gradients.
+
+        Returns:
+            y ``[B, H]`` (``[H]``) of the last layer, and the state for the next step.
+
+        Raises:
+            ValueError: the module is bidirectional; an input of other dimensions.
+            RuntimeError: torch.nn's own for sizes that do not fit; an `out` that does not fit, or with gradients.
+        """
+        if self.bidirectional:
+            raise ValueError("a bidirectional layer has no step: its second direction begins at the end of a stream")
+        if self.learn_initial_state and state is None:
+            state = states.initial(self, input, batched=2)
+        y, new = streaming.step(
+            self.mode.lower(),
+            input,
+            state,
+            self._weights(),
+            num_layers=self.num_layers,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return (y, new) if out is None else streaming.write(out, y, new)
 
 
 class RNN(_Recurrent):

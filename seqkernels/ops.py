@@ -24,7 +24,7 @@ backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
 
 launch, of both: what the plan of the call (`seqkernels.select`) tells its backend of the launch of each layer; empty
-where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
+or [0] where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
 layers, the last argument of both: L.
 
 The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has an autograd function of its own.
@@ -148,7 +148,8 @@ def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> b
 
 
 def _several_steps(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
-    return len(x) > h_0.shape[1] if batch_sizes is None else len(batch_sizes) > 1
+    # Not by len: in a trace it makes a number of what may be any.
+    return x.shape[0] > h_0.shape[1] if batch_sizes is None else batch_sizes.shape[0] > 1
 
 
 def _registered_backward_of(backend: str):
@@ -310,8 +311,12 @@ def recurrence_forward(
     """
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
+    if torch.compiler.is_compiling():
+        # [0], as a package of AOTInductor takes no empty list.
+        args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch or [0], call.layers
+        return _FORWARD[plan.backend](*args)[:3]
     args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled():
         return _FORWARD[plan.backend](*args)[:3]
     if call.transformed:
         return torch_eager.forward(*args)[:3]

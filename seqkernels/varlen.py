@@ -63,8 +63,10 @@ def from_packed(input: PackedSequence, sequences: int | None) -> Rows:
     compiling = torch.compiler.is_compiling()
     if not compiling:
         _check_packed(input)
-    first = int(batch_sizes[0])
+    exporting = torch.compiler.is_exporting()  # where int() would ask for a number
+    first: int = batch_sizes[0].item() if exporting else int(batch_sizes[0])  # type: ignore[assignment]
     if compiling:
+        torch._check(first >= 0)
         # Prefer a size the compiler knows to one it must read from batch_sizes.
         if sorted_indices is not None:
             sequences = sorted_indices.shape[0]
@@ -152,8 +154,28 @@ def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
 
 def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, restore_layout) -> Rows:
     sorted_indices = sorted_indices.to(data.device)
-    late_checks.mark_fitting(batch_sizes, sequences, len(data))
+    late_checks.mark_fitting(batch_sizes, sequences, data.shape[0])
     return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
+
+
+def from_nested(input: Tensor, transformed: bool = False) -> Rows:
+    """A nested tensor of the jagged layout, ``[B, T of each, I]``; so is what comes back.
+
+    Its values are rows one sequence after another, as with cu_seqlens: nothing is padded.
+    """
+    input = input.contiguous()  # closes gaps between sequences, where there are any
+    offsets, longest = input.offsets(), input._maybe_max_seqlen  # type: ignore[attr-defined]
+    if longest is None and torch.compiler.is_compiling():
+        longest = input.values().shape[0]  # what is known without reading offsets
+    rows = from_cu_seqlens(input.values(), offsets, longest, transformed)
+    extremes = input._maybe_min_seqlen, input._maybe_max_seqlen  # type: ignore[attr-defined]
+
+    def restore_layout(y: Tensor) -> Tensor:
+        values = rows.restore_layout(y)
+        assert isinstance(values, Tensor)
+        return torch.nested.nested_tensor_from_jagged(values, offsets, min_seqlen=extremes[0], max_seqlen=extremes[1])
+
+    return rows._replace(restore_layout=restore_layout)
 
 
 def _row_index(batch_sizes: Tensor, first_rows: Tensor, stride: int, rows: int, total: int) -> tuple[Tensor, Tensor]:

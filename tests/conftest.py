@@ -31,7 +31,13 @@ hypothesis.settings.register_profile("home", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 
 
-@pytest.fixture(params=select.BACKENDS)
+# Triton's interpreter takes seconds where a kernel takes microseconds. Those of tests/ops run in it nevertheless.
+INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") else ()
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in INTERPRETED)) for name in select.BACKENDS]
+)
 def backend(request) -> str:
     device = torch.empty(0).device
     cell = request.node.callspec.params.get("cell", "gru")

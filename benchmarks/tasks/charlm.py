@@ -25,7 +25,7 @@ from benchmarks.checkpoint import fingerprint
 from benchmarks.data import python_documentation, read_text
 from benchmarks.distributed import World
 from benchmarks.options import natural, positive, probability
-from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_entropy, epoch_seed
+from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_entropy, epoch_seed, sent
 
 BATCH_SIZE, CHUNK = 4, 100  # small batches learn more from every character
 NO_PRIME = "--prime needs one character or more to begin with."
@@ -196,7 +196,7 @@ class CharacterModelling(Task):
         """Lines as one packed batch, longest first, and the characters that follow, in the same order."""
         lines = sorted(lines, key=len, reverse=True)
         codes, following = (pack_sequence([line[part] for line in lines]) for part in (slice(0, -1), slice(1, None)))
-        return Batch(codes.to(self.device), following.data.to(self.device))
+        return Batch(sent(codes, self.device), sent(following.data, self.device))
 
     def loss(self, model: nn.Module, codes: Any, following: Tensor, state: Any) -> tuple[Tensor, Any]:
         p = self.options.teacher_forcing
@@ -211,12 +211,12 @@ class CharacterModelling(Task):
             batches = (self.pack(self.held_out[i : i + size]) for i in range(0, len(self.held_out), size))
         else:
             batches = (Batch(*chunk) for chunk in chunks(self.held_out, self.options.chunk))
-        nats, count, state = 0.0, 0, None
+        nats, count, state = torch.zeros((), dtype=torch.float64, device=self.device), 0, None
         for codes, following, _ in batches:
             scores, state = model(codes, None if self.options.lines else state)
-            nats += cross_entropy(scores, following.flatten()).item() * following.numel()
+            nats += cross_entropy(scores, following.flatten()) * following.numel()
             count += following.numel()
-        return nats / count / math.log(2)
+        return nats.item() / count / math.log(2)
 
     def format_metric(self, value: float) -> str:
         return f"{value:.3f}"

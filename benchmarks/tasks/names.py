@@ -26,7 +26,7 @@ from benchmarks.checkpoint import fingerprint
 from benchmarks.data import ascii_name, names_files, read_language_files, read_lines, read_names
 from benchmarks.distributed import World
 from benchmarks.options import positive
-from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_entropy, epoch_seed, trainable
+from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_entropy, epoch_seed, sent, trainable
 
 ASCII = 128
 LETTERS = string.ascii_letters + " .,;'"  # of the model from scratch
@@ -35,7 +35,10 @@ EPOCHS_FROM_SCRATCH, STEPS_FROM_SCRATCH = 20, 5000  # 100,000 names, drawn with 
 
 
 class NameClassifier(nn.Module):
-    """Letter codes [B, T], longest name first, and lengths [B] -> [B, countries] scores."""
+    """Letter codes [B, T], longest name first, and lengths [B] -> [B, countries] scores.
+
+    Codes may be on the host, where packing them takes no kernel for each letter.
+    """
 
     def __init__(self, rnn_class: type[nn.Module], countries: int, hidden: int, layers: int, bidirectional: bool):
         super().__init__()
@@ -50,7 +53,8 @@ class NameClassifier(nn.Module):
     def forward(self, codes: Tensor, lengths: Tensor) -> Tensor:
         # Packed inside the model, so that DataParallel can cut its input along the batch.
         names = pack_padded_sequence(codes, lengths.cpu(), batch_first=True)
-        _, h_n = self.rnn(PackedSequence(self.embedding(names.data), names.batch_sizes))
+        codes = sent(names.data, self.linear.weight.device) if names.data.device.type == "cpu" else names.data
+        _, h_n = self.rnn(PackedSequence(self.embedding(codes), names.batch_sizes))
         return self.linear(torch.cat(h_n[-self.directions :].unbind(), dim=1))
 
 
@@ -97,18 +101,20 @@ class NameClassifierFromScratch(nn.Module):
 class Names(NamedTuple):
     """Names as the models take them: letters [N, T], behind each name's own zeros; lengths [N]; countries [N]."""
 
-    letters: Tensor
-    lengths: Tensor  # on the CPU, where packing wants them
-    countries: Tensor
+    letters: Tensor  # these two on the host, where they are cut, and packing wants lengths
+    lengths: Tensor
+    countries: Tensor  # on the host, too, until a batch is asked for
+    device: torch.device
 
     def batch(self, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Of some names, longest first: (letters [B, T], lengths [B]) and countries [B]."""
         lengths = self.lengths[rows]
-        return (self.letters[rows, : lengths[0]], lengths), self.countries[rows]
+        return (self.letters[rows, : lengths[0]], lengths), sent(self.countries[rows], self.device)
 
     def one(self, row: int) -> tuple[Tensor, Tensor]:
         """Letters [T] and country [1]."""
-        return self.letters[row, : self.lengths[row]], self.countries[row : row + 1]
+        letters, country = self.letters[row, : self.lengths[row]], self.countries[row : row + 1]
+        return sent(letters, self.device), sent(country, self.device)
 
 
 class NameClassification(Task):
@@ -183,8 +189,8 @@ class NameClassification(Task):
         rows = rows[:: -(-len(rows) // (self.options.limit or len(rows)))]
         names = [self.letters(name) for name, _ in rows]
         lengths = torch.tensor([len(name) for name in names])
-        countries = torch.tensor([self.countries.index(country) for _, country in rows], device=self.device)
-        return Names(pad_sequence(names, batch_first=True).to(self.device), lengths, countries)
+        countries = torch.tensor([self.countries.index(country) for _, country in rows])
+        return Names(pad_sequence(names, batch_first=True), lengths, countries, self.device)
 
     def letters(self, name: str) -> Tensor:
         """A name in ASCII as the model takes it: its codes, or its letters' places among LETTERS."""
@@ -234,16 +240,16 @@ class NameClassification(Task):
         return model(names) if self.from_scratch else model(*names)
 
     def evaluate(self, model: nn.Module) -> float:
-        return (self.predictions(model) == self.test.countries).float().mean().item()
+        return (self.predictions(model).cpu() == self.test.countries).float().mean().item()
 
     def predictions(self, model: nn.Module) -> Tensor:
         """[test names] The likeliest countries' numbers."""
         lengths = self.test.lengths
         if self.from_scratch:
             return torch.cat([model(self.test.one(row)[0]).argmax(dim=1) for row in range(len(lengths))])
-        predicted = torch.empty_like(self.test.countries)
+        predicted = torch.empty_like(self.test.countries, device=self.device)
         for rows in lengths.argsort(descending=True).split(1024):
-            predicted[rows] = model(*self.test.batch(rows)[0]).argmax(dim=1)
+            predicted[sent(rows, self.device)] = model(*self.test.batch(rows)[0]).argmax(dim=1)
         return predicted
 
     def format_metric(self, value: float) -> str:
@@ -254,7 +260,7 @@ class NameClassification(Task):
         with torch.no_grad():
             predicted = self.predictions(run.model)
             confusion = torch.zeros(len(self.countries), len(self.countries))
-            confusion.index_put_((self.test.countries.cpu(), predicted.cpu()), torch.tensor(1.0), accumulate=True)
+            confusion.index_put_((self.test.countries, predicted.cpu()), torch.tensor(1.0), accumulate=True)
             path = out / "train-names-confusion.png"
             training_report.plot_confusion(confusion, self.countries, f"names: {run.label} on the test names", path)
             for name in self.questions:
@@ -277,8 +283,8 @@ class NameClassification(Task):
             letters = self.letters(ascii_name(name))
         except InputError as error:
             return str(error)
-        names = letters.to(self.device)
-        scores = self.scores(model, names if self.from_scratch else (names[None], torch.tensor([len(letters)])))
+        names = letters.to(self.device) if self.from_scratch else (letters[None], torch.tensor([len(letters)]))
+        scores = self.scores(model, names)
         likeliest = scores[0].softmax(dim=0).topk(min(3, len(self.countries)))
         pairs = zip(likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
         return f"{name}: " + ", ".join(f"{self.countries[index]} {share:.0%}" for share, index in pairs)

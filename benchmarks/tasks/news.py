@@ -25,7 +25,7 @@ from benchmarks.checkpoint import fingerprint
 from benchmarks.data import NEWS_CLASSES, news_files, read_glove, read_news, tokens
 from benchmarks.distributed import World
 from benchmarks.options import positive
-from benchmarks.task import Batch, Task, cross_entropy, epoch_seed
+from benchmarks.task import Batch, Task, cross_entropy, epoch_seed, sent
 from benchmarks.train import is_ours
 
 PADDING, UNKNOWN = 0, 1
@@ -34,7 +34,7 @@ LEAST_COUNT = 10  # a rarer word is <unk>
 
 
 class NewsClassifier(nn.Module):
-    """Words [B, T] and lengths [B] -> [B, classes] scores."""
+    """Words [B, T] and lengths [B], both on the host, where packing is cheap -> [B, classes] scores."""
 
     def __init__(self, rnn_class: type[nn.Module], words: int, vectors: Tensor | None, options: argparse.Namespace):
         super().__init__()
@@ -54,12 +54,13 @@ class NewsClassifier(nn.Module):
 
     def sentence_end(self, words: Tensor, lengths: Tensor) -> Tensor:
         """[B, T] -> [B, hidden]"""
+        device = self.linear.weight.device
         if self.end == "padded":
-            return self.rnn(self.embedding(words))[0][:, -1]
+            return self.rnn(self.embedding(sent(words, device)))[0][:, -1]
         if self.end == "lengths" and is_ours(self.rnn):
-            _, h_n = self.rnn(self.embedding(words), lengths=lengths)
+            _, h_n = self.rnn(self.embedding(sent(words, device)), lengths=lengths)
         else:
-            packed = pack_padded_sequence(words, lengths.cpu(), batch_first=True, enforce_sorted=False)
+            packed = sent(pack_padded_sequence(words, lengths, batch_first=True, enforce_sorted=False), device)
             _, h_n = self.rnn(PackedSequence(self.embedding(packed.data), *packed[1:]))
         return (h_n[0] if isinstance(h_n, tuple) else h_n)[0]
 
@@ -130,19 +131,19 @@ class NewsClassification(Task):
     def batch(self, items: list[Tensor], classes: Tensor, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The given rows: (words [B, T], lengths [B]) and classes [B]."""
         chosen = [items[row] for row in rows.tolist()]
-        words = pad_sequence(chosen, batch_first=True, padding_value=PADDING).to(self.device)
-        return (words, torch.tensor([len(item) for item in chosen])), classes[rows].to(self.device)
+        words = pad_sequence(chosen, batch_first=True, padding_value=PADDING)
+        return (words, torch.tensor([len(item) for item in chosen])), sent(classes[rows], self.device)
 
     def loss(self, model: nn.Module, news: Any, classes: Tensor, state: Any) -> tuple[Tensor, Any]:
         return cross_entropy(model(*news), classes), None
 
     def evaluate(self, model: nn.Module) -> float:
         """In batches of the size that was trained with: what padding does depends on it."""
-        right = 0
+        right = torch.zeros((), dtype=torch.int64, device=self.device)
         for rows in torch.arange(len(self.test_items)).split(self.options.batch_size):
             news, classes = self.batch(self.test_items, self.test_classes, rows)
-            right += (model(*news).argmax(dim=1) == classes).sum().item()
-        return right / len(self.test_items)
+            right += (model(*news).argmax(dim=1) == classes).sum()
+        return right.item() / len(self.test_items)
 
     def format_metric(self, value: float) -> str:
         return f"{value:.1%}"

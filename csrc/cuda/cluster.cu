@@ -1,4 +1,4 @@
-// The cluster kernels of one pass, cell and dtype (instances.h).
+// The cluster kernels of one cell, dtype and pass (instances.h).
 #include "cluster.cuh"
 //
 #include "dispatch.h"
@@ -40,6 +40,7 @@ const char* cluster_sweep(const Pass& args, const LaunchShape& shape, void* stre
   });
 }
 
-template const char* cluster_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&, void*);
+template const char* cluster_sweep<SEQKERNELS_INSTANCE, SEQKERNELS_PASS>(const SEQKERNELS_PASS&, const LaunchShape&,
+                                                                         void*);
 
 }  // namespace seqkernels

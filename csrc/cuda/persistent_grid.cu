@@ -1,4 +1,4 @@
-// The kernels for the persistent grid of one pass, cell and dtype (instances.h).
+// The kernels for the persistent grid of one cell and dtype (instances.h).
 #include "persistent_grid.cuh"
 //
 #include "instances.h"
@@ -48,7 +48,9 @@ const char* persistent_grid_sweep(const Pass& args, const LaunchShape& shape, co
       });
 }
 
-template const char* persistent_grid_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&,
-                                                                const GridGroups&, void*, void*, void*);
+template const char* persistent_grid_sweep<SEQKERNELS_INSTANCE, ForwardArgs>(const ForwardArgs&, const LaunchShape&,
+                                                                             const GridGroups&, void*, void*, void*);
+template const char* persistent_grid_sweep<SEQKERNELS_INSTANCE, BackwardArgs>(const BackwardArgs&, const LaunchShape&,
+                                                                              const GridGroups&, void*, void*, void*);
 
 }  // namespace seqkernels

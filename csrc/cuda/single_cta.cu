@@ -1,4 +1,4 @@
-// The single CTA kernels of one pass, cell and dtype (instances.h).
+// The single CTA kernels of one cell and dtype (instances.h).
 #include "single_cta_backward.cuh"
 #include "single_cta_forward.cuh"
 //
@@ -56,7 +56,9 @@ const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, const v
   });
 }
 
-template const char* single_cta_sweep<SEQKERNELS_INSTANCE>(const SEQKERNELS_PASS&, const LaunchShape&, const void*,
-                                                           void*);
+template const char* single_cta_sweep<SEQKERNELS_INSTANCE, ForwardArgs>(const ForwardArgs&, const LaunchShape&,
+                                                                        const void*, void*);
+template const char* single_cta_sweep<SEQKERNELS_INSTANCE, BackwardArgs>(const BackwardArgs&, const LaunchShape&,
+                                                                         const void*, void*);
 
 }  // namespace seqkernels

@@ -58,7 +58,7 @@ def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, 
     """One layer."""
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
     x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
-    steps = _steps(batch_sizes, rows, h_0.shape[1])
+    steps = steps_of(batch_sizes, rows, h_0.shape[1])
     ys, h_n, c_n, saveds = [], [], [], []
     for d, w in enumerate(by_direction(weights, directions)):
         gates_x = F.linear(x, w.w_ih, w.b_ih)
@@ -71,10 +71,8 @@ def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, 
             saved.append(kept)
             # Sequences that have ended, or (backwards in time) not yet begun, keep their state.
             h, c = torch.cat([h_t, h[size:]]), torch.cat([c_t, c[size:]])
-        ys.append(_in_rows(y[::-1] if d else y, rows, h_0.shape[2], h_0))
-        saveds.append(
-            _in_rows(saved[::-1] if d else saved, rows, CELLS[cell].saved_blocks * _hidden_size(cell, w), h_0)
-        )
+        ys.append(in_rows(y[::-1] if d else y, rows, h_0.shape[2], h_0))
+        saveds.append(in_rows(saved[::-1] if d else saved, rows, CELLS[cell].saved_blocks * _hidden_size(cell, w), h_0))
         h_n.append(h)
         c_n.append(c)
     all_saved = torch.stack(saveds, 1) if save else h_0.new_zeros(rows, directions, 0)
@@ -112,7 +110,7 @@ def _backward(
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights = to_acc(
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, y, saved, *weights
     )
-    steps = _steps(batch_sizes, rows, h_0.shape[1])
+    steps = steps_of(batch_sizes, rows, h_0.shape[1])
     projected, used = h_0.shape[2], sum(size for _, size in steps)
     grads_x, grad_weights, grads_h_0, grads_c_0 = [], [], [], []
     for d, w in enumerate(by_direction(weights, directions)):
@@ -133,7 +131,7 @@ def _backward(
         if wants_x:
             grads_x.append(grad_gates_x @ w.w_ih)
         if wants_weights:
-            h_prev = _all_previous(steps, d == 1, y[:, columns], h_0[d])
+            h_prev = all_previous(steps, d == 1, y[:, columns], h_0[d])
             grad_weights += [grad_gates_x[:used].T @ x[:used], grad_gates_h.T @ h_prev]
             if w.b_ih is not None:
                 grad_weights += [grad_gates_x.sum(0), grad_gates_h.sum(0)]
@@ -175,9 +173,9 @@ def _sweep_back(cell, grad_y, grad_h, grad_c, w: Weights, h_0, c_0, steps, y, sa
     in_time = slice(None, None, None if reverse else -1)
     gates = CELLS[cell].gates * hidden
     return (
-        _in_rows(grads_x[in_time], rows, gates, h_0),
-        _in_rows(grads_h[in_time], rows, gates, h_0),
-        _in_rows(grads_projected[in_time], rows, h_0.shape[1], h_0),
+        in_rows(grads_x[in_time], rows, gates, h_0),
+        in_rows(grads_h[in_time], rows, gates, h_0),
+        in_rows(grads_projected[in_time], rows, h_0.shape[1], h_0),
         grad_h,
         grad_c,
     )
@@ -237,7 +235,7 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
     return grad_gates, grad_gates, 0, grad_c
 
 
-def _steps(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tuple[int, int]]:
+def steps_of(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tuple[int, int]]:
     """(first row, number of rows) of every step."""
     if batch_sizes is None:
         batch_sizes = torch.full((rows // max(sequences, 1),), sequences, device="cpu")
@@ -256,13 +254,13 @@ def _previous(steps, t: int, reverse: bool, states: Tensor, initial: Tensor) -> 
     return torch.cat([states[start : start + there], initial[there:size]])
 
 
-def _all_previous(steps, reverse: bool, states: Tensor, initial: Tensor) -> Tensor:
+def all_previous(steps, reverse: bool, states: Tensor, initial: Tensor) -> Tensor:
     """For every row the state it started from; zeros for rows that no step uses."""
     previous = [_previous(steps, t, reverse, states, initial) for t in range(len(steps))]
-    return _in_rows(previous, states.shape[0], states.shape[1], initial)
+    return in_rows(previous, states.shape[0], states.shape[1], initial)
 
 
-def _in_rows(steps: list[Tensor], rows: int, columns: int, like: Tensor) -> Tensor:
+def in_rows(steps: list[Tensor], rows: int, columns: int, like: Tensor) -> Tensor:
     """Steps one after another as [rows, columns], zeros behind the last."""
     used = sum(len(step) for step in steps)
     return torch.cat([*steps, like.new_zeros(rows - used, columns)])

@@ -11,6 +11,7 @@ from benchmarks.problems import Problem
 SMALL = CASE._replace(shape=Problem(3, 2, 4, 5))
 
 
+@pytest.mark.slow
 def test_every_contender_has_a_row_with_time_and_counts(tmp_path, capsys):
     arguments = ["--size", "9x7x17", "--cell", "GRU", "--dtype", "float32", "--threads", "1", "--rounds", "2"]
     assert command.main(["calls", *arguments, "--out", str(tmp_path)]) == 0

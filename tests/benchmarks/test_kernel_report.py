@@ -85,8 +85,8 @@ def test_no_rows_no_report(text, tmp_path, capsys):
     assert "kernels.jsonl" in capsys.readouterr().err
 
 
-def test_the_readme_says_what_the_rows_say():
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_say_what_the_rows_say():
+    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     between = page.split(report.MARKERS[0])[1].split(report.MARKERS[1])[0]
     rows = record.newest(record.read(record.RESULTS / "kernels.jsonl"))
     expected = "\n\n".join(map(report.markdown, report.readme_tables(rows)))
@@ -96,6 +96,9 @@ def test_the_readme_says_what_the_rows_say():
         return [re.sub(r"(?<=\d)[†‡]+(?=:)", "", line) for line in text.splitlines() if line.startswith("|")]
 
     assert numbers(between) == numbers(expected) != []
+    means = " ".join(line for line in between.splitlines() if "geometric mean" in line)
+    quoted = re.findall(r"(\d+\.\d+) times", " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()))
+    assert quoted and all(number in re.findall(r"\d+\.\d+", means) for number in quoted)
 
 
 def test_steps_have_a_table(tmp_path, capsys):
@@ -130,6 +133,8 @@ def test_every_plot_is_drawn(tmp_path):
     ]
     drawn = plots.draw(found, grown, tmp_path)
     assert sorted(path.name for path in drawn) == sorted(
-        f"kernels-{name}.{kind}" for name in ("speedup", "roofline", "packed", "scaling") for kind in ("png", "svg")
+        f"kernels-{name}.{kind}"
+        for name in ("overview-cpu", "speedup", "roofline", "packed", "scaling")
+        for kind in ("png", "svg")
     )
     assert all(path.stat().st_size > 5000 for path in drawn)

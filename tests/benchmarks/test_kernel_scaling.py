@@ -25,6 +25,7 @@ def test_slopes():
     assert scaling.values_of("threads", 6) == (1, 2, 4, 6)
 
 
+@pytest.mark.slow
 def test_scaling_measures_along_an_axis(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(scaling.AXES, "T", scaling.Axis("steps", (1, 4)))
     monkeypatch.setattr(scaling, "CENTRE", Problem(4, 2, 3, 5))

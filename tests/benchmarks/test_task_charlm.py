@@ -11,7 +11,7 @@ from benchmarks.tasks import TASKS, charlm
 
 
 @pytest.mark.parametrize("more", [("--cell", "LSTM", "--dropout", 0.2), ("--lines",), ("--cell", "RNN", "--layers", 1)])
-@pytest.mark.parametrize("forcing", [1, 0, 0.5])
+@pytest.mark.parametrize("forcing", [1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0, 0.5))])
 def test_charlm_trains_every_way(more, forcing, text, tmp_path):
     arguments = (
         "--epochs",

@@ -19,7 +19,7 @@ def losses(path: Path) -> list[torch.Tensor]:
     return [run["losses"] for run in checkpoint.load(path)["runs"]]
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5, 9])
+@pytest.mark.parametrize("moment", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 9))])
 def test_a_killed_training_continues_to_the_same_losses(moment, text, tmp_path, monkeypatch, capsys):
     """Killed while it writes its n-th checkpoint, dropout and coin tosses of teacher forcing included."""
     arguments = ("train", "charlm", "--text", text, *QUICK, "--epochs", 2, "--dropout", 0.3, "--teacher-forcing", 0.5)

@@ -56,6 +56,13 @@ def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
 
 
 @needs_setup
+def test_a_full_disk_is_named_where_a_build_failed(setup, tmp_path, monkeypatch):
+    assert setup.full_disk(tmp_path, 0) == ""
+    monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 << 30, 8 << 30, 3 << 20))
+    assert setup.full_disk(tmp_path) == f"only 3 MB are free for {tmp_path}; "
+
+
+@needs_setup
 def test_what_is_left_out_unasked_is_said_in_a_line(setup):
     assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install" in setup.left_out("/opt/nvcc")
     assert "as there is no nvcc here; after installing NVIDIA's CUDA toolkit, FORCE_CUDA=1" in setup.left_out(None)

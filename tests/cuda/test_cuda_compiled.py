@@ -56,7 +56,7 @@ def _missing() -> str:
     return ""
 
 
-pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
+pytestmark = [pytest.mark.skipif(bool(_missing()), reason=_missing()), pytest.mark.slow]
 
 
 class Kernel(NamedTuple):

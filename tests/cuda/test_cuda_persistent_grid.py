@@ -65,6 +65,7 @@ def test_any_lengths_in_any_tiles(seed, emulator, multiprocessors):
     assert_rounding_alone_of(call, *by_path(persistent_grid(draw.choice([2, 4]), draw.randint(1, 8))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "hidden", "dtype", "blocks"),
     [

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels as sk
@@ -137,3 +138,17 @@ def test_modules_made_under_patch_torch_compile_there():
         module, x = torch.nn.GRU(4, 5), torch.randn(6, 3, 4)
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("layout", ["padded", "lengths"])
+def test_other_sizes_in_training_are_no_new_compilation(layout):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = sk.GRU(4, 5, num_layers=2)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for steps, sequences in ((3, 2), (7, 2), (50, 3)):
+        x = torch.randn(steps, sequences, 4)
+        options = {} if layout == "padded" else {"lengths": torch.randint(steps + 1, (sequences,))}
+        results(compiled, (x,), options)
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1

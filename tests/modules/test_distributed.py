@@ -42,7 +42,11 @@ def run_process(rank: int, rendezvous: str, name: str, options: dict) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("GRU", {"num_layers": 2, "bidirectional": True}), ("LSTM", {"proj_size": 3}), ("LSTMCell", {})],
+    [
+        ("GRU", {"num_layers": 2, "bidirectional": True}),
+        pytest.param("LSTM", {"proj_size": 3}, marks=pytest.mark.slow),
+        pytest.param("LSTMCell", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_fsdp_frees_weights_between_forward_and_backward(name, options, tmp_path):
     torch.multiprocessing.spawn(run_process, (str(tmp_path / "rendezvous"), name, options), PROCESSES)

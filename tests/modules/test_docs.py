@@ -1,4 +1,4 @@
-"""What the documents name is there: files, folders, links between documents, make targets."""
+"""What the documents name is there: files, folders, links between documents, make targets. Their examples run."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,9 @@ def test_paths_in_documents_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_of_documents_lead_somewhere(document):
-    for target in re.findall(r"\]\((?!https?:)([^)]*)\)", document.read_text()):
+    text = document.read_text()
+    in_html = re.findall(r'(?:src|href)="(?!https?:)([^"]*)"', text)
+    for target in [*re.findall(r"\]\((?!https?:)([^)]*)\)", text), *in_html]:
         path, _, heading = target.partition("#")
         linked = document.parent / path if path else document
         assert linked.exists(), target
@@ -35,3 +37,20 @@ def test_make_targets_in_documents_exist(document):
     targets = {name for names in re.findall(r"^([\w -]+):", makefile, re.MULTILINE) for name in names.split()}
     missing = set(re.findall(r"(?:`|^)make ([a-z][a-z-]*)", document.read_text(), re.MULTILINE)) - targets
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda path: path.name
+)
+def test_examples_in_documents_run(document, tmp_path, monkeypatch):
+    """Those of one document one after the other, as a reader would type them in."""
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for match in re.finditer(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        line = document.read_text()[: match.start()].count("\n") + 1
+        code = compile("\n" * line + match[1], str(document), "exec")  # so that an error names the document's line
+        try:
+            exec(code, names)
+        except ModuleNotFoundError as error:
+            assert error.name and error.name.partition(".")[0] not in ("torch", "seqkernels"), error
+            pytest.skip(f"not installed: {error.name}")

@@ -29,6 +29,7 @@ def test_generated_configuration_on_cudnn_is_as_close_as_torch(case):
     assert_right(case, "cudnn")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not THIS_MACHINE.triton, reason=NO_TRITON)
 @given(case=generated(triton.DTYPES))
 @settings(max_examples=15, suppress_health_check=list(HealthCheck))

@@ -465,3 +465,19 @@ def test_is_recurrent_knows_ours_and_torchs():
     for name in NAMES:
         assert sk.is_recurrent(getattr(nn, name)(4, 5)) and sk.is_recurrent(getattr(sk, name)(4, 5))
     assert sk.is_recurrent(sk.LiGRU(4, 5)) and not sk.is_recurrent(nn.Linear(4, 5))
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell"])
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*torch.ao")
+def test_quantize_dynamic_gives_of_ours_what_it_gives_of_torchs(name):
+    from torch.ao.quantization import quantize_dynamic
+
+    model = nn.Sequential(getattr(nn, name)(4, 5), nn.Identity())
+    expected = quantize_dynamic(model, {type(model[0])}, dtype=torch.qint8)
+    sk.swap_in(model, cells=True)
+    quantized = quantize_dynamic(model, {type(model[0])}, dtype=torch.qint8)
+    assert type(quantized[0]) is type(expected[0]) is not getattr(nn, name)
+    x = torch.randn(2, 4) if name.endswith("Cell") else torch.randn(3, 2, 4)
+    torch.testing.assert_close(quantized[0](x), expected[0](x), rtol=0, atol=0)
+    assert type(model[0]) is getattr(sk, name)  # the model that was given is as it was
+    assert type(quantize_dynamic(model, dtype=torch.qint8)[0]) is getattr(sk, name)  # torch's default list has no ours

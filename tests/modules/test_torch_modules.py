@@ -199,7 +199,11 @@ def test_a_copy_is_equal_and_independent(info, training, make_copy):
 
 
 @every_module
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [torch.autograd.gradcheck, pytest.param(torch.autograd.gradgradcheck, marks=pytest.mark.slow)],
+    ids=lambda fn: fn.__name__,
+)
 def test_derivatives_agree_with_finite_differences(info, check):
     for sample in samples(info):
         module = build(ours(info), sample)

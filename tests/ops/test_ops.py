@@ -7,7 +7,9 @@ from operators import (
     BELOW_FLOAT64,
     CELLS,
     NO_CPU_KERNELS,
+    PAIRS,
     SHAPES,
+    SLOW_MARKED,
     Call,
     assert_an_infinite_last_state_is_no_factor,
     assert_as_in_float64,
@@ -46,8 +48,7 @@ def test_every_instruction_set_errs_by_rounding_alone_in_dtypes_below_float64(ce
 
 
 @pytest.mark.parametrize("call", [c for c in calls() if not any(size in c.id for size in ("many", "deep", "long"))])
-@pytest.mark.parametrize("first", BACKENDS)
-@pytest.mark.parametrize("second", BACKENDS)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_forward_of_one_backend_pairs_with_backward_of_another(call, first, second):
     call = for_backends(call, first, second)
     assert_as_in_float64(both_passes(call, forward(first), backward(second)), call)
@@ -86,15 +87,14 @@ def test_a_stack_is_its_layers_one_after_another(backend, cell, shape):
             assert torch.equal(found, right)
 
 
-@pytest.mark.parametrize("first", BACKENDS)
-@pytest.mark.parametrize("second", BACKENDS)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_stacks_of_one_backend_pair_with_those_of_another(first, second):
     for cell in CELLS:
         call = for_backends(Call(cell, **STACKS["three layers both ways"]), first, second)
         assert_as_in_float64(both_passes(call, forward(first), backward(second)), call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_MARKED)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_stacks_pass_opcheck(cell, backend):
     call = for_backends(Call(cell, layers=2, **SHAPES["ragged both ways"]), backend)
@@ -105,7 +105,7 @@ def test_stacks_pass_opcheck(cell, backend):
     torch.library.opcheck(backward(backend), (cell, *grads, *stack, y, saved, True, True, launch, layers))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_MARKED)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("shape", ["two directions", "empty sequences", "spare rows"])
@@ -117,7 +117,7 @@ def test_forward_passes_opcheck(cell, backend, requires_grad, shape):
         torch.library.opcheck(forward(backend), call.arguments(save=False))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_MARKED)
 @pytest.mark.parametrize("cell", CELLS)
 def test_backward_passes_opcheck(cell, backend):
     cell, *layer, save = for_backends(Call(cell, **SHAPES["ragged both ways"]), backend).arguments()

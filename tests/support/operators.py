@@ -24,6 +24,19 @@ BACKENDS = [backend for backend in select.BACKENDS if not MISSING.get(backend)]
 CELLS = tuple(cells.CELLS)
 
 
+def _slow(interpreted: bool) -> list:
+    """Triton's interpreter takes seconds where a kernel takes microseconds."""
+    return [pytest.mark.slow] * (interpreted and not ON_GPU)
+
+
+SLOW_MARKED = [pytest.param(name, marks=_slow(name == "triton")) for name in BACKENDS]
+PAIRS = [
+    pytest.param(first, second, marks=_slow("triton" in (first, second) and "torch_eager" not in (first, second)))
+    for first in BACKENDS
+    for second in BACKENDS
+]
+
+
 @dataclass
 class Call:
     """Arguments of recurrence_forward."""

@@ -23,7 +23,7 @@ from seqkernels.backends.triton import host as backend
 from seqkernels.backends.triton.tiles import Launch
 from seqkernels.hardware import NO_TRITON
 
-pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
+pytestmark = [pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON), pytest.mark.slow]
 forward, backward = (of("triton") if "triton" in BACKENDS else None for of in (forward_of, backward_of))
 
 

@@ -26,6 +26,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not THIS_MACHINE.triton, reason=NO_TRITON)
 @pytest.mark.parametrize("name", TARGETS)
 def test_every_tile_compiles_without_spilling_and_fits(name, monkeypatch):

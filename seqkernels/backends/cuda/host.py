@@ -67,7 +67,7 @@ def _planned(
     """
     if hardware.THIS_MACHINE.cuda_missing:
         raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
-    if launch:
+    if len(launch) > 1:
         return launch
     known = (
         h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS

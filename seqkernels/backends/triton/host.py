@@ -192,7 +192,7 @@ class Layer:
 
 def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
     """What was planned, or by the sizes that arrive."""
-    if planned:
+    if len(planned) > 1:
         tf32, resident, *tile = planned
         return Launch(bool(tf32), bool(resident), *tile)
     call = Call(

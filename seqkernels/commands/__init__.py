@@ -1,0 +1,1 @@
+"""`python -m seqkernels` doctor and bench. Nothing of the library imports them."""

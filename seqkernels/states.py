@@ -1,0 +1,131 @@
+"""What a layer may do with its states beyond torch.nn: return those of every step, and learn those it begins with."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import checks, functional, onnx_export, select
+from seqkernels.backends import arguments, precision, torch_eager
+from seqkernels.checks import State
+from seqkernels.inputs import Inputs, prepare
+
+if TYPE_CHECKING:
+    from seqkernels.drop_in import Layer
+
+INITIAL = ("initial_h", "initial_c")
+
+
+def learn_initial(layer: "Layer", dtype: torch.dtype, device: torch.device) -> None:
+    """Give a layer its parameters initial_h ``[L*D, P]`` and, with two states, initial_c ``[L*D, H]``: zeros."""
+    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    for name, size in zip(INITIAL, sizes, strict=False):
+        layer.register_parameter(name, nn.Parameter(torch.zeros(count, size, dtype=dtype, device=device)))
+    layer.register_load_state_dict_pre_hook(_keep_initial)
+
+
+def _keep_initial(layer, state_dict: dict, prefix: str, *_) -> None:
+    """A state dict of torch.nn has no initial states: those that are there stay."""
+    if any(prefix + name in state_dict for name in layer._flat_weights_names):
+        for name, parameter in initial_parameters(layer):
+            state_dict.setdefault(prefix + name, parameter.detach())
+
+
+def initial_parameters(layer: "Layer") -> list[tuple[str, Tensor]]:
+    return [(name, getattr(layer, name)) for name in INITIAL if hasattr(layer, name)]
+
+
+def initial(layer: "Layer", input: Tensor | PackedSequence, batched: int = 3) -> State:
+    """The learned state, once for each sequence; `batched`: the dimensions of an input of several."""
+    states = [parameter for _, parameter in initial_parameters(layer)]
+    if isinstance(input, PackedSequence):
+        sequences = int(input.batch_sizes[0])
+    elif input.dim() == batched:
+        sequences = input.shape[0 if batched == 2 or layer.batch_first or input.is_nested else 1]
+    else:
+        return states[0] if len(states) == 1 else (states[0], states[1])
+    h, *c = (state.unsqueeze(1).expand(-1, sequences, -1).contiguous() for state in states)
+    return (h, c[0]) if c else h
+
+
+def recurrent(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    *,
+    bias: bool,
+    num_layers: int,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    backend: str | None,
+) -> tuple[Tensor | PackedSequence, State, State]:
+    """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
+    if onnx_export.exporting():
+        raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
+    directions = 2 if bidirectional else 1
+    each = directions * checks.count_weights(len(weights), num_layers * directions, bias, cell)
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths)
+    plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
+    x, ys, cs, ends = inputs.rows.data, [], [], []
+    for layer in range(num_layers):
+        if layer and training and dropout > 0:
+            x = F.dropout(x, dropout, True)
+        here = slice(layer * directions, (layer + 1) * directions)
+        one = inputs._replace(
+            rows=inputs.rows._replace(data=x),
+            h_0=inputs.h_0[here],
+            c_0=None if inputs.c_0 is None else inputs.c_0[here],
+            call=inputs.call._replace(layers=1),
+        )
+        of_layer = weights[layer * each : (layer + 1) * each]
+        y, *end = functional.run(plan, one, of_layer, 0.0)
+        if inputs.c_0 is not None:
+            cs.append(_cell_states(one, y, of_layer))
+        ys.append(y)
+        ends.append(end)
+        x = y
+    h_n, c_n = (functional.restore(torch.cat(states), inputs) for states in zip(*ends, strict=True))
+    output, h = inputs.rows.restore_layout(ys[-1]), _stacked(ys, inputs)
+    return (output, h_n, h) if inputs.c_0 is None else (output, (h_n, c_n), (h, _stacked(cs, inputs)))
+
+
+def _stacked(layers: list[Tensor], inputs: Inputs) -> Tensor:
+    found = []
+    for rows in layers:
+        restored = inputs.rows.restore_layout(rows)
+        if isinstance(restored, PackedSequence):
+            restored = restored.data
+        found.append(restored.values() if restored.is_nested else restored)
+    return torch.stack(found)
+
+
+def _cell_states(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """c ``[N, D*H]`` of one LSTM layer whose output is y ``[N, D*P]``.
+
+    The operators give c of the last step alone. With h of all steps known, the gates of all steps are two products,
+    and c is a sum over time, of single numbers.
+    """
+    assert inputs.c_0 is not None
+    dtype, rows, directions = y.dtype, len(y), len(inputs.h_0)
+    x, y, h_0, c_0, *weights = precision.to_acc(inputs.rows.data, y, inputs.h_0, inputs.c_0, *weights)
+    steps = torch_eager.steps_of(inputs.rows.batch_sizes, rows, h_0.shape[1])
+    found = []
+    for d, w in enumerate(arguments.by_direction(weights, directions)):
+        h_prev = torch_eager.all_previous(steps, d == 1, y.chunk(directions, 1)[d], h_0[d])
+        i, f, g, _ = (F.linear(x, w.w_ih, w.b_ih) + F.linear(h_prev, w.w_hh, w.b_hh)).chunk(4, 1)
+        kept, added = torch.sigmoid(f), torch.sigmoid(i) * torch.tanh(g)
+        c, of_steps = c_0[d], []
+        for start, size in reversed(steps) if d else steps:
+            now = slice(start, start + size)
+            of_steps.append(kept[now] * c[:size] + added[now])
+            c = torch.cat([of_steps[-1], c[size:]])
+        found.append(torch_eager.in_rows(of_steps[::-1] if d else of_steps, rows, c_0.shape[2], c_0))
+    return torch.cat(found, 1).to(dtype)

@@ -1,0 +1,82 @@
+"""One step of a stream through all layers of a module: what a microphone or a decoder calls, with the state it kept."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seqkernels import checks, functional, onnx_export, select
+from seqkernels.checks import State
+from seqkernels.inputs import Inputs, prepare
+
+# The CPU's kernels multiply a call of so few rows (kFewRows of csrc/cpu/forward_memory.h) in another order.
+FEW_ROWS = 8
+
+
+def step(
+    cell: str,
+    x: Tensor,  # [B, I], or [I] of one sequence
+    state: State | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    dropout: float,
+    backend: str | None,
+) -> tuple[Tensor, State]:
+    """One step of all layers -> y like x with P features, and the new state like the given one."""
+    checks.check_kind(weights)
+    if x.dim() not in (1, 2):
+        raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
+    if onnx_export.exporting():
+        y, state = onnx_export.recurrent(
+            cell, x.unsqueeze(0), state, weights, num_layers, 1, dropout, False, None, None
+        )  # fmt: skip
+        return y.squeeze(0), state
+    inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1)
+    plan = select.plan_of(inputs.call, x.device, backend)
+    sequences = inputs.rows.sequences
+    if plan.backend == "cpu" and sequences <= FEW_ROWS:
+        inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
+    y, h, c = functional.run(plan, inputs, weights, dropout)
+    y, h, c = y[:sequences], h[:, :sequences], c[:, :sequences]
+    if x.dim() == 1:
+        y, h, c = y.squeeze(0), h.squeeze(1), c.squeeze(1)
+    return y, h if inputs.c_0 is None else (h, c)
+
+
+def _among_others(inputs: Inputs, others: int) -> Inputs:
+    """The step beside `others` sequences of zeros, so that it has the bits it has within a sequence."""
+    more, c_0 = (0, 0, 0, others), inputs.c_0
+    return inputs._replace(
+        rows=inputs.rows._replace(data=F.pad(inputs.rows.data, more)),
+        h_0=F.pad(inputs.h_0, more),
+        c_0=None if c_0 is None else F.pad(c_0, more),
+    )
+
+
+def write(out: tuple[Tensor, State], y: Tensor, state: State) -> tuple[Tensor, State]:
+    """Copy the results of a step into tensors of the caller's.
+
+    Raises:
+        RuntimeError: gradients are wanted, as with any `out=` of torch; shapes or dtypes that do not fit.
+    """
+    to_y, to_state = out
+    targets, results = ((to_y, *_tensors(to_state)), (y, *_tensors(state)))
+    if len(targets) != len(results):
+        raise RuntimeError(f"out is (y, state) with {len(results) - 1} tensors of state, got {len(targets) - 1}")
+    for target, result in zip(targets, results, strict=True):
+        if torch.is_grad_enabled() and (result.requires_grad or target.requires_grad):
+            raise RuntimeError("step(out=...) has no gradients: call it under torch.no_grad() or inference_mode()")
+        if (target.shape, target.dtype, target.device) != (result.shape, result.dtype, result.device):
+            raise RuntimeError(
+                f"out has a tensor {list(target.shape)} of {target.dtype} on {target.device} where the step gives "
+                f"{list(result.shape)} of {result.dtype} on {result.device}"
+            )
+    for target, result in zip(targets, results, strict=True):
+        target.copy_(result)
+    return out
+
+
+def _tensors(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else tuple(state)

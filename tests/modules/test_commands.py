@@ -1,0 +1,113 @@
+"""`python -m seqkernels` doctor and bench: what they find, what they print, and what they refuse."""
+
+import pytest
+import torch
+
+import seqkernels as sk
+from seqkernels import __main__ as command
+from seqkernels import select
+from seqkernels.commands import bench, doctor
+from seqkernels.hardware import THIS_MACHINE
+
+SMALL = bench.Shape("small", 3, 2, 4, 5)
+ON_GPU = torch.get_default_device().type != "cpu"
+pytestmark = pytest.mark.skipif(ON_GPU, reason="the commands choose devices themselves")
+
+
+def test_a_whole_install_passes(monkeypatch, capsys):
+    """Triton's interpreter has tests of its own, and takes long."""
+    monkeypatch.setattr(select, "BACKENDS", tuple(name for name in select.BACKENDS if name != "triton"))
+    missing = bool(THIS_MACHINE.native_missing) and doctor.compiled_part().state == "missing"
+    assert command.main(["doctor"]) == missing
+    said = capsys.readouterr().out
+    assert "seqkernels" in said and "torch_eager" in said and ("right." in said or "Remedy" in said)
+
+
+def test_a_wrong_backend_is_a_fault(monkeypatch, capsys):
+    monkeypatch.setattr(select, "BACKENDS", ("torch_eager",))
+    results = doctor.results
+
+    def a_little_off(module, x):
+        return [y * 1.00001 if isinstance(module, sk.RNN) else y for y in results(module, x)]
+
+    monkeypatch.setattr(doctor, "results", a_little_off)
+    assert command.main(["doctor"]) == 1
+    assert "wrong    torch_eager" in capsys.readouterr().out
+
+
+def test_a_backend_that_fails_is_a_fault_and_the_others_are_tried(monkeypatch, capsys):
+    def fails(name: str, *_) -> float:
+        if name == "torch_eager":
+            raise RuntimeError("no such kernel")
+        return 0.0
+
+    monkeypatch.setattr(select, "BACKENDS", ("torch_eager", "cuda"))
+    monkeypatch.setattr(doctor, "compare", fails)
+    assert command.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "RuntimeError: no such kernel" in said and "cuda" in said.partition("no such kernel")[2]
+
+
+def test_what_is_missing_has_a_command(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "THIS_MACHINE", THIS_MACHINE._replace(native_missing="it was not built"))
+    monkeypatch.setattr(select, "BACKENDS", ())
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    monkeypatch.setattr(doctor.sysconfig, "get_config_var", lambda name: 0)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert command.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "it was not built" in said and "install a C++17 compiler" in said and "pip install" in said
+    monkeypatch.setattr(doctor.sys, "platform", "darwin")
+    assert command.main(["doctor"]) == 0
+
+
+@pytest.mark.parametrize("with_tqdm", [True, False])
+def test_bench_prints_a_line_for_each_case(with_tqdm, monkeypatch, capsys):
+    if with_tqdm:
+        pytest.importorskip("tqdm")
+    else:
+        monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "SHAPES", (SMALL,))
+    threads = torch.get_num_threads()
+    assert command.main(["bench", "--seconds", "0.01", "--threads", "1", "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if "small" in line]
+    assert len(lines) == 4 and all(line.endswith(" x") for line in lines) and "1 thread of" in said.out
+    assert torch.get_num_threads() == threads
+    assert with_tqdm or "4 of 4: cpu LSTM small training" in said.err
+
+
+def test_bench_does_not_time_wrong_results(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SHAPES", (SMALL,))
+    modules = bench.modules
+
+    def other(case):
+        theirs, ours = modules(case)
+        ours.weight_hh_l0.data += 0.01
+        return theirs, ours
+
+    monkeypatch.setattr(bench, "modules", other)
+    assert command.main(["bench", "--seconds", "0.01"]) == 1
+    assert "wrong: error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--seconds x", "--seconds 0", "--seconds nan", "--seconds 1e9", "--threads 0", "--threads 1.5", "--device tpu"],
+)
+def test_options_that_do_not_fit_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["bench", *arguments.split()])
+    assert ended.value.code == 2 and arguments.split()[1] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(capsys):
+    assert command.main(["bench", "--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["cure"])
+    assert ended.value.code == 2 and "doctor" in capsys.readouterr().err
