@@ -27,6 +27,7 @@ struct Layer {
   int directions;
   bool has_projection;
   bool bfloat16_products;      // the machine multiplies pairs of bfloat16
+  bool bfloat16_tiles;         // and tiles of them
   const int64_t* batch_sizes;  // [T] running sequences, never rising, none zero
   const int64_t* offsets;      // [T] first row of each step
   const void* x;               // [N, I]

@@ -41,6 +41,7 @@ class Machine(NamedTuple):
     """Facts about a machine and the install on it; tests make machines that are not here."""
 
     native_missing: str = ""  # why the compiled library seqkernels._C is not loaded; "" if it is
+    isa: str = ""  # the instruction set of its kernels for the CPU: the best here, or SEQKERNELS_ISA
     forced_backend: str | None = None  # SEQKERNELS_BACKEND
     cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
     cuda_build: CudaBuild = CudaBuild()  # if they are
@@ -63,6 +64,14 @@ def _load_native() -> str:
     except ImportError as error:
         return f"the compiled part does not load: {error}"
     return ""
+
+
+def _choose_isa(wanted: str) -> str:
+    """The instruction set in use from now on. ValueError if `wanted` is one that is not built or does not run here."""
+    native = importlib.import_module("seqkernels._C")
+    if wanted:
+        native.force_isa(wanted)
+    return native.isa()
 
 
 def _load_cuda(emulator: str | None) -> str:
@@ -88,11 +97,13 @@ def _cuda_build() -> CudaBuild:
 def _here() -> Machine:
     emulator = os.environ.get("SEQKERNELS_EMULATOR") or None
     cuda_missing = _load_cuda(emulator)
+    native_missing = _load_native()
     return Machine(
         cuda_missing=cuda_missing,
         cuda_build=CudaBuild() if cuda_missing or emulator else _cuda_build(),
         emulator=emulator is not None,
-        native_missing=_load_native(),
+        native_missing=native_missing,
+        isa="" if native_missing else _choose_isa(os.environ.get("SEQKERNELS_ISA", "")),
         cudnn_on_cpu=torch._C._dispatch_has_kernel_for_dispatch_key("aten::_cudnn_rnn", "CPU"),
         forced_backend=os.environ.get("SEQKERNELS_BACKEND") or None,
         triton=importlib.util.find_spec("triton") is not None,  # which does not import it

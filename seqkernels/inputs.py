@@ -78,12 +78,15 @@ def call_of(
 ) -> Call:
     """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
     device = x.device
+    vmapped = transformed and modes.only_vmap()
+    transformed = transformed and not vmapped
     # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
     # on a CPU there is nothing to weigh.
     compiled = torch.compiler.is_compiling()
     if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
         make = Call if compiled else _call_without_sizes
-        return make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
+        call = make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
+        return call._replace(vmapped=True) if vmapped else call
     sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
@@ -107,6 +110,7 @@ def call_of(
         cudnn=torch.backends.cudnn.enabled,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
+        vmapped=vmapped,
     )
 
 

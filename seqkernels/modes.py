@@ -19,6 +19,14 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def only_vmap() -> bool:
+    """Whether torch.vmap is the only transform: it runs operators by their rules."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return all(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def computed_dtype(x: Tensor) -> torch.dtype:
     """The dtype of x, or the one that autocast will give it."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:

@@ -38,7 +38,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, flops, inplace
+from seqkernels import batching, flops, inplace, ranges
 from seqkernels.backends import arguments, autocast, cuda, cudnn, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -306,8 +306,8 @@ def recurrence_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n; `save`: gradients are wanted.
 
-    Compiled code and autocast need the operator itself; a transform, which cannot pass an operator, its plain torch
-    operations.
+    Compiled code, autocast and torch.vmap need the operator itself; other transforms, which cannot pass an operator,
+    its plain torch operations.
     """
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
@@ -316,10 +316,10 @@ def recurrence_forward(
         args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch or [0], call.layers
         return _FORWARD[plan.backend](*args)[:3]
     args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers
-    if torch._C._is_any_autocast_enabled():
-        return _FORWARD[plan.backend](*args)[:3]
     if call.transformed:
         return torch_eager.forward(*args)[:3]
+    if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
+        return _FORWARD[plan.backend](*args)[:3]
     if save:
         if torch._C._get_tracing_state() is not None:
             raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
@@ -329,3 +329,6 @@ def recurrence_forward(
 
 
 flops.register()
+if ranges.ON:
+    _backward = ranges.of_backward(_backward)
+    recurrence_forward = ranges.of_forward(recurrence_forward)

@@ -30,7 +30,7 @@ inline void multiply_where_it_lies(const ForwardMemory<S, F>& memory, const S* w
 template <class S, class F>
 __attribute__((noinline)) void project_inputs(const LayerForward& p, const ForwardMemory<S, F>& memory, int direction,
                                               const WorkRange& work, const int64_t* rows, int64_t count,
-                                              acc_t<S>* gates, F* turned) {
+                                              acc_t<S>* gates, F* turned, Tiles* tiles) {
   using C = acc_t<S>;
   const auto& weights = memory.direction[direction];
   const int64_t columns = memory.ih.units, first = work.first(memory.ih.vectors());
@@ -43,7 +43,7 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
     store(gates + i * memory.ldg + column, x + load(weights.bias + column));
   };
   if (memory.used == WeightsUsed::packed)
-    return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k}, row, put);
+    return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles}, row, put);
   const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih);
   multiply_where_it_lies(memory, w_ih, columns, p.input, {first * kLanes<C>, min(last * kLanes<C>, columns)}, count,
                          row, turned, [&](int64_t i, int64_t column, Vec<C> x) { put(i, column, 0, x); });
@@ -62,12 +62,13 @@ class ForwardSweep {
 
  public:
   ForwardSweep(const LayerForward& p, const Memory& memory, const typename Memory::PerTask& mine, const Task& task,
-               const WorkRange& work)
+               const WorkRange& work, Tiles* tiles)
       : p(p),
         at{p, task},
         memory(memory),
         mine(mine),
         work(work),
+        tiles(tiles),
         weights(memory.direction[task.direction]),
         source(p.weights[task.direction]),
         units(Units::of<C>(work, p.hidden)),
@@ -83,7 +84,7 @@ class ForwardSweep {
         const int64_t t = step(end++), running = at.running(t);
         for (int64_t r = 0; r < running; r++) rows[count++] = at.row(t, r);
       } while (end < p.steps && count + at.running(step(end)) <= memory.chunk);
-      project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates, turned);
+      project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates, turned, tiles);
       work.wait();
       for (int64_t first = 0; i < end; first += at.running(step(i++))) run_step(step(i), first);
     }
@@ -156,6 +157,8 @@ class ForwardSweep {
     if (later >= 0 && later < p.steps) work.wait();
   }
 
+  Depth depth_of(const Panels<F>& weights) const { return {weights.k, 1, 0, tiles}; }
+
   // W_hh h of the sequences that run, and from it their new states.
   void multiply_states(int64_t running, bool backwards) const {
     const auto row = [&](int64_t r) { return mine.factors + r * memory.ldp; };
@@ -163,18 +166,18 @@ class ForwardSweep {
       multiply_states_unpacked(running, row);
     } else if constexpr (G == 1) {
       product(
-          memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, {memory.hh.k}, row,
+          memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, depth_of(memory.hh), row,
           [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, backwards);
     } else {
       for_panels(units.first / kLane, vectors_of<C>(units.last), backwards, [&](int64_t j) {
         const F* panel = weights.w_hh + memory.hh.offset(j);
         const int64_t lanes = memory.hh.lanes_of_group(j);
         if (lanes == kLane)
-          return for_rows<G>(running, {memory.hh.k}, row, panel, G * kLane,
+          return for_rows<G>(running, depth_of(memory.hh), row, panel, G * kLane,
                              [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
         with_width(memory.hh.vectors_in(j), [&](auto width) {
           constexpr int N = min(decltype(width)::value, G);
-          for_rows<N>(running, {memory.hh.k}, row, panel, N * kLane, [&](int64_t r, const V* out) {
+          for_rows<N>(running, depth_of(memory.hh), row, panel, N * kLane, [&](int64_t r, const V* out) {
             V recurrent[G];
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) recurrent[g] = load(reinterpret_cast<const C*>(out) + g * lanes);
@@ -190,7 +193,7 @@ class ForwardSweep {
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) { put_h(r, unit, x); };
     if (memory.used == WeightsUsed::packed)
       return product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running,
-                     {memory.hr.k}, row, put);
+                     depth_of(memory.hr), row, put);
     const S* w_hr = static_cast<const S*>(source.w_hr);
     multiply_where_it_lies(memory, w_hr, p.projected, p.hidden, outputs, running, row, turned,
                            [&](int64_t r, int64_t unit, V x) { put_h(r, unit, x); });
@@ -248,6 +251,7 @@ class ForwardSweep {
   const Memory& memory;
   typename Memory::PerTask mine;
   const WorkRange work;
+  Tiles* const tiles;  // null where products are not by tiles
   const typename Memory::PerDirection& weights;
   const WeightsOf<const void*>& source;
   const Units units, outputs;  // this range's, of H and of P
@@ -297,8 +301,10 @@ void forward(const LayerForward& p, const Schedule& schedule, int begin, int end
   const WorkRange all = whole_range(schedule, begin, end);
   prepare_forward(p, memory, all);
   all.wait();
+  Tiles tiles;
   run_tasks(schedule, begin, end, [&](int64_t i, const WorkRange& work) {
-    ForwardSweep<kCell, S, F>(p, memory, memory.task(p, schedule, i), schedule.task[i], work).run();
+    const auto& mine = memory.task(p, schedule, i);
+    ForwardSweep<kCell, S, F>(p, memory, mine, schedule.task[i], work, memory.by_tiles ? &tiles : nullptr).run();
   });
 }
 

@@ -11,16 +11,16 @@ constexpr int64_t kChunkRows = 48;
 // Packing costs as much as multiplying some ten rows, so that it pays only where the packed weights are used again.
 enum class WeightsUsed {
   by_rows,    // of at most kFewRows rows: where they lie, one row after the other
-  by_turned,  // in few steps of few rows: where they lie, all rows of a step at once (turn_rows)
+  by_turned,  // in few steps of few rows, not by tiles: where they lie, all rows of a step at once (turn_rows)
   packed,
 };
 constexpr int64_t kFewRows = 8;
 
 template <class F>
-WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule) {
+WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule, bool by_tiles) {
   if (p.rows <= kFewRows) return WeightsUsed::by_rows;
   const int64_t lanes = vectors_of<Sum<F>>(schedule.max_sequences) * kLanes<Sum<F>>;
-  return p.steps * lanes <= kRowsOnce ? WeightsUsed::by_turned : WeightsUsed::packed;
+  return !by_tiles && p.steps * lanes <= kRowsOnce ? WeightsUsed::by_turned : WeightsUsed::packed;
 }
 
 // The memory of one forward call. S is the type of the layer's numbers, F what products take of them: the type of
@@ -43,6 +43,7 @@ struct ForwardMemory {
     F* turned;                  // [members of the team, turned_size]: rows, then weights that had to be converted
   };
 
+  const bool by_tiles;  // products are
   const Panels<F> ih, hh, hr;
   const WeightsUsed used;
   const int64_t ldh, ldp, ldi, ldg, chunk, turned_rows, turned_size;
@@ -52,10 +53,11 @@ struct ForwardMemory {
   int64_t task_bytes;
 
   ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
-      : ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1),
-        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell)),
-        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1),
-        used(weights_used<F>(p, schedule)),
+      : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
+        ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles),
+        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles),
+        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles),
+        used(weights_used<F>(p, schedule, by_tiles)),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
         ldi(leading<C>(p.input)),

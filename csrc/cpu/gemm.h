@@ -1,6 +1,6 @@
 // Matrix products: a register-blocked microkernel over packed panels, and the loops around it.
 #pragma once
-#include "gemm_pack.h"
+#include "tiles.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
@@ -60,12 +60,35 @@ struct Depth {
   int64_t k;
   int segments = 1;
   int64_t gap = 0;
+  Tiles* tiles = nullptr;  // by which to multiply pairs of bfloat16, in one segment
 };
+
+// Which rows are multiplied together: at most kMc, those of some of the microkernel's tiles, or of whole AMX tiles.
+struct RowBlocks {
+  int64_t rows, count;
+  bool tiles;
+
+  RowBlocks(int64_t rows, int64_t max_rows, bool tiles)
+      : rows(rows),
+        count(tiles ? max(min(rows, 1), (rows + kTileRows) / (2 * kTileRows)) : (rows + max_rows - 1) / max_rows),
+        tiles(tiles) {}
+
+  // Of tiles, two a block, and what is left in the last: as it is not less than one, unless all is.
+  int64_t begin(int64_t block) const {
+    if (tiles) return block == count ? rows : 2 * kTileRows * block;
+    return rows * block / count;
+  }
+};
+static_assert(3 * kTileRows <= kMc);
 
 // Multiplies a block of at most kMc rows with N vectors of a panel. a[] points to the rows, and moves along them.
 template <int N, class F>
 __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F** a, const F* panel, int64_t stride,
                                               Vec<Sum<F>>* out) {
+#if defined(SEQKERNELS_TILES)
+  if constexpr (std::is_same<F, bfloat16x2>::value)
+    if (depth.tiles) return multiply_block_by_tiles<N>(*depth.tiles, rows, depth.k, a, panel, stride, out);
+#endif
   if (!depth.k) {
     for (int64_t i = 0; i < rows * N; i++) out[i] = Vec<Sum<F>>{};
     return;
@@ -94,9 +117,9 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, 
   out[kMc * N] = Vec<Sum<F>>{};
   const F* a[kMc];
   const int64_t max_rows = depth.k > kKc ? kMc / kMr<N> * kMr<N> : kMr<N>;
-  const int64_t blocks = (rows + max_rows - 1) / max_rows;
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t r0 = rows * b / blocks, count = rows * (b + 1) / blocks - r0;
+  const RowBlocks blocks(rows, max_rows, depth.tiles);
+  for (int64_t b = 0; b < blocks.count; b++) {
+    const int64_t r0 = blocks.begin(b), count = blocks.begin(b + 1) - r0;
     for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r);
     multiply_block<N>(count, depth, a, panel, stride, out);
     for (int64_t r = 0; r < count; r++) each(r0 + r, out + r * N);

@@ -72,6 +72,17 @@ inline Vec<float> broadcast(bfloat16x2 x) {
 }
 #else
 #define SEQKERNELS_PRODUCT_TARGET
+// The same without that instruction, for tests.
+template <>
+inline Vec<float> add_product<bfloat16x2>(Vec<float> sum, Vec<float> w, Vec<float> x) {
+  const auto low = [](Vec<float> pairs) { return bits_of<Vec<float>>(bits_of<u32>(pairs) << 16); };
+  const auto high = [](Vec<float> pairs) { return bits_of<Vec<float>>(bits_of<u32>(pairs) & 0xffff0000u); };
+  return sum + low(w) * low(x) + high(w) * high(x);
+}
+template <>
+inline Vec<float> broadcast(bfloat16x2 x) {
+  return bits_of<Vec<float>>(bits_of<uint32_t>(x) + u32{});
+}
 #endif
 
 // A vector of factors, as bits: of the first n numbers from p on, zeros behind them.
@@ -100,26 +111,35 @@ inline void store_factors(F* row, int64_t at, int64_t n, Vec<Sum<F>> x) {
 
 constexpr int kMaxVectors = 4;  // of a panel: gates of a cell, or units of a single matrix
 
+// Rows of a tile, and how many factors of each it has (tiles.h).
+constexpr int64_t kTileRows = 16, kTileDepth = 16;
+
 // A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel has `width`
 // vectors of units of every group, so that all gates of a unit come out of one pass. Per k its vectors lie together.
 // The last panel may have fewer. With a single group, lanes behind the last unit are zero. With several, the units that
 // remain for the last panel are packed closely, one group's lanes after the other's: 100 units of 4 gates are 25
-// vectors and not 28. k counts factors.
+// vectors and not 28. k counts factors. Vectors of as many factors as a tile is deep are a tile; for products by tiles
+// zeros follow the last factor, so that all tiles are whole.
 template <class F>
 struct Panels {
   static constexpr int V = kLanes<Sum<F>>;
   int64_t k, units;
   int groups;
   int width;
+  int64_t depth;  // k, and the zeros behind it
 
   // Several vectors a row fill the accumulators with few broadcasts. A single group takes them from its units.
-  Panels(int64_t k, int64_t units, int groups)
-      : k(k), units(units), groups(groups), width(groups == 1 ? kMaxVectors : 1) {}
+  Panels(int64_t k, int64_t units, int groups, bool tiles = false)
+      : k(k),
+        units(units),
+        groups(groups),
+        width(groups == 1 ? kMaxVectors : 1),
+        depth(tiles ? (k + kTileDepth - 1) / kTileDepth * kTileDepth : k) {}
 
   int64_t vectors() const { return vectors_of<Sum<F>>(units); }  // of one group
   int64_t count() const { return (vectors() + width - 1) / width; }
-  int64_t size() const { return count() ? offset(count() - 1) + vectors_in(count() - 1) * V * k : 0; }
-  int64_t offset(int64_t panel) const { return panel * width * V * groups * k; }
+  int64_t size() const { return count() ? offset(count() - 1) + vectors_in(count() - 1) * V * depth : 0; }
+  int64_t offset(int64_t panel) const { return panel * width * V * groups * depth; }
   int width_of(int64_t panel) const { return static_cast<int>(min(width, vectors() - panel * width)); }
   // How many lanes lie between a unit's gates.
   int64_t lanes_of_group(int64_t panel) const { return groups == 1 ? V : min(V, units - panel * V); }
@@ -177,7 +197,7 @@ void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t
     const int64_t group = shape.groups == 1 ? 0 : lane / lanes, unit = first + lane - group * lanes;
     from[lane] = group < shape.groups && unit < shape.units ? source + (group * shape.units + unit) * n : nullptr;
   }
-  pack_lanes(from, vectors, shape.k, n, packed + shape.offset(j));
+  pack_lanes(from, vectors, shape.depth, n, packed + shape.offset(j));
 }
 
 // Rows of n numbers as the lanes of panels: factors that a matrix is multiplied by where it lies. row(r) points to

@@ -2,6 +2,12 @@
 
 #include <cstring>
 
+#if defined(SEQKERNELS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace seqkernels {
 
 #if defined(__x86_64__)
@@ -21,7 +27,7 @@ namespace {
 struct Candidate {
   const char* name;
   const Kernels* kernels;
-  bool bfloat16_products;
+  bool bfloat16_products, bfloat16_tiles;
   bool (*runs_here)();
 };
 
@@ -32,6 +38,25 @@ bool has_avx512() {
          __builtin_cpu_supports("f16c");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#if defined(SEQKERNELS_AMX)
+// Linux lends the tiles' registers to processes that ask, once for all threads; other kernels, and some sandboxes,
+// refuse. Without that, the first instruction of theirs would end the process.
+bool may_use_tiles() {
+  constexpr int kRequest = 0x1023, kAllowed = 0x1022;  // ARCH_REQ_XCOMP_PERM and ARCH_GET_XCOMP_PERM of asm/prctl.h
+  constexpr unsigned long kTileData = 18;
+  unsigned long allowed = 0;
+  return !syscall(SYS_arch_prctl, kRequest, kTileData) && !syscall(SYS_arch_prctl, kAllowed, &allowed) &&
+         (allowed >> kTileData & 1);
+}
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBfloat16) == 0 || (d & kTile) == 0)
+    return false;
+  static const bool may = may_use_tiles();
+  return may;
+}
+#endif
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
@@ -40,11 +65,14 @@ bool has_avx2() {
 // Best first. The last runs everywhere. runs_here asks for every flag that setup.py compiles a variant with.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
-    {"avx512_bf16", &avx512::kernels, true, has_avx512_bf16},
-    {"avx512", &avx512::kernels, false, has_avx512},
-    {"avx2", &avx2::kernels, false, has_avx2},
+#if defined(SEQKERNELS_AMX)
+    {"amx", &avx512::kernels, true, true, has_amx},
 #endif
-    {"baseline", &baseline::kernels, false, [] { return true; }},
+    {"avx512_bf16", &avx512::kernels, true, false, has_avx512_bf16},
+    {"avx512", &avx512::kernels, false, false, has_avx512},
+    {"avx2", &avx2::kernels, false, false, has_avx2},
+#endif
+    {"baseline", &baseline::kernels, false, false, [] { return true; }},
 };
 
 const Candidate* first_that_runs() {
@@ -59,10 +87,13 @@ const Candidate* in_use = first_that_runs();
 
 const Kernels& kernels() { return *in_use->kernels; }
 bool bfloat16_products() { return in_use->bfloat16_products; }
+bool bfloat16_tiles() { return in_use->bfloat16_tiles; }
 const char* kernels_name() { return in_use->name; }
 
 const char* built_kernels() {
-#if defined(__x86_64__)
+#if defined(SEQKERNELS_AMX)
+  return "amx avx512_bf16 avx512 avx2 baseline";
+#elif defined(__x86_64__)
   return "avx512_bf16 avx512 avx2 baseline";
 #else
   return "baseline";

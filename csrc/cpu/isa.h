@@ -6,6 +6,7 @@ namespace seqkernels {
 
 const Kernels& kernels();  // those in use
 bool bfloat16_products();  // whether they may multiply pairs of bfloat16
+bool bfloat16_tiles();     // and tiles of them
 const char* kernels_name();
 const char* built_kernels();           // names of all in this binary, best first
 bool force_kernels(const char* name);  // for tests; false if this machine or binary has none of that name

@@ -2,6 +2,11 @@
 #pragma once
 #include "../layer.h"
 
+// Whether the compiler, and so its assembler, knows Intel's AMX. On other systems than Linux nobody asks for it.
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define SEQKERNELS_AMX
+#endif
+
 namespace seqkernels {
 
 // Some sequences of one direction, through all steps. It needs nothing of another task.

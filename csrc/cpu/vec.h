@@ -12,7 +12,7 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(SEQKERNELS_EMULATED_TILES)
 constexpr int kVectorBytes = 64;
 constexpr int kAccumulators = 24;  // of 32 registers
 #elif defined(__AVX2__)

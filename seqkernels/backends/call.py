@@ -14,7 +14,7 @@ class Call(NamedTuple):
     cell: str  # a name in `cells.CELLS`
     device_type: str
     dtype: torch.dtype
-    transformed: bool = False  # a torch.func transform or forward-mode AD is at work
+    transformed: bool = False  # a torch.func transform other than vmap, or forward-mode AD, is at work
     compiled: bool = False  # by torch.compile
     layers: int = 1  # L
     directions: int = 1  # D
@@ -29,6 +29,7 @@ class Call(NamedTuple):
     cudnn: bool = True  # torch.backends.cudnn.enabled
     deterministic: bool = False  # torch.use_deterministic_algorithms
     capturing: bool = False  # a packed batch, into a CUDA graph
+    vmapped: bool = False  # torch.vmap is at work, and no other transform
 
     @property
     def gates(self) -> int:

@@ -30,4 +30,4 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    return ""
+    return machine.isa

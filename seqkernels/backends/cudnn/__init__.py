@@ -51,7 +51,7 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return f"cuDNN does not take {call.dtype}"
     if call.dtype == torch.bfloat16 and gpu and (machine.cudnn < 91300 or int(gpu.target.removeprefix("sm_")) < 80):
         return f"bfloat16 needs cuDNN 9.13 and compute capability 8.0, not cuDNN {machine.cudnn} and {gpu.target}"
-    if call.transformed:
+    if call.transformed or call.vmapped:
         return NO_TRANSFORMS
     if call.compiled:
         return "torch.compile needs an operator whose results have known sizes, and what cuDNN saves has not"

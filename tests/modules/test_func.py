@@ -1,0 +1,122 @@
+"""torch.func: what a transform gives is what a loop over members gives."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
+
+import seqkernels as sk
+
+LAYERS = {
+    "RNN": {"batch_first": True},
+    "GRU": {"bias": False},
+    "LSTM": {"proj_size": 3},
+    "GRU deep": {"num_layers": 2, "bidirectional": True},
+    "LiGRU": {},
+}
+DOUBLE = {"dtype": torch.float64}
+
+
+def layer_of(name: str, seed: int = 0):
+    torch.manual_seed(seed)
+    return getattr(sk, name.split()[0])(4, 5, **LAYERS[name], **DOUBLE)
+
+
+def flat(results) -> list[torch.Tensor]:
+    return [results] if isinstance(results, torch.Tensor) else [t for one in results for t in flat(one)]
+
+
+def stacked(members) -> list[torch.Tensor]:
+    return [torch.stack(each) for each in zip(*map(flat, members), strict=True)]
+
+
+def loss(results) -> torch.Tensor:
+    return sum(t.square().sum() for t in flat(results))
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+@pytest.mark.parametrize("name", LAYERS)
+def test_inputs_of_the_same_layer(name, dim):
+    layer, xs = layer_of(name), torch.randn(5, 6, 3, 4, **DOUBLE)
+    found, expected = vmap(layer, in_dims=dim)(xs), stacked(layer(x) for x in xs.unbind(dim))
+    torch.testing.assert_close(flat(found), expected)
+    wanted = list(layer.parameters())
+    torch.testing.assert_close(*(torch.autograd.grad(loss(results), wanted) for results in (found, expected)))
+    with torch.no_grad():
+        torch.testing.assert_close(flat(vmap(layer, in_dims=dim)(xs)), expected)
+
+
+def test_inputs_of_the_same_layer_are_one_call(monkeypatch):
+    called, layer = [], layer_of("GRU")
+    forward = sk.ops.torch_eager.forward
+    monkeypatch.setattr(sk.ops.torch_eager, "forward", lambda *args: called.append(args) or forward(*args))
+    layer.backend = "torch_eager"
+    vmap(layer)(torch.randn(5, 6, 3, 4, **DOUBLE))
+    assert [args[1].shape for args in called] == [(5 * 6 * 3, 4)]
+
+
+def test_inputs_and_states_and_lengths():
+    layer, xs, hs = layer_of("GRU deep"), torch.randn(2, 6, 3, 4, **DOUBLE), torch.randn(2, 4, 3, 5, **DOUBLE)
+    torch.testing.assert_close(flat(vmap(layer)(xs, hs)), stacked(map(layer, xs, hs)))
+    torch.testing.assert_close(flat(vmap(layer, (None, 0))(xs[0], hs)), stacked(layer(xs[0], h) for h in hs))
+
+    def ragged(x):
+        return layer(x, lengths=[6, 0, 2])
+
+    torch.testing.assert_close(flat(vmap(ragged)(xs)), stacked(map(ragged, xs)))
+    twice = vmap(vmap(layer))(xs.expand(3, *xs.shape))
+    torch.testing.assert_close([t[1] for t in flat(twice)], stacked(map(layer, xs)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_ensemble_and_its_gradients(name):
+    layers, x = [layer_of(name, seed) for seed in range(3)], torch.randn(6, 3, 4, **DOUBLE)
+    parameters, _ = stack_module_state(layers)
+    found = vmap(lambda parameters: functional_call(layers[0], parameters, (x,)))(parameters)
+    torch.testing.assert_close(flat(found), stacked(layer(x) for layer in layers))
+    grads = torch.autograd.grad(loss(found), list(parameters.values()))
+    expected = stacked(torch.autograd.grad(loss(layer(x)), list(layer.parameters())) for layer in layers)
+    torch.testing.assert_close(list(grads), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_each_sample(name):
+    layer, xs = layer_of(name), torch.randn(3, 6, 4, **DOUBLE)
+    parameters = dict(layer.named_parameters())
+    found = vmap(grad(lambda parameters, x: loss(functional_call(layer, parameters, (x,)))), (None, 0))(parameters, xs)
+    expected = stacked(torch.autograd.grad(loss(layer(x)), list(parameters.values())) for x in xs)
+    torch.testing.assert_close(list(found.values()), expected)
+
+
+def test_cells():
+    cell, xs = sk.LSTMCell(4, 5, **DOUBLE), torch.randn(2, 3, 4, **DOUBLE)
+    torch.testing.assert_close(flat(vmap(cell)(xs)), stacked(map(cell, xs)))
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_jacobians_and_hessians(name):
+    layer, x, v = layer_of(name), torch.randn(3, 2, 4, **DOUBLE), torch.randn(3, 2, 4, **DOUBLE)
+
+    def output(x):
+        return layer(x)[0]
+
+    jacobian = torch.autograd.functional.jacobian(output, x)
+    torch.testing.assert_close(jacrev(output)(x), jacobian)
+    torch.testing.assert_close(jacfwd(output)(x), jacobian)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(output, x, vectorize=True), jacobian)
+    torch.testing.assert_close(jvp(output, (x,), (v,))[1], torch.tensordot(jacobian, v, 3))
+
+    def scalar(x):
+        return loss(layer(x))
+
+    torch.testing.assert_close(hessian(scalar)(x), torch.autograd.functional.hessian(scalar, x))
+
+
+@pytest.mark.parametrize("name", ["GRU deep", "LSTM"])
+def test_batched_gradients(name):
+    layer, x = layer_of(name), torch.randn(3, 2, 4, **DOUBLE, requires_grad=True)
+    y = layer(x)[0]
+    directions = torch.randn(5, *y.shape, **DOUBLE)
+    wanted = [x, *layer.parameters()]
+    found = torch.autograd.grad(y, wanted, directions, is_grads_batched=True, retain_graph=True)
+    expected = stacked(torch.autograd.grad(y, wanted, one, retain_graph=True) for one in directions)
+    torch.testing.assert_close(list(found), expected)
