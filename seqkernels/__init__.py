@@ -11,7 +11,7 @@ from seqkernels.explanation import explain
 from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, is_recurrent
 from seqkernels.patch import patch_torch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 quantization.register()
 

@@ -1,10 +1,16 @@
 """What `import seqkernels` costs and says of itself. Import directions are checked by `make lint`."""
 
 import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import seqkernels as sk
+
+ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments: str) -> str:
@@ -27,3 +33,9 @@ def test_everything_public_has_a_docstring():
         assert inspect.getdoc(getattr(sk, name)), name
     for name, function in inspect.getmembers(sk.functional, inspect.isfunction):
         assert name.startswith("_") or inspect.getdoc(function), name
+
+
+@pytest.mark.skipif(not (ROOT / "CHANGELOG.md").exists(), reason="the checkout is not around the tests")
+def test_citation_and_changelog_say_the_version():
+    assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == sk.__version__
+    assert re.search(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == sk.__version__
