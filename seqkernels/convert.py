@@ -232,12 +232,14 @@ def _reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> 
 
 # Nothing that forward uses: the drop-in of a subclass takes these from the subclass.
 _HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__"}
+# What ours have beyond torch.nn's, and use nowhere themselves: the subclass's own goes before it.
+_OFFERED = {"step"}
 
 
 def _own_code(cls: type, torchs: type) -> list[str]:
     """Which methods of torch.nn's class or of ours a subclass of torch.nn's has code of its own for, forward first."""
     theirs = (*torchs.__mro__, *OURS[torchs].__mro__)
-    known = {name for base in theirs if base not in nn.Module.__mro__ for name in vars(base)} - _HARMLESS
+    known = {name for base in theirs if base not in nn.Module.__mro__ for name in vars(base)} - _HARMLESS - _OFFERED
     own = {
         name
         for base in cls.__mro__
@@ -264,7 +266,8 @@ def _drop_in_of(cls: type, torchs: type) -> type:
         return _new_drop_in_of, (cls, torchs), *rest
 
     ours = [base for base in OURS[torchs].__mro__ if isinstance(base, DropIn)]
-    members = {name: value for base in reversed(ours) for name, value in vars(base).items() if name not in _OF_A_CLASS}
+    left_out = _OF_A_CLASS | {name for name in _OFFERED if hasattr(cls, name)}
+    members = {name: value for base in reversed(ours) for name, value in vars(base).items() if name not in left_out}
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     members |= names | {"__reduce_ex__": __reduce_ex__, "_drop_in": OURS[torchs], "_subclass_of_torch": cls}
     meta: Any = DropIn if type(cls) is type else type("DropIn", (DropIn, type(cls)), {})

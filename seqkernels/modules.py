@@ -58,21 +58,25 @@ class _Recurrent(drop_in.Layer):
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        return_all_states: bool | None = None,
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
         """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`.
 
-        With return_all_states a third result: the states of every layer at every step (docs/states.md).
+        With return_all_states (None: as the layer was made) a third result: the states of every layer at every step
+        (docs/states.md).
         """
         if tracer := drop_in.tracer_of(input, hx, lengths):
-            return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
+            options = {"lengths": lengths, "return_all_states": return_all_states}
+            return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]
+        all_states = self.return_all_states if return_all_states is None else return_all_states
         weights = self._weights()
         if checks.any_expanded(weights):
-            if self._forward_of_torch and lengths is None and not (self.return_all_states or self.learn_initial_state):
+            if self._forward_of_torch and lengths is None and not (all_states or self.learn_initial_state):
                 return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
             checks.check_kind(weights)
         if self.learn_initial_state and hx is None:
             hx = states.initial(self, input)
-        run = states.recurrent if self.return_all_states else functional.recurrent
+        run = states.recurrent if all_states else functional.recurrent
         return run(
             self.mode.lower(),
             input,

@@ -39,10 +39,9 @@ import torch
 from torch import Tensor
 
 from seqkernels import batching, flops, inplace, ranges
-from seqkernels.backends import arguments, cuda, cudnn, stack, torch_eager, triton
+from seqkernels.backends import arguments, autocast, cuda, cudnn, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
-from seqkernels.backends.precision import cast_for_autocast
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
@@ -229,7 +228,7 @@ def _register(backend: str) -> None:
     for name in ("recurrence_forward", "recurrence_backward"):
         operator = getattr(getattr(torch.ops.seqkernels, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-            _library.impl(f"{name}.{backend}", cast_for_autocast(operator, device_type), key)
+            _library.impl(f"{name}.{backend}", autocast.cast_arguments(operator, device_type), key)
         batching.register(f"{name}.{backend}", operator, _library)
 
 

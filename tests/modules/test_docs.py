@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))]
@@ -50,7 +51,8 @@ def test_examples_in_documents_run(document, tmp_path, monkeypatch):
         line = document.read_text()[: match.start()].count("\n") + 1
         code = compile("\n" * line + match[1], str(document), "exec")  # so that an error names the document's line
         try:
-            exec(code, names)
+            with torch.device("cpu"):
+                exec(code, names)
         except ModuleNotFoundError as error:
             assert error.name and error.name.partition(".")[0] not in ("torch", "seqkernels"), error
             pytest.skip(f"not installed: {error.name}")

@@ -7,6 +7,7 @@ from torch.export import Dim
 
 import seqkernels as sk
 
+pytestmark = pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="ONNX Runtime is that of the CPU")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -121,6 +121,12 @@ def test_all_states_with_dropout_are_those_of_the_same_seed():
     torch.testing.assert_close(output, plain(x)[0])
 
 
+def test_a_call_may_say_otherwise_than_the_layer():
+    x, layers = torch.randn(5, 3, 4, dtype=torch.float64), [layer_of("GRU", return_all_states=a) for a in (True, False)]
+    torch.testing.assert_close(layers[0](x), layers[1](x, return_all_states=True))
+    torch.testing.assert_close(layers[1](x), layers[0](x, return_all_states=False))
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed", "lengths", "unbatched"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_learned_state_is_that_of_every_sequence(name, layout):

@@ -328,6 +328,18 @@ def test_a_subclass_that_changes_only_how_it_is_made_can_be_swapped(make):
         torch.testing.assert_close(twin(x)[0], expected)
 
 
+class Stepping(nn.GRU):
+    def step(self, x):
+        return self(x[None])[0][0]
+
+
+def test_a_step_of_a_subclass_stays_its_own():
+    module, x = Stepping(4, 5), torch.randn(3, 4)
+    expected = module.step(x)
+    assert sk.swap_in(module, subclasses=True).swapped and type(module).step is Stepping.step
+    torch.testing.assert_close(module.step(x), expected)
+
+
 @pytest.mark.parametrize("method", ["forward", "check_input", "_weights"])
 def test_a_subclass_with_code_of_its_own_is_left_even_if_asked_for(method):
     own = type("Own", (nn.GRU,), {method: lambda self, *args: None})

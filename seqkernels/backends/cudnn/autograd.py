@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends import torch_eager
+from seqkernels.backends.autocast import cast_arguments
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cudnn import host
-from seqkernels.backends.precision import cast_for_autocast
 
 
 class Recurrence(torch.autograd.Function):
@@ -68,7 +68,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, whose states and weights lie one behind the other -> y, h_n, c_n; `save`: gradients are wanted."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    runs = cast_for_autocast(_run, x.device.type) if autocast else _run
+    runs = cast_arguments(_run, x.device.type) if autocast else _run
     return runs(cell, directions, save, x, h_0, c_0, batch_sizes, weights)
 
 
