@@ -54,6 +54,8 @@ def test_a_few_steps_give_what_torch_eager_gives(cell, directions, batch_sizes, 
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_where_they_lie_give_the_bits_of_packed_ones(cell, dtype, instruction_set):
     """Packed are those of 90 rows."""
+    if instruction_set == "amx" and dtype == torch.bfloat16:
+        pytest.skip("AMX multiplies by packed weights alone, and adds up in one chain where vectors have several")
     name, x, weights, h_0, c_0, *_ = Call(cell, 1, 90, 1, 70, 405, dtype=dtype).arguments()
     all_rows = forward("cpu")(name, x, weights, h_0, c_0, None, False)
     first = [None if state is None else state[:, :20].contiguous() for state in (h_0, c_0)]
