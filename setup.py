@@ -28,6 +28,10 @@ from typing import NamedTuple
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+# pip runs this before it reads requires-python in pyproject.toml.
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit(f"seqkernels needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
+
 ROOT = Path(__file__).parent.resolve()
 
 # Run-time dispatch (csrc/cpu/isa.cpp) tests for just these flags.

@@ -5,6 +5,11 @@
 >>> output, h_n = rnn(torch.randn(50, 32, 128), lengths=torch.randint(1, 51, (32,)))
 """
 
+import torch
+
+if torch.__version__ < "2.10":
+    raise ImportError(f"seqkernels needs torch 2.10 or newer, and this is {torch.__version__}: pip install -U torch")
+
 from seqkernels import functional, quantization
 from seqkernels.convert import swap_in, swap_out
 from seqkernels.explanation import explain

@@ -20,6 +20,8 @@ if torch.get_default_device().type == "cpu":
         os.environ["SEQKERNELS_EMULATOR"] = str(emulator)
     import cudnn_stand_in  # noqa: F401
 
+from operators import NO_CPU_KERNELS  # noqa: E402
+
 from seqkernels import select  # noqa: E402
 from seqkernels.hardware import THIS_MACHINE, machine_of  # noqa: E402
 
@@ -44,6 +46,21 @@ def backend(request) -> str:
     if against:
         pytest.skip(f"{request.param}: {against}")
     return request.param
+
+
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
+def instruction_set(request):
+    if NO_CPU_KERNELS:
+        pytest.skip(NO_CPU_KERNELS)
+    from seqkernels import _C
+
+    before = _C.isa()
+    try:
+        _C.force_isa(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    _C.force_isa(before)
 
 
 @pytest.fixture

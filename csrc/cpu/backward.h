@@ -8,17 +8,21 @@ namespace seqkernels::SEQKERNELS_ISA {
 // The gradients of h(t-1) of the rows that run, from those of the gates, `units` of it; added to what there is if some
 // of it goes past the gates. No inline: the same for all cells.
 template <class S>
-__attribute__((noinline)) void multiply_gates(const BackwardMemory<S>& memory, int direction, const Units& units,
-                                              int64_t rows, const acc_t<S>* grads, int64_t stride, bool added,
-                                              acc_t<S>* grad_h, bool backwards) {
-  using V = Vec<acc_t<S>>;
+__attribute__((noinline)) void multiply_gates(const BackwardMemory<S>& memory, const S* w_hh, int direction,
+                                              const Units& units, int64_t rows, const acc_t<S>* grads, int64_t stride,
+                                              bool added, acc_t<S>* grad_h, bool backwards, acc_t<S>* slice) {
+  using C = acc_t<S>;
+  using V = Vec<C>;
+  const int64_t first = units.first / kLanes<C>, last = vectors_of<C>(units.last);
   const auto row = [&](int64_t r) { return grads + r * stride + memory.columns.recurrent; };
   const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
-    acc_t<S>* h = grad_h + r * memory.ldp + unit;
+    C* h = grad_h + r * memory.ldp + unit;
     store(h, added ? load(h) + x : x);
   };
-  product(memory.hh, memory.direction[direction].w_hh, units.first / kLanes<acc_t<S>>, vectors_of<acc_t<S>>(units.last),
-          rows, {memory.columns.gates}, row, put, backwards);
+  const auto source = [&](int64_t k) { return w_hh + k * memory.hh.units; };
+  if (memory.once)
+    return product_once<S>(memory.hh, source, first, last, rows, row, put, slice, memory.sums_behind(slice));
+  product(memory.hh, memory.direction[direction].w_hh, first, last, rows, {memory.columns.gates}, row, put, backwards);
 }
 
 template <Cell kCell, class S>
@@ -39,6 +43,8 @@ class BackwardSweep {
         mine(mine),
         work(work),
         weights(memory.direction[task.direction]),
+        source(p.weights[task.direction]),
+        slice(mine.slices + work.begin * memory.once_size),
         units(Units::of<C>(work, p.hidden)),
         outputs(Units::of<C>(work, p.projected)) {}
 
@@ -84,8 +90,8 @@ class BackwardSweep {
     for (int64_t r = 0; r < running; r++)
       for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit);
     work.wait();
-    multiply_gates<S>(memory, at.task.direction, outputs, running, grads, grad_row(1) - grads, Traits::needs_h_prev,
-                      mine.grad_h, t % 2);
+    multiply_gates<S>(memory, static_cast<const S*>(source.w_hh), at.task.direction, outputs, running, grads,
+                      grad_row(1) - grads, Traits::needs_h_prev, mine.grad_h, t % 2, slice);
   }
 
   void add_grad_y(int64_t running) const {
@@ -104,8 +110,14 @@ class BackwardSweep {
     const auto row = [&](int64_t r) { return grad_row(r) + memory.columns.projected; };
     for (int64_t r = 0; r < running; r++) store_state(mine.grad_h + r * memory.ldp, row(r), outputs);
     work.wait();
-    product(memory.hr, weights.w_hr, units.first / kLane, vectors_of<C>(units.last), running, {p.projected}, row,
-            [&](int64_t r, int64_t unit, int64_t, V x) { store(mine.grad_unprojected + r * memory.ldh + unit, x); });
+    const int64_t first = units.first / kLane, last = vectors_of<C>(units.last);
+    const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
+      store(mine.grad_unprojected + r * memory.ldh + unit, x);
+    };
+    const auto w_hr = [&](int64_t k) { return static_cast<const S*>(source.w_hr) + k * p.hidden; };
+    if (memory.once)
+      return product_once<S>(memory.hr, w_hr, first, last, running, row, put, slice, memory.sums_behind(slice));
+    product(memory.hr, weights.w_hr, first, last, running, {p.projected}, row, put);
   }
 
   // Gradients of the gates of one vector of units of sequence r.
@@ -152,6 +164,8 @@ class BackwardSweep {
   const typename BackwardMemory<S>::PerTask mine;
   const WorkRange work;
   const typename BackwardMemory<S>::PerDirection& weights;
+  const WeightsOf<const void*>& source;
+  C* const slice;
   const Units units, outputs;  // this range's, of H and of P
   // Of the step that runs.
   int64_t before, had_before, ahead, row0, row0_before;
@@ -168,9 +182,11 @@ void prepare_backward(const LayerBackward& p, const BackwardMemory<S>& memory, c
       pack_rows(shape, j, static_cast<const S*>(source), 0, shape.k, 0, packed);
   };
   for (int d = 0; d < p.directions; d++) {
-    pack(memory.hh, p.weights[d].w_hh, memory.direction[d].w_hh);
-    if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, memory.direction[d].w_hr);
-    if (p.wants_x)
+    if (!memory.once) {
+      pack(memory.hh, p.weights[d].w_hh, memory.direction[d].w_hh);
+      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, memory.direction[d].w_hr);
+    }
+    if (p.wants_x && !memory.once)
       for (int64_t j = work.first(memory.ih.count()); j < work.last(memory.ih.count()); j++)
         for (int64_t g = 0; g < G; g++) {
           const int64_t source = memory.columns.gate_of_input(g * H);

@@ -36,6 +36,7 @@ struct Columns {
 template <class S>
 struct BackwardMemory {
   using C = acc_t<S>;
+  static constexpr int64_t kPanelSize = kKc * kMaxVectors * kLanes<C>;
   static constexpr bool kSumsApart = !std::is_same<S, C>::value;
   struct PerDirection {
     C *w_hh, *w_hr;
@@ -46,18 +47,22 @@ struct BackwardMemory {
     C* grad_h;            // [count, ldp]: of each sequence's h, what comes back from later steps
     C* grad_c;            // [count, ldh]
     C* grad_unprojected;  // [count, ldh]
+    C* slices;            // [members of the team, once_size]: of weights that are used once
   };
 
   const Columns columns;
   const Panels<C> ih, hh, hr;
   const int64_t ldh, ldp, ldg;
   const int64_t chunk_steps;
+  const bool once;  // a single step of few rows: weights are packed slice by slice where they are used (product_once)
+  const int64_t once_size;   // of a member's memory for that: a slice, and the sums
+  const int64_t panel_size;  // of a member's memory for gradients of input and weights
   bool wants_weights;
   PerDirection direction[2] = {};
   C* w_ih;             // of all directions, one below the other
   C* grads;            // [rows of a chunk, D, ldg]
   int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - sequence for h_0
-  C* panels;           // [members, kKc, kMaxVectors]: right factors of a weight gradient
+  C* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
   Arena tasks;
   int64_t task_bytes;
 
@@ -70,13 +75,16 @@ struct BackwardMemory {
         ldp(leading<C>(p.projected)),
         ldg(leading<C>(columns.width)),
         chunk_steps(steps_of_chunk(p)),
+        once(p.steps == 1 && p.rows <= kRowsOnce && p.directions == 1 && p.hidden && p.projected),
+        once_size(once ? kPanelSize + p.rows * max(leading<C>(p.input), max(ldh, ldp)) : 0),
+        panel_size(max(p.wants_weights ? kPanelSize : 0, once_size)),
         wants_weights(p.wants_weights) {
     Arena arena{static_cast<char*>(base)};
-    w_ih = arena.take<C>(ih.size());
+    w_ih = arena.take<C>(once ? 0 : ih.size());
     for (int d = 0; d < p.directions; d++) {
       PerDirection& one = direction[d];
-      one.w_hh = arena.take<C>(hh.size());
-      one.w_hr = arena.take<C>(hr.size());
+      one.w_hh = arena.take<C>(once ? 0 : hh.size());
+      one.w_hr = arena.take<C>(once ? 0 : hr.size());
       const auto sums = [&](void* user, int64_t size) {
         return kSumsApart && wants_weights ? arena.take<C>(size) : static_cast<C*>(user);
       };
@@ -87,14 +95,15 @@ struct BackwardMemory {
       before[d] = arena.take<int64_t>(wants_weights ? p.rows : 0);
     }
     grads = arena.take<C>(min(p.rows, chunk_steps * p.sequences) * p.directions * ldg);
-    panels = arena.take<C>(wants_weights ? schedule.members * panel_size() : 0);
+    panels = arena.take<C>(schedule.members * panel_size);
     tasks = arena;
     Arena one{nullptr};
     take_task(p, schedule, one);
     task_bytes = one.used;
   }
 
-  static constexpr int64_t panel_size() { return kKc * kMaxVectors * kLanes<C>; }
+  // Where product_once keeps its sums, behind a slice.
+  Vec<C>* sums_behind(C* slice) const { return reinterpret_cast<Vec<C>*>(slice + kPanelSize); }
   int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
 
   PerTask task(const LayerBackward& p, const Schedule& schedule, int64_t i) const {
@@ -109,6 +118,7 @@ struct BackwardMemory {
     task.grad_h = arena.take<C>(count * ldp);
     task.grad_c = arena.take<C>(p.c_0 ? count * ldh : 0);
     task.grad_unprojected = arena.take<C>(p.has_projection ? count * ldh : 0);
+    task.slices = arena.take<C>(schedule.team_size * once_size);
     return task;
   }
 

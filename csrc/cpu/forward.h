@@ -6,12 +6,31 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
+// The products of rows (row(i) points to them) with rows [columns.first, columns.last) of w [units, n], not packed.
+template <class S, class F, class Row, class Each>
+inline void multiply_where_it_lies(const ForwardMemory<S, F>& memory, const S* w, int64_t units, int64_t n,
+                                   Units columns, int64_t rows, const Row& row, F* turned, const Each& each) {
+  constexpr int kLane = kLanes<acc_t<S>>;
+  if (memory.used == WeightsUsed::by_rows) {
+    for (int64_t unit = columns.first; unit < columns.last; unit += kLane)
+      for (int64_t i = 0; i < rows; i++) each(i, unit, dots(w + unit * n, units - unit, n, row(i)));
+    return;
+  }
+  const Panels<F> shape(factors_of<F>(n), rows, 1);
+  turn_rows(shape, n, row, turned);
+  Vec<acc_t<S>> out[kRowsOnce];
+  for (int64_t unit = columns.first; unit < columns.last; unit += kLane) {
+    dots_of_turned(w + unit * n, units - unit, n, shape, turned, turned + memory.turned_rows, out);
+    for (int64_t i = 0; i < rows; i++) each(i, unit, out[i]);
+  }
+}
+
 // gates = W_ih x + biases of the chunk's `count` rows of the layer, rows[i]: the columns of `work`. No inline: the same
 // for all cells.
 template <class S, class F>
 __attribute__((noinline)) void project_inputs(const LayerForward& p, const ForwardMemory<S, F>& memory, int direction,
                                               const WorkRange& work, const int64_t* rows, int64_t count,
-                                              acc_t<S>* gates, Tiles* tiles) {
+                                              acc_t<S>* gates, F* turned, Tiles* tiles) {
   using C = acc_t<S>;
   const auto& weights = memory.direction[direction];
   const int64_t columns = memory.ih.units, first = work.first(memory.ih.vectors());
@@ -23,12 +42,11 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
   const auto put = [&](int64_t i, int64_t column, int64_t, Vec<C> x) {
     store(gates + i * memory.ldg + column, x + load(weights.bias + column));
   };
-  if (memory.packed) return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles}, row, put);
-  for (int64_t column = first * kLanes<C>; column < min(last * kLanes<C>, columns); column += kLanes<C>)
-    for (int64_t i = 0; i < count; i++) {
-      const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih) + column * p.input;
-      put(i, column, 0, dots(w_ih, columns - column, p.input, row(i)));
-    }
+  if (memory.used == WeightsUsed::packed)
+    return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles}, row, put);
+  const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih);
+  multiply_where_it_lies(memory, w_ih, columns, p.input, {first * kLanes<C>, min(last * kLanes<C>, columns)}, count,
+                         row, turned, [&](int64_t i, int64_t column, Vec<C> x) { put(i, column, 0, x); });
 }
 
 template <Cell kCell, class S, class F>
@@ -55,7 +73,8 @@ class ForwardSweep {
         source(p.weights[task.direction]),
         units(Units::of<C>(work, p.hidden)),
         outputs(Units::of<C>(work, p.projected)),
-        rows(mine.rows + work.begin * memory.chunk) {}
+        rows(mine.rows + work.begin * memory.chunk),
+        turned(mine.turned + work.begin * memory.turned_size) {}
 
   void run() {
     load_states();
@@ -65,7 +84,7 @@ class ForwardSweep {
         const int64_t t = step(end++), running = at.running(t);
         for (int64_t r = 0; r < running; r++) rows[count++] = at.row(t, r);
       } while (end < p.steps && count + at.running(step(end)) <= memory.chunk);
-      project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates, tiles);
+      project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates, turned, tiles);
       work.wait();
       for (int64_t first = 0; i < end; first += at.running(step(i++))) run_step(step(i), first);
     }
@@ -94,8 +113,27 @@ class ForwardSweep {
     }
   }
 
-  void dots_of_gates(const S* w, int64_t unit, int64_t k, const F* a, V* out) const {
-    for (int g = 0; g < G; g++) out[g] = dots(w + (g * p.hidden + unit) * k, p.hidden - unit, k, a);
+  // W_hh h of the sequences that run, where W_hh lies, and from it their new states.
+  template <class Row>
+  void multiply_states_unpacked(int64_t running, const Row& row) const {
+    const S* w_hh = static_cast<const S*>(source.w_hh);
+    const int64_t H = p.hidden, P = p.projected;
+    const Panels<F> shape(memory.hh.k, running, 1);
+    const bool by_turned = memory.used == WeightsUsed::by_turned;
+    if (by_turned) turn_rows(shape, P, row, turned);
+    for (int64_t unit = units.first; unit < units.last; unit += kLane) {
+      V out[G][kRowsOnce];
+      for (int g = 0; g < G; g++) {
+        const S* w = w_hh + (g * H + unit) * P;
+        if (by_turned) dots_of_turned(w, H - unit, P, shape, turned, turned + memory.turned_rows, out[g]);
+        for (int64_t r = 0; !by_turned && r < running; r++) out[g][r] = dots(w, H - unit, P, row(r));
+      }
+      for (int64_t r = 0; r < running; r++) {
+        V products[G];
+        for (int g = 0; g < G; g++) products[g] = out[g][r];
+        finish(r, unit, products);
+      }
+    }
   }
 
   // One step; the gates of its first row are row `first` of the chunk.
@@ -124,13 +162,8 @@ class ForwardSweep {
   // W_hh h of the sequences that run, and from it their new states.
   void multiply_states(int64_t running, bool backwards) const {
     const auto row = [&](int64_t r) { return mine.factors + r * memory.ldp; };
-    if (!memory.packed) {
-      for (int64_t unit = units.first; unit < units.last; unit += kLane)
-        for (int64_t r = 0; r < running; r++) {
-          V out[G];
-          dots_of_gates(static_cast<const S*>(source.w_hh), unit, p.projected, row(r), out);
-          finish(r, unit, out);
-        }
+    if (memory.used != WeightsUsed::packed) {
+      multiply_states_unpacked(running, row);
     } else if constexpr (G == 1) {
       product(
           memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, depth_of(memory.hh), row,
@@ -158,16 +191,12 @@ class ForwardSweep {
   void project_outputs(int64_t running) const {
     const auto row = [&](int64_t r) { return mine.unprojected + r * memory.ldh; };
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) { put_h(r, unit, x); };
-    if (memory.packed) {
-      product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running, depth_of(memory.hr),
-              row, put);
-    } else {
-      for (int64_t unit = outputs.first; unit < outputs.last; unit += kLane)
-        for (int64_t r = 0; r < running; r++) {
-          const S* w_hr = static_cast<const S*>(source.w_hr) + unit * p.hidden;
-          put(r, unit, 0, dots(w_hr, p.projected - unit, p.hidden, row(r)));
-        }
-    }
+    if (memory.used == WeightsUsed::packed)
+      return product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running,
+                     depth_of(memory.hr), row, put);
+    const S* w_hr = static_cast<const S*>(source.w_hr);
+    multiply_where_it_lies(memory, w_hr, p.projected, p.hidden, outputs, running, row, turned,
+                           [&](int64_t r, int64_t unit, V x) { put_h(r, unit, x); });
   }
 
   // The new states of one vector of units of sequence r, from the gates' W_hh h.
@@ -227,6 +256,7 @@ class ForwardSweep {
   const WeightsOf<const void*>& source;
   const Units units, outputs;  // this range's, of H and of P
   int64_t* const rows;         // of the chunk
+  F* const turned;
   // Of the step that runs.
   const C* gates;
   int64_t row0, ahead, first_ending;
@@ -251,7 +281,7 @@ void prepare_forward(const LayerForward& p, const ForwardMemory<S, F>& memory, c
       pack_transposed(shape, j, static_cast<const S*>(source), n, packed);
   };
   for (int d = 0; d < p.directions; d++) {
-    if (memory.packed) {
+    if (memory.used == WeightsUsed::packed) {
       pack(memory.ih, p.weights[d].w_ih, p.input, memory.direction[d].w_ih);
       pack(memory.hh, p.weights[d].w_hh, p.projected, memory.direction[d].w_hh);
       if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, p.hidden, memory.direction[d].w_hr);

@@ -8,8 +8,20 @@ namespace seqkernels::SEQKERNELS_ISA {
 // W_ih often.
 constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int64_t kChunkRows = 48;
-// A layer of so few rows multiplies by its weights where they lie: packing them does not pay.
+// Packing costs as much as multiplying some ten rows, so that it pays only where the packed weights are used again.
+enum class WeightsUsed {
+  by_rows,    // of at most kFewRows rows: where they lie, one row after the other
+  by_turned,  // in few steps of few rows, not by tiles: where they lie, all rows of a step at once (turn_rows)
+  packed,
+};
 constexpr int64_t kFewRows = 8;
+
+template <class F>
+WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule, bool by_tiles) {
+  if (p.rows <= kFewRows) return WeightsUsed::by_rows;
+  const int64_t lanes = vectors_of<Sum<F>>(schedule.max_sequences) * kLanes<Sum<F>>;
+  return !by_tiles && p.steps * lanes <= kRowsOnce ? WeightsUsed::by_turned : WeightsUsed::packed;
+}
 
 // The memory of one forward call. S is the type of the layer's numbers, F what products take of them: the type of
 // computation, or pairs of bfloat16 as they are.
@@ -28,12 +40,13 @@ struct ForwardMemory {
     F* unprojected;             // [count, ldh]: h before its projection
     C* gates;                   // [chunk, ldg]: W_ih x and bias
     int64_t* rows;              // [members of the team, chunk]: which rows of the layer they are
+    F* turned;                  // [members of the team, turned_size]: rows, then weights that had to be converted
   };
 
   const bool by_tiles;  // products are
   const Panels<F> ih, hh, hr;
-  const bool packed;  // whether the weights are
-  const int64_t ldh, ldp, ldi, ldg, chunk;
+  const WeightsUsed used;
+  const int64_t ldh, ldp, ldi, ldg, chunk, turned_rows, turned_size;
   PerDirection direction[2] = {};
   F* x;  // [N, ldi] where the user's x cannot be taken as it is, else null
   Arena tasks;
@@ -44,15 +57,17 @@ struct ForwardMemory {
         ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles),
         hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles),
         hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles),
-        packed(p.rows > kFewRows),
+        used(weights_used<F>(p, schedule, by_tiles)),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
         ldi(leading<C>(p.input)),
         ldg(leading<C>(ih.units)),
-        chunk(chunk_rows(p, schedule)) {
+        chunk(chunk_rows(p, schedule)),
+        turned_rows(max(ih.k, max(hh.k, hr.k)) * kRowsOnce),
+        turned_size(used == WeightsUsed::by_turned ? turned_rows + turned_rows / kRowsOnce * kLanes<C> : 0) {
     Arena arena{static_cast<char*>(base)};
     for (int d = 0; d < p.directions; d++) {
-      if (packed) {
+      if (used == WeightsUsed::packed) {
         direction[d].w_ih = arena.take<F>(ih.size());
         direction[d].w_hh = arena.take<F>(hh.size());
         direction[d].w_hr = arena.take<F>(hr.size());
@@ -89,6 +104,7 @@ struct ForwardMemory {
     task.unprojected = arena.take<F>(p.has_projection ? count * ldh : 0);
     task.gates = arena.take<C>(chunk * ldg);
     task.rows = arena.take<int64_t>(schedule.team_size * chunk);
+    task.turned = arena.take<F>(schedule.team_size * turned_size);
     return task;
   }
 

@@ -199,4 +199,84 @@ SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) Vec<Sum<F>> dots(const S* w,
   return sums[0];
 }
 
+// At most so many rows are multiplied at once by the two products below, of matrices that are used once.
+constexpr int64_t kRowsOnce = 64;
+
+// The products of turned rows (turn_rows) with V rows of w [*, n]: out[r] is what dots gives for row r, added up as
+// packed weights would. Rows of another type than the factors' are converted first, to `converted` [V, k].
+template <class F, class S>
+__attribute__((noinline)) void dots_of_turned(const S* w, int64_t lanes, int64_t n, const Panels<F>& shape,
+                                              const F* turned, F* converted, Vec<Sum<F>>* out) {
+  using C = Sum<F>;
+  constexpr int V = kLanes<C>;
+  const bool as_it_is = sizeof(S) * kPerFactor<F> == sizeof(F) && n % kPerFactor<F> == 0;
+  const F* row[V];
+  for (int64_t u = 0; u < V; u++) {
+    const S* source = w + min(u, lanes - 1) * n;
+    row[u] = as_it_is ? reinterpret_cast<const F*>(source) : converted + u * shape.k;
+    for (int64_t i = 0; !as_it_is && i < shape.k; i += V)
+      store(reinterpret_cast<C*>(converted + u * shape.k + i),
+            load_factors<F>(source + i * kPerFactor<F>, n - i * kPerFactor<F>), shape.k - i);
+  }
+  for (int64_t j = 0; j < shape.count(); j++)
+    with_width(shape.vectors_in(j), [&](auto width) {
+      constexpr int N = decltype(width)::value;
+      Vec<C> products[V * N];
+      multiply_block<N>(V, {shape.k}, row, turned + shape.offset(j), N * V, products);
+      for (int v = 0; v < N; v++) {
+        Vec<C> columns[V];
+#pragma GCC unroll 16
+        for (int u = 0; u < V; u++) columns[u] = products[u * N + v];
+        transpose<C>(columns);
+        const int64_t first = (j * shape.width + v) * V;
+        for (int64_t r = first; r < min(first + V, shape.units); r++) out[r] = columns[r - first];
+      }
+    });
+}
+
+// As `product`, with a matrix of which row k lies at source(k), read in the order in which it lies, kSlice of its rows
+// after the other. They are packed into `slice` just before they are multiplied with, or if the rows fill but one tile,
+// not at all. sums: [rows, last - first] vectors.
+constexpr int64_t kSlice = 64;
+constexpr int64_t kSliceVectors = kKc * kMaxVectors / kSlice;
+
+template <class S, class Source, class Row, class Each>
+inline void product_once(const Panels<acc_t<S>>& shape, const Source& source, int64_t first, int64_t last, int64_t rows,
+                         const Row& row, const Each& each, acc_t<S>* slice, Vec<acc_t<S>>* sums) {
+  using C = acc_t<S>;
+  constexpr int V = kLanes<C>;
+  const auto for_panels_of = [&](int64_t begin, int64_t end, const auto& run) {
+    for (int64_t u = begin; u < end; u += kMaxVectors)
+      with_width(min(kMaxVectors, end - u), [&](auto width) { run(u, width, sums + (u - first) * rows); });
+  };
+  for (int64_t k0 = 0; k0 < shape.k; k0 += kSlice)
+    for (int64_t strip = first; strip < last; strip += kSliceVectors) {
+      const int64_t end = min(last, strip + kSliceVectors), depth = min(kSlice, shape.k - k0);
+      const S* lying = source(k0);
+      const bool as_it_is = std::is_same<S, C>::value && rows <= kMr<kMaxVectors> && end * V <= shape.units &&
+                            source(k0 + depth - 1) == lying + (depth - 1) * shape.units;
+      for (int64_t k = 0; !as_it_is && k < depth; k++)
+        for_panels_of(strip, end, [&](int64_t u, auto width, Vec<C>*) {
+          for (int64_t v = 0; v < width; v++)
+            store(slice + ((u - strip) * depth + k * width + v) * V,
+                  load(source(k0 + k) + (u + v) * V, shape.units - (u + v) * V));
+        });
+      for_panels_of(strip, end, [&](int64_t u, auto width, Vec<C>* out) {
+        constexpr int N = decltype(width)::value;
+        const C* panel = as_it_is ? reinterpret_cast<const C*>(lying) + u * V : slice + (u - strip) * depth * V;
+        const int64_t tiles = (rows + kMr<N> - 1) / kMr<N>, stride = as_it_is ? shape.units : N * V;
+        for (int64_t i = 0; i < tiles; i++) {
+          const int64_t r0 = rows * i / tiles, count = rows * (i + 1) / tiles - r0;
+          const C* a[kMr<N>];
+          for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r) + k0;
+          multiply_rows<N>(static_cast<int>(count), depth, a, 1, panel, stride, k0 > 0, out + r0 * N);
+        }
+      });
+    }
+  for_panels_of(first, last, [&](int64_t u, auto width, const Vec<C>* out) {
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t v = 0; v < width; v++) each(r, (u + v) * V, min(shape.units - (u + v) * V, V), out[r * width + v]);
+  });
+}
+
 }  // namespace seqkernels::SEQKERNELS_ISA

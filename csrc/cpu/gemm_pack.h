@@ -169,29 +169,51 @@ inline void transpose(Vec<C>* rows) {
   }
 }
 
-// Panel j of a source whose number (group, unit, i) lies at (group * units + unit) * n + i: torch's [gates * H, n].
+// A panel of which lane l is the row of n numbers from[l]; zeros for null.
 template <class F, class S>
-__attribute__((noinline)) void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t n,
-                                               F* packed) {
+__attribute__((noinline)) void pack_lanes(const S* const* from, int vectors, int64_t k, int64_t n, F* packed) {
   using C = Sum<F>;
   constexpr int V = kLanes<C>;
+  C* panel = reinterpret_cast<C*>(packed);
+  for (int64_t k0 = 0; k0 < k; k0 += V)
+    for (int v = 0; v < vectors; v++) {
+      const int64_t i = k0 * kPerFactor<F>;
+      Vec<C> rows[V];
+#pragma GCC unroll 16
+      for (int u = 0; u < V; u++) rows[u] = from[v * V + u] ? load_factors<F>(from[v * V + u] + i, n - i) : Vec<C>{};
+      transpose<C>(rows);
+      for (int64_t u = 0; u < min(V, k - k0); u++) store(panel + ((k0 + u) * vectors + v) * V, rows[u]);
+    }
+}
+
+// Panel j of a source whose number (group, unit, i) lies at (group * units + unit) * n + i: torch's [gates * H, n].
+template <class F, class S>
+void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t n, F* packed) {
+  constexpr int V = kLanes<Sum<F>>;
   const int vectors = shape.vectors_in(j);
   const int64_t lanes = shape.lanes_of_group(j), first = j * shape.width * V;
-  C* panel = reinterpret_cast<C*>(packed + shape.offset(j));
   const S* from[kMaxVectors * V];
   for (int lane = 0; lane < vectors * V; lane++) {
     const int64_t group = shape.groups == 1 ? 0 : lane / lanes, unit = first + lane - group * lanes;
     from[lane] = group < shape.groups && unit < shape.units ? source + (group * shape.units + unit) * n : nullptr;
   }
-  for (int64_t k = 0; k < shape.depth; k += V)
-    for (int v = 0; v < vectors; v++) {
-      const int64_t i = k * kPerFactor<F>;
-      Vec<C> rows[V];
-#pragma GCC unroll 16
-      for (int u = 0; u < V; u++) rows[u] = from[v * V + u] ? load_factors<F>(from[v * V + u] + i, n - i) : Vec<C>{};
-      transpose<C>(rows);
-      for (int64_t u = 0; u < min(V, shape.depth - k); u++) store(panel + ((k + u) * vectors + v) * V, rows[u]);
+  pack_lanes(from, vectors, shape.depth, n, packed + shape.offset(j));
+}
+
+// Rows of n numbers as the lanes of panels: factors that a matrix is multiplied by where it lies. row(r) points to
+// them.
+template <class F, class Row>
+inline void turn_rows(const Panels<F>& shape, int64_t n, const Row& row, F* turned) {
+  using S = typename std::conditional<std::is_same<F, bfloat16x2>::value, bfloat16, F>::type;
+  constexpr int V = kLanes<Sum<F>>;
+  for (int64_t j = 0; j < shape.count(); j++) {
+    const S* from[kMaxVectors * V];
+    for (int64_t lane = 0; lane < shape.vectors_in(j) * V; lane++) {
+      const int64_t r = j * shape.width * V + lane;
+      from[lane] = r < shape.units ? reinterpret_cast<const S*>(row(r)) : nullptr;
     }
+    pack_lanes(from, shape.vectors_in(j), shape.k, n, turned + shape.offset(j));
+  }
 }
 
 // Panel j of a source of one group whose element (k, unit) lies at k * units + unit. Rows [first, first + count) of the

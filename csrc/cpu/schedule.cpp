@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kMaxSequences = 64;
 // Below so many multiplications a second thread costs more than it brings: of a whole call, and of one step of a team,
 // whose members wait for each other after every step.
-constexpr double kSmallCall = 2e5;
+constexpr double kSmallCall = 1e6;
 constexpr double kSmallStep = 5e4;
 // With fewer sequences in a task it is better that members divide its units. Large weights do not fit into one core's
 // second-level cache, so that half of them for each core is worth a barrier in every step.

@@ -12,6 +12,17 @@ template <class S>
 void input_gradient(const LayerBackward& p, const BackwardMemory<S>& memory, const WorkRange& work,
                     const Chunk& chunk) {
   using C = acc_t<S>;
+  if (memory.once) {
+    const S* w_ih = static_cast<const S*>(p.weights[0].w_ih);
+    S* grad_x = static_cast<S*>(p.grad_x) + chunk.row * p.input;
+    C* slice = memory.panels + work.begin * memory.panel_size;
+    return product_once<S>(
+        memory.ih, [&](int64_t k) { return w_ih + memory.columns.gate_of_input(k) * p.input; },
+        work.first(memory.ih.vectors()), work.last(memory.ih.vectors()), chunk.rows,
+        [&](int64_t r) { return memory.grads + r * memory.ldg; },
+        [&](int64_t r, int64_t unit, int64_t lanes, Vec<C> x) { store(grad_x + r * p.input + unit, x, lanes); }, slice,
+        memory.sums_behind(slice));
+  }
   const int64_t first = work.first(chunk.rows), count = work.last(chunk.rows) - first;
   const auto row = [&](int64_t r) { return memory.grads + (first + r) * p.directions * memory.ldg; };
   S* grad_x = static_cast<S*>(p.grad_x) + (chunk.row + first) * p.input;
@@ -30,34 +41,39 @@ void add_products(const BackwardMemory<S>& memory, const WorkRange& work, const 
   constexpr int kTile = kMr<kMaxVectors>;  // columns of a tile
   const int64_t tiles = (columns + kTile - 1) / kTile, first = work.first(tiles), last = work.last(tiles);
   if (first == last) return;
-  C* panel = memory.panels + work.begin * memory.panel_size();
+  C* panels = memory.panels + work.begin * memory.panel_size;
   for (int64_t row0 = 0; row0 < chunk.rows; row0 += kKc) {
     const int64_t depth = min(kKc, chunk.rows - row0);
-    for (int64_t unit0 = 0; unit0 < width; unit0 += kMaxVectors * V) {
-      const int vectors = static_cast<int>(min(kMaxVectors, vectors_of<C>(width - unit0)));
-      for (int64_t k = 0; k < depth; k++)
-        for (int v = 0; v < vectors; v++) {
-          const int64_t unit = unit0 + v * V;
-          store(panel + (k * vectors + v) * V, pack(chunk.row + row0 + k, unit, min(width - unit, V)));
-        }
-      const auto tiles_of = [&](auto n) {
-        constexpr int N = decltype(n)::value;
-        for (int64_t tile = first; tile < last; tile++) {
-          const int64_t column = tile * kTile;
-          const int count = static_cast<int>(min(kTile, columns - column));
-          const C* a[kTile];
-          for (int r = 0; r < kTile; r++) a[r] = grads + row0 * stride + column + (r < count ? r : 0);
-          Vec<C> out[kTile * N];
-          multiply<kTile, N>(depth, a, stride, panel, N * V, false, out);
-          for (int r = 0; r < count; r++)
-            for (int v = 0; v < N; v++) {
-              const int64_t lanes = min(width - unit0 - v * V, V);
-              C* to = out_row(column + r) + unit0 + v * V;
-              store(to, add || row0 ? load(to, lanes) + out[r * N + v] : out[r * N + v], lanes);
-            }
-        }
-      };
-      with_width(vectors, tiles_of);
+    // As many panels as there is room for: of few rows all, so that the sums are written row after row.
+    const int64_t strip = memory.kPanelSize / (depth * kMaxVectors * V) * kMaxVectors * V;
+    for (int64_t strip0 = 0; strip0 < width; strip0 += strip) {
+      const int64_t strip_end = min(width, strip0 + strip);
+      const auto vectors_at = [&](int64_t unit) { return min(kMaxVectors, vectors_of<C>(width - unit)); };
+      const auto panel_at = [&](int64_t unit) { return panels + (unit - strip0) * depth; };
+      for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
+        for (int64_t k = 0; k < depth; k++)
+          for (int64_t v = 0, vectors = vectors_at(unit0); v < vectors; v++) {
+            const int64_t unit = unit0 + v * V;
+            store(panel_at(unit0) + (k * vectors + v) * V, pack(chunk.row + row0 + k, unit, min(width - unit, V)));
+          }
+      for (int64_t tile = first; tile < last; tile++) {
+        const int64_t column = tile * kTile;
+        const int count = static_cast<int>(min(kTile, columns - column));
+        const C* a[kTile];
+        for (int r = 0; r < kTile; r++) a[r] = grads + row0 * stride + column + (r < count ? r : 0);
+        for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
+          with_width(vectors_at(unit0), [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            Vec<C> out[kTile * N];
+            multiply<kTile, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
+            for (int r = 0; r < count; r++)
+              for (int v = 0; v < N; v++) {
+                const int64_t lanes = min(width - unit0 - v * V, V);
+                C* to = out_row(column + r) + unit0 + v * V;
+                store(to, add || row0 ? load(to, lanes) + out[r * N + v] : out[r * N + v], lanes);
+              }
+          });
+      }
     }
   }
 }

@@ -35,6 +35,12 @@ def test_everything_public_has_a_docstring():
         assert name.startswith("_") or inspect.getdoc(function), name
 
 
+def test_a_torch_that_is_too_old_is_refused_in_a_sentence():
+    code = "import torch; torch.__version__ = type(torch.__version__)('2.9.1'); import seqkernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: seqkernels needs torch 2.10 or newer, and this is 2.9.1: pip install -U torch" in done.stderr
+
+
 @pytest.mark.skipif(not (ROOT / "CHANGELOG.md").exists(), reason="the checkout is not around the tests")
 def test_citation_and_changelog_say_the_version():
     assert re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == sk.__version__
