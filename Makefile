@@ -148,7 +148,7 @@ sanitize: $(READY)
 	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py) -k "not triton"
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -n $(TEST_JOBS) $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py) -k "not triton"
 	$${CXX:-c++} -std=c++17 -O0 -g1 -Wno-psabi -pthread $(SANITIZERS) -DSEQKERNELS_ISA=emulated \
 	  -DSEQKERNELS_EMULATED_TILES tests/cpu/tiles_check.cpp csrc/cpu/schedule.cpp -o build/sanitize/tiles-check
 	build/sanitize/tiles-check 50

@@ -150,5 +150,5 @@ def test_every_run_gives_the_same_bits(cell, threads, backend):
         return [output, only_h(state), *(p.grad for p in module.parameters())]
 
     first = run()
-    for _ in range(3):
+    for _ in range(1 if backend == "triton" else 3):  # its interpreter takes half a minute for each
         assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))

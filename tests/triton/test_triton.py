@@ -1,5 +1,7 @@
 """The Triton backend in Triton's interpreter, or on the GPU that is here: both paths, in every dtype they take."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case
@@ -77,6 +79,7 @@ def test_sizes_are_written_on_the_device_as_a_graph_can_capture():
 def test_nothing_is_read_before_it_is_written(cell, shape, dtype, path):
     """All that torch allocates starts as NaN."""
     call = Call(cell, dtype=dtype, **SHAPES[shape])
+    call = replace(call, steps=min(call.steps, 30))  # more allocate the same, and take the interpreter minutes
     with nan_in_fresh_memory():
         assert torch.empty(1).isnan()
         results = both_passes(call, forward, backward)
