@@ -74,7 +74,7 @@ def swap_in(
         names: patterns of the names to swap, as `model.named_modules()` has them, with the wildcards of `fnmatch`:
             "encoder.*" or ["rnn", "heads.?.lstm"]; None for all.
         cells: False leaves cells as they are. None warns of those that are swapped on a CPU, where a loop of torch.nn's
-            is faster, unless `classes` names theirs or `benchmark` times them.
+            is mostly faster, unless `classes` names theirs or `benchmark` times them.
         subclasses: True swaps a subclass of nn.GRU, say, as well, if it changes only how it is made, or adds methods.
             It stays an instance of its class, which torch.compile refuses as before.
         benchmark: an example input of `model`, or a tuple of its positional arguments. The model is called once, each
@@ -213,8 +213,8 @@ def _warn_of_cells(model: nn.Module, report: Report) -> None:
     if slow:
         names = ", ".join(map(repr, slow))
         warnings.warn(
-            f"on a CPU a loop of torch.nn's cells is faster than one of ours, which {names} became; cells=False leaves "
-            "them, and cells=True says that they are wanted",
+            f"on a CPU a loop of torch.nn's cells is mostly faster than one of ours, which {names} became; cells=False "
+            "leaves them, and cells=True says that they are wanted",
             stacklevel=3,
         )
 
