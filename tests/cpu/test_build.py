@@ -4,7 +4,6 @@ import ctypes
 import importlib.util
 import itertools
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpus import GPUS
+from libraries import assert_hardened
 
 import seqkernels
 from seqkernels import hardware
@@ -341,10 +341,7 @@ def test_the_library_is_hardened_and_names_no_place_of_its_build(library):
     path = Path(seqkernels.__file__).with_name(library)
     if not path.exists():
         pytest.skip(f"this install has no {library}")
-    said = subprocess.run(["readelf", "-ldW", path], capture_output=True, text=True, check=True).stdout
-    assert "GNU_RELRO" in said
-    assert re.search(r"FLAGS_1.*NOW", said)
-    assert re.search(r"GNU_STACK.* RW ", said), "the stack is executable"
+    assert_hardened(path)
     code = path.read_bytes()
     assert b"__stack_chk_fail" in code
     assert os.fsencode(sysconfig.get_paths()["purelib"]) not in code
