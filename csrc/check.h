@@ -70,6 +70,7 @@ struct CheckOptions {
 class SavedLayout {
  public:
   static constexpr int64_t kAligned = 64;
+  static int64_t aligned(int64_t size) { return (size + kAligned - 1) / kAligned * kAligned; }
   const int64_t blocks, y;  // elements of a layer
 
   SavedLayout(const Layer& p, int64_t rows)
@@ -91,8 +92,6 @@ class SavedLayout {
   }
 
  private:
-  static int64_t aligned(int64_t size) { return (size + kAligned - 1) / kAligned * kAligned; }
-
   Shape one_layer_;
 };
 

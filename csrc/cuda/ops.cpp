@@ -57,17 +57,15 @@ Tensor in_accumulator_type(const CallContext& context, const Tensor& like) {
 class Between {
  public:
   Between(const CallContext& context, int64_t layers, const Layer& p, int64_t rows)
-      : count_(std::min<int64_t>(layers - 1, 2)), size_(rows * p.directions * p.projected) {
-    if (count_) rows_ = context.allocate({count_ * aligned()});
+      : count_(std::min<int64_t>(layers - 1, 2)), size_(SavedLayout::aligned(rows * p.directions * p.projected)) {
+    if (count_) rows_ = context.allocate({count_ * size_});
   }
 
   void* of(const CallContext& context, int64_t layer) {
-    return size_ ? context.at(rows_->mutable_data_ptr(), layer % count_ * aligned()) : nullptr;
+    return size_ ? context.at(rows_->mutable_data_ptr(), layer % count_ * size_) : nullptr;
   }
 
  private:
-  int64_t aligned() const { return (size_ + 63) / 64 * 64; }  // products are fastest of such addresses
-
   int64_t count_, size_;
   Optional rows_;
 };
