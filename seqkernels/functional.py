@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import checks, modes, onnx_export, ops, select
+from seqkernels.backends import stack
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, call_of_step, prepare
 
@@ -176,21 +177,18 @@ def recurrent(
 def run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
-    layers, directions, each = call.layers, call.directions, len(weights) // call.layers
+    layers = call.layers
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
     # would compute. (cuDNN cannot leave any out.)
-    if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, each))):
+    if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, len(weights) // layers))):
         save = modes.wants_gradients(y, h_0, c_0, *weights)
         return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)
-    h_n, c_n = [], []
-    for layer in range(layers):
+    of_one, h_n, c_n = call._replace(layers=1), [], []
+    for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):
         if layer and dropout > 0:
             y = F.dropout(y, dropout, True)
-        here = slice(layer * directions, (layer + 1) * directions)
-        of_layer = weights[layer * each : (layer + 1) * each]
-        states = h_0[here], None if c_0 is None else c_0[here]
-        save = modes.wants_gradients(y, *states, *of_layer)
-        y, h, c = ops.recurrence_forward(plan, call._replace(layers=1), y, of_layer, *states, batch_sizes, save)
+        save = modes.wants_gradients(y, begin_h, begin_c, *of_layer)
+        y, h, c = ops.recurrence_forward(plan, of_one, y, of_layer, begin_h, begin_c, batch_sizes, save)
         h_n.append(h)
         c_n.append(c)
     return y, torch.cat(h_n), torch.cat(c_n)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import checks
+from seqkernels.backends import stack
 from seqkernels.backends.arguments import Weights, by_direction
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -59,13 +60,11 @@ def recurrent(
         input = input.transpose(0, 1)
     if lengths is not None:
         lengths = torch.as_tensor(lengths).to(torch.int32)
-    each, ends = len(weights) // num_layers, []
-    for layer in range(num_layers):
+    ends = []
+    for layer, (of_layer, *own) in enumerate(stack.each(num_layers, weights, *states)):
         if layer and dropout > 0:
             input = F.dropout(input, dropout, True)
-        here = slice(layer * directions, (layer + 1) * directions)
-        of_layer = by_direction(weights[layer * each : (layer + 1) * each], directions)
-        input, *end = _layer(cell, input, [state[here] for state in states], of_layer, lengths)
+        input, *end = _layer(cell, input, own, by_direction(of_layer, directions), lengths)
         ends.append(end)
     ended = [torch.cat(end) for end in zip(*ends, strict=True)]
     if lengths is not None and states:  # what never runs keeps its state, of which ONNX says nothing

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import checks, functional, onnx_export, select
-from seqkernels.backends import arguments, precision, torch_eager
+from seqkernels.backends import arguments, precision, stack, torch_eager
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare
 
@@ -71,21 +71,15 @@ def recurrent(
     if onnx_export.exporting():
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1
-    each = directions * checks.count_weights(len(weights), num_layers * directions, bias, cell)
+    checks.count_weights(len(weights), num_layers * directions, bias, cell)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     x, ys, cs, ends = inputs.rows.data, [], [], []
-    for layer in range(num_layers):
+    for layer, (of_layer, h_0, c_0) in enumerate(stack.each(num_layers, weights, inputs.h_0, inputs.c_0)):
         if layer and training and dropout > 0:
             x = F.dropout(x, dropout, True)
-        here = slice(layer * directions, (layer + 1) * directions)
-        one = inputs._replace(
-            rows=inputs.rows._replace(data=x),
-            h_0=inputs.h_0[here],
-            c_0=None if inputs.c_0 is None else inputs.c_0[here],
-            call=inputs.call._replace(layers=1),
-        )
-        of_layer = weights[layer * each : (layer + 1) * each]
+        rows, call = inputs.rows._replace(data=x), inputs.call._replace(layers=1)
+        one = inputs._replace(rows=rows, h_0=h_0, c_0=c_0, call=call)
         y, *end = functional.run(plan, one, of_layer, 0.0)
         if inputs.c_0 is not None:
             cs.append(_cell_states(one, y, of_layer))

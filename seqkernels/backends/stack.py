@@ -62,14 +62,14 @@ class SavedLayout(NamedTuple):
 def forward(
     run: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],  # one layer
     cell: str,
-    x: Tensor,
+    x: Tensor,  # [N, I]
     weights: Sequence[Tensor],
     h_0: Tensor,  # [L*D, B, P]
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
+    c_0: Tensor | None,  # [L*D, B, H]
+    batch_sizes: Tensor | None,  # [T]
     save: bool,
-    launch: Sequence[int],
-    layers: int,
+    launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if layers == 1:
         return run(cell, x, weights, h_0, c_0, batch_sizes, save, launch)
@@ -87,20 +87,20 @@ def forward(
 def backward(
     run: Callable[..., tuple[Tensor, list[Tensor], Tensor, Tensor]],
     cell: str,
-    grad_y: Tensor | None,
+    grad_y: Tensor | None,  # [N, D*P]
     grad_h_n: Tensor | None,  # [L*D, B, P]
-    grad_c_n: Tensor | None,
+    grad_c_n: Tensor | None,  # [L*D, B, H]
     x: Tensor,
     weights: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
+    y: Tensor,  # [N, D*P] of the last layer
+    saved: Tensor,  # SavedLayout
     wants_x: bool,
     wants_weights: bool,
-    launch: Sequence[int],
-    layers: int,
+    launch: Sequence[int] = (),
+    layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     if layers == 1:
         return run(
@@ -129,6 +129,7 @@ def backward(
 def each(layers: int, weights: Sequence[Tensor], *states: Tensor | None) -> Iterator[tuple]:
     """For each layer its weights and of states ``[L*D, *]`` its own ``[D, *]``."""
     count = len(weights) // layers
+    parts = [None if state is None else state.chunk(layers) for state in states]
     for layer in range(layers):
-        of_layer = [None if state is None else state.chunk(layers)[layer] for state in states]
-        yield weights[layer * count : (layer + 1) * count], *of_layer
+        own = [None if part is None else part[layer] for part in parts]
+        yield weights[layer * count : (layer + 1) * count], *own

@@ -4,7 +4,7 @@ This is the path for machines no kernel reaches, and the one double backward tak
 only copy in Python outside the specification. 16-bit inputs are computed in float32, as the kernels do.
 """
 
-from collections.abc import Sequence
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -40,20 +40,6 @@ def kernel(call: Call, machine: Machine) -> str:
     return ""
 
 
-def forward(
-    cell: str,
-    x: Tensor,  # [N, I]
-    weights: Sequence[Tensor],
-    h_0: Tensor,  # [L*D, B, P]
-    c_0: Tensor | None,  # [L*D, B, H]
-    batch_sizes: Tensor | None,  # [T]
-    save: bool,
-    launch: Sequence[int] = (),
-    layers: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return stack.forward(_forward, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
-
-
 def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer."""
     dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
@@ -77,29 +63,6 @@ def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, 
         c_n.append(c)
     all_saved = torch.stack(saveds, 1) if save else h_0.new_zeros(rows, directions, 0)
     return torch.cat(ys, 1).to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype), all_saved.to(dtype)
-
-
-def backward(
-    cell: str,
-    grad_y: Tensor | None,  # [N, D*P]
-    grad_h_n: Tensor | None,  # [L*D, B, P]
-    grad_c_n: Tensor | None,  # [L*D, B, H]
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    y: Tensor,  # [N, D*P]
-    saved: Tensor,
-    wants_x: bool,
-    wants_weights: bool,
-    launch: Sequence[int] = (),
-    layers: int = 1,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    return stack.backward(
-        _backward, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
-        wants_weights, launch, layers,
-    )  # fmt: skip
 
 
 def _backward(
@@ -146,6 +109,10 @@ def _backward(
         torch.stack(grads_h_0).to(dtype),
         torch.stack(grads_c_0).to(dtype),
     )
+
+
+forward = functools.partial(stack.forward, _forward)
+backward = functools.partial(stack.backward, _backward)
 
 
 def _sweep_back(cell, grad_y, grad_h, grad_c, w: Weights, h_0, c_0, steps, y, saved, reverse: bool):
