@@ -44,7 +44,9 @@ environment: $(TORCH_READY)
 
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
-	$(BIN)/python setup.py -q build_ext --inplace  # here ninja says how far it is; pip would not, and finds it done
+	@# Here ninja says how far it is; pip would not, and finds it done. What setuptools says of its own installer, which
+	@# finds nothing to install, is no news to anybody.
+	$(BIN)/python -W "ignore:setuptools.installer" setup.py -q build_ext --inplace
 	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
 	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
