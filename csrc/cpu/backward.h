@@ -7,27 +7,32 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 // The gradients of h(t-1) of the rows that run, from those of the gates, `units` of it; added to what there is if some
 // of it goes past the gates. No inline: the same for all cells.
-template <class S>
-__attribute__((noinline)) void multiply_gates(const BackwardMemory<S>& memory, const S* w_hh, int direction,
-                                              const Units& units, int64_t rows, const acc_t<S>* grads, int64_t stride,
-                                              bool added, acc_t<S>* grad_h, bool backwards, acc_t<S>* slice) {
+template <class S, class F>
+__attribute__((noinline)) void multiply_gates(const BackwardMemory<S, F>& memory, const S* w_hh, int direction,
+                                              const Units& units, int64_t rows, const number_t<F>* grads,
+                                              int64_t stride, bool added, acc_t<S>* grad_h, bool backwards,
+                                              acc_t<S>* slice, Tiles* tiles) {
   using C = acc_t<S>;
   using V = Vec<C>;
   const int64_t first = units.first / kLanes<C>, last = vectors_of<C>(units.last);
-  const auto row = [&](int64_t r) { return grads + r * stride + memory.columns.recurrent; };
+  const auto row = [&](int64_t r) { return reinterpret_cast<const F*>(grads + r * stride + memory.columns.recurrent); };
   const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
     C* h = grad_h + r * memory.ldp + unit;
     store(h, added ? load(h) + x : x);
   };
-  const auto source = [&](int64_t k) { return w_hh + k * memory.hh.units; };
-  if (memory.once)
-    return product_once<S>(memory.hh, source, first, last, rows, row, put, slice, memory.sums_behind(slice));
-  product(memory.hh, memory.direction[direction].w_hh, first, last, rows, {memory.columns.gates}, row, put, backwards);
+  if constexpr (!BackwardMemory<S, F>::kPairs) {
+    const auto source = [&](int64_t k) { return w_hh + k * memory.hh.units; };
+    if (memory.once)
+      return product_once<S>(memory.hh, source, first, last, rows, row, put, slice, memory.sums_behind(slice));
+  }
+  product(memory.hh, memory.direction[direction].w_hh, first, last, rows, {memory.hh.k, 1, 0, tiles}, row, put,
+          backwards);
 }
 
-template <Cell kCell, class S>
+template <Cell kCell, class S, class F>
 class BackwardSweep {
   using C = acc_t<S>;
+  using Memory = BackwardMemory<S, F>;
   using V = Vec<C>;
   using Traits = CellTraits<kCell>;
   static constexpr int kLane = kLanes<C>;
@@ -35,13 +40,14 @@ class BackwardSweep {
   static constexpr bool kHasC = Traits::states == 2;
 
  public:
-  BackwardSweep(const LayerBackward& p, const BackwardMemory<S>& memory,
-                const typename BackwardMemory<S>::PerTask& mine, const Task& task, const WorkRange& work)
+  BackwardSweep(const LayerBackward& p, const Memory& memory, const typename Memory::PerTask& mine, const Task& task,
+                const WorkRange& work, Tiles* tiles)
       : p(p),
         at{p, task},
         memory(memory),
         mine(mine),
         work(work),
+        tiles(tiles),
         weights(memory.direction[task.direction]),
         source(p.weights[task.direction]),
         slice(mine.slices + work.begin * memory.once_size),
@@ -72,7 +78,7 @@ class BackwardSweep {
   }
 
  private:
-  C* grad_row(int64_t r) const { return grads + r * at.task.stride * p.directions * memory.ldg; }
+  number_t<F>* grad_row(int64_t r) const { return grads + r * at.task.stride * p.directions * memory.ldg; }
 
   void run_step(int64_t t, int64_t chunk_row) {
     before = at.task.direction ? t + 1 : t - 1;  // the step this one started from
@@ -91,7 +97,7 @@ class BackwardSweep {
       for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit);
     work.wait();
     multiply_gates<S>(memory, static_cast<const S*>(source.w_hh), at.task.direction, outputs, running, grads,
-                      grad_row(1) - grads, Traits::needs_h_prev, mine.grad_h, t % 2, slice);
+                      grad_row(1) - grads, Traits::needs_h_prev, mine.grad_h, t % 2, slice, tiles);
   }
 
   void add_grad_y(int64_t running) const {
@@ -107,17 +113,20 @@ class BackwardSweep {
   }
 
   void undo_projection(int64_t running) const {
-    const auto row = [&](int64_t r) { return grad_row(r) + memory.columns.projected; };
-    for (int64_t r = 0; r < running; r++) store_state(mine.grad_h + r * memory.ldp, row(r), outputs);
+    const auto row = [&](int64_t r) { return reinterpret_cast<const F*>(grad_row(r) + memory.columns.projected); };
+    for (int64_t r = 0; r < running; r++)
+      store_state(mine.grad_h + r * memory.ldp, grad_row(r) + memory.columns.projected, outputs);
     work.wait();
     const int64_t first = units.first / kLane, last = vectors_of<C>(units.last);
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
       store(mine.grad_unprojected + r * memory.ldh + unit, x);
     };
-    const auto w_hr = [&](int64_t k) { return static_cast<const S*>(source.w_hr) + k * p.hidden; };
-    if (memory.once)
-      return product_once<S>(memory.hr, w_hr, first, last, running, row, put, slice, memory.sums_behind(slice));
-    product(memory.hr, weights.w_hr, first, last, running, {p.projected}, row, put);
+    if constexpr (!Memory::kPairs) {
+      const auto w_hr = [&](int64_t k) { return static_cast<const S*>(source.w_hr) + k * p.hidden; };
+      if (memory.once)
+        return product_once<S>(memory.hr, w_hr, first, last, running, row, put, slice, memory.sums_behind(slice));
+    }
+    product(memory.hr, weights.w_hr, first, last, running, {memory.hr.k, 1, 0, tiles}, row, put);
   }
 
   // Gradients of the gates of one vector of units of sequence r.
@@ -153,44 +162,46 @@ class BackwardSweep {
     [[maybe_unused]] const V past = cell_backward<kCell>(of_h, grad_c, blocks, state_now, state_before, grad);
     if constexpr (kHasC) store(mine.grad_c + r * memory.ldh + unit, grad_c);
     if constexpr (Traits::needs_h_prev) store(grad_h, past);
-    C* grad_gates = grad_row(r) + unit;
+    number_t<F>* grad_gates = grad_row(r) + unit;
 #pragma GCC unroll 8
     for (int g = 0; g < G + A; g++) store(grad_gates + (g < G ? A + g : g - G) * H, grad[g], lanes);
   }
 
   const LayerBackward& p;
   const Layout at;
-  const BackwardMemory<S>& memory;
-  const typename BackwardMemory<S>::PerTask mine;
+  const Memory& memory;
+  const typename Memory::PerTask mine;
   const WorkRange work;
-  const typename BackwardMemory<S>::PerDirection& weights;
+  Tiles* const tiles;  // null where products are not by tiles
+  const typename Memory::PerDirection& weights;
   const WeightsOf<const void*>& source;
   C* const slice;
   const Units units, outputs;  // this range's, of H and of P
   // Of the step that runs.
   int64_t before, had_before, ahead, row0, row0_before;
-  C* grads;
+  number_t<F>* grads;
 };
 
 // What all members prepare together.
-template <class S>
-void prepare_backward(const LayerBackward& p, const BackwardMemory<S>& memory, const WorkRange& work) {
-  using C = acc_t<S>;
+template <class S, class F>
+void prepare_backward(const LayerBackward& p, const BackwardMemory<S, F>& memory, const WorkRange& work) {
   const int64_t G = gates_of(p.cell), H = p.hidden;
-  const auto pack = [&](const Panels<C>& shape, const void* source, C* packed) {
+  const auto pack = [&](const Panels<F>& shape, const void* source, int64_t rows, F* packed) {
     for (int64_t j = work.first(shape.count()); j < work.last(shape.count()); j++)
-      pack_rows(shape, j, static_cast<const S*>(source), 0, shape.k, 0, packed);
+      pack_rows(shape, j, static_cast<const S*>(source), rows, 0, shape.depth, packed);
   };
   for (int d = 0; d < p.directions; d++) {
     if (!memory.once) {
-      pack(memory.hh, p.weights[d].w_hh, memory.direction[d].w_hh);
-      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, memory.direction[d].w_hr);
+      pack(memory.hh, p.weights[d].w_hh, memory.columns.gates, memory.direction[d].w_hh);
+      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, p.projected, memory.direction[d].w_hr);
     }
     if (p.wants_x && !memory.once)
       for (int64_t j = work.first(memory.ih.count()); j < work.last(memory.ih.count()); j++)
         for (int64_t g = 0; g < G; g++) {
-          const int64_t source = memory.columns.gate_of_input(g * H);
-          pack_rows(memory.ih, j, static_cast<const S*>(p.weights[d].w_ih), source, H, (d * G + g) * H, memory.w_ih);
+          const S* source = static_cast<const S*>(p.weights[d].w_ih) + memory.columns.gate_of_input(g * H) * p.input;
+          const int64_t begin = d * memory.segment, factors = H / kPerFactor<F>;
+          pack_rows(memory.ih, j, source, H, begin + g * factors,
+                    begin + (g < G - 1 ? (g + 1) * factors : memory.segment), memory.w_ih);
         }
     if (!memory.wants_weights) continue;
     for (int64_t t = work.first(p.steps); t < work.last(p.steps); t++) {
@@ -202,13 +213,16 @@ void prepare_backward(const LayerBackward& p, const BackwardMemory<S>& memory, c
   }
 }
 
-template <Cell kCell, class S>
+template <Cell kCell, class S, class F>
 void backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* base) {
-  const BackwardMemory<S> memory(p, schedule, base);
+  using Memory = BackwardMemory<S, F>;
+  const Memory memory(p, schedule, base);
   const WorkRange all = whole_range(schedule, begin, end);
+  Tiles own;
+  Tiles* const tiles = Memory::kPairs ? &own : nullptr;
   const auto sweep = [&](const auto& run) {
     run_tasks(schedule, begin, end, [&](int64_t i, const WorkRange& work) {
-      run(BackwardSweep<kCell, S>(p, memory, memory.task(p, schedule, i), schedule.task[i], work));
+      run(BackwardSweep<kCell, S, F>(p, memory, memory.task(p, schedule, i), schedule.task[i], work, tiles));
     });
   };
   prepare_backward(p, memory, all);
@@ -223,9 +237,9 @@ void backward(const LayerBackward& p, const Schedule& schedule, int begin, int e
     chunk.rows = p.offsets[last - 1] + p.batch_sizes[last - 1] - chunk.row;
     sweep([&](auto task) { task.run(chunk); });
     all.wait();
-    if (p.wants_x) input_gradient(p, memory, all, chunk);
+    if (p.wants_x) input_gradient(p, memory, all, chunk, tiles);
     if (memory.wants_weights)
-      for (int d = 0; d < p.directions; d++) weight_gradients(p, memory, all, chunk, d, last < p.steps);
+      for (int d = 0; d < p.directions; d++) weight_gradients(p, memory, all, chunk, d, last < p.steps, tiles);
     all.wait();
   }
   sweep([](auto task) { task.store_states(); });

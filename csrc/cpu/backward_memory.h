@@ -32,14 +32,30 @@ struct Columns {
   }
 };
 
-// The memory of one backward call. S is the type of the layer's numbers.
-template <class S>
+// A single step of few rows: weights are packed slice by slice where they are used (product_once).
+inline bool uses_weights_once(const LayerBackward& p) {
+  return p.steps == 1 && p.rows <= kRowsOnce && p.directions == 1 && p.hidden && p.projected;
+}
+
+// Whether products take gradients of gates as pairs of bfloat16, by tiles. A pair has to belong to one matrix.
+inline bool multiplies_gradients_by_tiles(const LayerBackward& p) {
+  return p.bfloat16_tiles && p.scalar == Scalar::bfloat16 && p.hidden % 2 == 0 && p.projected % 2 == 0 &&
+         !uses_weights_once(p);
+}
+
+// The memory of one backward call. S is the type of the layer's numbers, F what products take of them: the type of
+// computation, or pairs of bfloat16.
+template <class S, class F>
 struct BackwardMemory {
   using C = acc_t<S>;
-  static constexpr int64_t kPanelSize = kKc * kMaxVectors * kLanes<C>;
+  static constexpr bool kPairs = !std::is_same<F, C>::value;
+  // Of a weight gradient: rows that are multiplied at once, columns of a tile of it, and the memory of right factors.
+  static constexpr int64_t kDepth = kPairs ? 512 : kKc;
+  static constexpr int64_t kTile = kPairs ? 2 * kTileRows : kMr<kMaxVectors>;
+  static constexpr int64_t kPanelSize = (kPairs ? 16 * kDepth / kPerFactor<F> : kKc) * kMaxVectors * kLanes<C>;
   static constexpr bool kSumsApart = !std::is_same<S, C>::value;
   struct PerDirection {
-    C *w_hh, *w_hr;
+    F *w_hh, *w_hr;
     C *grad_w_ih, *grad_w_hh, *grad_w_hr;  // sums so far; in the results themselves where these have the type of sums
     C* column_sums;                        // [ldg]
   };
@@ -51,40 +67,45 @@ struct BackwardMemory {
   };
 
   const Columns columns;
-  const Panels<C> ih, hh, hr;
+  const int64_t segment;  // factors of a direction's part of W_ih
+  const Panels<F> ih, hh, hr;
   const int64_t ldh, ldp, ldg;
   const int64_t chunk_steps;
-  const bool once;  // a single step of few rows: weights are packed slice by slice where they are used (product_once)
+  const bool once;
   const int64_t once_size;   // of a member's memory for that: a slice, and the sums
   const int64_t panel_size;  // of a member's memory for gradients of input and weights
+  const int64_t turned_row;  // factors of a row of `turned`
   bool wants_weights;
   PerDirection direction[2] = {};
-  C* w_ih;             // of all directions, one below the other
-  C* grads;            // [rows of a chunk, D, ldg]
+  F* w_ih;             // of all directions, one below the other
+  number_t<F>* grads;  // [rows of a chunk, D, ldg]
   int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - sequence for h_0
-  C* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
+  F* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
+  F* turned;           // [members, kTile, turned_row]: left factors of a tile of it, by tiles
   Arena tasks;
   int64_t task_bytes;
 
   BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
       : columns(p),
-        ih(p.directions * columns.gates, p.wants_x ? p.input : 0, 1),
-        hh(columns.gates, p.projected, 1),
-        hr(p.projected, p.has_projection ? p.hidden : 0, 1),
+        segment(Panels<F>(factors_of<F>(columns.gates), 0, 1, kPairs).depth),
+        ih(p.directions * segment, p.wants_x ? p.input : 0, 1),
+        hh(factors_of<F>(columns.gates), p.projected, 1, kPairs),
+        hr(factors_of<F>(p.projected), p.has_projection ? p.hidden : 0, 1, kPairs),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
-        ldg(leading<C>(columns.width)),
+        ldg(leading<Sum<F>>(factors_of<F>(columns.width)) * kPerFactor<F>),
         chunk_steps(steps_of_chunk(p)),
-        once(p.steps == 1 && p.rows <= kRowsOnce && p.directions == 1 && p.hidden && p.projected),
+        once(uses_weights_once(p)),
         once_size(once ? kPanelSize + p.rows * max(leading<C>(p.input), max(ldh, ldp)) : 0),
         panel_size(max(p.wants_weights ? kPanelSize : 0, once_size)),
+        turned_row(kPairs && p.wants_weights ? leading<C>(kDepth / kPerFactor<F>) : 0),
         wants_weights(p.wants_weights) {
     Arena arena{static_cast<char*>(base)};
-    w_ih = arena.take<C>(once ? 0 : ih.size());
+    w_ih = arena.take<F>(once ? 0 : ih.size());
     for (int d = 0; d < p.directions; d++) {
       PerDirection& one = direction[d];
-      one.w_hh = arena.take<C>(once ? 0 : hh.size());
-      one.w_hr = arena.take<C>(once ? 0 : hr.size());
+      one.w_hh = arena.take<F>(once ? 0 : hh.size());
+      one.w_hr = arena.take<F>(once ? 0 : hr.size());
       const auto sums = [&](void* user, int64_t size) {
         return kSumsApart && wants_weights ? arena.take<C>(size) : static_cast<C*>(user);
       };
@@ -94,8 +115,9 @@ struct BackwardMemory {
       one.column_sums = arena.take<C>(ldg);
       before[d] = arena.take<int64_t>(wants_weights ? p.rows : 0);
     }
-    grads = arena.take<C>(min(p.rows, chunk_steps * p.sequences) * p.directions * ldg);
-    panels = arena.take<C>(schedule.members * panel_size);
+    grads = arena.take<number_t<F>>(min(p.rows, chunk_steps * p.sequences) * p.directions * ldg);
+    panels = arena.take<F>(schedule.members * panel_size);
+    turned = arena.take<F>(schedule.members * kTile * turned_row);
     tasks = arena;
     Arena one{nullptr};
     take_task(p, schedule, one);
@@ -125,7 +147,7 @@ struct BackwardMemory {
   int64_t steps_of_chunk(const LayerBackward& p) const {
     // The two directions reach a step at different times, but its grad_x is one sum: all steps are one chunk.
     if (p.directions == 2) return p.steps;
-    const int64_t rows = min(kGradientRows, kGradientBytes / (ldg * static_cast<int64_t>(sizeof(C))));
+    const int64_t rows = min(kGradientRows, kGradientBytes / (ldg * static_cast<int64_t>(sizeof(number_t<F>))));
     return min(p.steps, max(1, rows / max(1, p.sequences)));
   }
 };

@@ -201,12 +201,13 @@ class ForwardSweep {
 
   // The new states of one vector of units of sequence r, from the gates' W_hh h.
   SEQKERNELS_INLINE void finish(int64_t r, int64_t unit, const V* products) const {
-    V x[G], recurrent[G], blocks[K + 1], h{}, c{};
+    cell_t<S> x[G], recurrent[G], blocks[K + 1], h{}, c{};
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
       x[g] = load(gates + r * memory.ldg + g * p.hidden + unit);
       constexpr int kAdded = G - Traits::apart;
-      recurrent[g] = g < kAdded ? products[g] : products[g] + load(weights.bias_apart + (g - kAdded) * p.hidden + unit);
+      recurrent[g] =
+          g < kAdded ? products[g] : V(products[g] + load(weights.bias_apart + (g - kAdded) * p.hidden + unit));
     }
     C* const c_of = mine.c + r * memory.ldh + unit;
     if constexpr (Traits::needs_h_prev) h = load(mine.h + r * memory.ldp + unit);
@@ -235,14 +236,14 @@ class ForwardSweep {
     if (r >= first_ending) store(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
   }
 
-  SEQKERNELS_INLINE void save(int64_t r, int64_t unit, const V* blocks) const {
+  SEQKERNELS_INLINE void save(int64_t r, int64_t unit, const cell_t<S>* blocks) const {
     if (!p.saved) return;
     const int64_t H = p.hidden, lanes = min(H - unit, kLane);
     S* to = at.at_row(static_cast<S*>(p.saved), row0 + r * at.task.stride, K * H) + unit;
 #pragma GCC unroll 8
     for (int block = 0; block < K; block++) {
       prefetch_store(to + block * H + ahead * K * H);
-      store(to + block * H, blocks[block], lanes);
+      store(to + block * H, V(blocks[block]), lanes);
     }
   }
 

@@ -8,6 +8,9 @@ namespace seqkernels::SEQKERNELS_ISA {
 // W_ih often.
 constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int64_t kChunkRows = 48;
+// Weights of more bytes come from beyond the second-level cache whenever a chunk uses them: let it be seldom.
+constexpr int64_t kLargeWeights = 1 << 20;
+constexpr int64_t kChunkBytesOfLargeWeights = 2 << 20;
 // Packing costs as much as multiplying some ten rows, so that it pays only where the packed weights are used again.
 enum class WeightsUsed {
   by_rows,    // of at most kFewRows rows: where they lie, one row after the other
@@ -109,7 +112,8 @@ struct ForwardMemory {
   }
 
   int64_t chunk_rows(const LayerForward& p, const Schedule& schedule) const {
-    const int64_t fitting = kChunkBytes / (ldg * static_cast<int64_t>(sizeof(C)));
+    const bool large = by_tiles && (ih.size() + hh.size()) * static_cast<int64_t>(sizeof(F)) > kLargeWeights;
+    const int64_t fitting = (large ? kChunkBytesOfLargeWeights : kChunkBytes) / (ldg * static_cast<int64_t>(sizeof(C)));
     const int64_t all = p.steps * schedule.max_sequences;
     return min(max(max(fitting, kChunkRows), schedule.max_sequences), all);
   }

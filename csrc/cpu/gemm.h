@@ -55,14 +55,6 @@ void multiply_rows(int rows, int64_t k, const F* const* a, int64_t step, const F
 constexpr int64_t kKc = 384;
 constexpr int64_t kMc = 48;
 
-// Factors of a product that lie in `segments` pieces of k numbers, `gap` apart (the directions of a layer).
-struct Depth {
-  int64_t k;
-  int segments = 1;
-  int64_t gap = 0;
-  Tiles* tiles = nullptr;  // by which to multiply pairs of bfloat16, in one segment
-};
-
 // Which rows are multiplied together: at most kMc, those of some of the microkernel's tiles, or of whole AMX tiles.
 struct RowBlocks {
   int64_t rows, count;
@@ -87,7 +79,7 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F
                                               Vec<Sum<F>>* out) {
 #if defined(SEQKERNELS_TILES)
   if constexpr (std::is_same<F, bfloat16x2>::value)
-    if (depth.tiles) return multiply_block_by_tiles<N>(*depth.tiles, rows, depth.k, a, panel, stride, out);
+    if (depth.tiles) return multiply_block_by_tiles<N>(rows, depth, a, panel, stride, out);
 #endif
   if (!depth.k) {
     for (int64_t i = 0; i < rows * N; i++) out[i] = Vec<Sum<F>>{};

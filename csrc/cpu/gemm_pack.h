@@ -38,6 +38,18 @@ struct SumOf<bfloat16x2> {
 template <class F>
 using Sum = typename SumOf<F>::type;
 
+// Of which numbers a factor consists.
+template <class F>
+struct NumberOf {
+  typedef F type;
+};
+template <>
+struct NumberOf<bfloat16x2> {
+  typedef bfloat16 type;
+};
+template <class F>
+using number_t = typename NumberOf<F>::type;
+
 template <class F>
 constexpr int kPerFactor = sizeof(F) / sizeof(Sum<F>) * (std::is_same<F, bfloat16x2>::value ? 2 : 1);
 
@@ -204,7 +216,7 @@ void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t
 // them.
 template <class F, class Row>
 inline void turn_rows(const Panels<F>& shape, int64_t n, const Row& row, F* turned) {
-  using S = typename std::conditional<std::is_same<F, bfloat16x2>::value, bfloat16, F>::type;
+  using S = number_t<F>;
   constexpr int V = kLanes<Sum<F>>;
   for (int64_t j = 0; j < shape.count(); j++) {
     const S* from[kMaxVectors * V];
@@ -216,19 +228,31 @@ inline void turn_rows(const Panels<F>& shape, int64_t n, const Row& row, F* turn
   }
 }
 
-// Panel j of a source of one group whose element (k, unit) lies at k * units + unit. Rows [first, first + count) of the
-// source become the panel's rows from `to` on.
-template <class S>
-__attribute__((noinline)) void pack_rows(const Panels<acc_t<S>>& shape, int64_t j, const S* source, int64_t first,
-                                         int64_t count, int64_t to, acc_t<S>* packed) {
-  using C = acc_t<S>;
+// Lane by lane, a factor of the numbers of successive rows: row(i) is a vector of the i-th.
+template <class F, class Row>
+inline Vec<Sum<F>> factor_of_rows(int64_t i, int64_t rows, const Row& row) {
+  if constexpr (std::is_same<F, bfloat16x2>::value) {
+    const auto rounded = [&](int64_t k) { return __builtin_convertvector(from_acc(row(k), bfloat16{}), u32); };
+    return bits_of<Vec<float>>(rounded(2 * i) | (2 * i + 1 < rows ? rounded(2 * i + 1) << 16 : u32{}));
+  } else {
+    return row(i);
+  }
+}
+
+// Panel j of a source of one group whose element (k, unit) lies at k * units + unit. `rows` rows of the source become
+// factors of the panel from `to` on, and zeros those behind them, before `end`.
+template <class F, class S>
+__attribute__((noinline)) void pack_rows(const Panels<F>& shape, int64_t j, const S* source, int64_t rows, int64_t to,
+                                         int64_t end, F* packed) {
+  using C = Sum<F>;
   constexpr int V = kLanes<C>;
   const int width = shape.width_of(j);
-  C* panel = packed + shape.offset(j) + to * width * V;
-  for (int64_t k = 0; k < count; k++)
+  C* panel = reinterpret_cast<C*>(packed + shape.offset(j)) + to * width * V;
+  for (int64_t k = 0; k < end - to; k++)
     for (int v = 0; v < width; v++) {
       const int64_t unit = (j * shape.width + v) * V;
-      store(panel + (k * width + v) * V, load(source + (first + k) * shape.units + unit, shape.units - unit));
+      const auto row = [&](int64_t i) { return load(source + i * shape.units + unit, shape.units - unit); };
+      store(panel + (k * width + v) * V, k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
     }
 }
 

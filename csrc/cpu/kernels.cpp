@@ -29,14 +29,24 @@ auto with_factor(const LayerForward& p, const Call& call) {
   return with_scalar(p.scalar, [&](auto s) { return call(s, acc_t<decltype(s)>{}); });
 }
 
+// And for the backward pass.
+template <class Call>
+auto with_factor(const LayerBackward& p, const Call& call) {
+#if defined(SEQKERNELS_TILES)
+  if (multiplies_gradients_by_tiles(p)) return call(bfloat16{}, bfloat16x2{});
+#endif
+  return with_scalar(p.scalar, [&](auto s) { return call(s, acc_t<decltype(s)>{}); });
+}
+
 int64_t forward_bytes(const LayerForward& p, const Schedule& schedule) {
   return with_factor(
       p, [&](auto s, auto f) { return ForwardMemory<decltype(s), decltype(f)>(p, schedule, nullptr).bytes(schedule); });
 }
 
 int64_t backward_bytes(const LayerBackward& p, const Schedule& schedule) {
-  return with_scalar(p.scalar,
-                     [&](auto s) { return BackwardMemory<decltype(s)>(p, schedule, nullptr).bytes(schedule); });
+  return with_factor(p, [&](auto s, auto f) {
+    return BackwardMemory<decltype(s), decltype(f)>(p, schedule, nullptr).bytes(schedule);
+  });
 }
 
 void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* memory) {
@@ -48,9 +58,10 @@ void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int
 }
 
 void run_backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* memory) {
-  with_scalar(p.scalar, [&](auto s) {
-    with_cell(p.cell,
-              [&](auto traits) { backward<decltype(traits)::cell, decltype(s)>(p, schedule, begin, end, memory); });
+  with_factor(p, [&](auto s, auto f) {
+    with_cell(p.cell, [&](auto traits) {
+      backward<decltype(traits)::cell, decltype(s), decltype(f)>(p, schedule, begin, end, memory);
+    });
   });
 }
 

@@ -118,6 +118,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(StringHandle cel
   CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
   p.bfloat16_products = bfloat16_products();
+  p.bfloat16_tiles = bfloat16_tiles();
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = x.scalar_type();
   const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;

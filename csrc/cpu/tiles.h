@@ -73,6 +73,14 @@ class Tiles {
 #endif
 };
 
+// Factors of a product that lie in `segments` pieces of k numbers, `gap` apart (the directions of a layer).
+struct Depth {
+  int64_t k;
+  int segments = 1;
+  int64_t gap = 0;
+  Tiles* tiles = nullptr;  // by which to multiply pairs of bfloat16
+};
+
 #if defined(SEQKERNELS_TILES)
 static_assert(kVectorBytes == 64, "a vector of a panel is a row of a tile");
 
@@ -116,40 +124,40 @@ SEQKERNELS_INLINE void store_sums(Vec<float>* const (&out)[M], int64_t stride) {
 
 // out[m][r * kStride + v] = sum over k of rows[m][r][k] * panel[k][v], for M tiles of rows and vectors v.
 template <int M, int kStride, int... v>
-SEQKERNELS_INLINE void multiply_rows_of_tiles(int64_t k, const TileRows (&rows)[M], const bfloat16x2* panel,
+SEQKERNELS_INLINE void multiply_rows_of_tiles(const Depth& depth, const TileRows (&rows)[M], const bfloat16x2* panel,
                                               int64_t stride, Vec<float>* const (&out)[M],
                                               std::integer_sequence<int, v...>) {
   alignas(64) float copies[M][16][kTileDepth];
   (zero_tile<M * v>(), ...);
   if constexpr (M == 2) (zero_tile<M * v + 1>(), ...);
-  for (int64_t k0 = 0; k0 < k; k0 += kTileDepth, panel += kTileDepth * stride) {
-    const int64_t n = min(k - k0, kTileDepth);
-    rows[0].template load_tile_of<4>(k0, n, copies[0]);
-    if constexpr (M == 2) rows[1].template load_tile_of<5>(k0, n, copies[1]);
-    (add_tile_products<M, v>(panel, stride), ...);
-  }
+  for (int segment = 0; segment < depth.segments; segment++)
+    for (int64_t k = 0; k < depth.k; k += kTileDepth, panel += kTileDepth * stride) {
+      const int64_t at = segment * depth.gap + k, n = min(depth.k - k, kTileDepth);
+      rows[0].template load_tile_of<4>(at, n, copies[0]);
+      if constexpr (M == 2) rows[1].template load_tile_of<5>(at, n, copies[1]);
+      (add_tile_products<M, v>(panel, stride), ...);
+    }
   (store_sums<M, v>(out, kStride * sizeof(Vec<float>)), ...);
 }
 
-// What the vector code's multiply_block does, for a panel whose depth is padded (Panels::depth): out[r][v] of N
+// What the vector code's multiply_block does, for a panel whose segments are padded (Panels::depth): out[r][v] of N
 // vectors. As a last tile of fewer rows would take as long and want another configuration, it takes some of those
 // before it again, with the same result. A row's sum is one chain, which errs far less than its rounding to bfloat16.
 template <int N>
-__attribute__((noinline)) void multiply_block_by_tiles(Tiles& tiles, int64_t rows, int64_t k,
-                                                       const bfloat16x2* const* a, const bfloat16x2* panel,
-                                                       int64_t stride, Vec<float>* out) {
+__attribute__((noinline)) void multiply_block_by_tiles(int64_t rows, const Depth& depth, const bfloat16x2* const* a,
+                                                       const bfloat16x2* panel, int64_t stride, Vec<float>* out) {
   const int64_t height = min(rows, kTileRows), last = rows - height;
-  tiles.configure(static_cast<int>(height));
+  depth.tiles->configure(static_cast<int>(height));
   for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
     const int64_t first = min(r, last), second = min(r + kTileRows, last);
     if (first == second) {
-      multiply_rows_of_tiles<1, N>(k, {{a + first, height}}, panel, stride, {out + first * N},
+      multiply_rows_of_tiles<1, N>(depth, {{a + first, height}}, panel, stride, {out + first * N},
                                    std::make_integer_sequence<int, N>{});
       continue;
     }
     const TileRows both[] = {{a + first, height}, {a + second, height}};
     const auto two = [&](int vector, auto vectors) {
-      multiply_rows_of_tiles<2, N>(k, both, panel + vector * kLanes<float>, stride,
+      multiply_rows_of_tiles<2, N>(depth, both, panel + vector * kLanes<float>, stride,
                                    {out + first * N + vector, out + second * N + vector}, vectors);
     };
     two(0, std::make_integer_sequence < int, N == 1 ? 1 : 2 > {});

@@ -8,44 +8,70 @@
 namespace seqkernels::SEQKERNELS_ISA {
 
 // grad_x = gradients of the gates times W_ih, of this range's rows of a chunk.
-template <class S>
-void input_gradient(const LayerBackward& p, const BackwardMemory<S>& memory, const WorkRange& work,
-                    const Chunk& chunk) {
+template <class S, class F>
+void input_gradient(const LayerBackward& p, const BackwardMemory<S, F>& memory, const WorkRange& work,
+                    const Chunk& chunk, Tiles* tiles) {
   using C = acc_t<S>;
-  if (memory.once) {
-    const S* w_ih = static_cast<const S*>(p.weights[0].w_ih);
-    S* grad_x = static_cast<S*>(p.grad_x) + chunk.row * p.input;
-    C* slice = memory.panels + work.begin * memory.panel_size;
-    return product_once<S>(
-        memory.ih, [&](int64_t k) { return w_ih + memory.columns.gate_of_input(k) * p.input; },
-        work.first(memory.ih.vectors()), work.last(memory.ih.vectors()), chunk.rows,
-        [&](int64_t r) { return memory.grads + r * memory.ldg; },
-        [&](int64_t r, int64_t unit, int64_t lanes, Vec<C> x) { store(grad_x + r * p.input + unit, x, lanes); }, slice,
-        memory.sums_behind(slice));
+  if constexpr (!BackwardMemory<S, F>::kPairs) {
+    if (memory.once) {
+      const S* w_ih = static_cast<const S*>(p.weights[0].w_ih);
+      S* grad_x = static_cast<S*>(p.grad_x) + chunk.row * p.input;
+      C* slice = memory.panels + work.begin * memory.panel_size;
+      return product_once<S>(
+          memory.ih, [&](int64_t k) { return w_ih + memory.columns.gate_of_input(k) * p.input; },
+          work.first(memory.ih.vectors()), work.last(memory.ih.vectors()), chunk.rows,
+          [&](int64_t r) { return memory.grads + r * memory.ldg; },
+          [&](int64_t r, int64_t unit, int64_t lanes, Vec<C> x) { store(grad_x + r * p.input + unit, x, lanes); },
+          slice, memory.sums_behind(slice));
+    }
   }
   const int64_t first = work.first(chunk.rows), count = work.last(chunk.rows) - first;
-  const auto row = [&](int64_t r) { return memory.grads + (first + r) * p.directions * memory.ldg; };
+  const auto row = [&](int64_t r) {
+    return reinterpret_cast<const F*>(memory.grads + (first + r) * p.directions * memory.ldg);
+  };
   S* grad_x = static_cast<S*>(p.grad_x) + (chunk.row + first) * p.input;
-  product(memory.ih, memory.w_ih, 0, memory.ih.vectors(), count, {memory.columns.gates, p.directions, memory.ldg}, row,
+  const Depth depth{factors_of<F>(memory.columns.gates), p.directions, memory.ldg / kPerFactor<F>, tiles};
+  product(memory.ih, memory.w_ih, 0, memory.ih.vectors(), count, depth, row,
           [&](int64_t r, int64_t unit, int64_t lanes, Vec<C> x) { store(grad_x + r * p.input + unit, x, lanes); });
+}
+
+// The transposed gradients of `count` columns from grads on, `stride` apart: columns [kTile, turned_row] of factors of
+// `rows` rows, with zeros behind them. `count` is at most kTile; what is in the other columns does not matter.
+template <class F, class Memory>
+__attribute__((noinline)) void turn_columns(const Memory& memory, const number_t<F>* grads, int64_t stride,
+                                            int64_t rows, int64_t count, F* turned) {
+  using C = Sum<F>;
+  constexpr int V = kLanes<C>;
+  for (int64_t column = 0; column < Memory::kTile; column += V)
+    for (int64_t k0 = 0; k0 < factors_of<F>(rows); k0 += V) {
+      Vec<C> block[V];
+      const auto row = [&](int64_t i) { return load(grads + i * stride + column, max(0, count - column)); };
+      for (int64_t k = 0; k < V; k++)
+        block[k] = k0 + k < factors_of<F>(rows) ? factor_of_rows<F>(k0 + k, rows, row) : Vec<C>{};
+      transpose<C>(block);
+      for (int64_t i = 0; i < V; i++)
+        store(reinterpret_cast<C*>(turned + (column + i) * memory.turned_row + k0), block[i]);
+    }
 }
 
 // out[column][unit] (+)= sum over a chunk's rows of grads[row][column] * right(row)[unit], for this range's columns.
 // pack(row, unit, lanes) is a vector of the right factor, out_row(column) the place of a column's sums.
-template <class S, class Pack, class OutRow>
-void add_products(const BackwardMemory<S>& memory, const WorkRange& work, const Chunk& chunk, bool add,
-                  const acc_t<S>* grads, int64_t stride, int64_t columns, int64_t width, const Pack& pack,
-                  const OutRow& out_row) {
+template <class S, class F, class Pack, class OutRow>
+void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, const Chunk& chunk, bool add,
+                  const number_t<F>* grads, int64_t stride, int64_t columns, int64_t width, Tiles* amx_tiles,
+                  const Pack& pack, const OutRow& out_row) {
   using C = acc_t<S>;
-  constexpr int V = kLanes<C>;
-  constexpr int kTile = kMr<kMaxVectors>;  // columns of a tile
+  using Memory = BackwardMemory<S, F>;
+  constexpr int V = kLanes<C>, kTile = Memory::kTile;
   const int64_t tiles = (columns + kTile - 1) / kTile, first = work.first(tiles), last = work.last(tiles);
   if (first == last) return;
-  C* panels = memory.panels + work.begin * memory.panel_size;
-  for (int64_t row0 = 0; row0 < chunk.rows; row0 += kKc) {
-    const int64_t depth = min(kKc, chunk.rows - row0);
+  F* panels = memory.panels + work.begin * memory.panel_size;
+  F* turned = memory.turned + work.begin * kTile * memory.turned_row;
+  for (int64_t row0 = 0; row0 < chunk.rows; row0 += Memory::kDepth) {
+    const int64_t rows = min(Memory::kDepth, chunk.rows - row0);
+    const int64_t depth = Panels<F>(factors_of<F>(rows), 0, 1, Memory::kPairs).depth;
     // As many panels as there is room for: of few rows all, so that the sums are written row after row.
-    const int64_t strip = memory.kPanelSize / (depth * kMaxVectors * V) * kMaxVectors * V;
+    const int64_t strip = Memory::kPanelSize / (depth * kMaxVectors * V) * kMaxVectors * V;
     for (int64_t strip0 = 0; strip0 < width; strip0 += strip) {
       const int64_t strip_end = min(width, strip0 + strip);
       const auto vectors_at = [&](int64_t unit) { return min(kMaxVectors, vectors_of<C>(width - unit)); };
@@ -54,18 +80,30 @@ void add_products(const BackwardMemory<S>& memory, const WorkRange& work, const 
         for (int64_t k = 0; k < depth; k++)
           for (int64_t v = 0, vectors = vectors_at(unit0); v < vectors; v++) {
             const int64_t unit = unit0 + v * V;
-            store(panel_at(unit0) + (k * vectors + v) * V, pack(chunk.row + row0 + k, unit, min(width - unit, V)));
+            const auto row = [&](int64_t i) { return pack(chunk.row + row0 + i, unit, min(width - unit, V)); };
+            store(reinterpret_cast<C*>(panel_at(unit0)) + (k * vectors + v) * V,
+                  k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
           }
       for (int64_t tile = first; tile < last; tile++) {
         const int64_t column = tile * kTile;
         const int count = static_cast<int>(min(kTile, columns - column));
-        const C* a[kTile];
-        for (int r = 0; r < kTile; r++) a[r] = grads + row0 * stride + column + (r < count ? r : 0);
+        const number_t<F>* left = grads + row0 * stride + column;
+        if constexpr (Memory::kPairs) turn_columns<F>(memory, left, stride, rows, count, turned);
+        const F* a[kTile];
+        for (int r = 0; r < kTile; r++) {
+          if constexpr (Memory::kPairs)
+            a[r] = turned + r * memory.turned_row;
+          else
+            a[r] = left + (r < count ? r : 0);
+        }
         for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
           with_width(vectors_at(unit0), [&](auto n) {
             constexpr int N = decltype(n)::value;
             Vec<C> out[kTile * N];
-            multiply<kTile, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
+            if constexpr (Memory::kPairs)
+              multiply_block<N>(kTile, {depth, 1, 0, amx_tiles}, a, panel_at(unit0), N * V, out);
+            else
+              multiply<kTile, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
             for (int r = 0; r < count; r++)
               for (int v = 0; v < N; v++) {
                 const int64_t lanes = min(width - unit0 - v * V, V);
@@ -79,13 +117,13 @@ void add_products(const BackwardMemory<S>& memory, const WorkRange& work, const 
 }
 
 // The gradients of biases: adds a chunk's rows up, in chains as the products have them.
-template <class S>
-void sum_columns(const BackwardMemory<S>& memory, const WorkRange& work, const Chunk& chunk, int d, bool add,
+template <class S, class F>
+void sum_columns(const BackwardMemory<S, F>& memory, const WorkRange& work, const Chunk& chunk, int d, bool add,
                  int directions) {
   using C = acc_t<S>;
   constexpr int V = kLanes<C>;
   const int64_t width = memory.columns.width, stride = directions * memory.ldg, vectors = vectors_of<C>(width);
-  const C* grads = memory.grads + d * memory.ldg;
+  const number_t<F>* grads = memory.grads + d * memory.ldg;
   C* sums = memory.direction[d].column_sums;
   for (int64_t u = work.first(vectors); u < work.last(vectors); u++) {
     const int64_t lanes = min(width - u * V, V);
@@ -101,24 +139,23 @@ void sum_columns(const BackwardMemory<S>& memory, const WorkRange& work, const C
 }
 
 // Adds a chunk's part of all gradients of direction d's weights.
-template <class S>
-void weight_gradients(const LayerBackward& p, const BackwardMemory<S>& memory, const WorkRange& work,
-                      const Chunk& chunk, int d, bool add) {
-  using C = acc_t<S>;
+template <class S, class F>
+void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory, const WorkRange& work,
+                      const Chunk& chunk, int d, bool add, Tiles* tiles) {
   const auto& sums = memory.direction[d];
   const Columns& columns = memory.columns;
   const int64_t I = p.input, H = p.hidden, P = p.projected, D = p.directions, stride = D * memory.ldg;
-  const C* grads = memory.grads + d * memory.ldg;
+  const number_t<F>* grads = memory.grads + d * memory.ldg;
   const S* x = static_cast<const S*>(p.x);
   const S* y = static_cast<const S*>(p.y) + d * P;
   const S* h_0 = static_cast<const S*>(p.h_0) + d * p.sequences * P;
 
   add_products(
-      memory, work, chunk, add, grads, stride, columns.gates, I,
+      memory, work, chunk, add, grads, stride, columns.gates, I, tiles,
       [&](int64_t row, int64_t unit, int64_t lanes) { return load(x + row * I + unit, lanes); },
       [&](int64_t column) { return sums.grad_w_ih + columns.gate_of_input(column) * I; });
   add_products(
-      memory, work, chunk, add, grads + columns.recurrent, stride, columns.gates, P,
+      memory, work, chunk, add, grads + columns.recurrent, stride, columns.gates, P, tiles,
       [&](int64_t row, int64_t unit, int64_t lanes) {
         const int64_t before = memory.before[d][row];
         return load((before < 0 ? h_0 + (-1 - before) * P : y + before * D * P) + unit, lanes);
@@ -128,7 +165,7 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S>& memory, c
     const int64_t K = saved_blocks_of(p.cell);
     const S* saved = static_cast<const S*>(p.saved) + d * K * H;
     add_products(
-        memory, work, chunk, add, grads + columns.projected, stride, P, H,
+        memory, work, chunk, add, grads + columns.projected, stride, P, H, tiles,
         [&](int64_t row, int64_t unit, int64_t lanes) {  // o tanh(c), which an LSTM projects
           const S* from = saved + row * D * K * H + unit;
           return load(from + 3 * H, lanes) * tanh(load(from + 4 * H, lanes));
@@ -139,14 +176,15 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S>& memory, c
 }
 
 // The sums become the results.
-template <class S>
-void finish_weight_gradients(const LayerBackward& p, const BackwardMemory<S>& memory, const WorkRange& work) {
+template <class S, class F>
+void finish_weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory, const WorkRange& work) {
   const Columns& columns = memory.columns;
   for (int d = 0; d < p.directions; d++) {
     const auto& sums = memory.direction[d];
     const WeightsOf<void*>& user = p.grad_weights[d];
     const auto store_sums = [&](const acc_t<S>* from, void* to, int64_t size) {
-      if (memory.kSumsApart && to) store_state(from, static_cast<S*>(to), Units::of<acc_t<S>>(work, size));
+      if (BackwardMemory<S, F>::kSumsApart && to)
+        store_state(from, static_cast<S*>(to), Units::of<acc_t<S>>(work, size));
     };
     store_sums(sums.grad_w_ih, user.w_ih, columns.gates * p.input);
     store_sums(sums.grad_w_hh, user.w_hh, columns.gates * p.projected);
