@@ -164,7 +164,7 @@ class BackwardSweep {
     if constexpr (Traits::needs_h_prev) store(grad_h, past);
     number_t<F>* grad_gates = grad_row(r) + unit;
 #pragma GCC unroll 8
-    for (int g = 0; g < G + A; g++) store(grad_gates + (g < G ? A + g : g - G) * H, grad[g], lanes);
+    for (int g = 0; g < G + A; g++) store_result<F>(grad_gates + (g < G ? A + g : g - G) * H, grad[g], lanes);
   }
 
   const LayerBackward& p;

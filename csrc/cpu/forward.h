@@ -39,8 +39,9 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
     if (memory.x) return static_cast<const F*>(memory.x) + rows[i] * memory.ldi;
     return reinterpret_cast<const F*>(static_cast<const S*>(p.x) + rows[i] * p.input);
   };
-  const auto put = [&](int64_t i, int64_t column, int64_t, Vec<C> x) {
-    store(gates + i * memory.ldg + column, x + load(weights.bias + column));
+  // By value: a store might change what a reference refers to, so that it would be read again for every vector.
+  const auto put = [gates, ldg = memory.ldg, bias = weights.bias](int64_t i, int64_t column, int64_t, Vec<C> x) {
+    store(gates + i * ldg + column, x + load(bias + column));
   };
   if (memory.used == WeightsUsed::packed)
     return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles}, row, put);
@@ -169,7 +170,20 @@ class ForwardSweep {
           memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, depth_of(memory.hh), row,
           [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, backwards);
     } else {
-      for_panels(units.first / kLane, vectors_of<C>(units.last), backwards, [&](int64_t j) {
+      int64_t first = units.first / kLane, last = vectors_of<C>(units.last);
+#if defined(SEQKERNELS_TILES)
+      if constexpr (kPairs)
+        if (tiles) {
+          const int64_t whole = min(last, p.hidden / kLane), n = whole - first;
+          const auto panel_of = [&](int64_t i) { return backwards ? whole - 1 - i : first + i; };
+          for_panels_by_tiles<G>(
+              n, [&](int64_t i) { return weights.w_hh + memory.hh.offset(panel_of(i)); }, G * kLane, running,
+              depth_of(memory.hh), row,
+              [&](int64_t i, int64_t r, const V* out) { finish(r, panel_of(i) * kLane, out); });
+          first = whole;
+        }
+#endif
+      for_panels(first, last, backwards, [&](int64_t j) {
         const F* panel = weights.w_hh + memory.hh.offset(j);
         const int64_t lanes = memory.hh.lanes_of_group(j);
         if (lanes == kLane)
@@ -216,7 +230,7 @@ class ForwardSweep {
     if constexpr (kHasC) {
       store(c_of, c);
       if (r >= first_ending)
-        store(at.at_sequence(static_cast<S*>(p.c_n), r, p.hidden) + unit, c, min(p.hidden - unit, kLane));
+        store_result<F>(at.at_sequence(static_cast<S*>(p.c_n), r, p.hidden) + unit, c, min(p.hidden - unit, kLane));
       blocks[K - 1] = c;
     }
     if (Traits::can_project && p.has_projection)
@@ -230,10 +244,10 @@ class ForwardSweep {
     const int64_t P = p.projected, lanes = min(P - unit, kLane);
     S* y = at.at_row(static_cast<S*>(p.y), row0 + r * at.task.stride, P) + unit;
     prefetch_store(y + ahead * P);
-    store(y, h, lanes);
+    store_result<F>(y, h, lanes);
     store(mine.h_next + r * memory.ldp + unit, h);
     if (kPairs) store_factors(mine.factors_next + r * memory.ldp, unit, P, h);
-    if (r >= first_ending) store(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
+    if (r >= first_ending) store_result<F>(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
   }
 
   SEQKERNELS_INLINE void save(int64_t r, int64_t unit, const cell_t<S>* blocks) const {
@@ -243,7 +257,7 @@ class ForwardSweep {
 #pragma GCC unroll 8
     for (int block = 0; block < K; block++) {
       prefetch_store(to + block * H + ahead * K * H);
-      store(to + block * H, V(blocks[block]), lanes);
+      store_result<F>(to + block * H, V(blocks[block]), lanes);
     }
   }
 

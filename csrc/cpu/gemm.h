@@ -125,6 +125,37 @@ inline void for_panels(int64_t first, int64_t last, bool backwards, const Each& 
   for (int64_t i = first; i < last; i++) each(backwards ? first + last - 1 - i : i);
 }
 
+#if defined(SEQKERNELS_TILES)
+// Multiplies rows with `panels` panels of N vectors by tiles; panel(i) points to them, one panel after the other.
+// each(i, r, out) sees the vectors of row r while the tiles of the next rows are multiplied.
+template <int N, class Row, class Panel, class Each>
+SEQKERNELS_INLINE void for_panels_by_tiles(int64_t panels, const Panel& panel, int64_t stride, int64_t rows,
+                                           const Depth& depth, const Row& row, const Each& each) {
+  const int64_t blocks = (rows + kMaxTileRows - 1) / kMaxTileRows, items = panels * blocks;
+  Vec<float> sums[2][kMaxTileRows * N];
+  TileProducts<N> products(depth, stride);
+  const auto first_new = [&](int64_t item) { return item % blocks * kMaxTileRows; };
+  const auto first_of = [&](int64_t item) { return min(first_new(item), max(0, rows - kTileRows)); };
+  const auto end_of = [&](int64_t item) { return min(rows, first_new(item) + kMaxTileRows); };
+  const auto begin = [&](int64_t item) {
+    const int64_t first = first_of(item);
+    const auto row_of = [&](int64_t r) { return row(first + r); };
+    products.begin(end_of(item) - first, row_of, panel(item / blocks), sums[item % 2]);
+    return products.slices();
+  };
+  for (int64_t slices = items ? begin(0) : 0; slices; slices--) products.slice();
+  for (int64_t item = 0; item < items; item++) {
+    const int64_t slices = item + 1 < items ? begin(item + 1) : 0, first = first_new(item),
+                  count = end_of(item) - first;
+    const Vec<float>* out = sums[item % 2] + (first - first_of(item)) * N;
+    for (int64_t r = 0, due = 0, i = item / blocks; r < count; r++) {
+      each(i, first + r, out + r * N);
+      for (due += slices; due >= count; due -= count) products.slice();
+    }
+  }
+}
+#endif
+
 // Calls run(constant) with the number of vectors as a compile-time constant.
 template <class Run>
 inline void with_width(int64_t vectors, const Run& run) {
@@ -142,6 +173,27 @@ template <class F, class Row, class Each>
 inline void product(const Panels<F>& shape, const F* packed, int64_t first, int64_t last, int64_t rows, Depth depth,
                     const Row& row, const Each& each, bool backwards = false) {
   constexpr int V = kLanes<Sum<F>>;
+#if defined(SEQKERNELS_TILES)
+  if constexpr (std::is_same<F, bfloat16x2>::value)
+    if (depth.tiles && shape.width == kMaxVectors) {
+      const int64_t begin = (first + kMaxVectors - 1) / kMaxVectors, end = last / kMaxVectors;
+      if (begin < end) {
+        const auto panel_of = [&](int64_t i) { return backwards ? end - 1 - i : begin + i; };
+        for_panels_by_tiles<kMaxVectors>(
+            end - begin, [&](int64_t i) { return packed + shape.offset(panel_of(i)); }, kMaxVectors * V, rows, depth,
+            row,
+            [&](int64_t i, int64_t r, const Vec<Sum<F>>* out) {
+#pragma GCC unroll 4
+              for (int64_t v = 0; v < kMaxVectors; v++) {
+                const int64_t unit = (panel_of(i) * kMaxVectors + v) * V;
+                each(r, unit, min(shape.units - unit, V), out[v]);
+              }
+            });
+        product(shape, packed, first, min(last, begin * kMaxVectors), rows, depth, row, each, backwards);
+        first = max(first, end * kMaxVectors);
+      }
+    }
+#endif
   if (first >= last) return;
   for_panels(first / shape.width, (last - 1) / shape.width + 1, backwards, [&](int64_t j) {
     const int64_t u = max(first, j * shape.width), end = min(last, (j + 1) * shape.width);

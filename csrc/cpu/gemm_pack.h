@@ -97,6 +97,21 @@ inline Vec<float> broadcast(bfloat16x2 x) {
 }
 #endif
 
+// Stores the first n lanes of a result of products of F. Where these are of pairs, the machine rounds to bfloat16 by
+// one instruction, to which denormal numbers are zero.
+template <class F, class S>
+SEQKERNELS_INLINE void store_result(S* p, Vec<acc_t<S>> x, int64_t n = kLanes<acc_t<S>>) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<F, bfloat16x2>::value && std::is_same<S, bfloat16>::value) {
+    __m256i bits;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(x));
+    return n >= kLanes<float> ? _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits)
+                              : _mm256_mask_storeu_epi16(p, first_lanes(n), bits);
+  }
+#endif
+  store(p, x, n);
+}
+
 // A vector of factors, as bits: of the first n numbers from p on, zeros behind them.
 template <class F, class S>
 inline Vec<Sum<F>> load_factors(const S* p, int64_t n) {
@@ -114,7 +129,7 @@ template <class F>
 inline void store_factors(F* row, int64_t at, int64_t n, Vec<Sum<F>> x) {
   if constexpr (std::is_same<F, bfloat16x2>::value) {
     bfloat16* numbers = &row->low + at;
-    store(numbers, x);
+    store_result<F>(numbers, x);
     if (n % 2 && n - at < kLanes<float>) numbers[n - at] = {};
   } else {
     store(row + at, x);
@@ -125,6 +140,7 @@ constexpr int kMaxVectors = 4;  // of a panel: gates of a cell, or units of a si
 
 // Rows of a tile, and how many factors of each it has (tiles.h).
 constexpr int64_t kTileRows = 16, kTileDepth = 16;
+constexpr int64_t kMaxTileRows = 2 * kTileRows;  // multiplied at once
 
 // A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel has `width`
 // vectors of units of every group, so that all gates of a unit come out of one pass. Per k its vectors lie together.

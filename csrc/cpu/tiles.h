@@ -86,9 +86,10 @@ static_assert(kVectorBytes == 64, "a vector of a panel is a row of a tile");
 
 // Rows of the left factor for one tile: where they are, and the bytes from each to the next, 0 if these differ.
 struct TileRows {
-  const bfloat16x2* const* a;
-  int64_t count, stride;
+  const bfloat16x2* const* a = nullptr;
+  int64_t count = 0, stride = 0;
 
+  TileRows() = default;
   TileRows(const bfloat16x2* const* a, int64_t count) : a(a), count(count), stride(64) {
     const auto bytes_after = [&](int64_t r) {
       return reinterpret_cast<intptr_t>(a[r]) - reinterpret_cast<intptr_t>(a[r - 1]);
@@ -107,61 +108,104 @@ struct TileRows {
   }
 };
 
-// Vector v of M tiles of rows: the sums are tile `v` of one, and tiles 2 v and 2 v + 1 of two.
-template <int M, int v>
-SEQKERNELS_INLINE void add_tile_products(const bfloat16x2* panel, int64_t stride) {
-  constexpr int kB = 6 + v % 2;
-  load_tile<kB>(panel + v * kLanes<float>, stride * sizeof(bfloat16x2));
-  multiply_tiles<M * v, 4, kB>();
-  if constexpr (M == 2) multiply_tiles<M * v + 1, 5, kB>();
-}
+// Products of blocks of rows with panels of N vectors, one block after the other, in slices of kTileDepth factors:
+// between them vector code can work on the sums of the block before, while the tiles are multiplied. A block is one or
+// two tiles of rows. Two are multiplied with two vectors at once, in as many passes as that takes, so that a tile that
+// is loaded is used twice; one with all vectors. A row's sum is one chain, which errs far less than its rounding to
+// bfloat16.
+template <int N>
+class TileProducts {
+ public:
+  // Panels' rows are `stride` apart, and their segments padded (Panels::depth).
+  TileProducts(const Depth& depth, int64_t stride) : depth_(depth), stride_(stride) {}
 
-template <int M, int v>
-SEQKERNELS_INLINE void store_sums(Vec<float>* const (&out)[M], int64_t stride) {
-  store_tile<M * v>(out[0] + v, stride);
-  if constexpr (M == 2) store_tile<M * v + 1>(out[1] + v, stride);
-}
+  // Begins with `count` rows, at most kMaxTileRows, and a panel: out[r][v] becomes their product. As a last tile of
+  // fewer rows would take as long and want another configuration, it takes some of the first again, with the same
+  // result.
+  template <class Row>
+  void begin(int64_t count, const Row& row, const bfloat16x2* panel, Vec<float>* out) {
+    for (int64_t r = 0; r < count; r++) a_[r] = row(r);
+    const int64_t height = min(count, kTileRows);
+    second_ = count - height;
+    rows_[0] = TileRows(a_, height), rows_[1] = TileRows(a_ + second_, height);
+    depth_.tiles->configure(static_cast<int>(height));
+    panel_ = panel, out_ = out;
+    pass_ = 0, segment_ = 0, k_ = 0;
+    const int64_t passes = second_ ? (N + 1) / 2 : 1;
+    slices_ = passes * depth_.segments * ((depth_.k + kTileDepth - 1) / kTileDepth);
+    for (int64_t i = 0; !slices_ && i < count * N; i++) out[i] = Vec<float>{};
+  }
 
-// out[m][r * kStride + v] = sum over k of rows[m][r][k] * panel[k][v], for M tiles of rows and vectors v.
-template <int M, int kStride, int... v>
-SEQKERNELS_INLINE void multiply_rows_of_tiles(const Depth& depth, const TileRows (&rows)[M], const bfloat16x2* panel,
-                                              int64_t stride, Vec<float>* const (&out)[M],
-                                              std::integer_sequence<int, v...>) {
-  alignas(64) float copies[M][16][kTileDepth];
-  (zero_tile<M * v>(), ...);
-  if constexpr (M == 2) (zero_tile<M * v + 1>(), ...);
-  for (int segment = 0; segment < depth.segments; segment++)
-    for (int64_t k = 0; k < depth.k; k += kTileDepth, panel += kTileDepth * stride) {
-      const int64_t at = segment * depth.gap + k, n = min(depth.k - k, kTileDepth);
-      rows[0].template load_tile_of<4>(at, n, copies[0]);
-      if constexpr (M == 2) rows[1].template load_tile_of<5>(at, n, copies[1]);
-      (add_tile_products<M, v>(panel, stride), ...);
+  // So many of these complete the block.
+  int64_t slices() const { return slices_; }
+  SEQKERNELS_INLINE void slice() {
+    if (!second_)
+      slice_of<1, 0>(std::make_integer_sequence<int, N>{});
+    else if (N <= 2 || pass_ == 0)
+      slice_of<2, 0>(std::make_integer_sequence < int, N<2 ? N : 2>{});
+    else
+      slice_of<2, 2>(std::make_integer_sequence < int, N<3 ? 1 : N - 2>{});
+  }
+
+ private:
+  // Vectors kFirst + v of M tiles of rows: the sums are tile `v` of one, and tiles 2 v and 2 v + 1 of two.
+  template <int M, int kFirst, int... v>
+  SEQKERNELS_INLINE void slice_of(std::integer_sequence<int, v...>) {
+    if (segment_ == 0 && k_ == 0) {
+      next_ = panel_ + kFirst * kLanes<float>;
+      (zero_tile<M * v>(), ...);
+      if constexpr (M == 2) (zero_tile<M * v + 1>(), ...);
     }
-  (store_sums<M, v>(out, kStride * sizeof(Vec<float>)), ...);
-}
+    const int64_t at = segment_ * depth_.gap + k_, n = min(depth_.k - k_, kTileDepth);
+    rows_[0].template load_tile_of<4>(at, n, copies_[0]);
+    if constexpr (M == 2) rows_[1].template load_tile_of<5>(at, n, copies_[1]);
+    (add_products<M, v>(), ...);
+    next_ += kTileDepth * stride_, k_ += kTileDepth;
+    if (k_ < depth_.k) return;
+    k_ = 0;
+    if (++segment_ < depth_.segments) return;
+    segment_ = 0, pass_++;
+    (store_sums<M, v>(out_ + kFirst + v), ...);
+  }
 
-// What the vector code's multiply_block does, for a panel whose segments are padded (Panels::depth): out[r][v] of N
-// vectors. As a last tile of fewer rows would take as long and want another configuration, it takes some of those
-// before it again, with the same result. A row's sum is one chain, which errs far less than its rounding to bfloat16.
+  template <int M, int v>
+  SEQKERNELS_INLINE void add_products() const {
+    constexpr int kB = 6 + v % 2;
+    load_tile<kB>(next_ + v * kLanes<float>, stride_ * sizeof(bfloat16x2));
+    multiply_tiles<M * v, 4, kB>();
+    if constexpr (M == 2) multiply_tiles<M * v + 1, 5, kB>();
+  }
+
+  template <int M, int v>
+  SEQKERNELS_INLINE void store_sums(Vec<float>* out) const {
+    store_tile<M * v>(out, N * sizeof(Vec<float>));
+    if constexpr (M == 2) store_tile<M * v + 1>(out + second_ * N, N * sizeof(Vec<float>));
+  }
+
+  const Depth depth_;
+  const int64_t stride_;
+  // The block: its rows, of which the second tile has those from second_ on, if that is not 0.
+  const bfloat16x2* a_[kMaxTileRows];
+  TileRows rows_[2];
+  int64_t second_, slices_;
+  const bfloat16x2* panel_;
+  Vec<float>* out_;
+  // Of the next slice.
+  int64_t pass_, segment_, k_;
+  const bfloat16x2* next_;
+  alignas(64) float copies_[2][kTileRows][kTileDepth];
+};
+
+// What the vector code's multiply_block does.
 template <int N>
 __attribute__((noinline)) void multiply_block_by_tiles(int64_t rows, const Depth& depth, const bfloat16x2* const* a,
                                                        const bfloat16x2* panel, int64_t stride, Vec<float>* out) {
-  const int64_t height = min(rows, kTileRows), last = rows - height;
-  depth.tiles->configure(static_cast<int>(height));
-  for (int64_t r = 0; r < rows; r += 2 * kTileRows) {
-    const int64_t first = min(r, last), second = min(r + kTileRows, last);
-    if (first == second) {
-      multiply_rows_of_tiles<1, N>(depth, {{a + first, height}}, panel, stride, {out + first * N},
-                                   std::make_integer_sequence<int, N>{});
-      continue;
-    }
-    const TileRows both[] = {{a + first, height}, {a + second, height}};
-    const auto two = [&](int vector, auto vectors) {
-      multiply_rows_of_tiles<2, N>(depth, both, panel + vector * kLanes<float>, stride,
-                                   {out + first * N + vector, out + second * N + vector}, vectors);
-    };
-    two(0, std::make_integer_sequence < int, N == 1 ? 1 : 2 > {});
-    if constexpr (N > 2) two(2, std::make_integer_sequence<int, N - 2>{});
+  TileProducts<N> products(depth, stride);
+  for (int64_t r = 0; r < rows; r += kMaxTileRows) {
+    const int64_t first = min(r, max(0, rows - kTileRows));
+    products.begin(
+        min(rows, r + kMaxTileRows) - first, [&](int64_t i) { return a[first + i]; }, panel, out + first * N);
+    for (int64_t i = 0; i < products.slices(); i++) products.slice();
   }
 }
 #endif

@@ -168,6 +168,14 @@ template <>
 inline void store(float* p, Vec<float> x, int64_t n) {
   n >= 16 ? store(p, x) : _mm512_mask_storeu_ps(p, first_lanes(n), x);
 }
+template <>
+inline Vec<float> load(const bfloat16* p, int64_t n) {
+  return n >= 16 ? load(p) : to_acc(bits_of<u16>(_mm256_maskz_loadu_epi16(first_lanes(n), p)), bfloat16{});
+}
+template <>
+inline void store(bfloat16* p, Vec<float> x, int64_t n) {
+  n >= 16 ? store(p, x) : _mm256_mask_storeu_epi16(p, first_lanes(n), bits_of<__m256i>(from_acc(x, bfloat16{})));
+}
 #elif defined(__AVX2__)
 inline __m256i first_lanes(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

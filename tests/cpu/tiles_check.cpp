@@ -230,7 +230,7 @@ int main(int, char** arguments) {
     of.cell = kCells[i % 5];
     of.T = random_number(0, 1) ? 1 : random_number(2, 9);
     of.B = random_number(0, 1) ? random_number(1, 20) : random_number(9, 100);
-    of.I = random_number(1, 90), of.H = random_number(1, 90);
+    of.I = random_number(0, 90), of.H = random_number(1, 90);
     if (random_number(0, 1)) of.H += of.H % 2;
     of.P = can_project(of.cell) && random_number(0, 1) ? random_number(1, of.H) : of.H;
     of.D = static_cast<int>(random_number(1, 2)), of.threads = static_cast<int>(random_number(1, 3));
