@@ -76,9 +76,9 @@ def _check_nested(input: Tensor, lengths: Tensor | Sequence[int] | None) -> None
         )
 
 
-def check_pair(hx: State, name: str) -> None:
+def check_pair(hx: State, name: str, argument: str = "hx") -> None:
     if isinstance(hx, Tensor):
-        raise TypeError(f"{name}: hx must be a tuple of two Tensors, not a Tensor")
+        raise TypeError(f"{name}: {argument} must be a tuple of two Tensors, not a Tensor")
     if len(hx) != 2:
         raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
 
@@ -120,10 +120,19 @@ def check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
             check_same(weight, data, "parameter")
 
 
-def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str) -> None:
+def check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State | None) -> None:
+    if reset_to is None:
+        return
+    if reset is None:
+        raise ValueError("reset_to is the state before steps that reset marks; give reset as well")
+    if CELLS[cell].states == 2:
+        check_pair(reset_to, CELLS[cell].display_name, "reset_to")
+
+
+def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str, name: str = "hidden") -> None:
     if state.shape != size:
         raise RuntimeError(message.format(size, list(state.shape)))
-    check_same(state, data)
+    check_same(state, data, name)
 
 
 def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:

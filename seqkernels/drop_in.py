@@ -74,11 +74,12 @@ class FlatWeights(list):
 pytree.register_pytree_node(FlatWeights, lambda weights: (list(weights), None), lambda weights, _: list(weights))
 
 
-def tracer_of(input, hx, lengths=None) -> fx.Tracer | None:
+def tracer_of(input, hx, lengths=None, reset=None, reset_to=None) -> fx.Tracer | None:
     """What traces a call with these arguments, if torch.fx does: any of them may be the one that stands for a value."""
-    if hx is None and lengths is None:  # most calls, and fast in every one
+    if hx is None and lengths is None and reset is None:  # most calls, and fast in every one
         return input.tracer if isinstance(input, Proxy) else None  # type: ignore[return-value]
-    for argument in (input, *(hx if isinstance(hx, tuple) else (hx,)), lengths):
+    states = (state for given in (hx, reset_to) for state in (given if isinstance(given, tuple) else (given,)))
+    for argument in (input, lengths, reset, *states):
         if isinstance(argument, Proxy):
             return argument.tracer  # type: ignore[return-value]
     return None

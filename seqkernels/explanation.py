@@ -39,9 +39,9 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
 
     Args:
         module: a layer or cell, ours or torch.nn's, for which the answer is that of its drop-in; or a model.
-        args, kwargs: what it would be called with: for a layer `input`, `hx` and `lengths`, as in its forward. A model
-            is run on them, with its random numbers and its buffers as they were afterwards. Without any, what is said
-            is what holds for inputs of any size.
+        args, kwargs: what it would be called with: for a layer `input`, `hx`, `lengths`, `reset` and `reset_to`, as in
+            its forward. A model is run on them, with its random numbers and its buffers as they were afterwards.
+            Without any, what is said is what holds for inputs of any size.
 
     Returns:
         For a layer or cell with its input the plan, which says more of the other backends: nothing is run. For a model,
@@ -66,12 +66,13 @@ def _recurrent_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _plan(module: Any, input, hx: State | None = None, *, lengths=None) -> select.Plan:
+def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=None, reset_to=None) -> select.Plan:
     """The plan of one layer or cell on its input."""
     if isinstance(module, nn.RNNBase):
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
-        call = inputs.prepare(modules.cell_of(module), input, hx, weights, *sizes, lengths).call
+        ragged = lengths, None, None, reset, reset_to
+        call = inputs.prepare(modules.cell_of(module), input, hx, weights, *sizes, *ragged).call
     else:
         states = (hx,) if isinstance(hx, torch.Tensor) else hx
         call = inputs.call_of_step(modules.cell_of(module), *modules.inputs_of_step(module, input, states))

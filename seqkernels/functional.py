@@ -31,6 +31,8 @@ def gru(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """GRU over whole sequences.
@@ -45,20 +47,25 @@ def gru(
             not read, and is zero in the output; h_n is the state at each sequence's end.
         cu_seqlens: ``[B + 1]`` integers: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] of the input.
         max_seqlen: bound of the lengths in cu_seqlens; spares reading it from the device, and torch.compile needs it.
+        reset: mask of torch.bool on the CPU or where the input is, of the input's shape without its features (of a
+            PackedSequence one as well, or the rows of its data; of cu_seqlens ``[N]``): the state before a marked step
+            is reset_to, so that sequences are cut there and each piece runs alone. h_n is that of the last pieces.
+            What is marked behind a sequence's end is not read. See docs/resets.md.
+        reset_to: state as hx; None for zeros.
         backend: force one of `seqkernels.select.BACKENDS`.
 
     Returns:
         output in the layout of the input, with D*H features, and h_n ``[L*D, B, H]``.
 
     Raises:
-        ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths or cu_seqlens
-            that do not fit, and where no backend can run the call.
+        ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths,
+            cu_seqlens or a mask that do not fit, and where no backend can run the call.
     """
     checks.check_kind(weights)
     return recurrent(
         "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, backend=backend,
+        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
     )  # fmt: skip
 
 
@@ -77,6 +84,8 @@ def rnn(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman RNN over whole sequences; arguments as `gru`, and nonlinearity "tanh" or "relu"."""
@@ -86,7 +95,7 @@ def rnn(
     return recurrent(
         "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
     )  # fmt: skip
 
 
@@ -104,6 +113,8 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """LSTM over whole sequences; arguments as `gru`, with hx = (h_0, c_0) and (h_n, c_n) returned.
@@ -114,7 +125,7 @@ def lstm(
     return recurrent(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, backend=backend,
+        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
     )  # fmt: skip
 
 
@@ -132,6 +143,8 @@ def ligru(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
@@ -139,7 +152,7 @@ def ligru(
     return recurrent(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, backend=backend,
+        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
     )  # fmt: skip
 
 
@@ -158,16 +171,20 @@ def recurrent(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: State | None = None,
     backend: str | None = None,
 ):
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
     if onnx_export.exporting():
+        onnx_export.check_no_reset(reset)
         dropout = dropout if training else 0.0
         options = num_layers, directions, dropout, batch_first, lengths, cu_seqlens
         return onnx_export.recurrent(cell, input, hx, weights, *options)
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
+    ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0)
     h_n = restore(h_n, inputs)

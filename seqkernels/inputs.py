@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, hardware, late_checks, modes, varlen
+from seqkernels import checks, hardware, late_checks, modes, resets, varlen
 from seqkernels.backends import arguments
 from seqkernels.backends.call import Call, class_of_steps
 from seqkernels.backends.cells import CELLS
@@ -36,6 +36,8 @@ def prepare(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: State | None = None,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
     if not torch.compiler.is_compiling():
@@ -44,11 +46,16 @@ def prepare(
     unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
     data = input.data if isinstance(input, PackedSequence) else input
     checks.check_input(data, weights, 3 if data is input and cu_seqlens is None else 2)
-    if hx is not None and unbatched:
-        hx = hx.unsqueeze(1) if isinstance(hx, Tensor) else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-    if isinstance(input, PackedSequence):
-        h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
-        rows = varlen.from_packed(input, None if h_0 is None else h_0.shape[1])
+    checks.check_reset_to(cell, reset, reset_to)
+    if unbatched:
+        hx, reset_to = _with_batch(hx), _with_batch(reset_to)
+    h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
+    given = None if h_0 is None else h_0.shape[1]
+    mask = None if reset is None else resets.mask_of(reset, input, cu_seqlens)
+    if mask is not None and not resets.marks_nothing(mask):
+        rows = resets.cut(input, mask, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
+    elif isinstance(input, PackedSequence):
+        rows = varlen.from_packed(input, given)
     elif cu_seqlens is not None:
         rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
     elif lengths is not None:
@@ -59,7 +66,7 @@ def prepare(
         rows = varlen.from_nested(input, transformed)
     else:
         rows = varlen.from_padded(input, batch_first)
-    h_0, c_0 = _initial_state(cell, hx, rows, weights[1], num_layers * directions, transformed)
+    h_0, c_0 = _initial_state(cell, hx, reset_to, rows, weights[1], num_layers * directions, transformed)
     call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
     return Inputs(rows, h_0, c_0, unbatched, call)
 
@@ -123,28 +130,50 @@ def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c
     return call_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
 
 
+def _with_batch(state: State | None) -> State | None:
+    """The state of an unbatched sequence as that of a batch of one."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else state.unsqueeze(1)
+    return state[0].unsqueeze(1), state[1].unsqueeze(1)
+
+
 def _initial_state(
-    cell: str, hx: State | None, rows: varlen.Rows, w_hh: Tensor, count: int, transformed: bool
+    cell: str,
+    hx: State | None,
+    reset_to: State | None,
+    rows: varlen.Rows,
+    w_hh: Tensor,
+    count: int,
+    transformed: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(h_0, c_0) in the order of the rows: the given state, checked, or zeros."""
-    hidden, has_c = w_hh.shape[0] // CELLS[cell].gates, CELLS[cell].states == 2
-    h_size, c_size = (count, rows.sequences, w_hh.shape[1]), (count, rows.sequences, hidden)
-    if hx is None:
-        h_0 = rows.data.new_zeros(h_size)
-        return h_0, rows.data.new_zeros(c_size) if has_c else None
-    c_0: Tensor | None = None
-    if has_c:
-        h_0, c_0 = hx
-        checks.check_state(h_0, h_size, rows.data, "Expected hidden[0] size {}, got {}")
-        checks.check_state(c_0, c_size, rows.data, "Expected hidden[1] size {}, got {}")
-    else:
-        assert isinstance(hx, Tensor)
-        h_0 = hx
-        checks.check_state(h_0, h_size, rows.data, "Expected hidden size {}, got {}")
-    if rows.sorted_indices is None:
-        return h_0, c_0
-    if not (torch.compiler.is_compiling() or transformed):  # torch selects from a freed storage all the same
-        for name, state in (("h_0", h_0), ("c_0", c_0)):
-            if state is not None:
-                arguments.expect_storage(name, state)
-    return h_0.index_select(1, rows.sorted_indices), None if c_0 is None else c_0.index_select(1, rows.sorted_indices)
+    """(h_0, c_0) in the order of the rows: the given states, checked, or zeros."""
+    features = [w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates][: CELLS[cell].states]
+    if hx is None and reset_to is None:
+        h_0, *c_0 = (rows.data.new_zeros(count, rows.sequences, size) for size in features)
+        return h_0, c_0[0] if c_0 else None
+    # Of pieces of sequences there are more than states.
+    sequences = rows.sequences if rows.unsorted_indices is None else rows.unsorted_indices.shape[0]
+    sizes = [(count, sequences, size) for size in features]
+    begin = _given_state(hx, sizes, rows.data, "hidden", transformed)
+    others = None if reset_to is None else _given_state(reset_to, sizes, rows.data, "reset_to", transformed)
+    if rows.sorted_indices is not None:
+        begin = [state.index_select(1, rows.sorted_indices) for state in begin]
+    if rows.anew is not None:
+        begin = resets.begin_anew(begin, others, rows)
+    return begin[0], begin[1] if len(begin) == 2 else None
+
+
+def _given_state(
+    state: State | None, sizes: Sequence[tuple[int, ...]], data: Tensor, name: str, transformed: bool
+) -> list[Tensor]:
+    """The tensors of a state, checked, or zeros."""
+    if state is None:
+        return [data.new_zeros(size) for size in sizes]
+    found = [state] if isinstance(state, Tensor) else list(state)
+    for k, (tensor, size) in enumerate(zip(found, sizes, strict=True)):
+        which = f"{name}[{k}]" if len(sizes) == 2 else name
+        checks.check_state(tensor, size, data, f"Expected {which} size {{}}, got {{}}", name)
+        # torch selects from a freed storage all the same
+        if not (torch.compiler.is_compiling() or transformed):
+            arguments.expect_storage(f"{'hc'[k]}_0" if name == "hidden" else which, tensor)
+    return found

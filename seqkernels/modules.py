@@ -58,24 +58,31 @@ class _Recurrent(drop_in.Layer):
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: State | None = None,
         return_all_states: bool | None = None,
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
-        """torch.nn's forward, and `lengths` ``[B]`` instead of packing; see `seqkernels.functional.gru`.
+        """torch.nn's forward, `lengths` ``[B]`` instead of packing, and resets; see `seqkernels.functional.gru`.
 
+        Before each step that the mask `reset` marks (``[T, B]``, with batch_first ``[B, T]``) the state is `reset_to`,
+        one as hx; None for what a call without hx begins with: zeros, or the learned initial state (docs/resets.md).
         With return_all_states (None: as the layer was made) a third result: the states of every layer at every step
         (docs/states.md).
         """
-        if tracer := drop_in.tracer_of(input, hx, lengths):
-            options = {"lengths": lengths, "return_all_states": return_all_states}
+        if tracer := drop_in.tracer_of(input, hx, lengths, reset, reset_to):
+            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_all_states": return_all_states}
             return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]
         all_states = self.return_all_states if return_all_states is None else return_all_states
         weights = self._weights()
         if checks.any_expanded(weights):
-            if self._forward_of_torch and lengths is None and not (all_states or self.learn_initial_state):
+            beyond_torch = lengths is not None or reset is not None or all_states or self.learn_initial_state
+            if self._forward_of_torch and not beyond_torch:
                 return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
             checks.check_kind(weights)
-        if self.learn_initial_state and hx is None:
-            hx = states.initial(self, input)
+        begins_anew = reset is not None and reset_to is None
+        if self.learn_initial_state and (hx is None or begins_anew):
+            learned = states.initial(self, input)
+            hx, reset_to = learned if hx is None else hx, learned if begins_anew else reset_to
         run = states.recurrent if all_states else functional.recurrent
         return run(
             self.mode.lower(),
@@ -89,6 +96,8 @@ class _Recurrent(drop_in.Layer):
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
             lengths=lengths,
+            reset=reset,
+            reset_to=reset_to,
             backend=self.backend,
         )
 

@@ -84,6 +84,11 @@ def step(cell: str, x: Tensor, h_0: Tensor, c_0: Tensor | None, weights: Sequenc
     return (end.squeeze(0), end[:0]) if isinstance(end, Tensor) else (end[0].squeeze(0), end[1].squeeze(0))
 
 
+def check_no_reset(reset) -> None:
+    if reset is not None:
+        raise ValueError("ONNX's operators know no resets: cut the sequences, and give lengths=")
+
+
 def _check(cell: str, input, weights: Sequence[Tensor], count: int, cu_seqlens: Tensor | None) -> None:
     if cell not in _GATES:
         raise ValueError(f"ONNX has no operator for {CELLS[cell].display_name}")

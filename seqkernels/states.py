@@ -65,6 +65,8 @@ def recurrent(
     bidirectional: bool,
     batch_first: bool,
     lengths: Tensor | Sequence[int] | None,
+    reset: Tensor | PackedSequence | None,
+    reset_to: State | None,
     backend: str | None,
 ) -> tuple[Tensor | PackedSequence, State, State]:
     """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
@@ -72,7 +74,8 @@ def recurrent(
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths)
+    ragged = lengths, None, None, reset, reset_to
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     x, ys, cs, ends = inputs.rows.data, [], [], []
     for layer, (of_layer, h_0, c_0) in enumerate(stack.each(num_layers, weights, inputs.h_0, inputs.c_0)):

@@ -25,6 +25,9 @@ class Rows(NamedTuple):
     sorted_indices: Tensor | None  # [B] sequence at each place of the sorted batch; None: not sorted
     unsorted_indices: Tensor | None  # [B] its inverse
     restore_layout: Callable[[Tensor], Tensor | PackedSequence]  # y [N, *] -> the user's layout
+    # Of pieces that resets have cut (`seqkernels.resets`), which are the sequences then: [B] whether one begins anew.
+    # sorted_indices are the sequences that they are of, unsorted_indices the last piece of each of those.
+    anew: Tensor | None = None
 
 
 def from_padded(input: Tensor, batch_first: bool) -> Rows:
@@ -35,7 +38,7 @@ def from_padded(input: Tensor, batch_first: bool) -> Rows:
     """
     time_major = input.transpose(0, 1) if batch_first else input
     steps, sequences, features = time_major.shape
-    _check_steps(steps)
+    check_steps(steps)
 
     def restore_layout(y: Tensor) -> Tensor:
         y = y.view(steps, sequences, y.shape[1])
@@ -50,7 +53,7 @@ def from_unbatched(input: Tensor) -> Rows:
     Raises:
         RuntimeError: as `from_padded`.
     """
-    _check_steps(input.shape[0])
+    check_steps(input.shape[0])
     return Rows(input, None, 1, None, None, lambda y: y)
 
 
@@ -92,17 +95,17 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
         TypeError: lengths that are not integers.
         ValueError: lengths of the wrong shape, negative, or longer than T (of those on a device: in a later call).
     """
-    steps, sequences = _steps_and_sequences(input, batch_first)
-    lengths = _as_lengths(lengths, sequences, input.device)
+    steps, sequences = steps_and_sequences(input, batch_first)
+    lengths = as_lengths(lengths, sequences, input.device)
     batch_sizes = ops.batch_sizes(lengths, steps)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     total = steps * sequences
     known = not (torch.compiler.is_compiling() or late_checks.out_of_sight(lengths))
     used = int(batch_sizes.sum()) if known else total
     step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
-    index, inverse = _row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
+    index, inverse = row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    gather = _gather_rows if transformed else ops.gather_rows
+    gather = gather_of(transformed)
     data = gather(input.reshape(total, input.shape[2]), index, inverse)
 
     def restore_layout(y: Tensor) -> Tensor:
@@ -121,21 +124,13 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
         ValueError: cu_seqlens that do not start at 0, fall, or do not end at N; a longer sequence than max_seqlen (of
             those on a device: in a later call).
     """
-    if input.dim() != 2:
-        raise ValueError(f"with cu_seqlens the input is [rows, features], got {input.dim()} dimensions")
-    cu_seqlens = _integers(cu_seqlens, "cu_seqlens")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
-    total, sequences = input.shape[0], cu_seqlens.shape[0] - 1
-    cu_seqlens = ops.check_cu_seqlens(cu_seqlens, total)
-    lengths = cu_seqlens.diff()
-    if max_seqlen is None:
-        max_seqlen = int(lengths.max()) if sequences else 0
-    batch_sizes = ops.batch_sizes(lengths, min(max_seqlen, total))
+    cu_seqlens, steps = checked_cu_seqlens(input, cu_seqlens, max_seqlen)
+    lengths, total, sequences = cu_seqlens.diff(), input.shape[0], cu_seqlens.shape[0] - 1
+    batch_sizes = ops.batch_sizes(lengths, steps)
     sorted_indices = lengths.argsort(descending=True, stable=True)
-    index, inverse = _row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
+    index, inverse = row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    gather = _gather_rows if transformed else ops.gather_rows
+    gather = gather_of(transformed)
     data = gather(input, index, inverse)
 
     def restore_layout(y: Tensor) -> Tensor:
@@ -144,12 +139,26 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     return _sorted(data, batch_sizes, sequences, sorted_indices, restore_layout)
 
 
-def _check_steps(steps: int) -> None:
+def checked_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> tuple[Tensor, int]:
+    """cu_seqlens that fit the input ``[N, I]``, and how many steps the longest sequence has at most."""
+    if input.dim() != 2:
+        raise ValueError(f"with cu_seqlens the input is [rows, features], got {input.dim()} dimensions")
+    cu_seqlens = _integers(cu_seqlens, "cu_seqlens")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
+    total = input.shape[0]
+    cu_seqlens = ops.check_cu_seqlens(cu_seqlens, total)
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    return cu_seqlens, min(max_seqlen, total)
+
+
+def check_steps(steps: int) -> None:
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
-def _steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
+def steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
     return (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
 
 
@@ -159,7 +168,7 @@ def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: T
     return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
 
 
-def from_nested(input: Tensor, transformed: bool = False) -> Rows:
+def from_nested(input: Tensor, transformed: bool = False, from_values: Callable[..., Rows] = from_cu_seqlens) -> Rows:
     """A nested tensor of the jagged layout, ``[B, T of each, I]``; so is what comes back.
 
     Its values are rows one sequence after another, as with cu_seqlens: nothing is padded.
@@ -168,7 +177,7 @@ def from_nested(input: Tensor, transformed: bool = False) -> Rows:
     offsets, longest = input.offsets(), input._maybe_max_seqlen  # type: ignore[attr-defined]
     if longest is None and torch.compiler.is_compiling():
         longest = input.values().shape[0]  # what is known without reading offsets
-    rows = from_cu_seqlens(input.values(), offsets, longest, transformed)
+    rows = from_values(input.values(), offsets, longest, transformed)
     extremes = input._maybe_min_seqlen, input._maybe_max_seqlen  # type: ignore[attr-defined]
 
     def restore_layout(y: Tensor) -> Tensor:
@@ -179,7 +188,7 @@ def from_nested(input: Tensor, transformed: bool = False) -> Rows:
     return rows._replace(restore_layout=restore_layout)
 
 
-def _row_index(batch_sizes: Tensor, first_rows: Tensor, stride: int, rows: int, total: int) -> tuple[Tensor, Tensor]:
+def row_index(batch_sizes: Tensor, first_rows: Tensor, stride: int, rows: int, total: int) -> tuple[Tensor, Tensor]:
     """Where each of the `rows` packed rows lies among the user's `total` rows, and the inverse; -1 where nowhere.
 
     first_rows: ``[B]`` where each sequence of the sorted batch begins there; its steps are `stride` rows apart.
@@ -196,7 +205,7 @@ def _row_index(batch_sizes: Tensor, first_rows: Tensor, stride: int, rows: int, 
     return index, inverse
 
 
-def _as_lengths(lengths: Tensor | Sequence[int], sequences: int, device: torch.device) -> Tensor:
+def as_lengths(lengths: Tensor | Sequence[int], sequences: int, device: torch.device) -> Tensor:
     lengths = _integers(lengths, "lengths")
     if lengths.dim() != 1 or lengths.shape[0] != sequences:
         raise ValueError(f"lengths is [{sequences}], one for each sequence, got the shape {list(lengths.shape)}")
@@ -229,16 +238,22 @@ def _check_packed(packed: PackedSequence) -> None:
             )
 
 
-def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
-    """Operator: how many sequences run in each step ``[T]``. An operator so that values are checked when compiled, too.
+def _check_lengths(lengths: Tensor, steps: int) -> Tensor:
+    """Operator: lengths, checked. An operator so that values are checked when compiled, too.
 
     Values on a GPU are checked there, without waiting for it."""
     expect_storage("lengths", lengths)
     late_checks.look()
     if late_checks.out_of_sight(lengths):
-        lengths = late_checks.fitting_lengths(lengths, steps)
-    elif not (lengths >= 0).logical_and(lengths <= steps).all():
+        return late_checks.fitting_lengths(lengths, steps)
+    if not (lengths >= 0).logical_and(lengths <= steps).all():
         raise ValueError(f"{late_checks.LENGTHS.format(steps)}, got {lengths.tolist()}")
+    return lengths.clone()
+
+
+def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
+    """Operator: how many sequences run in each step ``[T]``, of lengths that are checked."""
+    lengths = _check_lengths(lengths, steps)
     ended = torch.searchsorted(lengths.sort().values, torch.arange(steps, device=lengths.device), right=True)
     return lengths.shape[0] - ended
 
@@ -262,17 +277,26 @@ def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     return rows.index_select(0, index.clamp(min=0)).masked_fill((index < 0).unsqueeze(1), 0)
 
 
+def gather_of(transformed: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`_gather_rows`, as an operator where that can be: a torch.func transform needs its plain operations."""
+    return _gather_rows if transformed else ops.gather_rows
+
+
 def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     for name, tensor in (("rows", rows), ("index", index), ("inverse", inverse)):
         expect_storage(name, tensor)
+    if index.device.type == "cpu" and rows.shape[0] and not (index < 0).any():
+        return rows.index_select(0, index)  # no row goes nowhere: one pass instead of two
     return _gather_rows(rows, index, inverse)
 
 
 _library = torch.library.Library(ops.name, "FRAGMENT")
 _library.define("batch_sizes(Tensor lengths, SymInt steps) -> Tensor")
+_library.define("check_lengths(Tensor lengths, SymInt steps) -> Tensor")
 _library.define("check_cu_seqlens(Tensor cu_seqlens, SymInt rows) -> Tensor")
 _library.define("gather_rows(Tensor rows, Tensor index, Tensor inverse) -> Tensor")
 _library.impl("batch_sizes", _batch_sizes, "CompositeExplicitAutograd")
+_library.impl("check_lengths", _check_lengths, "CompositeExplicitAutograd")
 _library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd")
 _library.impl("gather_rows", _checked_gather_rows, "CompositeExplicitAutograd")
 
@@ -282,9 +306,10 @@ def _(lengths, steps):
     return lengths.new_empty(steps)
 
 
+@torch.library.register_fake(add_op_namespace_prefix("check_lengths"), lib=_library)
 @torch.library.register_fake(add_op_namespace_prefix("check_cu_seqlens"), lib=_library)
-def _(cu_seqlens, rows):
-    return torch.empty_like(cu_seqlens)
+def _(checked, bound):
+    return torch.empty_like(checked)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gather_rows"), lib=_library)

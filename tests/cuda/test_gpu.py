@@ -150,6 +150,39 @@ def test_a_graph_replays_on_new_data(cell, form, hidden):
         assert_same_bits([result.clone() for result in results], both_passes(call, module, x))
 
 
+def mask_of(seed: int = 0, device: str = "cuda") -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (torch.rand(STEPS, SEQUENCES, generator=generator, device="cpu") < 0.3).to(device)
+
+
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_a_graph_replays_with_other_resets(cell, hidden):
+    module, x, mask = layer(cell, hidden, num_layers=2), batch(), mask_of()
+    graph, results = captured(lambda: both_passes(lambda x: module(x, reset=mask)[0], module, x))
+    mask.copy_(mask_of(1))
+    graph.replay()
+    expected = both_passes(lambda x: module(x, reset=mask)[0], module, x)
+    torch.testing.assert_close(results, expected, rtol=1e-3, atol=1e-3)  # other tiles, so other sums
+
+
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_masks_on_the_cpu_do_not_wait_and_give_the_same(cell, hidden):
+    module, x = layer(cell, hidden, num_layers=2), batch()
+    of_gpu, of_cpu = mask_of(), mask_of(device="cpu")
+
+    def on_cpu(x: Tensor) -> Tensor:
+        return module(x, reset=of_cpu)[0]
+
+    expected = both_passes(lambda x: module(x, reset=of_gpu)[0], module, x)
+    both_passes(on_cpu, module, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = both_passes(on_cpu, module, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_replay_drops_other_units(form, hidden):
     module = layer("GRU", hidden, num_layers=2, dropout=0.5)

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels as sk
-from seqkernels import late_checks
+from seqkernels import late_checks, resets
 
 READING = (
     torch.Tensor.item,
@@ -50,14 +50,17 @@ def test_reading_is_noticed(read):
         read(torch.ones(3))
 
 
-@pytest.mark.parametrize("layout", ["padded", "lengths", "state", "nested"])
+@pytest.mark.parametrize("layout", ["padded", "lengths", "state", "nested", "reset", "reset and lengths"])
 @pytest.mark.parametrize(
     ("cls", "options"), [("GRU", {"num_layers": 2, "dropout": 0.5}), ("LSTM", {"bidirectional": True})]
 )
-def test_a_training_step_reads_nothing(cls, options, layout, gpu_of_paper):
+def test_a_training_step_reads_nothing(cls, options, layout, gpu_of_paper, monkeypatch):
     layer, x, arguments = getattr(sk, cls)(4, 5, **options), torch.randn(6, 3, 4), {}
     layer.backend = "cuda"
-    if layout == "lengths":
+    if layout.startswith("reset"):  # as while a CUDA graph is captured
+        monkeypatch.setattr(resets, "_readable", lambda marks: False)
+        arguments["reset"] = torch.rand(6, 3) < 0.3
+    if layout.endswith("lengths"):
         arguments["lengths"] = torch.tensor([6, 2, 0])
     if layout == "state":
         arguments["hx"] = torch.randn(2, 3, 5) if cls == "GRU" else (torch.randn(2, 3, 5), torch.randn(2, 3, 5))

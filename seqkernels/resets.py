@@ -1,0 +1,282 @@
+"""Resets inside of sequences: the state before each step that a mask marks begins anew.
+
+Sequences are cut before marked steps, and the pieces run side by side as those of a ragged batch. So every backend has
+resets, forward and backward, and what runs in a step is more than without them.
+
+Where nobody may read the mask (compiled code, a CUDA graph that is captured, torch.vmap over masks) there are as many
+pieces as there could be, one for each row, and most of them are empty.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from seqkernels import late_checks, modes, varlen
+from seqkernels._ops import ops
+from seqkernels.varlen import Rows
+
+
+def mask_of(reset: Tensor | PackedSequence, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Tensor:
+    """The mask of an input in any layout of `seqkernels.functional.gru`, checked; of packed and nested ones its rows.
+
+    Raises:
+        TypeError: no mask of torch.bool.
+        ValueError: a mask of another shape, on another device than the input or the CPU, or of other sequences.
+    """
+    if isinstance(input, PackedSequence):
+        return _mask_of_packed(reset, input)
+    if input.is_nested:
+        return _mask_of_nested(reset, input.contiguous())
+    return _mask(reset, input.shape[:-1] if cu_seqlens is None else input.shape[:1], input)
+
+
+def marks_nothing(mask: Tensor) -> bool:
+    """Whether that is known without waiting for a GPU."""
+    return not late_checks.out_of_sight(mask) and _readable(mask) and not mask.any()
+
+
+def cut(
+    input: Tensor | PackedSequence,
+    mask: Tensor,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    sequences: int | None,
+    transformed: bool,
+) -> Rows:
+    """The pieces of sequences in any layout as rows, and the way back.
+
+    `sequences`: the batch size of the given initial state, None without one.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `seqkernels.varlen`.
+    """
+    if isinstance(input, PackedSequence):
+        return _from_packed(input, varlen.from_packed(input, sequences), mask, transformed)
+    if input.is_nested:
+        return varlen.from_nested(input, transformed, functools.partial(_from_cu_seqlens, mask))
+    if cu_seqlens is not None:
+        return _from_cu_seqlens(mask, input, cu_seqlens, max_seqlen, transformed)
+    if input.dim() == 2:
+        rows = _from_padded(input.unsqueeze(0), mask.unsqueeze(0), True, None, transformed)
+        return rows._replace(restore_layout=lambda y: rows.restore_layout(y).squeeze(0))  # type: ignore[union-attr]
+    return _from_padded(input, mask, batch_first, lengths, transformed)
+
+
+def begin_anew(states: Sequence[Tensor], others: Sequence[Tensor] | None, rows: Rows) -> list[Tensor]:
+    """The states ``[L*D, C, *]`` that pieces begin with: those given for them, or where a mark is `others`
+    ``[L*D, B, *]``, zeros if None."""
+    assert rows.anew is not None and rows.sorted_indices is not None
+    anew = rows.anew.unsqueeze(1)
+    if others is None:
+        return [state.masked_fill(anew, 0) for state in states]
+    # The gradients of pieces add up in a fixed order: on a GPU index_select would add them as they come, and on a CPU
+    # indexing would.
+    on_cpu = rows.data.device.type == "cpu"
+    indices = rows.sorted_indices
+    of_pieces = [other.index_select(1, indices) if on_cpu else other[:, indices] for other in others]
+    return [torch.where(anew, *pair) for pair in zip(of_pieces, states, strict=True)]
+
+
+# ---- masks, checked
+
+
+def _mask(reset, shape: Sequence[int], input: Tensor) -> Tensor:
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        what = f"a tensor of {reset.dtype}" if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
+        raise TypeError(f"reset is a mask of torch.bool, got {what}")
+    if reset.is_nested or reset.shape != shape:
+        found = "a nested tensor" if reset.is_nested else f"the shape {list(reset.shape)}"
+        raise ValueError(f"reset is {list(shape)}, one for each step of the input, got {found}")
+    if reset.device.type != "cpu" and reset.device != input.device:
+        raise ValueError(f"reset is on the CPU or where the input is, found {input.device} (input) and {reset.device}")
+    return reset
+
+
+def _mask_of_packed(reset, input: PackedSequence) -> Tensor:
+    if isinstance(reset, PackedSequence):
+        if not torch.compiler.is_compiling():
+            _check_same("batch_sizes", reset.batch_sizes, input.batch_sizes)
+            _check_same("sorted_indices", reset.sorted_indices, input.sorted_indices)
+        reset = reset.data
+    return _mask(reset, input.data.shape[:1], input.data)
+
+
+def _mask_of_nested(reset, input) -> Tensor:
+    if isinstance(reset, Tensor) and reset.is_nested and reset.layout == torch.jagged:
+        reset = reset.contiguous()
+        if not torch.compiler.is_compiling():
+            _check_same("offsets", reset.offsets(), input.offsets())
+        reset = reset.values()
+    return _mask(reset, input.values().shape[:1], input.values())
+
+
+def _check_same(name: str, of_reset: Tensor | None, of_input: Tensor | None) -> None:
+    """What says which sequences there are; on a GPU nobody looks."""
+    if of_reset is None or of_input is None or of_reset is of_input:
+        same = of_reset is of_input
+    elif late_checks.out_of_sight(of_reset) or late_checks.out_of_sight(of_input):
+        same = of_reset.shape == of_input.shape
+    else:
+        same = torch.equal(of_reset, of_input)
+    if not same:
+        raise ValueError(f"reset has other {name} than the input")
+
+
+# ---- layouts: where the rows of the input are if sequences lie one after another, each with a spare place behind it,
+# so that empty ones have a place as well
+
+
+def _from_padded(
+    input: Tensor, reset: Tensor, batch_first: bool, lengths: Tensor | Sequence[int] | None, transformed: bool
+) -> Rows:
+    steps, sequences = varlen.steps_and_sequences(input, batch_first)
+    used = steps * sequences
+    length: int | Tensor = steps
+    if lengths is None:
+        varlen.check_steps(steps)
+    else:
+        of_each = ops.check_lengths(varlen.as_lengths(lengths, sequences, input.device), steps)
+        out_of_sight = late_checks.out_of_sight(of_each)
+        reset = _queued(reset, of_each.device) if out_of_sight else reset
+        used = used if out_of_sight or torch.compiler.is_compiling() else int(of_each.sum())
+        length = _queued(of_each, reset.device)
+    place = torch.arange(sequences * (steps + 1), device=reset.device).view(sequences, steps + 1)
+    begins, of_steps = place[:, 0], place[:, :steps]
+    place = (of_steps if batch_first else of_steps.t()).reshape(-1)
+    ends = begins + length
+    data = input.reshape(steps * sequences, input.shape[2])
+    rows = _rows(data, reset.reshape(-1), place, begins, ends, steps, used, lengths is None, transformed)
+
+    def restore_layout(y: Tensor) -> Tensor:
+        return rows.restore_layout(y).view(*input.shape[:2], y.shape[1])  # type: ignore[union-attr]
+
+    return rows._replace(restore_layout=restore_layout)
+
+
+def _from_cu_seqlens(
+    reset: Tensor, input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, transformed: bool
+) -> Rows:
+    cu_seqlens, steps = varlen.checked_cu_seqlens(input, cu_seqlens, max_seqlen)
+    lengths = ops.check_lengths(cu_seqlens.diff(), steps)
+    reset = _queued(reset, cu_seqlens.device) if late_checks.out_of_sight(cu_seqlens) else reset
+    cu_seqlens, lengths = _queued(cu_seqlens, reset.device), _queued(lengths, reset.device)
+    begins = cu_seqlens[:-1] + torch.arange(lengths.shape[0], device=reset.device)
+    row = torch.arange(reset.shape[0], device=reset.device)
+    place = row + torch.searchsorted(cu_seqlens[1:], row, right=True)
+    return _rows(input, reset, place, begins, begins + lengths, steps, reset.shape[0], False, transformed)
+
+
+def _from_packed(input: PackedSequence, rows: Rows, reset: Tensor, transformed: bool) -> Rows:
+    batch_sizes, row = _queued(input.batch_sizes, reset.device), torch.arange(reset.shape[0], device=reset.device)
+    steps, sequence = batch_sizes.shape[0], torch.arange(rows.sequences, device=reset.device)
+    lengths = steps - torch.searchsorted(batch_sizes.flip(0), sequence, right=True)
+    ends = (lengths + 1).cumsum(0) - 1
+    begins, of_steps = ends - lengths, batch_sizes.cumsum(0)
+    step = torch.searchsorted(of_steps, row, right=True)
+    place = begins[row - (of_steps - batch_sizes)[step]] + step
+    cut = _rows(input.data, reset, place, begins, ends, steps, reset.shape[0], True, transformed)
+    indices, back = cut.sorted_indices, cut.unsorted_indices
+    if rows.sorted_indices is not None:  # states are in the user's order of sequences
+        indices, back = rows.sorted_indices[indices], back[rows.unsorted_indices]  # type: ignore[index]
+
+    def restore_layout(y: Tensor) -> PackedSequence:
+        return rows.restore_layout(cut.restore_layout(y))  # type: ignore[arg-type, return-value]
+
+    return cut._replace(sorted_indices=indices, unsorted_indices=back, restore_layout=restore_layout)
+
+
+# ---- pieces
+
+
+def _rows(
+    input: Tensor,  # [M, I]
+    reset: Tensor,  # [M]
+    place: Tensor,  # [M] where each row is: between sequences if it is not used
+    begins: Tensor,  # [B] places at which sequences begin
+    ends: Tensor,  # [B] the first places behind them
+    steps: int,  # of the longest sequence, at most
+    used: int,  # rows, at most
+    all_used: bool,
+    transformed: bool,
+) -> Rows:
+    """The pieces C of the sequences as rows, and the way back to the input's."""
+    total, places, device = reset.shape[0], reset.shape[0] + begins.shape[0], reset.device
+    begins = begins.contiguous()
+    if not all_used:
+        reset = reset & (place < ends[torch.searchsorted(begins, place, right=True) - 1])
+    marks = reset.new_zeros(places).scatter(0, place, reset)
+    starts = marks.index_fill(0, begins, True)
+    piece = starts.cumsum(0) - 1  # of each place
+    readable = _readable(starts)
+    begin = _places_of(starts, piece, readable)
+    behind = begin.new_full((1,), places)
+    sequence = torch.searchsorted(begins, begin, right=True) - 1
+    lengths = (torch.minimum(torch.cat([begin[1:], behind]), ends[sequence]) - begin).clamp(min=0)
+    lengths, order = lengths.sort(descending=True, stable=True)
+    if readable and lengths.shape[0] and not late_checks.out_of_sight(lengths):
+        steps = int(lengths[0])
+    rank = order.argsort()
+    begin_of, count = begin[order], begin.shape[0]
+    ended = torch.searchsorted(lengths.flip(0), torch.arange(max(steps, 1), device=device), right=True)
+    batch_sizes = count - ended
+    of_row = rank[piece[place]]
+    step = place - begin_of[of_row]
+    # A row that is not used, behind the end of the last piece of its sequence, goes nowhere.
+    inside = step if all_used else step.clamp(max=batch_sizes.shape[0] - 1)
+    inverse = (batch_sizes.cumsum(0) - batch_sizes)[inside] + of_row
+    inverse = inverse if all_used else torch.where(step < lengths[of_row], inverse, -1)
+    to = inverse if all_used else torch.where(inverse < 0, used, inverse)
+    index = inverse.new_full((used + 1,), -1).scatter(0, to, torch.arange(total, device=device))[:used]
+    late_checks.mark_fitting(batch_sizes, count, used)
+    index, inverse = _queued(index, input.device), _queued(inverse, input.device)
+    gather = varlen.gather_of(transformed)
+    return Rows(
+        data=gather(input, index, inverse),
+        batch_sizes=batch_sizes,
+        sequences=count,
+        sorted_indices=_queued(sequence[order], input.device),
+        unsorted_indices=_queued(rank[piece[ends]], input.device),
+        restore_layout=lambda y: gather(y, inverse, index),
+        anew=_queued(F.pad(marks, (0, 1))[begin_of], input.device),
+    )
+
+
+def _queued(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the device; the host does not wait for a GPU to get it."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def _places_of(starts: Tensor, piece: Tensor, readable: bool) -> Tensor:
+    """Where pieces begin; where nobody may ask how many there are, as many as places, of which the last are empty and
+    lie behind all."""
+    if readable:
+        return starts.nonzero().squeeze(1)
+    places = starts.shape[0]
+    found = piece.new_full((places + 1,), places)
+    return found.scatter(0, torch.where(starts, piece, places), torch.arange(places, device=starts.device))[:places]
+
+
+def _readable(marks: Tensor) -> bool:
+    """Whether the number of marks may be asked for, which waits for a GPU that has them.
+
+    Raises:
+        RuntimeError: masks of members of torch.vmap, within another transform.
+    """
+    if torch.compiler.is_compiling() or (marks.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(marks):
+        if torch._C._functorch.is_batchedtensor(marks):
+            if not modes.only_vmap():
+                raise RuntimeError(
+                    "a mask of its own for each member of torch.vmap goes with no other transform of torch.func: take "
+                    "gradients by backward() outside of vmap"
+                )
+            return False
+        marks = torch._C._functorch.get_unwrapped(marks)
+    return True
