@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks` kernels, calls, models, report, compare, scaling, train, generate, demo."""
+"""The command line: `python -m benchmarks` kernels, calls, models, resets, report, compare, train, generate, ..."""
 
 import argparse
 import io
@@ -19,6 +19,7 @@ from benchmarks import (
     record,
     report,
     require,
+    resets,
     scaling,
     steps,
     training_report,
@@ -34,6 +35,7 @@ MEASUREMENTS = {
     "kernels": kernels,
     "calls": calls,
     "models": models,
+    "resets": resets,
     "report": report,
     "compare": compare,
     "scaling": scaling,

@@ -1,0 +1,185 @@
+"""`python -m benchmarks resets`: masks inside of sequences, beside no masks, torch.nn between marks, and TorchRL."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import kernels, record, require
+from benchmarks.cases import CASES, Case
+from benchmarks.contenders import OURS, OWN, Unavailable, errors, module_of, optional, prepared, weights
+from benchmarks.models import Contender
+from benchmarks.options import add_out, check_device, round_count, thread_count
+from benchmarks.problems import Problem
+from benchmarks.record import Row, newest, ordered
+from benchmarks.timing import paired, speedup, summary, timed_on_gpu
+
+SIZES = {  # rollouts
+    "rollout": Problem(128, 128, 256, 256),  # of TorchRL's own benchmark
+    "short": Problem(32, 64, 64, 128),
+}
+SHARE = 0.03  # of steps that are marked
+WITHOUT = "no mask"
+TORCHRL = ("pad", "scan", "triton")
+
+
+def mask_of(case: Case, share: float) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return (torch.rand(case.shape.T, case.shape.B, generator=generator) < share).to(case.device)
+
+
+def ours(case: Case, mask: Tensor | None) -> Callable[[], list[Tensor]]:
+    module = module_of(case, require("seqkernels"))
+    module.load_state_dict(weights(case).state_dict())
+    return prepared(case, module, lambda x: module(x, reset=mask))
+
+
+def torch_nn(case: Case, mask: Tensor) -> Callable[[], list[Tensor]]:
+    """The loop that training code has: torch.nn's layer from one step with a mark in any sequence to the next."""
+    module = weights(case)
+    steps = [0, *(t for t in mask.any(1).nonzero().flatten().tolist() if t), len(mask)]
+
+    def call(x: Tensor) -> tuple[Tensor, Any]:
+        state = tuple(x.new_zeros(1, x.shape[1], case.shape.H) for _ in range(2 if case.cell == "LSTM" else 1))
+        outputs = []
+        for start, stop in itertools.pairwise(steps):
+            state = tuple(s.masked_fill(mask[start].unsqueeze(1), 0) for s in state)
+            y, end = module(x[start:stop], state if case.cell == "LSTM" else state[0])
+            state = end if isinstance(end, tuple) else (end,)
+            outputs.append(y)
+        return torch.cat(outputs), state if case.cell == "LSTM" else state[0]
+
+    return prepared(case, module, call)
+
+
+def torchrl(case: Case, mask: Tensor, backend: str) -> Callable[[], list[Tensor]]:
+    """TorchRL's module, whose batch comes first, and which reads and writes the states of all steps."""
+    if backend == "triton" and case.device == "cpu":
+        raise Unavailable("on a GPU only")
+    modules, tensordict = optional("torchrl.modules").modules, optional("tensordict")
+    states = ["h", "c"][: 2 if case.cell == "LSTM" else 1]
+    problem = case.shape
+    try:
+        module = getattr(modules, f"{case.cell}Module")(
+            problem.I,
+            problem.H,
+            in_keys=["x", *states],
+            out_keys=["y", *(("next", state) for state in states)],
+            recurrent_backend=backend,
+            default_recurrent_mode=True,
+        )
+    except (NotImplementedError, ImportError) as error:
+        raise Unavailable(str(error)) from error
+    layer: nn.Module = next(m for m in module.modules() if isinstance(m, nn.RNNBase))
+    layer.load_state_dict(weights(case).state_dict())
+    is_init = mask.t().unsqueeze(2)
+    zeros = torch.zeros(problem.B, problem.T, 1, problem.H, device=case.device)
+
+    def call(x: Tensor) -> tuple[Tensor, Any]:
+        given = {"x": x.transpose(0, 1), "is_init": is_init, **dict.fromkeys(states, zeros)}
+        found = module(tensordict.TensorDict(given, [problem.B, problem.T]))
+        ends = tuple(found["next", state][:, -1].transpose(0, 1) for state in states)
+        return found["y"].transpose(0, 1), ends if len(ends) == 2 else ends[0]
+
+    return prepared(case, module, call)
+
+
+def contenders(case: Case, share: float) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
+    mask = mask_of(case, share)
+    made = {WITHOUT: lambda: ours(case, None), OURS: lambda: ours(case, mask), OWN: lambda: torch_nn(case, mask)}
+    return made | {f"torchrl {b}": lambda b=b: torchrl(case, mask, b) for b in TORCHRL}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    def choices(option: str, values: Sequence[str], text: str) -> None:
+        parser.add_argument(option, nargs="+", default=list(values), choices=values, metavar="NAME", help=text)
+
+    for option, values in (("--size", tuple(SIZES)), ("--cell", ("GRU", "LSTM")), ("--mode", CASES["mode"])):
+        choices(option, values, ", ".join(values))
+    parser.add_argument(
+        "--share", type=float, default=SHARE, metavar="P", help="of steps that are marked (%(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of a CPU")
+    parser.add_argument("--rounds", type=round_count, default=15, metavar="N", help="of all contenders (%(default)s)")
+    add_out(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every case asked for; 1 if a result of ours was wrong."""
+    check_device(options.device)
+    torch.set_num_threads(options.threads)
+    file, started, failed = options.out / "resets.jsonl", record.environment()["time"], False
+    for mode, cell, size in itertools.product(options.mode, options.cell, options.size):
+        case = Case(size, cell, mode, "padded", "float32", options.threads, options.device, SIZES[size])
+        common = {"benchmark": "resets", "run": started, **kernels.facts(case), "share": options.share}
+        rows = [common | row for row in measure(case, options.share, options.rounds)]
+        record.append(file, *rows)
+        failed |= not rows[0]["right"]
+        print(kernels.title(case), "  ".join(map(said, rows)), flush=True)
+    print(f"Rows: {file}")
+    return int(failed)
+
+
+def measure(case: Case, share: float, rounds: int) -> list[dict[str, Any]]:
+    """A row for each contender: its errors, whether ours passes the gate, and the times if so."""
+    expected = torch_nn(case._replace(dtype="float64"), mask_of(case, share))()
+    rows, able = {}, []
+    for name, make in contenders(case, share).items():
+        row: dict[str, Any] = {"contender": name, "absent": None}
+        try:
+            contender = TimedOnGpu(name, make()) if case.device != "cpu" else Contender(name, make())
+            if name != WITHOUT:  # which computes something else
+                row["errors"] = errors(contender.run(), expected)
+            able.append(contender)
+        except Unavailable as reason:
+            row["absent"] = str(reason)
+        rows[name] = row
+    right = kernels.gate(rows, case)
+    times = paired(able, rounds) if right else {}
+    for name, row in rows.items():
+        row["right"] = right
+        if name in times:
+            row |= summary(times[name]) | (speedup(times[name], times[OURS]) if name != OURS else {})
+    return list(rows.values())
+
+
+class TimedOnGpu(Contender):
+    def request(self, count: int) -> list[float]:
+        return [timed_on_gpu(self.run) for _ in range(count)]
+
+
+def said(row: Row) -> str:
+    if "median_ms" not in row:
+        return f"{row['contender']} {'WRONG' if not row['right'] else 'absent'}"
+    faster = f" ({kernels.verdict(row)})" if "speedup" in row else ""
+    return f"{row['contender']} {row['median_ms']:.3f} ms{faster}"
+
+
+def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """Title, headings, lines and notes, for each processor, number of threads and share of marks."""
+    known = (row for row in rows if row["right"] and "median_ms" in row)
+    rows = newest(known, lambda row: (*record.key(row), row["cpu"], row["gpu"], row["share"]))
+    order = (WITHOUT, OURS, OWN, *(f"torchrl {backend}" for backend in TORCHRL))
+    of = ("device", "cpu", "gpu", "threads", "share")
+    for group in dict.fromkeys(tuple(row[name] for name in of) for row in rows):
+        by_case: dict[tuple, dict[str, Row]] = {}
+        for row in rows:
+            if tuple(row[name] for name in of) == group:
+                by_case.setdefault((row["problem"], row["cell"], row["mode"]), {})[row["contender"]] = row
+        names = ordered((name for found in by_case.values() for name in found), order)
+        lines = [[" ".join(case), *(text(found.get(name)) for name in names)] for case, found in by_case.items()]
+        device, cpu, gpu, threads, share = group
+        where = f"{cpu}, threads: {threads}" if device == "cpu" else gpu
+        notes = ["Median ms: how many times as fast ours with the mask is; = within the spread."]
+        yield f"Resets at {share:.0%} of the steps, float32, {where}", ["", *names], lines, notes
+
+
+def text(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    faster = f": {kernels.verdict(row).removesuffix('x')}" if "speedup" in row else ""
+    return f"{row['median_ms']:.3g}{faster}"
