@@ -72,7 +72,10 @@ def _load_native() -> str:
     except ModuleNotFoundError:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
             return "the compiled part is for Pythons with a GIL, and this one has none"
-        return "this install has no compiled part (it was built with SEQKERNELS_BUILD=none)"
+        return (
+            "this install has no compiled part (it was built with SEQKERNELS_BUILD=none, or this is a clone that was "
+            "not built in place: pip install -e .)"
+        )
     except ImportError as error:
         return f"the compiled part does not load: {error}"
     return ""
@@ -88,10 +91,10 @@ def _choose_isa(wanted: str) -> str:
 def _load_cuda(emulator: str | None) -> str:
     """Load the library of CUDA kernels, which needs a torch that has CUDA; the reason if that cannot be done."""
     library = Path(emulator) if emulator else Path(__file__).with_name("_cuda.so")
-    if not emulator and torch.version.cuda is None:
-        return "this torch has no CUDA"
     if not library.exists():
         return "this install has no CUDA kernels"
+    if not emulator and torch.version.cuda is None:
+        return "this torch has no CUDA"
     try:
         torch.ops.load_library(library)
     except OSError as error:

@@ -25,7 +25,7 @@ import seqkernels
 from seqkernels import hardware, reference, select
 from seqkernels.hardware import THIS_MACHINE
 
-REINSTALL = "python -m pip install --force-reinstall --no-deps --no-build-isolation .  # in a clone of seqkernels"
+REINSTALL = "python -m pip install --force-reinstall --no-deps --no-build-isolation -e .  # in a clone of seqkernels"
 LENGTHS = (9, 4, 9, 1, 7, 6, 2, 5)
 INPUT, HIDDEN = 12, 40
 CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}
