@@ -187,7 +187,7 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("CPU kernels", f"{native().isa()} in use; {native().build_info()}"))
     else:
         rows.append(
-            ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again")
+            ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: python -m seqkernels doctor says it")
         )
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
@@ -220,8 +220,8 @@ def _cuda_kernels() -> str:
     if torch.version.cuda is None and not THIS_MACHINE.emulator:
         return f"none: {THIS_MACHINE.cuda_missing}"
     if THIS_MACHINE.cuda_missing:
-        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then FORCE_CUDA=1 pip install again"
-        return f"none: {THIS_MACHINE.cuda_missing}. Remedy: {remedy}"
+        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then in a clone"
+        return f"none: {THIS_MACHINE.cuda_missing}. Remedy: {remedy} FORCE_CUDA=1 pip install --no-build-isolation -e ."
     if THIS_MACHINE.emulator:
         return "run on the CPU, every access checked (SEQKERNELS_EMULATOR), for backend='cuda' only"
     nvcc, targets = THIS_MACHINE.cuda_build

@@ -1,5 +1,7 @@
 """`python -m seqkernels` doctor and bench: what they find, what they print, and what they refuse."""
 
+import io
+
 import pytest
 import torch
 
@@ -61,12 +63,7 @@ def test_what_is_missing_has_a_command(monkeypatch, capsys):
     assert command.main(["doctor"]) == 0
 
 
-@pytest.mark.parametrize("with_tqdm", [True, False])
-def test_bench_prints_a_line_for_each_case(with_tqdm, monkeypatch, capsys):
-    if with_tqdm:
-        pytest.importorskip("tqdm")
-    else:
-        monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+def test_bench_prints_a_line_for_each_case(monkeypatch, capsys):
     monkeypatch.setattr(bench, "SHAPES", (SMALL,))
     threads = torch.get_num_threads()
     assert command.main(["bench", "--seconds", "0.01", "--threads", "1", "--device", "cpu"]) == 0
@@ -74,7 +71,43 @@ def test_bench_prints_a_line_for_each_case(with_tqdm, monkeypatch, capsys):
     lines = [line for line in said.out.splitlines() if "small" in line]
     assert len(lines) == 4 and all(line.endswith(" x") for line in lines) and "1 thread of" in said.out
     assert torch.get_num_threads() == threads
-    assert with_tqdm or "4 of 4: cpu LSTM small training" in said.err
+    assert "4 of 4: cpu LSTM small training" in said.err
+
+
+def test_bench_draws_a_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    file = Terminal()
+    for number, what in enumerate(("cpu GRU", "cpu LSTM", "")):
+        bench.show_progress(number, 2, what, file)
+    bars = [line.rstrip(" ") for line in file.getvalue().split("\r")]
+    assert bars == ["", "[  ] 0 of 2  cpu GRU", "[# ] 1 of 2  cpu LSTM", f"[##] 2 of 2{' ' * 32}\n"]
+
+
+def test_bench_ends_a_case_with_the_turn_in_which_its_time_is_over(monkeypatch):
+    now, turns = [0.0], []
+
+    def seconds_of(case, one, count):
+        now[0] += 1.0
+        turns.append(count)
+        return 1.0
+
+    monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(bench, "seconds_of", seconds_of)
+    case = bench.Case("cpu", "GRU", SMALL, False)
+    for until, runs in ((-5.0, 2), (2.0, 2), (2.5, 4), (6.0, 6)):  # each module runs once to begin with
+        now[0] = 0.0
+        turns.clear()
+        assert bench.measure(case, until) == bench.Row(1e3, 1e3, 1.0)
+        assert len(turns) == runs, until
+    now[0] = 100.0
+    shares = []
+    for _, until in bench.schedule([case] * 3, 12):
+        shares.append(until - now[0])
+        now[0] += 6
+    assert shares == [4, 3, 0]  # a case that takes longer shortens those after it
 
 
 def test_bench_does_not_time_wrong_results(monkeypatch, capsys):
