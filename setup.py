@@ -25,12 +25,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# pip runs this before it reads requires-python in pyproject.toml.
+# pip runs this before it reads requires-python in pyproject.toml, and without build isolation takes any setuptools.
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"seqkernels needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"seqkernels is built by setuptools 77 or newer, and this is {setuptools.__version__}: "
+        'pip install "setuptools>=77"'
+    )
+if "develop" in sys.argv:  # pip since 21.3 asks for no such command
+    sys.exit("seqkernels is installed with -e by pip 21.3 or newer: pip install -U pip")
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -67,9 +75,14 @@ def compiler() -> str:
     )
 
 
-def ninja() -> str:
+def ninja() -> list[str]:
     found = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    return found or sys.exit("seqkernels is built by ninja, which is not to be found: pip install ninja")
+    if not found:
+        sys.exit("seqkernels is built by ninja, which is not to be found: pip install ninja")
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
+        sys.exit(f"MAX_JOBS={jobs} is no number of processes: 1 or more; unset, ninja takes all cores")
+    return [found, *(["-j", jobs] if jobs else [])]
 
 
 def torch_directory() -> Path:
@@ -83,10 +96,14 @@ def torch_directory() -> Path:
 
 
 def parts_of(environment: Mapping[str, str], nvcc: str | None, gpus: list[int]) -> list[str]:
-    """The names of the parts that SEQKERNELS_BUILD asks for; `nvcc` is the one that was found."""
-    build, forced = environment.get("SEQKERNELS_BUILD", ""), environment.get("FORCE_CUDA", "0") not in ("", "0")
+    """The names of the parts that SEQKERNELS_BUILD and FORCE_CUDA ask for; `nvcc` is the one that was found."""
+    build, force = environment.get("SEQKERNELS_BUILD", ""), environment.get("FORCE_CUDA") or "0"
+    if force not in ("0", "1"):
+        sys.exit(f"FORCE_CUDA={force} is not known; it may be 1, to build the CUDA kernels in any case, or 0")
+    if force == "1" and build in ("cpu", "none"):
+        sys.exit(f"FORCE_CUDA=1 asks for the CUDA kernels, and SEQKERNELS_BUILD={build} for none: unset one of them")
     parts = {
-        "": ["cpu", "cuda"] if forced or (nvcc and gpus) else ["cpu"],
+        "": ["cpu", "cuda"] if force == "1" or (nvcc and gpus) else ["cpu"],
         "cpu": ["cpu"],
         "cuda": ["cpu", "cuda"],
         "none": [],
@@ -102,7 +119,10 @@ def parts_of(environment: Mapping[str, str], nvcc: str | None, gpus: list[int]) 
 def left_out(nvcc: str | None) -> str:
     """What a build for the CPU says where nobody asked for one."""
     missing, first = ("GPU", "") if nvcc else ("nvcc", "after installing NVIDIA's CUDA toolkit, ")
-    return f"seqkernels: no CUDA kernels, as there is no {missing} here; {first}FORCE_CUDA=1 pip install builds them"
+    return (
+        f"seqkernels: no CUDA kernels, as there is no {missing} here; {first}"
+        "FORCE_CUDA=1 pip install --no-build-isolation -e . builds them"
+    )
 
 
 def gpus_here(driver: str = "libcuda.so.1") -> list[int]:
@@ -230,13 +250,14 @@ def targets_of(nvcc: Nvcc, wanted: str | None, gpus: list[int]) -> list[str]:
     `wanted` is TORCH_CUDA_ARCH_LIST. The default is the GPUs here; where there are none, or some that nvcc does not
     know, it is A100 with its relatives, H100, and PTX for all that comes after them, and, for the kernels that can, the
     oldest GPU that nvcc knows."""
-    if not wanted and gpus and all(gpu >= min(CUDA_SOURCES.values()) and gpu in nvcc.capabilities for gpu in gpus):
+    names = (wanted or "").replace(";", " ").split()
+    if not names and gpus and all(gpu >= min(CUDA_SOURCES.values()) and gpu in nvcc.capabilities for gpu in gpus):
         return [f"sm_{gpu}a" if gpu == 90 else f"sm_{gpu}" for gpu in sorted(set(gpus))]
-    if not wanted:
+    if not names:
         oldest = [capability for capability in nvcc.capabilities if 70 <= capability < 80][:1]
         return [*(f"sm_{capability}" for capability in oldest), "sm_80", "sm_90a", "compute_80"]
     targets, ptx = [], []
-    for name in wanted.replace(";", " ").split():
+    for name in names:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if not found:
             sys.exit(f"TORCH_CUDA_ARCH_LIST={wanted}: {name} is no compute capability like 8.0, 9.0a or 8.0+PTX")
@@ -376,7 +397,7 @@ def ninja_text(text: str) -> str:
 
 def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bool:
     """Write `directory`/build.ninja for the libraries, by the files they become, and run it; whether that went well."""
-    cxx, jobs = ninja_text(compiler()), os.environ.get("MAX_JOBS")
+    cxx, run_ninja = ninja_text(compiler()), ninja()
     cxx_flags, link_flags = (ninja_text(shlex.join(words_of(name))) for name in ("CXXFLAGS", "LDFLAGS"))
     torch_libraries = ninja_text(shlex.quote(f"-L{torch_directory()}/lib"))
     lines = [
@@ -393,13 +414,17 @@ def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bo
         target.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "build.ninja").write_text("\n".join([*lines, ""]))
-    return subprocess.run([ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])]).returncode == 0
+    return subprocess.run([*run_ninja, "-C", str(directory)]).returncode == 0
 
 
-def full_disk(directory: Path, least_mb: int = 50) -> str:
+def full_disk(*directories: Path, least_mb: int = 50) -> str:
     """What may be why a build failed where hardly any room is left; "" where there is."""
-    free = shutil.disk_usage(directory).free >> 20
-    return f"only {free} MB are free for {directory}; " if free < least_mb else ""
+    said = ""
+    for directory in directories:
+        there = next(one for one in (directory, *directory.parents) if one.exists())
+        free = shutil.disk_usage(there).free >> 20
+        said += f"only {free} MB are free for {directory}; " if free < least_mb else ""
+    return said
 
 
 class BuildNative(build_ext):
@@ -426,10 +451,15 @@ class BuildNative(build_ext):
         directory = Path(self.build_temp).resolve()
         if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        if not build(libraries, directory, NVCC or ""):
+        try:
+            failed = "" if build(libraries, directory, NVCC or "") else "compiling failed, see above"
+        except OSError as error:
+            failed = f"the build folder cannot be written: {error}"
+        if failed:
+            compilers = Path(os.environ.get("TMPDIR") or "/tmp")  # where they write what is not to stay
             sys.exit(
-                f"seqkernels: compiling failed, see above; {full_disk(directory)}{remedy}SEQKERNELS_BUILD=none "
-                "installs the pure Python package"
+                f"seqkernels: {failed}; {full_disk(directory, compilers)}{remedy}SEQKERNELS_BUILD=none installs the "
+                "pure Python package"
             )
 
 
@@ -464,7 +494,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[{"cpu": NATIVE, "cuda": CUDA}[part] for part in parts],
         cmdclass={"build_ext": BuildNative},
-        # What pip puts into an isolated build; a pure Python build needs no torch.
-        setup_requires=["torch>=2.10", "ninja"] if parts else [],
+        # What pip puts into an isolated build, when it asks; a pure Python build needs no torch.
+        setup_requires=["torch>=2.10", "ninja"] if parts and "setuptools.build_meta" in sys.modules else [],
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if parts else {},
     )

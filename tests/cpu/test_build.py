@@ -45,10 +45,11 @@ def setup():
         ({}, "/opt/nvcc", [90], ["cpu", "cuda"]),
         ({"FORCE_CUDA": "1"}, "/opt/nvcc", [], ["cpu", "cuda"]),
         ({"FORCE_CUDA": "1"}, None, [], ["cpu", "cuda"]),  # which then ends with a sentence
-        ({"SEQKERNELS_BUILD": "cpu", "FORCE_CUDA": "1"}, "/opt/nvcc", [90], ["cpu"]),
+        ({"SEQKERNELS_BUILD": "cpu", "FORCE_CUDA": "0"}, "/opt/nvcc", [90], ["cpu"]),
         ({"SEQKERNELS_BUILD": "cuda"}, "/opt/nvcc", [], ["cpu", "cuda"]),
         ({"SEQKERNELS_BUILD": "cuda"}, None, [], ["cpu", "cuda"]),  # the same
-        ({"SEQKERNELS_BUILD": "none", "FORCE_CUDA": "1"}, "/opt/nvcc", [90], []),
+        ({"SEQKERNELS_BUILD": "cuda", "FORCE_CUDA": "1"}, "/opt/nvcc", [], ["cpu", "cuda"]),
+        ({"SEQKERNELS_BUILD": "none"}, "/opt/nvcc", [90], []),
     ],
 )
 def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
@@ -57,14 +58,16 @@ def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
 
 @needs_setup
 def test_a_full_disk_is_named_where_a_build_failed(setup, tmp_path, monkeypatch):
-    assert setup.full_disk(tmp_path, 0) == ""
+    assert setup.full_disk(tmp_path, least_mb=0) == ""
     monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 << 30, 8 << 30, 3 << 20))
-    assert setup.full_disk(tmp_path) == f"only 3 MB are free for {tmp_path}; "
+    there, to_come = tmp_path, tmp_path / "to/come"
+    said = f"only 3 MB are free for {there}; only 3 MB are free for {to_come}; "
+    assert setup.full_disk(there, to_come) == said
 
 
 @needs_setup
 def test_what_is_left_out_unasked_is_said_in_a_line(setup):
-    assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install" in setup.left_out("/opt/nvcc")
+    assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install --no" in setup.left_out("/opt/nvcc")
     assert "as there is no nvcc here; after installing NVIDIA's CUDA toolkit, FORCE_CUDA=1" in setup.left_out(None)
 
 
@@ -93,6 +96,12 @@ def test_the_driver_is_asked_for_gpus(setup, failure, gpus, tmp_path):
 def test_an_unknown_build_is_refused(setup):
     with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda or none"):
         setup.parts_of({"SEQKERNELS_BUILD": "gpu"}, None, [])
+    for value in ("false", "no", "on", "2", " "):
+        with pytest.raises(SystemExit, match=rf"FORCE_CUDA={value} is not known; it may be 1, .* or 0"):
+            setup.parts_of({"FORCE_CUDA": value}, "/opt/nvcc", [90])
+    for build in ("cpu", "none"):
+        with pytest.raises(SystemExit, match=rf"FORCE_CUDA=1 asks .*SEQKERNELS_BUILD={build} for none: unset one"):
+            setup.parts_of({"SEQKERNELS_BUILD": build, "FORCE_CUDA": "1"}, "/opt/nvcc", [90])
 
 
 @needs_setup
@@ -175,7 +184,7 @@ CUDA_12, CUDA_13 = (50, 60, 70, 72, 75, 80, 86, 87, 89, 90), (75, 80, 86, 87, 88
 TARGETS = [
     # what nvcc compiles for, TORCH_CUDA_ARCH_LIST, what is built, what of it a file that needs 8.0
     (CUDA_13, None, "sm_75 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
-    (CUDA_12, "", "sm_70 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
+    (CUDA_12, " ; ", "sm_70 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
     ((80, 90, 100), None, "sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
     (CUDA_13, "8.0;9.0a+PTX", "sm_80 sm_90a compute_90a", "sm_80 sm_90a compute_90a"),
     (CUDA_13, "9.0", "sm_90", "sm_90"),
@@ -333,6 +342,11 @@ def test_environment_variables_that_are_no_command_lines_are_refused_in_a_senten
         monkeypatch.delenv(variable)
     monkeypatch.setenv("CXX", " ")
     assert setup.compiler() in ("c++", "g++", "clang++")
+    for jobs in ("0", "-1", "two"):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS={jobs} is no number of processes"):
+            setup.build({}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
