@@ -327,6 +327,7 @@ def cpu_library(includes: str) -> Library:
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
         Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
+        Object("csrc/older_systems.cpp", "older_systems.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
         objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
@@ -357,8 +358,8 @@ def cuda_instances() -> list[Instance]:
     return instances + [Instance(source, source, "") for source in CUDA_SOURCES if source not in CUDA_INSTANCED]
 
 
-def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
-    """Built against any torch, but loaded by one with CUDA only."""
+def cuda_library(includes: str, nvcc: Nvcc, targets: list[str], system: str) -> Library:
+    """Built against any torch, but loaded by one with CUDA only. `system`: flags of the system's libraries."""
     includes += "".join(f" -isystem {shlex.quote(directory)}" for directory in nvcc.includes)
     objects = []
     for of in cuda_instances():
@@ -366,6 +367,7 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         codes = " ".join(f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in own_targets)
         objects.append(Object(f"csrc/cuda/{of.source}.cu", f"cuda_{of.name}.o", f"{of.flags} {codes}", "compile_cuda"))
     objects.append(Object("csrc/cuda/dispatch.cpp", "cuda_dispatch.o", ""))
+    objects.append(Object("csrc/older_systems.cpp", "cuda_older_systems.o", ""))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
     for name in CUDA_HOST_SOURCES:
         objects.append(
@@ -373,9 +375,41 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         )
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = shlex.join(f"-L{directory}" for directory in nvcc.libraries)
-    return Library(
-        objects, f"{directories} -lcudart_static -Wl,--exclude-libs,ALL -lpthread -ldl -lrt -ltorch -ltorch_cpu -lc10"
-    )
+    return Library(objects, f"{directories} -lcudart_static -Wl,--exclude-libs,ALL {system} -ltorch -ltorch_cpu -lc10")
+
+
+# The libraries whose functions glibc 2.34 moved into libc, and how these functions begin.
+MOVED_INTO_LIBC = {"libdl.so.2": "dl", "libpthread.so.0": "pthread_|sem_", "librt.so.1": "shm_"}
+
+
+def older_glibc(directory: Path) -> str:
+    """Flags to link libdl, libpthread and librt so that the result loads from glibc 2.28 on, not only from this one on.
+
+    The CUDA runtime calls them. A glibc from 2.34 on has their functions in libc twice, by a new version and by that of
+    before, and the linker takes the new one; so it gets stand-ins for the libraries of before, made in `directory`.
+    No program may run there: nvcc's load what they need from where they run."""
+
+    def run(*command: str, **options: str) -> str:
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    cxx, libraries = shlex.split(compiler()), []
+    symbols = run("nm", "-D", run(*cxx, "-print-file-name=libc.so.6").strip())
+    found = re.findall(r" (\w+)(@@?)(GLIBC_[\d.]+)$", symbols, re.MULTILINE)
+    moved = {name for name, mark, version in found if (mark, version) == ("@@", "GLIBC_2.34")}
+    for library, beginnings in MOVED_INTO_LIBC.items():
+        old = {name: v for name, mark, v in found if mark == "@" and name in moved and re.match(beginnings, name)}
+        if not old:
+            continue
+        versions = directory / f"{library}.map"
+        names = {version: [name for name in old if old[name] == version] for version in old.values()}
+        versions.write_text("".join(f"{version} {{ {'; '.join(own)}; }};\n" for version, own in names.items()))
+        assembly = "".join(f".globl {name}\n.type {name}, %function\n{name}:\n" for name in old)
+        assembly += '.section .note.GNU-stack, "", %progbits\n'
+        options = f"-shared -nostdlib -Wl,-soname,{library} -x assembler -".split()
+        libraries.append(str(directory / library))
+        run(*cxx, *options, f"-Wl,--version-script,{versions}", "-o", libraries[-1], input=assembly)
+    return f"{shlex.join(libraries)} -lpthread -ldl -lrt"
 
 
 def rule(name: str, command: str) -> list[str]:
@@ -436,31 +470,38 @@ class BuildNative(build_ext):
         return f"{path}.so" if path.endswith("_cuda") else super().get_ext_filename(name)
 
     def build_extensions(self) -> None:
-        native, cuda = (Path(self.get_ext_fullpath(extension.name)).resolve() for extension in (NATIVE, CUDA))
-        libraries, remedy = {native: cpu_library(header_flags())}, ""
-        if CUDA in self.extensions:
-            nvcc = examine(NVCC)
-            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"), gpus_here())
-            print(f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})")
-            libraries[cuda] = cuda_library(header_flags(), nvcc, targets)
-            remedy = "SEQKERNELS_BUILD=cpu builds without CUDA, "
-        else:
-            cuda.unlink(missing_ok=True)  # that of a build before would be taken along
-            if not os.environ.get("SEQKERNELS_BUILD"):
-                print(left_out(NVCC))
         directory = Path(self.build_temp).resolve()
         if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        remedy = "SEQKERNELS_BUILD=cpu builds without CUDA, " if CUDA in self.extensions else ""
         try:
-            failed = "" if build(libraries, directory, NVCC or "") else "compiling failed, see above"
-        except OSError as error:
-            failed = f"the build folder cannot be written: {error}"
+            failed = "" if build(self.libraries_in(directory), directory, NVCC or "") else "compiling failed, see above"
+        except (OSError, subprocess.CalledProcessError) as error:
+            failed = f"the build ended: {error}"
         if failed:
             compilers = Path(os.environ.get("TMPDIR") or "/tmp")  # where they write what is not to stay
             sys.exit(
                 f"seqkernels: {failed}; {full_disk(directory, compilers)}{remedy}SEQKERNELS_BUILD=none installs the "
                 "pure Python package"
             )
+
+    def libraries_in(self, directory: Path) -> dict[Path, Library]:
+        """What is to be built, by the files that it becomes; one line says what."""
+        native, cuda = (Path(self.get_ext_fullpath(extension.name)).resolve() for extension in (NATIVE, CUDA))
+        libraries = {native: cpu_library(header_flags())}
+        if CUDA in self.extensions:
+            nvcc = examine(NVCC)
+            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"), gpus_here())
+            print(
+                f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})",
+                flush=True,
+            )
+            libraries[cuda] = cuda_library(header_flags(), nvcc, targets, older_glibc(directory / "older_glibc"))
+        else:
+            cuda.unlink(missing_ok=True)  # that of a build before would be taken along
+            if not os.environ.get("SEQKERNELS_BUILD"):
+                print(left_out(NVCC), flush=True)
+        return libraries
 
 
 def headers() -> list[str]:
@@ -471,6 +512,7 @@ NATIVE = Extension(
     "seqkernels._C",
     sources=[
         "csrc/python.cpp",
+        "csrc/older_systems.cpp",
         "csrc/cuda/plan.cpp",
         *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "schedule", "kernels")),
     ],
@@ -480,6 +522,7 @@ NATIVE = Extension(
 CUDA = Extension(
     "seqkernels._cuda",
     sources=[
+        "csrc/older_systems.cpp",
         *(f"csrc/cuda/{name}.cpp" for name in (*CUDA_HOST_SOURCES, "dispatch")),
         *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES),
     ],

@@ -4,6 +4,8 @@ import ctypes
 import importlib.util
 import itertools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -331,6 +333,32 @@ def test_paths_with_spaces_dollars_and_colons_are_built_in(setup, tmp_path, monk
     loaded.text.restype = ctypes.c_char_p
     assert loaded.text() == b"a $b"
     assert b"$ORIGIN" in (odd / "out/lib.so").read_bytes()
+
+
+@needs_setup
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is not here")
+def test_what_glibc_234_moved_into_libc_is_linked_by_its_older_name(setup, tmp_path):
+    code = """
+        #include <dlfcn.h>
+        #include <pthread.h>
+        #include <semaphore.h>
+        static void* work(void* arg) { sem_post((sem_t*)arg); return dlsym(RTLD_DEFAULT, "puts"); }
+        extern "C" int run() {
+          sem_t semaphore;
+          pthread_t thread;
+          void* found = nullptr;
+          return sem_init(&semaphore, 0, 0) + pthread_create(&thread, nullptr, work, &semaphore) +
+                 sem_wait(&semaphore) + pthread_join(thread, &found) + (found == nullptr);
+        }
+    """
+    library = tmp_path / "lib.so"
+    flags = shlex.split(setup.older_glibc(tmp_path / "older"))
+    command = [*setup.compiler().split(), "-shared", "-fPIC", "-xc++", "-", "-xnone", "-o", str(library), *flags]
+    subprocess.run(command, input=code, text=True, check=True)
+    said = subprocess.run(["nm", "-D", library], check=True, capture_output=True, text=True).stdout
+    versions = re.findall(r"U (?:dl|pthread|sem)\w+@GLIBC_2\.(\d+)", said)
+    assert len(versions) == 6 and all(int(version) <= 28 for version in versions), said
+    assert ctypes.CDLL(str(library)).run() == 0
 
 
 @needs_setup
