@@ -84,7 +84,10 @@ def _load_native() -> str:
 def _choose_isa(wanted: str) -> str:
     """The instruction set in use from now on. ValueError if `wanted` is one that is not built or does not run here."""
     if wanted:
-        native().force_isa(wanted)
+        try:
+            native().force_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"SEQKERNELS_ISA: {error}") from None
     return native().isa()
 
 

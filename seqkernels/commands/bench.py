@@ -151,7 +151,7 @@ def measure(case: Case, until: float) -> Row:
         turns: list[list[float]] = []
         while time.monotonic() < until:
             turns.append([seconds_of(case, one, count) for one, count in zip(runs, counts, strict=True)])
-    except RuntimeError as error:  # out of memory, a kernel that does not run
+    except (RuntimeError, ValueError) as error:  # out of memory; SEQKERNELS_BACKEND names one that cannot run here
         return Row(wrong=str(error).splitlines()[0])
     turns = turns or [first]
     torch_s, ours_s = (statistics.median(times) for times in zip(*turns, strict=True))

@@ -50,6 +50,31 @@ def test_a_backend_that_fails_is_a_fault_and_the_others_are_tried(monkeypatch, c
     assert "RuntimeError: no such kernel" in said and "cuda" in said.partition("no such kernel")[2]
 
 
+@pytest.mark.parametrize(
+    ("cxx", "said"), [("'c++", "CXX='c++ is no command line"), (" ", "c++"), ("/none", "/none: No")]
+)
+def test_a_cxx_that_is_no_compiler_is_said(cxx, said, monkeypatch):
+    monkeypatch.setenv("CXX", cxx)
+    assert doctor.compiler().said.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "said"),
+    [
+        ("torch_eager", "ok", "SEQKERNELS_BACKEND=torch_eager runs every call, on cpu"),
+        ("cdua", "wrong", "SEQKERNELS_BACKEND=cdua: there is no such backend; choose one of"),
+    ],
+)
+def test_a_forced_backend_is_said_and_a_fault_where_it_cannot_run(name, state, said, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "THIS_MACHINE", THIS_MACHINE._replace(forced_backend=name))
+    monkeypatch.setattr(select, "BACKENDS", ())
+    monkeypatch.setattr(doctor, "compiled_part", doctor.compiler)
+    assert command.main(["doctor"]) == (state == "wrong")
+    printed = capsys.readouterr().out
+    assert f"{state:<7}  forced       {said}" in printed
+    assert ("unset SEQKERNELS_BACKEND" in printed) == (state == "wrong")
+
+
 def test_what_is_missing_has_a_command(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "THIS_MACHINE", THIS_MACHINE._replace(native_missing="it was not built"))
     monkeypatch.setattr(select, "BACKENDS", ())
@@ -122,6 +147,13 @@ def test_bench_does_not_time_wrong_results(monkeypatch, capsys):
     monkeypatch.setattr(bench, "modules", other)
     assert command.main(["bench", "--seconds", "0.01"]) == 1
     assert "wrong: error" in capsys.readouterr().out
+
+
+def test_bench_says_of_a_backend_that_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SHAPES", (SMALL,))
+    monkeypatch.setattr(sk.GRU, "backend", "none")
+    assert command.main(["bench", "--seconds", "0.01", "--device", "cpu"]) == 1
+    assert "none: there is no such backend" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
