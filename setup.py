@@ -76,7 +76,8 @@ def compiler() -> str:
 
 
 def ninja() -> list[str]:
-    found = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    # That of this Python first, whether or not its environment is active: another version builds all anew.
+    found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
     if not found:
         sys.exit("seqkernels is built by ninja, which is not to be found: pip install ninja")
     jobs = os.environ.get("MAX_JOBS", "")
