@@ -171,6 +171,7 @@ class Nvcc(NamedTuple):
     libraries: tuple[str, ...]
 
 
+WITHOUT_CUDA = "SEQKERNELS_BUILD=cpu, with FORCE_CUDA unset, builds the CPU kernels alone"
 OLDEST_NVCC = (12, 1)  # the first whose PTX (8.1) has st.async, by which the blocks of a cluster push
 
 
@@ -179,7 +180,7 @@ def examine(path: str | None) -> Nvcc:
     if not path:
         sys.exit(
             "FORCE_CUDA=1 or SEQKERNELS_BUILD=cuda needs nvcc, which is neither at CUDA_HOME or CUDA_PATH nor on the "
-            "PATH; install NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
+            f"PATH; install NVIDIA's CUDA toolkit; {WITHOUT_CUDA}"
         )
 
     def run(*arguments: str) -> str:
@@ -192,7 +193,7 @@ def examine(path: str | None) -> Nvcc:
     def directories(found: re.Match | None, option: str) -> tuple[str, ...]:
         return tuple(w.removeprefix(option) for w in shlex.split(found[1] if found else "") if w.startswith(option))
 
-    another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
+    another = f"name another by CUDA_HOME; {WITHOUT_CUDA}"
     said = run("--version").strip()
     found = re.search(r"release (\d+)\.(\d+)", said)
     if not found:
@@ -474,7 +475,7 @@ class BuildNative(build_ext):
         directory = Path(self.build_temp).resolve()
         if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        remedy = "SEQKERNELS_BUILD=cpu builds without CUDA, " if CUDA in self.extensions else ""
+        remedy = f"{WITHOUT_CUDA}; " if CUDA in self.extensions else ""
         try:
             failed = "" if build(self.libraries_in(directory), directory, NVCC or "") else "compiling failed, see above"
         except (OSError, subprocess.CalledProcessError) as error:
