@@ -9,8 +9,8 @@ BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
 # One per choice of what is built; only the last is kept, so that another choice builds anew.
-CHOICE := $(shell printf "%s-%s-%s" "$(SEQKERNELS_BUILD)" "$(FORCE_CUDA)" "$(TORCH_CUDA_ARCH_LIST)" | tr -c "[:alnum:].-" _)
-READY := $(VENV)/built-$(CHOICE)
+CHOICE := $(SEQKERNELS_BUILD)-$(FORCE_CUDA)-$(TORCH_CUDA_ARCH_LIST)
+READY := $(VENV)/built-$(shell printf "%s" "$(CHOICE)" | tr -c "[:alnum:].-" _)
 TESTS_READY := $(VENV)/tests-ready
 NATIVE_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 EMULATOR_SOURCES := $(wildcard tests/emulator/*)

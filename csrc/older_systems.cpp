@@ -1,5 +1,5 @@
-// What GCC 9 to 12 take from the system's libraries, and manylinux_2_28 (glibc 2.28, GLIBCXX_3.4.24) does not have: with
-// definitions of its own a library loads there as well. They are weak, as PyTorch's containers link the like.
+// What GCC 9 to 12 take from the system's libraries, and manylinux_2_28 (glibc 2.28, GLIBCXX_3.4.24) does not have.
+// With definitions of its own a library loads there, too. They are weak, as PyTorch's containers link the like.
 #include <memory>
 #include <new>
 #include <sstream>
