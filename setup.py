@@ -471,6 +471,11 @@ class BuildNative(build_ext):
         path = name.replace(".", os.sep)
         return f"{path}.so" if path.endswith("_cuda") else super().get_ext_filename(name)
 
+    def run(self) -> None:
+        super().run()
+        if self.inplace and CUDA not in self.extensions:
+            (ROOT / "seqkernels/_cuda.so").unlink(missing_ok=True)  # that of a build before, of other sources perhaps
+
     def build_extensions(self) -> None:
         directory = Path(self.build_temp).resolve()
         if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once

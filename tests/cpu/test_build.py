@@ -13,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from gpus import GPUS
 from libraries import assert_hardened
@@ -71,6 +72,28 @@ def test_a_full_disk_is_named_where_a_build_failed(setup, tmp_path, monkeypatch)
 def test_what_is_left_out_unasked_is_said_in_a_line(setup):
     assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install --no" in setup.left_out("/opt/nvcc")
     assert "as there is no nvcc here; after installing NVIDIA's CUDA toolkit, FORCE_CUDA=1" in setup.left_out(None)
+
+
+@needs_setup
+def test_a_build_without_cuda_removes_the_cuda_library_of_one_before(setup, tmp_path, monkeypatch):
+    def build(libraries, directory, nvcc):
+        for library in libraries:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            library.write_text("built")
+        return True
+
+    package = tmp_path / "seqkernels"
+    package.mkdir()
+    (package / "_cuda.so").write_text("of a build before")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "build", build)
+    monkeypatch.setattr(setup, "header_flags", str)
+    options = {"ext_modules": [setup.NATIVE], "cmdclass": {"build_ext": setup.BuildNative}}
+    setuptools.setup(
+        name="seqkernels", packages=["seqkernels"], script_args=["-q", "build_ext", "--inplace"], **options
+    )
+    assert [path.name for path in package.iterdir()] == ["_C.abi3.so"]
 
 
 DRIVER = """
