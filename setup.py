@@ -25,12 +25,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# pip runs this before it reads requires-python in pyproject.toml.
+# pip runs this before it reads requires-python in pyproject.toml, and without build isolation takes any setuptools.
 if sys.version_info < (3, 10):  # noqa: UP036
     sys.exit(f"seqkernels needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"seqkernels is built by setuptools 77 or newer, and this is {setuptools.__version__}: "
+        'pip install "setuptools>=77"'
+    )
+if "develop" in sys.argv:  # pip since 21.3 asks for no such command
+    sys.exit("seqkernels is installed with -e by pip 21.3 or newer: pip install -U pip")
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -67,9 +75,15 @@ def compiler() -> str:
     )
 
 
-def ninja() -> str:
-    found = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
-    return found or sys.exit("seqkernels is built by ninja, which is not to be found: pip install ninja")
+def ninja() -> list[str]:
+    # That of this Python first, whether or not its environment is active: another version builds all anew.
+    found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
+    if not found:
+        sys.exit("seqkernels is built by ninja, which is not to be found: pip install ninja")
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
+        sys.exit(f"MAX_JOBS={jobs} is no number of processes: 1 or more; unset, ninja takes all cores")
+    return [found, *(["-j", jobs] if jobs else [])]
 
 
 def torch_directory() -> Path:
@@ -83,10 +97,14 @@ def torch_directory() -> Path:
 
 
 def parts_of(environment: Mapping[str, str], nvcc: str | None, gpus: list[int]) -> list[str]:
-    """The names of the parts that SEQKERNELS_BUILD asks for; `nvcc` is the one that was found."""
-    build, forced = environment.get("SEQKERNELS_BUILD", ""), environment.get("FORCE_CUDA", "0") not in ("", "0")
+    """The names of the parts that SEQKERNELS_BUILD and FORCE_CUDA ask for; `nvcc` is the one that was found."""
+    build, force = environment.get("SEQKERNELS_BUILD", ""), environment.get("FORCE_CUDA") or "0"
+    if force not in ("0", "1"):
+        sys.exit(f"FORCE_CUDA={force} is not known; it may be 1, to build the CUDA kernels in any case, or 0")
+    if force == "1" and build in ("cpu", "none"):
+        sys.exit(f"FORCE_CUDA=1 asks for the CUDA kernels, and SEQKERNELS_BUILD={build} for none: unset one of them")
     parts = {
-        "": ["cpu", "cuda"] if forced or (nvcc and gpus) else ["cpu"],
+        "": ["cpu", "cuda"] if force == "1" or (nvcc and gpus) else ["cpu"],
         "cpu": ["cpu"],
         "cuda": ["cpu", "cuda"],
         "none": [],
@@ -102,7 +120,10 @@ def parts_of(environment: Mapping[str, str], nvcc: str | None, gpus: list[int]) 
 def left_out(nvcc: str | None) -> str:
     """What a build for the CPU says where nobody asked for one."""
     missing, first = ("GPU", "") if nvcc else ("nvcc", "after installing NVIDIA's CUDA toolkit, ")
-    return f"seqkernels: no CUDA kernels, as there is no {missing} here; {first}FORCE_CUDA=1 pip install builds them"
+    return (
+        f"seqkernels: no CUDA kernels, as there is no {missing} here; {first}"
+        "FORCE_CUDA=1 pip install --no-build-isolation -e . builds them"
+    )
 
 
 def gpus_here(driver: str = "libcuda.so.1") -> list[int]:
@@ -150,6 +171,7 @@ class Nvcc(NamedTuple):
     libraries: tuple[str, ...]
 
 
+WITHOUT_CUDA = "SEQKERNELS_BUILD=cpu, with FORCE_CUDA unset, builds the CPU kernels alone"
 OLDEST_NVCC = (12, 1)  # the first whose PTX (8.1) has st.async, by which the blocks of a cluster push
 
 
@@ -158,7 +180,7 @@ def examine(path: str | None) -> Nvcc:
     if not path:
         sys.exit(
             "FORCE_CUDA=1 or SEQKERNELS_BUILD=cuda needs nvcc, which is neither at CUDA_HOME or CUDA_PATH nor on the "
-            "PATH; install NVIDIA's CUDA toolkit, or set SEQKERNELS_BUILD=cpu to build without"
+            f"PATH; install NVIDIA's CUDA toolkit; {WITHOUT_CUDA}"
         )
 
     def run(*arguments: str) -> str:
@@ -171,7 +193,7 @@ def examine(path: str | None) -> Nvcc:
     def directories(found: re.Match | None, option: str) -> tuple[str, ...]:
         return tuple(w.removeprefix(option) for w in shlex.split(found[1] if found else "") if w.startswith(option))
 
-    another = "name another by CUDA_HOME, or set SEQKERNELS_BUILD=cpu to build without"
+    another = f"name another by CUDA_HOME; {WITHOUT_CUDA}"
     said = run("--version").strip()
     found = re.search(r"release (\d+)\.(\d+)", said)
     if not found:
@@ -230,13 +252,14 @@ def targets_of(nvcc: Nvcc, wanted: str | None, gpus: list[int]) -> list[str]:
     `wanted` is TORCH_CUDA_ARCH_LIST. The default is the GPUs here; where there are none, or some that nvcc does not
     know, it is A100 with its relatives, H100, and PTX for all that comes after them, and, for the kernels that can, the
     oldest GPU that nvcc knows."""
-    if not wanted and gpus and all(gpu >= min(CUDA_SOURCES.values()) and gpu in nvcc.capabilities for gpu in gpus):
+    names = (wanted or "").replace(";", " ").split()
+    if not names and gpus and all(gpu >= min(CUDA_SOURCES.values()) and gpu in nvcc.capabilities for gpu in gpus):
         return [f"sm_{gpu}a" if gpu == 90 else f"sm_{gpu}" for gpu in sorted(set(gpus))]
-    if not wanted:
+    if not names:
         oldest = [capability for capability in nvcc.capabilities if 70 <= capability < 80][:1]
         return [*(f"sm_{capability}" for capability in oldest), "sm_80", "sm_90a", "compute_80"]
     targets, ptx = [], []
-    for name in wanted.replace(";", " ").split():
+    for name in names:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
         if not found:
             sys.exit(f"TORCH_CUDA_ARCH_LIST={wanted}: {name} is no compute capability like 8.0, 9.0a or 8.0+PTX")
@@ -306,6 +329,7 @@ def cpu_library(includes: str) -> Library:
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
         Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
+        Object("csrc/older_systems.cpp", "older_systems.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
         objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
@@ -336,8 +360,8 @@ def cuda_instances() -> list[Instance]:
     return instances + [Instance(source, source, "") for source in CUDA_SOURCES if source not in CUDA_INSTANCED]
 
 
-def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
-    """Built against any torch, but loaded by one with CUDA only."""
+def cuda_library(includes: str, nvcc: Nvcc, targets: list[str], system: str) -> Library:
+    """Built against any torch, but loaded by one with CUDA only. `system`: flags of the system's libraries."""
     includes += "".join(f" -isystem {shlex.quote(directory)}" for directory in nvcc.includes)
     objects = []
     for of in cuda_instances():
@@ -345,6 +369,7 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         codes = " ".join(f"-gencode arch={t.replace('sm_', 'compute_')},code={t}" for t in own_targets)
         objects.append(Object(f"csrc/cuda/{of.source}.cu", f"cuda_{of.name}.o", f"{of.flags} {codes}", "compile_cuda"))
     objects.append(Object("csrc/cuda/dispatch.cpp", "cuda_dispatch.o", ""))
+    objects.append(Object("csrc/older_systems.cpp", "cuda_older_systems.o", ""))
     built = f"""-DSEQKERNELS_CUDA_BUILD='"{dotted(nvcc.version)} {" ".join(targets)}"'"""
     for name in CUDA_HOST_SOURCES:
         objects.append(
@@ -352,9 +377,41 @@ def cuda_library(includes: str, nvcc: Nvcc, targets: list[str]) -> Library:
         )
     # The runtime's names stay inside, so that they are never another version's that torch has loaded.
     directories = shlex.join(f"-L{directory}" for directory in nvcc.libraries)
-    return Library(
-        objects, f"{directories} -lcudart_static -Wl,--exclude-libs,ALL -lpthread -ldl -lrt -ltorch -ltorch_cpu -lc10"
-    )
+    return Library(objects, f"{directories} -lcudart_static -Wl,--exclude-libs,ALL {system} -ltorch -ltorch_cpu -lc10")
+
+
+# The libraries whose functions glibc 2.34 moved into libc, and how these functions begin.
+MOVED_INTO_LIBC = {"libdl.so.2": "dl", "libpthread.so.0": "pthread_|sem_", "librt.so.1": "shm_"}
+
+
+def older_glibc(directory: Path) -> str:
+    """Flags to link libdl, libpthread and librt so that the result loads from glibc 2.28 on, not only from this one on.
+
+    The CUDA runtime calls them. A glibc from 2.34 on has their functions in libc twice, by a new version and by that of
+    before, and the linker takes the new one; so it gets stand-ins for the libraries of before, made in `directory`.
+    No program may run there: nvcc's load what they need from where they run."""
+
+    def run(*command: str, **options: str) -> str:
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **options).stdout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    cxx, libraries = shlex.split(compiler()), []
+    symbols = run("nm", "-D", run(*cxx, "-print-file-name=libc.so.6").strip())
+    found = re.findall(r" (\w+)(@@?)(GLIBC_[\d.]+)$", symbols, re.MULTILINE)
+    moved = {name for name, mark, version in found if (mark, version) == ("@@", "GLIBC_2.34")}
+    for library, beginnings in MOVED_INTO_LIBC.items():
+        old = {name: v for name, mark, v in found if mark == "@" and name in moved and re.match(beginnings, name)}
+        if not old:
+            continue
+        versions = directory / f"{library}.map"
+        names = {version: [name for name in old if old[name] == version] for version in old.values()}
+        versions.write_text("".join(f"{version} {{ {'; '.join(own)}; }};\n" for version, own in names.items()))
+        assembly = "".join(f".globl {name}\n.type {name}, %function\n{name}:\n" for name in old)
+        assembly += '.section .note.GNU-stack, "", %progbits\n'
+        options = f"-shared -nostdlib -Wl,-soname,{library} -x assembler -".split()
+        libraries.append(str(directory / library))
+        run(*cxx, *options, f"-Wl,--version-script,{versions}", "-o", libraries[-1], input=assembly)
+    return f"{shlex.join(libraries)} -lpthread -ldl -lrt"
 
 
 def rule(name: str, command: str) -> list[str]:
@@ -376,7 +433,7 @@ def ninja_text(text: str) -> str:
 
 def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bool:
     """Write `directory`/build.ninja for the libraries, by the files they become, and run it; whether that went well."""
-    cxx, jobs = ninja_text(compiler()), os.environ.get("MAX_JOBS")
+    cxx, run_ninja = ninja_text(compiler()), ninja()
     cxx_flags, link_flags = (ninja_text(shlex.join(words_of(name))) for name in ("CXXFLAGS", "LDFLAGS"))
     torch_libraries = ninja_text(shlex.quote(f"-L{torch_directory()}/lib"))
     lines = [
@@ -393,13 +450,17 @@ def build(libraries: dict[Path, Library], directory: Path, nvcc: str = "") -> bo
         target.parent.mkdir(parents=True, exist_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "build.ninja").write_text("\n".join([*lines, ""]))
-    return subprocess.run([ninja(), "-C", str(directory), *(["-j", jobs] if jobs else [])]).returncode == 0
+    return subprocess.run([*run_ninja, "-C", str(directory)]).returncode == 0
 
 
-def full_disk(directory: Path, least_mb: int = 50) -> str:
+def full_disk(*directories: Path, least_mb: int = 50) -> str:
     """What may be why a build failed where hardly any room is left; "" where there is."""
-    free = shutil.disk_usage(directory).free >> 20
-    return f"only {free} MB are free for {directory}; " if free < least_mb else ""
+    said = ""
+    for directory in directories:
+        there = next(one for one in (directory, *directory.parents) if one.exists())
+        free = shutil.disk_usage(there).free >> 20
+        said += f"only {free} MB are free for {directory}; " if free < least_mb else ""
+    return said
 
 
 class BuildNative(build_ext):
@@ -410,27 +471,44 @@ class BuildNative(build_ext):
         path = name.replace(".", os.sep)
         return f"{path}.so" if path.endswith("_cuda") else super().get_ext_filename(name)
 
+    def run(self) -> None:
+        super().run()
+        if self.inplace and CUDA not in self.extensions:
+            (ROOT / "seqkernels/_cuda.so").unlink(missing_ok=True)  # that of a build before, of other sources perhaps
+
     def build_extensions(self) -> None:
-        native, cuda = (Path(self.get_ext_fullpath(extension.name)).resolve() for extension in (NATIVE, CUDA))
-        libraries, remedy = {native: cpu_library(header_flags())}, ""
-        if CUDA in self.extensions:
-            nvcc = examine(NVCC)
-            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"), gpus_here())
-            print(f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})")
-            libraries[cuda] = cuda_library(header_flags(), nvcc, targets)
-            remedy = "SEQKERNELS_BUILD=cpu builds without CUDA, "
-        else:
-            cuda.unlink(missing_ok=True)  # that of a build before would be taken along
-            if not os.environ.get("SEQKERNELS_BUILD"):
-                print(left_out(NVCC))
         directory = Path(self.build_temp).resolve()
         if self.editable_mode:  # whose own is thrown away; objects in a directory that stays are compiled once
             directory = ROOT / f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        if not build(libraries, directory, NVCC or ""):
+        remedy = f"{WITHOUT_CUDA}; " if CUDA in self.extensions else ""
+        try:
+            failed = "" if build(self.libraries_in(directory), directory, NVCC or "") else "compiling failed, see above"
+        except (OSError, subprocess.CalledProcessError) as error:
+            failed = f"the build ended: {error}"
+        if failed:
+            compilers = Path(os.environ.get("TMPDIR") or "/tmp")  # where they write what is not to stay
             sys.exit(
-                f"seqkernels: compiling failed, see above; {full_disk(directory)}{remedy}SEQKERNELS_BUILD=none "
-                "installs the pure Python package"
+                f"seqkernels: {failed}; {full_disk(directory, compilers)}{remedy}SEQKERNELS_BUILD=none installs the "
+                "pure Python package"
             )
+
+    def libraries_in(self, directory: Path) -> dict[Path, Library]:
+        """What is to be built, by the files that it becomes; one line says what."""
+        native, cuda = (Path(self.get_ext_fullpath(extension.name)).resolve() for extension in (NATIVE, CUDA))
+        libraries = {native: cpu_library(header_flags())}
+        if CUDA in self.extensions:
+            nvcc = examine(NVCC)
+            targets = targets_of(nvcc, os.environ.get("TORCH_CUDA_ARCH_LIST"), gpus_here())
+            print(
+                f"seqkernels: CUDA kernels for {', '.join(targets)} by nvcc {dotted(nvcc.version)} ({nvcc.path})",
+                flush=True,
+            )
+            libraries[cuda] = cuda_library(header_flags(), nvcc, targets, older_glibc(directory / "older_glibc"))
+        else:
+            cuda.unlink(missing_ok=True)  # that of a build before would be taken along
+            if not os.environ.get("SEQKERNELS_BUILD"):
+                print(left_out(NVCC), flush=True)
+        return libraries
 
 
 def headers() -> list[str]:
@@ -441,6 +519,7 @@ NATIVE = Extension(
     "seqkernels._C",
     sources=[
         "csrc/python.cpp",
+        "csrc/older_systems.cpp",
         "csrc/cuda/plan.cpp",
         *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "schedule", "kernels")),
     ],
@@ -450,6 +529,7 @@ NATIVE = Extension(
 CUDA = Extension(
     "seqkernels._cuda",
     sources=[
+        "csrc/older_systems.cpp",
         *(f"csrc/cuda/{name}.cpp" for name in (*CUDA_HOST_SOURCES, "dispatch")),
         *(f"csrc/cuda/{name}.cu" for name in CUDA_SOURCES),
     ],
@@ -464,7 +544,7 @@ if __name__ == "__main__":
     setup(
         ext_modules=[{"cpu": NATIVE, "cuda": CUDA}[part] for part in parts],
         cmdclass={"build_ext": BuildNative},
-        # What pip puts into an isolated build; a pure Python build needs no torch.
-        setup_requires=["torch>=2.10", "ninja"] if parts else [],
+        # What pip puts into an isolated build, when it asks; a pure Python build needs no torch.
+        setup_requires=["torch>=2.10", "ninja"] if parts and "setuptools.build_meta" in sys.modules else [],
         options={"bdist_wheel": {"py_limited_api": "cp310"}} if parts else {},
     )

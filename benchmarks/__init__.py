@@ -14,5 +14,6 @@ def require(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"{name} cannot be imported ({error}): `pip install seqkernels[benchmarks]` installs what benchmarks need."
+            f"{name} cannot be imported ({error}): "
+            "`pip install --no-build-isolation -e '.[benchmarks]'` installs what benchmarks need."
         ) from error

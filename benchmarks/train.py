@@ -29,7 +29,8 @@ def rnn_classes(choice: str, cell: str) -> dict[str, type[nn.Module]]:
                 classes[f"{module.removeprefix('torch.')}.{cell}"] = getattr(importlib.import_module(module), cell)
             except ImportError as error:
                 raise InputError(
-                    f"{module} cannot be imported ({error}): `pip install .` installs it, --module torch does without."
+                    f"{module} cannot be imported ({error}): `pip install --no-build-isolation -e .` installs it, "
+                    "--module torch does without."
                 ) from error
     return classes
 

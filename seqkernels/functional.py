@@ -88,7 +88,7 @@ def rnn(
     reset_to: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
-    """Elman RNN over whole sequences; arguments as `gru`, and nonlinearity "tanh" or "relu"."""
+    """Elman RNN over whole sequences; arguments, results and errors as `gru`, and nonlinearity "tanh" or "relu"."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     checks.check_kind(weights)
@@ -117,9 +117,10 @@ def lstm(
     reset_to: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-    """LSTM over whole sequences; arguments as `gru`, with hx = (h_0, c_0) and (h_n, c_n) returned.
+    """LSTM over whole sequences; arguments, results and errors as `gru`, but for the states.
 
-    weights may hold a projection w_hr ``[P, H]`` behind each direction's others: then h has P features.
+    hx is (h_0, c_0), and (h_n, c_n) is returned; each ``[L*D, B, H]`` (unbatched ``[L*D, H]``). weights may hold a
+    projection w_hr ``[P, H]`` behind each direction's others: then h and the output have P features for H.
     """
     checks.check_kind(weights)
     return recurrent(
@@ -147,7 +148,8 @@ def ligru(
     reset_to: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
-    """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
+    """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments, results and errors as `gru`, with
+    w_ih ``[2*H, I]`` and w_hh ``[2*H, H]``."""
     checks.check_kind(weights)
     return recurrent(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,

@@ -72,7 +72,10 @@ def _load_native() -> str:
     except ModuleNotFoundError:
         if sysconfig.get_config_var("Py_GIL_DISABLED"):
             return "the compiled part is for Pythons with a GIL, and this one has none"
-        return "this install has no compiled part (it was built with SEQKERNELS_BUILD=none)"
+        return (
+            "this install has no compiled part (it was built with SEQKERNELS_BUILD=none, or this is a clone that was "
+            "not built in place: pip install -e .)"
+        )
     except ImportError as error:
         return f"the compiled part does not load: {error}"
     return ""
@@ -81,17 +84,20 @@ def _load_native() -> str:
 def _choose_isa(wanted: str) -> str:
     """The instruction set in use from now on. ValueError if `wanted` is one that is not built or does not run here."""
     if wanted:
-        native().force_isa(wanted)
+        try:
+            native().force_isa(wanted)
+        except ValueError as error:
+            raise ValueError(f"SEQKERNELS_ISA: {error}") from None
     return native().isa()
 
 
 def _load_cuda(emulator: str | None) -> str:
     """Load the library of CUDA kernels, which needs a torch that has CUDA; the reason if that cannot be done."""
     library = Path(emulator) if emulator else Path(__file__).with_name("_cuda.so")
-    if not emulator and torch.version.cuda is None:
-        return "this torch has no CUDA"
     if not library.exists():
         return "this install has no CUDA kernels"
+    if not emulator and torch.version.cuda is None:
+        return "this torch has no CUDA"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -184,7 +190,7 @@ def describe() -> list[tuple[str, str]]:
         rows.append(("CPU kernels", f"{native().isa()} in use; {native().build_info()}"))
     else:
         rows.append(
-            ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: a C++ compiler, then pip install again")
+            ("CPU kernels", f"none: {THIS_MACHINE.native_missing}. Remedy: python -m seqkernels doctor says it")
         )
     rows.append(("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"))
     rows.append(("CUDA", _cuda()))
@@ -217,8 +223,8 @@ def _cuda_kernels() -> str:
     if torch.version.cuda is None and not THIS_MACHINE.emulator:
         return f"none: {THIS_MACHINE.cuda_missing}"
     if THIS_MACHINE.cuda_missing:
-        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then FORCE_CUDA=1 pip install again"
-        return f"none: {THIS_MACHINE.cuda_missing}. Remedy: {remedy}"
+        remedy = "nvcc (NVIDIA's CUDA toolkit) at CUDA_HOME or on the PATH, then in a clone"
+        return f"none: {THIS_MACHINE.cuda_missing}. Remedy: {remedy} FORCE_CUDA=1 pip install --no-build-isolation -e ."
     if THIS_MACHINE.emulator:
         return "run on the CPU, every access checked (SEQKERNELS_EMULATOR), for backend='cuda' only"
     nvcc, targets = THIS_MACHINE.cuda_build

@@ -185,7 +185,8 @@ class LSTM(_Recurrent):
     """Long short-term memory, a drop-in for `torch.nn.LSTM`, with its optional projection of h to proj_size.
 
     Takes torch.nn.LSTM's arguments (those of GRU, and proj_size), has the same parameters, and raises the same errors.
-    State and result hold (h, c). Source of the formula: the torch.nn.LSTM documentation.
+    Input and result are described at `seqkernels.functional.gru`, the states (h, c) at `seqkernels.functional.lstm`.
+    Source of the formula: the torch.nn.LSTM documentation.
     """
 
     _forward_of_torch = nn.LSTM.forward
@@ -273,7 +274,8 @@ def inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, 
 class RNNCell(_Cell):
     """One step of an Elman RNN, a drop-in for `torch.nn.RNNCell` (source of the formula: its documentation).
 
-    forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
+    forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx; float64, float32,
+    bfloat16 or float16. What does not fit raises torch.nn.RNNCell's ValueError or RuntimeError.
     """
 
     __constants__ = nn.RNNCell.__constants__
@@ -301,7 +303,8 @@ class RNNCell(_Cell):
 class GRUCell(_Cell):
     """One step of a GRU, a drop-in for `torch.nn.GRUCell` (source of the formula: its documentation).
 
-    forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx.
+    forward(input ``[B, I]`` or ``[I]``, hx ``[B, H]`` or ``[H]``, zeros if None) -> h' like hx; float64, float32,
+    bfloat16 or float16. What does not fit raises torch.nn.GRUCell's ValueError or RuntimeError.
     """
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:
@@ -316,7 +319,8 @@ class GRUCell(_Cell):
 class LSTMCell(_Cell):
     """One step of an LSTM, a drop-in for `torch.nn.LSTMCell` (source of the formula: its documentation).
 
-    forward(input ``[B, I]`` or ``[I]``, hx = (h, c) of ``[B, H]`` or ``[H]`` each, zeros if None) -> (h', c').
+    forward(input ``[B, I]`` or ``[I]``, hx = (h, c) of ``[B, H]`` or ``[H]`` each, zeros if None) -> (h', c'); float64,
+    float32, bfloat16 or float16. What does not fit raises torch.nn.LSTMCell's ValueError or RuntimeError.
     """
 
     def __init__(self, input_size: int, hidden_size: int, bias: bool = True, device=None, dtype=None) -> None:

@@ -6,13 +6,12 @@ what else the machine does meets both; times are medians over the turns, and "as
 """
 
 import argparse
-import importlib.util
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ import seqkernels
 from seqkernels import hardware
 
 TURN_SECONDS = 0.03  # of one module
-MIN_TURNS = 3
 CHECKED = 16  # steps and sequences
 LIMIT = 1e-5  # relative error in float32, where torch.nn's own is smaller
 
@@ -49,6 +47,9 @@ class Case(NamedTuple):
     shape: Shape
     training: bool
 
+    def __str__(self) -> str:
+        return f"{self.device} {self.cell} {self.shape.name} {'training' if self.training else 'inference'}"
+
 
 class Row(NamedTuple):
     """Milliseconds a run, and how many times as fast ours is. What went wrong stands in `wrong`."""
@@ -60,7 +61,13 @@ class Row(NamedTuple):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=_positive, default=30, metavar="N", help="for all of it, about (%(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=_positive,
+        default=30,
+        metavar="N",
+        help="for all of it, about (%(default)s); a case that takes longer is timed once",
+    )
     devices = ("all", "cpu", "cuda")
     parser.add_argument("--device", choices=devices, default="all", help="where (%(default)s: all that are here)")
     parser.add_argument("--threads", type=_count, metavar="N", help="of the CPU (as torch has them)")
@@ -92,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     cells = [(cell, shape) for cell in ("GRU", "LSTM") for shape in SHAPES]
     cases = [Case(device, *what, training) for device in devices for training in (False, True) for what in cells]
     try:
-        rows = {case: measure(case, options.seconds / len(cases)) for case in progress(cases)}
+        rows = {case: measure(case, until) for case, until in schedule(cases, options.seconds)}
         if busy:
             print(busy)
         for device in devices:
@@ -109,21 +116,28 @@ def busy_machine() -> str:
     return f"The machine is busy (load {load:.1f} on {cpus} CPUs): these times say little." if load > 1.5 * cpus else ""
 
 
-def progress(cases: list[Case]) -> Iterator[Case]:
-    """The cases, with a bar by tqdm where it is installed, else a line for each."""
-    if importlib.util.find_spec("tqdm") is None:
-        for number, case in enumerate(cases, 1):
-            mode = "training" if case.training else "inference"
-            where = f"{case.device} {case.cell} {case.shape.name} {mode}"
-            print(f"{number} of {len(cases)}: {where}", file=sys.stderr, flush=True)
-            yield case
-    else:
-        yield from importlib.import_module("tqdm").tqdm(cases, unit="case", leave=False)
+def schedule(cases: list[Case], seconds: float) -> Iterator[tuple[Case, float]]:
+    """The cases, each with its share of the time that is left, as a point of time.monotonic(); and a progress bar."""
+    end = time.monotonic() + seconds
+    for number, case in enumerate(cases):
+        show_progress(number, len(cases), str(case), sys.stderr)
+        now = time.monotonic()
+        yield case, now + (end - now) / (len(cases) - number)
+    show_progress(len(cases), len(cases), "", sys.stderr)
 
 
-def measure(case: Case, seconds: float) -> Row:
-    """Turns of both modules for so many seconds; where these are not enough for MIN_TURNS, for three times as many."""
-    start = time.monotonic()
+def show_progress(number: int, count: int, what: str, file: TextIO) -> None:
+    """A bar on a terminal, and elsewhere a line for each case."""
+    if file.isatty():
+        print(
+            f"\r[{'#' * number:<{count}}] {number} of {count}  {what:<30}", end="\n" * (not what), file=file, flush=True
+        )
+    elif what:
+        print(f"{number + 1} of {count}: {what}", file=file, flush=True)
+
+
+def measure(case: Case, until: float) -> Row:
+    """Turns of both modules until that point of time.monotonic(), and one at least."""
     try:
         theirs, ours = modules(case)
         wrong = compare(case, theirs, ours)
@@ -132,12 +146,14 @@ def measure(case: Case, seconds: float) -> Row:
         runs = [run_of(case, module) for module in (theirs, ours)]
         for one in runs:
             one()  # what only the first run pays for
-        counts = [max(1, int(TURN_SECONDS / seconds_of(case, one, 1))) for one in runs]
+        first = [seconds_of(case, one, 1) for one in runs]
+        counts = [max(1, int(TURN_SECONDS / seconds)) for seconds in first]
         turns: list[list[float]] = []
-        while not turns or time.monotonic() - start < (3 * seconds if len(turns) < MIN_TURNS else seconds):
+        while time.monotonic() < until:
             turns.append([seconds_of(case, one, count) for one, count in zip(runs, counts, strict=True)])
-    except RuntimeError as error:  # out of memory, a kernel that does not run
+    except (RuntimeError, ValueError) as error:  # out of memory; SEQKERNELS_BACKEND names one that cannot run here
         return Row(wrong=str(error).splitlines()[0])
+    turns = turns or [first]
     torch_s, ours_s = (statistics.median(times) for times in zip(*turns, strict=True))
     return Row(1e3 * torch_s, 1e3 * ours_s, statistics.median(a / b for a, b in turns))
 

@@ -25,7 +25,7 @@ import seqkernels
 from seqkernels import hardware, reference, select
 from seqkernels.hardware import THIS_MACHINE
 
-REINSTALL = "python -m pip install --force-reinstall --no-deps --no-build-isolation .  # in a clone of seqkernels"
+REINSTALL = "python -m pip install --force-reinstall --no-deps --no-build-isolation -e .  # in a clone of seqkernels"
 LENGTHS = (9, 4, 9, 1, 7, 6, 2, 5)
 INPUT, HIDDEN = 12, 40
 CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     versions = f"seqkernels {seqkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"{versions}, {platform.system()} {platform.machine()}")
     faults = 0
-    for found in (compiled_part(), compiler(), gpu(), *map(backend, select.BACKENDS)):
+    for found in (compiled_part(), compiler(), gpu(), *forced_backend(), *map(backend, select.BACKENDS)):
         print(f"{found.state:<7}  {found.what:<11}  {found.said}", flush=True)
         if found.remedy:
             print(f"{'':<22}Remedy: {found.remedy}")
@@ -71,7 +71,11 @@ def compiled_part() -> Finding:
 
 def compiler() -> Finding:
     """Whether there is one, and it takes C++17; it is needed only to build."""
-    words = shlex.split(os.environ.get("CXX") or "c++")
+    wanted = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(wanted) or ["c++"]
+    except ValueError as error:
+        return Finding("-", "compiler", f"CXX={wanted} is no command line: {str(error).lower()}; it is needed to build")
     options = ["-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
     try:
         done = subprocess.run([*words, *options], input="#include <optional>\n", capture_output=True, text=True)
@@ -97,10 +101,29 @@ def gpu() -> Finding:
     return Finding("missing", "GPU", "torch sees none", "python -c 'import torch; torch.cuda.init()' says why")
 
 
+def forced_backend() -> list[Finding]:
+    """Whether the backend that SEQKERNELS_BACKEND names can run here; nothing where it is not set."""
+    name = THIS_MACHINE.forced_backend
+    if name is None:
+        return []
+    against = reasons_against(name)
+    running = [device.type for device, reason in against.items() if reason is None]
+    if running:
+        return [Finding("ok", "forced", f"SEQKERNELS_BACKEND={name} runs every call, on {' and '.join(running)} alone")]
+    reason = list(against.values())[-1]
+    return [Finding("wrong", "forced", f"SEQKERNELS_BACKEND={name}: {reason}", "unset SEQKERNELS_BACKEND")]
+
+
+def reasons_against(name: str) -> dict[torch.device, str | None]:
+    """Why a backend cannot run on the devices that are here; None where it can. The last is the GPU if there is one."""
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    return {device: select.unsupported(name, _call(device), hardware.machine_of(device)) for device in devices}
+
+
 def backend(name: str) -> Finding:
     """Run it on the devices that it is for; or say why not, and whether that is a fault."""
-    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
-    against = {device: select.unsupported(name, _call(device), hardware.machine_of(device)) for device in devices}
+    against = reasons_against(name)
+    devices = list(against)
     running = [device for device in devices if against[device] is None]
     if not running:
         reason = str(against[devices[-1]])

@@ -38,7 +38,7 @@ def test_out_that_is_a_file(folder, tmp_path, capsys):
 @pytest.mark.parametrize("package", ["tqdm", "rich", "matplotlib"])
 def test_missing_package(package, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    refused(capsys, tmp_path, "pip install seqkernels[benchmarks]", "train", "names", "--data", folder)
+    refused(capsys, tmp_path, "-e '.[benchmarks]'` installs what", "train", "names", "--data", folder)
 
 
 def test_missing_seqkernels(folder, tmp_path, capsys, monkeypatch):

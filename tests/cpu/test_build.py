@@ -4,6 +4,8 @@ import ctypes
 import importlib.util
 import itertools
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from gpus import GPUS
 from libraries import assert_hardened
@@ -45,10 +48,11 @@ def setup():
         ({}, "/opt/nvcc", [90], ["cpu", "cuda"]),
         ({"FORCE_CUDA": "1"}, "/opt/nvcc", [], ["cpu", "cuda"]),
         ({"FORCE_CUDA": "1"}, None, [], ["cpu", "cuda"]),  # which then ends with a sentence
-        ({"SEQKERNELS_BUILD": "cpu", "FORCE_CUDA": "1"}, "/opt/nvcc", [90], ["cpu"]),
+        ({"SEQKERNELS_BUILD": "cpu", "FORCE_CUDA": "0"}, "/opt/nvcc", [90], ["cpu"]),
         ({"SEQKERNELS_BUILD": "cuda"}, "/opt/nvcc", [], ["cpu", "cuda"]),
         ({"SEQKERNELS_BUILD": "cuda"}, None, [], ["cpu", "cuda"]),  # the same
-        ({"SEQKERNELS_BUILD": "none", "FORCE_CUDA": "1"}, "/opt/nvcc", [90], []),
+        ({"SEQKERNELS_BUILD": "cuda", "FORCE_CUDA": "1"}, "/opt/nvcc", [], ["cpu", "cuda"]),
+        ({"SEQKERNELS_BUILD": "none"}, "/opt/nvcc", [90], []),
     ],
 )
 def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
@@ -57,15 +61,39 @@ def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
 
 @needs_setup
 def test_a_full_disk_is_named_where_a_build_failed(setup, tmp_path, monkeypatch):
-    assert setup.full_disk(tmp_path, 0) == ""
+    assert setup.full_disk(tmp_path, least_mb=0) == ""
     monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 << 30, 8 << 30, 3 << 20))
-    assert setup.full_disk(tmp_path) == f"only 3 MB are free for {tmp_path}; "
+    there, to_come = tmp_path, tmp_path / "to/come"
+    said = f"only 3 MB are free for {there}; only 3 MB are free for {to_come}; "
+    assert setup.full_disk(there, to_come) == said
 
 
 @needs_setup
 def test_what_is_left_out_unasked_is_said_in_a_line(setup):
-    assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install" in setup.left_out("/opt/nvcc")
+    assert "no CUDA kernels, as there is no GPU here; FORCE_CUDA=1 pip install --no" in setup.left_out("/opt/nvcc")
     assert "as there is no nvcc here; after installing NVIDIA's CUDA toolkit, FORCE_CUDA=1" in setup.left_out(None)
+
+
+@needs_setup
+def test_a_build_without_cuda_removes_the_cuda_library_of_one_before(setup, tmp_path, monkeypatch):
+    def build(libraries, directory, nvcc):
+        for library in libraries:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            library.write_text("built")
+        return True
+
+    package = tmp_path / "seqkernels"
+    package.mkdir()
+    (package / "_cuda.so").write_text("of a build before")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setup, "ROOT", tmp_path)
+    monkeypatch.setattr(setup, "build", build)
+    monkeypatch.setattr(setup, "header_flags", str)
+    options = {"ext_modules": [setup.NATIVE], "cmdclass": {"build_ext": setup.BuildNative}}
+    setuptools.setup(
+        name="seqkernels", packages=["seqkernels"], script_args=["-q", "build_ext", "--inplace"], **options
+    )
+    assert [path.name for path in package.iterdir()] == ["_C.abi3.so"]
 
 
 DRIVER = """
@@ -93,6 +121,12 @@ def test_the_driver_is_asked_for_gpus(setup, failure, gpus, tmp_path):
 def test_an_unknown_build_is_refused(setup):
     with pytest.raises(SystemExit, match="SEQKERNELS_BUILD=gpu is not known; it may be cpu, cuda or none"):
         setup.parts_of({"SEQKERNELS_BUILD": "gpu"}, None, [])
+    for value in ("false", "no", "on", "2", " "):
+        with pytest.raises(SystemExit, match=rf"FORCE_CUDA={value} is not known; it may be 1, .* or 0"):
+            setup.parts_of({"FORCE_CUDA": value}, "/opt/nvcc", [90])
+    for build in ("cpu", "none"):
+        with pytest.raises(SystemExit, match=rf"FORCE_CUDA=1 asks .*SEQKERNELS_BUILD={build} for none: unset one"):
+            setup.parts_of({"SEQKERNELS_BUILD": build, "FORCE_CUDA": "1"}, "/opt/nvcc", [90])
 
 
 @needs_setup
@@ -175,7 +209,7 @@ CUDA_12, CUDA_13 = (50, 60, 70, 72, 75, 80, 86, 87, 89, 90), (75, 80, 86, 87, 88
 TARGETS = [
     # what nvcc compiles for, TORCH_CUDA_ARCH_LIST, what is built, what of it a file that needs 8.0
     (CUDA_13, None, "sm_75 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
-    (CUDA_12, "", "sm_70 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
+    (CUDA_12, " ; ", "sm_70 sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
     ((80, 90, 100), None, "sm_80 sm_90a compute_80", "sm_80 sm_90a compute_80"),
     (CUDA_13, "8.0;9.0a+PTX", "sm_80 sm_90a compute_90a", "sm_80 sm_90a compute_90a"),
     (CUDA_13, "9.0", "sm_90", "sm_90"),
@@ -325,6 +359,32 @@ def test_paths_with_spaces_dollars_and_colons_are_built_in(setup, tmp_path, monk
 
 
 @needs_setup
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) is not here")
+def test_what_glibc_234_moved_into_libc_is_linked_by_its_older_name(setup, tmp_path):
+    code = """
+        #include <dlfcn.h>
+        #include <pthread.h>
+        #include <semaphore.h>
+        static void* work(void* arg) { sem_post((sem_t*)arg); return dlsym(RTLD_DEFAULT, "puts"); }
+        extern "C" int run() {
+          sem_t semaphore;
+          pthread_t thread;
+          void* found = nullptr;
+          return sem_init(&semaphore, 0, 0) + pthread_create(&thread, nullptr, work, &semaphore) +
+                 sem_wait(&semaphore) + pthread_join(thread, &found) + (found == nullptr);
+        }
+    """
+    library = tmp_path / "lib.so"
+    flags = shlex.split(setup.older_glibc(tmp_path / "older"))
+    command = [*setup.compiler().split(), "-shared", "-fPIC", "-xc++", "-", "-xnone", "-o", str(library), *flags]
+    subprocess.run(command, input=code, text=True, check=True)
+    said = subprocess.run(["nm", "-D", library], check=True, capture_output=True, text=True).stdout
+    versions = re.findall(r"U (?:dl|pthread|sem)\w+@GLIBC_2\.(\d+)", said)
+    assert len(versions) == 6 and all(int(version) <= 28 for version in versions), said
+    assert ctypes.CDLL(str(library)).run() == 0
+
+
+@needs_setup
 def test_environment_variables_that_are_no_command_lines_are_refused_in_a_sentence(setup, tmp_path, monkeypatch):
     for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
         monkeypatch.setenv(variable, "'c++ -O2")
@@ -333,6 +393,11 @@ def test_environment_variables_that_are_no_command_lines_are_refused_in_a_senten
         monkeypatch.delenv(variable)
     monkeypatch.setenv("CXX", " ")
     assert setup.compiler() in ("c++", "g++", "clang++")
+    for jobs in ("0", "-1", "two"):
+        monkeypatch.setenv("MAX_JOBS", jobs)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS={jobs} is no number of processes"):
+            setup.build({}, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf")
