@@ -1,7 +1,7 @@
 """The operator pair in plain torch operations: any device, differentiable as often as wanted.
 
 This is the path for machines no kernel reaches, and the one double backward takes. The gate algebra below is the
-only copy in Python outside the specification. 16-bit inputs are computed in float32, as the kernels do.
+only copy in torch operations beside the specification. 16-bit inputs are computed in float32, as the kernels do.
 """
 
 import functools
@@ -127,7 +127,7 @@ def _sweep_back(cell, grad_y, grad_h, grad_c, w: Weights, h_0, c_0, steps, y, sa
         start, size = steps[t]
         now = slice(start, start + size)
         h_prev = _previous(steps, t, reverse, y, h_0)
-        c_prev = None if c_0 is None else _previous(steps, t, reverse, saved[:, 4 * hidden :], c_0)
+        c_prev = None if c_0 is None else _previous(steps, t, reverse, saved[:, -hidden:], c_0)  # c is the last block
         grad_h_t = grad_h[:size] if grad_y is None else grad_h[:size] + grad_y[now]
         grad_x, grad_gates_h, direct, grad_c_t = _step_backward(
             cell, grad_h_t, grad_c[:size], saved[now], y[now], h_prev, c_prev, w.w_hr
@@ -156,8 +156,7 @@ def _step(cell, gates_x, gates_h, w_hr, h, c):
         n = torch.tanh(x_n + r * h_n)
         return n + z * (h - n), c, torch.cat([r, z, n, h_n], 1)
     if cell == "lstm":
-        i, f, g, o = (gates_x + gates_h).chunk(4, 1)
-        i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
+        i, f, g, o = lstm_gates(gates_x + gates_h)
         c = f * c + i * g
         h = o * torch.tanh(c)
         return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o, c], 1)
@@ -167,6 +166,12 @@ def _step(cell, gates_x, gates_h, w_hr, h, c):
         return z * h + (1 - z) * a, c, torch.cat([a, z], 1)
     h = gates_x + gates_h
     return torch.tanh(h) if cell == "rnn_tanh" else torch.relu(h), c, h[:, :0]
+
+
+def lstm_gates(sums: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """i, f, g and o ``[N, H]`` from the sums ``[N, 4*H]`` of their products and biases."""
+    i, f, g, o = sums.chunk(4, 1)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
 
 
 def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):

@@ -9,7 +9,7 @@ from operators import BACKENDS, Call, backward, forward
 import seqkernels as sk
 from seqkernels import late_checks
 from seqkernels.backends.cuda.launch import Launch
-from seqkernels.backends.triton import host as triton
+from seqkernels.backends.triton import layer as triton
 
 
 @pytest.fixture(autouse=True)

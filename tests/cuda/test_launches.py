@@ -8,6 +8,7 @@ import torch
 from cuda_paths import SINGLE_CTA, THIS_GPU, by_path, path
 from operators import Call, both_passes
 
+from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import THIS_MACHINE
 
 pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator here: `make test` builds build/emulator")
@@ -16,8 +17,8 @@ PATHS = {"single CTA": SINGLE_CTA}
 if THIS_GPU.target == "sm_90":
     PATHS |= {"cluster": path("cluster", units=32), "persistent grid": path("persistent grid", units=32)}
 # Forward: biases, product, sweep; backward: sweep, sums of biases, what finishes them and gathers states, and a product
-# for x and for each weight, of which a GRU has two for x and w_ih, as its last gate has two gradients.
-FORWARD, BACKWARD = 3, {"rnn_tanh": 6, "gru": 8, "lstm": 6, "ligru": 6}
+# for x and for each weight. Where gates stay apart, and so have two gradients, there are two for x and two for w_ih.
+FORWARD, BACKWARD = 3, {name: 8 if cell.gates_apart else 6 for name, cell in CELLS.items()}
 # Besides: a single CTA packs its weights in the launch that adds biases, backward in one of its own; the persistent
 # grid has its flags cleared.
 MORE = {"single CTA": (0, 1), "cluster": (0, 0), "persistent grid": (1, 1)}
@@ -53,7 +54,7 @@ def test_a_pass_takes_few_launches_and_one_allocation(name, cell, emulator):
     assert asked_for(emulator, packed, PATHS[name]) == [(forward[0] + 1, 1), (backward[0] + 1, 1)]
     # In both directions there are as many products more.
     both = replace(call, directions=2)
-    products = 5 if cell == "gru" else 3
+    products = 5 if CELLS[cell].gates_apart else 3
     assert asked_for(emulator, both, PATHS[name]) == [(forward[0] + 1, 1), (backward[0] + products, 1)]
 
 

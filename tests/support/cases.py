@@ -15,6 +15,7 @@ from seqkernels.backends import cells
 
 TORCH_CELLS = ("rnn_tanh", "rnn_relu", "gru", "lstm")  # that torch.nn has, and cuDNN
 CELLS = tuple(cells.CELLS)
+WITH_RELU = ("rnn_relu", "ligru")  # neither bounded nor smooth
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("padded", "unbatched", "packed_sorted", "packed_unsorted", "lengths", "cu_seqlens")
 
@@ -49,7 +50,7 @@ class Case:
             "bidirectional": self.bidirectional,
             "dtype": self.dtype,
         }
-        if self.cell == "lstm":
+        if cells.CELLS[self.cell].can_project:
             options["proj_size"] = self.proj_size
         elif self.cell.startswith("rnn"):
             options["nonlinearity"] = self.cell[4:]
@@ -58,7 +59,7 @@ class Case:
     def module(self, namespace) -> nn.Module:
         """The module of torch.nn or of seqkernels, with weights that depend on the seed alone."""
         torch.manual_seed(self.seed)
-        name = {"gru": "GRU", "lstm": "LSTM", "ligru": "LiGRU"}.get(self.cell, "RNN")
+        name = cells.CELLS[self.cell].display_name
         if namespace is nn and self.cell not in TORCH_CELLS:
             module = LiGRU(self.input_size, self.hidden_size, **self.module_options)
             module.load_state_dict(self.module(sk).state_dict())

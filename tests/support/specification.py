@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from cases import Case, run_ours, run_spec, run_torch
+from cases import WITH_RELU, Case, run_ours, run_spec, run_torch
 from tolerances import assert_as_close_as_torch
 
 from seqkernels import select
@@ -16,7 +16,7 @@ NO_CUDNN = select.unsupported("cudnn", select.Call("gru", DEVICE.type, torch.flo
 def judged(results: dict, case: Case) -> dict:
     """In 16 bits a relu whose input rounds across zero has another gradient, for torch.nn at other places than for us:
     there the gradients say nothing (test_ops judges them from one and the same forward)."""
-    kinked = case.cell in ("rnn_relu", "ligru") and case.dtype in (torch.float16, torch.bfloat16)
+    kinked = case.cell in WITH_RELU and case.dtype in (torch.float16, torch.bfloat16)
     return {name: value for name, value in results.items() if not (kinked and name.startswith("grad"))}
 
 

@@ -21,7 +21,7 @@ from operators import backward as backward_of
 from operators import forward as forward_of
 from specification import assert_right
 
-from seqkernels.backends.triton import host as backend
+from seqkernels.backends.triton import layer as triton_layer
 from seqkernels.backends.triton.tiles import Launch
 from seqkernels.hardware import NO_TRITON
 
@@ -33,7 +33,7 @@ forward, backward = (of("triton") if "triton" in BACKENDS else None for of in (f
 def path(request, monkeypatch) -> str:
     """Take one path, wherever the other would be taken as well."""
     if request.param == "stepwise":
-        monkeypatch.setattr(backend, "launch_of", lambda call, gpu: Launch(call.tf32, False, 4, 128, 4))
+        monkeypatch.setattr(triton_layer, "launch_of", lambda call, gpu: Launch(call.tf32, False, 4, 128, 4))
     return request.param
 
 
@@ -57,20 +57,20 @@ def test_both_paths_err_by_rounding_alone(cell, bias, dtype, path):
 def test_sizes_that_only_the_device_knows_give_the_same_results(cell, shape, path, monkeypatch):
     """The host then multiplies for all sequences in every step; the kernels leave alone what does not run."""
     call = Call(cell, dtype=torch.float32, **SHAPES[shape])
-    steps = backend.Layer.steps
+    steps = triton_layer.Layer.steps
 
     def all_sequences(layer, back=False):
         layer.known = [layer.B] * layer.T
         return steps(layer, back)
 
-    monkeypatch.setattr(backend.Layer, "steps", all_sequences)
+    monkeypatch.setattr(triton_layer.Layer, "steps", all_sequences)
     assert_as_in_float64(both_passes(call, forward, backward), call)
 
 
 def test_sizes_are_written_on_the_device_as_a_graph_can_capture():
     for sizes in ([5, 5, 3, 1, 1], [2], [4, 3, 0, 0], []):
         sizes = torch.tensor(sizes, dtype=torch.int64)
-        assert torch.equal(backend._written_there(sizes, torch.device("cpu")), sizes)
+        assert torch.equal(triton_layer._written_there(sizes, torch.device("cpu")), sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from seqkernels import hardware
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
-from seqkernels.backends.triton import host as backend
+from seqkernels.backends.triton import host, layer
 from seqkernels.backends.triton.tiles import MIN_UNITS, launch_of
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -45,7 +45,7 @@ def launches(gpu: hardware.GPU) -> list[dict]:
         constants = {key: value for key, value in values.items() if key not in ("T", "B", "N", "k")}
         noted.setdefault(repr((name, types, constants, warps)), launch)
 
-    backend._run = note
+    layer._run = note
     hardware.gpu_of = lambda device: gpu
     for cell, (dtype, tf32) in itertools.product(CELLS, PRECISIONS):
         if tf32 and gpu.amd:  # never asked for there
@@ -76,11 +76,11 @@ def run(cell: str, dtype: torch.dtype, hidden: int, projected: int) -> None:
         weight = [zeros(gates, 4), zeros(gates, out), zeros(gates), zeros(gates)]
         weight += [zeros(out, hidden)] if projected else []
         c_0 = zeros(directions, 2, hidden) if cell == "lstm" else None
-        layer = zeros(rows, 4), weight * directions, zeros(directions, 2, out), c_0, batch_sizes
+        arguments = zeros(rows, 4), weight * directions, zeros(directions, 2, out), c_0, batch_sizes
         save = batch_sizes is not None
-        y, h_n, c_n, saved = backend.forward(cell, *layer, save)
+        y, h_n, c_n, saved = host.forward(cell, *arguments, save)
         if save:
-            backend.backward(cell, y, h_n, c_n if cell == "lstm" else None, *layer, y, saved, True, True)
+            host.backward(cell, y, h_n, c_n if cell == "lstm" else None, *arguments, y, saved, True, True)
 
 
 def compiled(launch: dict, gpu: hardware.GPU) -> dict:

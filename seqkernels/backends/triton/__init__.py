@@ -1,7 +1,7 @@
 """The operator pair by Triton kernels: any GPU that Triton reaches, or its interpreter on the CPU, for tests.
 
-Here stands when it runs; `tiles` says how a layer is cut, `host` how the kernels are launched, `kernels` what they
-compute.
+Here stands when it runs; `tiles` says how a layer is cut, `layer` what a launch needs of it, `host` which kernels and
+products make a pass, `kernels` what they compute, by the formulas of `algebra` and the loads of `memory`.
 """
 
 from seqkernels.backends import costs

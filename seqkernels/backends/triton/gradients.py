@@ -1,14 +1,9 @@
 """The gradients of x and of the weights: matrix products over all rows, after the sweep."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from seqkernels.backends.triton.host import Layer
+from seqkernels.backends.triton.layer import Layer
 
 
 def grad_x(layer: Layer, grad_gates: Tensor) -> Tensor:

@@ -6,131 +6,27 @@ weights are the left factor, which tensor cores read best. UNITS is a power of t
 what lies beyond H or B is masked, and zero wherever it enters a product. Gates, states and sums are float32, factors
 have the dtype of the weights.
 
-The formulas of the cells stand in ``algebra.py``. Only the host side, ``host.py``, imports this file.
+The formulas of the cells stand in ``algebra.py``, and where a tile's numbers lie in ``memory.py``. Only the host side,
+``layer.py``, imports this file.
 """
 
 import triton
 import triton.language as tl
 
 from seqkernels.backends.triton.algebra import cell_backward, cell_forward, product, store, to_acc
+from seqkernels.backends.triton.memory import (
+    load_blocks,
+    load_step,
+    load_weights,
+    load_x,
+    rows_of_step,
+    step_of,
+    steps_of_tile,
+    store_blocks,
+)
 
 # Sizes change from call to call: no kernel is compiled anew because one is a multiple of 16, or 1.
 kernel = triton.jit(do_not_specialize=["T", "B", "N", "k"])
-
-
-# ---- where things lie
-
-
-@triton.jit
-def step_of(k, steps, direction):
-    """The step that a direction takes as its k-th of `steps`."""
-    return tl.where(direction == 0, k, steps - 1 - k)
-
-
-@triton.jit
-def rows_of_step(starts, sizes, t, T, B, RAGGED: tl.constexpr):
-    """(first row, number of sequences that run) of step t; none run in a step that there is not."""
-    there = (t >= 0) & (t < T)
-    if RAGGED:
-        start, size = tl.load(starts + t, there, 0), tl.load(sizes + t, there, 0)
-    else:
-        start, size = t.to(tl.int64) * B, tl.where(there, B, 0).to(tl.int64)
-    return start, size
-
-
-@triton.jit
-def steps_of_tile(sizes, first, T, RAGGED: tl.constexpr):
-    """How many steps the longest sequence of a tile has, which is the tile's first."""
-    steps = T
-    if RAGGED:
-        steps = 0
-        for at in range(0, T, 128):
-            t = at + tl.arange(0, 128)
-            steps += tl.sum((tl.load(sizes + t, t < T, 0) > first).to(tl.int32))
-    return steps
-
-
-@triton.jit
-def load_blocks(pointer, at, there, H, COUNT: tl.constexpr):
-    """Up to four blocks of H; the first one stands in for those that are not there."""
-    a = tl.load(pointer + at, there, 0.0)
-    b, c, d = a, a, a
-    if COUNT > 1:
-        b = tl.load(pointer + at + H, there, 0.0)
-    if COUNT > 2:
-        c = tl.load(pointer + at + 2 * H, there, 0.0)
-    if COUNT > 3:
-        d = tl.load(pointer + at + 3 * H, there, 0.0)
-    return a, b, c, d
-
-
-@triton.jit
-def store_blocks(pointer, at, there, H, a, b, c, d, COUNT: tl.constexpr):
-    store(pointer + at, a, there)
-    if COUNT > 1:
-        store(pointer + at + H, b, there)
-    if COUNT > 2:
-        store(pointer + at + 2 * H, c, there)
-    if COUNT > 3:
-        store(pointer + at + 3 * H, d, there)
-
-
-@triton.jit
-def load_weights(w_hh, UNITS: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """The matrices of all gates, each ``[UNITS, UNITS]``, zero beyond H."""
-    out, of = tl.arange(0, UNITS)[:, None], tl.arange(0, UNITS)[None, :]
-    at = of * H + out if TRANSPOSED else out * H + of
-    return load_blocks(w_hh, at, (out < H) & (of < H), H * H, GATES)
-
-
-@triton.jit
-def load_x(
-    gates_x, starts, sizes, t, direction, first, lane, unit, here, T, B, N,
-    H: tl.constexpr, GATES: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """Gates of x ``[D, N, G*H]`` of step t -> (the tile's first row of [N], what runs, the gates)."""
-    start, size = rows_of_step(starts, sizes, t, T, B, RAGGED)
-    at, running = start + first, here & (first + lane < size)
-    gates_x += (direction * N + at) * GATES * H
-    x_0, x_1, x_2, x_3 = load_blocks(gates_x, lane * GATES * H + unit, running, H, GATES)
-    return at, running, x_0, x_1, x_2, x_3
-
-
-@triton.jit
-def load_step(
-    grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-    CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr,
-    HAS_GRAD_Y: tl.constexpr,
-):  # fmt: skip
-    """What cell_backward needs of step t -> (the tile's first row of [N], what runs, gradient of y, s_0..s_3, now,
-    before)."""
-    start, size = rows_of_step(starts, sizes, t, T, B, RAGGED)
-    at, running = start + first, here & (first + lane < size)
-    place = at * D + direction
-    # Before it lies what the previous step left of the sequences that it ran, and the initial state of the others.
-    start_before, size_before = rows_of_step(starts, sizes, tl.where(direction == 0, t - 1, t + 1), T, B, RAGGED)
-    place_before = (start_before + first) * D + direction
-    ran = running & (first + lane < size_before)
-    state = (direction * B + first) * H
-    if CELL == "gru" or CELL == "ligru":
-        in_row = lane * D * SAVED * H + unit
-        s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, SAVED)
-        before = tl.load(h_0 + state + (lane * H + unit), running & ~ran, 0.0)
-        before = tl.where(ran, tl.load(y + place_before * H + (lane * D * H + unit), ran, 0.0), before)
-        now = before
-    elif CELL == "lstm":
-        in_row = lane * D * SAVED * H + unit
-        s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, 4)
-        now = tl.load(saved + (place * SAVED + 4) * H + in_row, running, 0.0)
-        before = tl.load(c_0 + state + (lane * H + unit), running & ~ran, 0.0)
-        before = tl.where(ran, tl.load(saved + (place_before * SAVED + 4) * H + in_row, ran, 0.0), before)
-    else:
-        now = tl.load(y + place * H + (lane * D * H + unit), running, 0.0)
-        s_0, s_1, s_2, s_3, before = now, now, now, now, now
-    grad = now
-    if HAS_GRAD_Y:
-        grad = tl.load(grad_y + place * H + (lane * D * H + unit), running, 0.0)
-    return at, running, grad, s_0, s_1, s_2, s_3, now, before
 
 
 # ---- resident: a program walks all steps of its tile
@@ -146,9 +42,9 @@ def resident_forward(
     y,  # [N, D*H]
     h_n, c_n,  # [D, B, H]; may be h_0 and c_0 themselves
     saved,  # [N, D, K*H]
-    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
-    RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
+    T, B, N, CELL: tl.constexpr, HAS_C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr,
+    SAVED: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], tl.arange(0, UNITS)[:, None]
@@ -156,7 +52,7 @@ def resident_forward(
     state = (direction * B + first) * H + (lane * H + unit)
     h = tl.load(h_0 + state, here, 0.0).to(tl.float32)
     c = tl.zeros([UNITS, ROWS], tl.float32)
-    if CELL == "lstm":
+    if HAS_C:
         c = tl.load(c_0 + state, here, 0.0)
     w_0, w_1, w_2, w_3 = load_weights(w_hh + direction * GATES * H * H, UNITS, H, GATES, False)
     b_0, b_1, b_2, b_3 = 0.0, 0.0, 0.0, 0.0
@@ -190,11 +86,11 @@ def resident_forward(
         if SAVE and SAVED > 0:
             in_row = lane * D * SAVED * H + unit
             store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
-            if CELL == "lstm":
-                store(saved + (place * SAVED + 4) * H + in_row, c, running)
+            if HAS_C:
+                store(saved + (place * SAVED + SAVED - 1) * H + in_row, c, running)
         at, running, x_0, x_1, x_2, x_3 = next_at, next_running, next_0, next_1, next_2, next_3
     store(h_n + state, h, here)
-    if CELL == "lstm":
+    if HAS_C:
         store(c_n + state, c, here)
 
 
@@ -205,9 +101,9 @@ def resident_backward(
     w_hh, h_0, c_0,  # both states [D, B, H], in the dtype of the layer
     starts, sizes, y, saved,
     grad_gates,  # [D, N, GRADS*H], blocks as cell_backward has them
-    T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
-    RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
+    T, B, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    GATES: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], tl.arange(0, UNITS)[:, None]
@@ -215,7 +111,7 @@ def resident_backward(
     state = (direction * B + first) * H + (lane * H + unit)
     grad_h_t = tl.load(grad_h + state, here, 0.0)
     grad_c_t = tl.zeros([UNITS, ROWS], tl.float32)
-    if CELL == "lstm":
+    if HAS_C:
         grad_c_t = tl.load(grad_c + state, here, 0.0)
     w_0, w_1, w_2, w_3 = load_weights(w_hh + direction * GATES * H * H, UNITS, H, GATES, True)
 
@@ -223,13 +119,13 @@ def resident_backward(
     t = step_of(steps - 1, steps, direction)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-        CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
+        HAS_C, NEEDS_H_PREV, H, D, SAVED, RAGGED, HAS_GRAD_Y,
     )  # fmt: skip
     for k in range(steps):
         t = step_of(steps - 2 - k, steps, direction)
         next_at, next_running, next_grad, next_0, next_1, next_2, next_3, next_now, next_before = load_step(
             grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
-            CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
+            HAS_C, NEEDS_H_PREV, H, D, SAVED, RAGGED, HAS_GRAD_Y,
         )  # fmt: skip
         total = grad_h_t
         if HAS_GRAD_Y:
@@ -249,7 +145,7 @@ def resident_backward(
         at, running, grad, now, before = next_at, next_running, next_grad, next_now, next_before
         s_0, s_1, s_2, s_3 = next_0, next_1, next_2, next_3
     store(grad_h + state, grad_h_t, here)
-    if CELL == "lstm":
+    if HAS_C:
         store(grad_c + state, grad_c_t, here)
 
 
@@ -263,9 +159,9 @@ def step_forward(
     b_hh,  # [D, G*H]
     h,  # [D, B, H], changed in place; with a projection what is to be projected
     c,  # [D, B, H] float32, changed in place
-    starts, sizes, y, saved, k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr,
-    SAVED: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr,
-    ROWS: tl.constexpr, UNITS: tl.constexpr,
+    starts, sizes, y, saved, k, T, B, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr,
+    BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
@@ -282,22 +178,22 @@ def step_forward(
     a_0, a_1 = a_0.to(tl.float32) + b_0, a_1.to(tl.float32) + b_1
     a_2, a_3 = a_2.to(tl.float32) + b_2, a_3.to(tl.float32) + b_3
     h_t, c_t = a_0, a_0
-    if CELL == "gru" or CELL == "ligru":
+    if NEEDS_H_PREV:
         h_t = tl.load(h + state, running, 0.0).to(tl.float32)
-    if CELL == "lstm":
+    if HAS_C:
         c_t = tl.load(c + state, running, 0.0)
     h_t, c_t, s_0, s_1, s_2, s_3 = cell_forward(x_0, x_1, x_2, x_3, a_0, a_1, a_2, a_3, h_t, c_t, CELL)
     place = at * D + direction
     store(h + state, h_t, running)
     if not PROJECTED:
         store(y + place * H + (lane * D * H + unit), h_t, running)
-    if CELL == "lstm":
+    if HAS_C:
         store(c + state, c_t, running)
     if SAVE and SAVED > 0:
         in_row = lane * D * SAVED * H + unit
         store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
-        if CELL == "lstm":
-            store(saved + (place * SAVED + 4) * H + in_row, c_t, running)
+        if HAS_C:
+            store(saved + (place * SAVED + SAVED - 1) * H + in_row, c_t, running)
 
 
 @kernel
@@ -328,16 +224,16 @@ def step_backward(
     c_0, starts, sizes, y, saved,
     grad_gates,  # [D, N, GRADS*H]
     grad_step,  # [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
-    k, T, B, N, CELL: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
-    RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
+    k, T, B, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    GATES: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr,
+    PROJECTED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
     here = (first + lane < B) & (unit < H)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, step_of(k, T, direction), direction, first, lane, unit, here, T, B,
-        CELL, H, D, SAVED, RAGGED, HAS_GRAD_Y,
+        HAS_C, NEEDS_H_PREV, H, D, SAVED, RAGGED, HAS_GRAD_Y,
     )  # fmt: skip
     of_state = direction * B + first
     state = of_state * H + (lane * H + unit)
@@ -345,7 +241,7 @@ def step_backward(
     if HAS_GRAD_Y:
         total += grad.to(tl.float32)
     grad_c_t = total
-    if CELL == "lstm":
+    if HAS_C:
         grad_c_t = tl.load(grad_c + state, running, 0.0)
     s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
     g_0, g_1, g_2, g_3, total, grad_c_t = cell_backward(total, grad_c_t, s_0, s_1, s_2, s_3, now, before, CELL)
@@ -357,7 +253,7 @@ def step_backward(
     store_blocks(grad_step + of_state * GATES * H, lane * GATES * H + unit, here, H, g_0, g_1, g_2, g_3, GATES)
     if not PROJECTED:
         store(grad_h + state, total, running)
-    if CELL == "lstm":
+    if HAS_C:
         store(grad_c + state, grad_c_t, running)
 
 
