@@ -66,25 +66,22 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
             raise _nothing_runs(call, {forced: reason})
         module = _MODULES[forced]
         return Plan(forced, "forced", (), module.kernel(call, machine), module.plan_launch(call, machine))
-    offers, against, no_dtype = {}, {}, _no_dtype(call)
-    for name in BACKENDS:
-        reason = (
-            no_dtype or _MODULES[name].unsupported(call, machine) or _MODULES[name].reason_not_default(call, machine)
-        )
+    against: dict[str, str] = {}
+    estimates: dict[str, float | None] = {}  # of those that may run it
+    for name, module in _MODULES.items():
+        reason = _no_dtype(call) or module.unsupported(call, machine) or module.reason_not_default(call, machine)
         if reason:
             against[name] = reason
         else:
-            offers[name] = _Offer(_MODULES[name].estimate(call, machine), _MODULES[name].kernel(call, machine))
-    if not offers:
+            estimates[name] = module.estimate(call, machine)
+    if not estimates:
         raise _nothing_runs(call, against)
-    chosen = _choice(offers)
-    against |= {name: _why_not(name, offer, call, chosen, machine) for name, offer in offers.items() if name != chosen}
-    reason = _MODULES[chosen].DESCRIPTION
-    cost = offers[chosen].cost
-    if cost is not None:
-        reason += f", {_words(cost, call, costs.source(chosen, machine.gpu))}"
+    chosen = _cheapest(estimates)
+    against |= {name: _why_not(name, us, chosen, call, machine) for name, us in estimates.items() if name != chosen}
+    module, cost = _MODULES[chosen], estimates[chosen]
+    reason = module.DESCRIPTION + ("" if cost is None else f", {_in_words(cost, chosen, call, machine)}")
     refusals = tuple((name, against[name]) for name in BACKENDS if name != chosen)
-    return Plan(chosen, reason, refusals, offers[chosen].kernel, _MODULES[chosen].plan_launch(call, machine))
+    return Plan(chosen, reason, refusals, module.kernel(call, machine), module.plan_launch(call, machine))
 
 
 _planned = functools.lru_cache(maxsize=4096)(plan)
@@ -101,26 +98,20 @@ def plan_of(call: Call, device: torch.device, backend: str | None) -> Plan:
     return chosen
 
 
-class _Offer(NamedTuple):
-    """What a backend says of a call that it can run."""
-
-    cost: float | None  # microseconds of a step; None: nobody knows
-    kernel: str
+def _cheapest(estimates: dict[str, float | None]) -> str:
+    known = {name: us for name, us in estimates.items() if us is not None}
+    return min(known, key=lambda name: known[name]) if known else next(iter(estimates))
 
 
-def _choice(offers: dict[str, _Offer]) -> str:
-    costs = {name: offer.cost for name, offer in offers.items() if offer.cost is not None}
-    return min(costs, key=lambda name: costs[name]) if costs else next(iter(offers))
-
-
-def _why_not(name: str, offer: _Offer, call: Call, chosen: str, machine: Machine) -> str:
-    if offer.cost is None:
+def _why_not(name: str, us: float | None, chosen: str, call: Call, machine: Machine) -> str:
+    if us is None:
         return f"it could run, but {chosen} is preferred"
-    return f"{_words(offer.cost, call, costs.source(name, machine.gpu))} ({offer.kernel})"
+    return f"{_in_words(us, name, call, machine)} ({_MODULES[name].kernel(call, machine)})"
 
 
-def _words(cost: float, call: Call, source: str) -> str:
-    return f"about {cost:.1f} us a step{' forward and backward' if call.training else ''}, {source}"
+def _in_words(us: float, backend: str, call: Call, machine: Machine) -> str:
+    passes = " forward and backward" if call.training else ""
+    return f"about {us:.1f} us a step{passes}, {costs.source(backend, machine.gpu)}"
 
 
 def _nothing_runs(call: Call, against: dict[str, str]) -> ValueError:
