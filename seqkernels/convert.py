@@ -2,22 +2,15 @@
 
 import fnmatch
 import functools
-import inspect
 import warnings
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from seqkernels import modules, trial
+from seqkernels import modules, swappable, trial
 from seqkernels.drop_in import DropIn, check_module
-
-# torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
-OURS = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")}
-TORCHS = {ours: torchs for torchs, ours in OURS.items()}
-_CELLS = (nn.RNNCell, nn.GRUCell, nn.LSTMCell)
-_NAMES = {cls.__name__ for cls in OURS}
+from seqkernels.swappable import OURS, TORCHS
 
 
 class Swap(NamedTuple):
@@ -90,30 +83,8 @@ def swap_in(
         ValueError: one of `classes` is none of the six.
     """
     _check_model(model, "swap_in")
-    chosen = tuple(OURS) if classes is None else tuple(classes) if isinstance(classes, Iterable) else (classes,)
-    for cls in chosen:
-        if cls not in OURS:
-            raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
-    if cells is False:
-        chosen = tuple(cls for cls in chosen if cls not in _CELLS)
-    patterns = None if names is None else (names,) if isinstance(names, str) else tuple(names)
-    report, able = Report(), {}
-    for report.seen, (name, module) in enumerate(model.named_modules(), 1):
-        torchs = _torchs_class(module)
-        if torchs is None:
-            reason = _unusual(module)
-        elif torchs not in chosen:
-            reason = "its class was not asked for"
-        elif patterns is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            reason = "its name was not asked for"
-        else:
-            reason = _reason_against_class(module, torchs, subclasses) or _reason_to_leave(module)
-            reason = reason or modules.unsupported(module)
-        if reason:
-            report.append(Swap(name, _name(type(module)), None, reason))
-        elif torchs:
-            able[name] = module, _drop_in_of(_unparametrized(module), torchs)
-            report.append(Swap(name, _name(type(module)), None))
+    wanted = _Wanted(_chosen(classes, cells), _patterns(names), subclasses)
+    report, able = _look_through(model, wanted)
     speeds = {} if benchmark is None else _speeds(model, able, benchmark)
     for place, swap in enumerate(report):
         if swap.reason:
@@ -128,6 +99,50 @@ def swap_in(
     if cells is None and classes is None and benchmark is None:
         _warn_of_cells(model, report)
     return report
+
+
+class _Wanted(NamedTuple):
+    """What is asked for, by the arguments of `swap_in`."""
+
+    classes: tuple[type, ...]
+    names: tuple[str, ...] | None  # patterns
+    subclasses: bool
+
+    def reason_against(self, name: str, module: Any, torchs: type) -> str | None:
+        if torchs not in self.classes:
+            return "its class was not asked for"
+        if self.names is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.names):
+            return "its name was not asked for"
+        return (
+            swappable.reason_against_class(module, torchs, self.subclasses)
+            or swappable.reason_against_forward(module)
+            or modules.unsupported(module)
+        )
+
+
+def _chosen(classes: type | Iterable[type] | None, cells: bool | None) -> tuple[type, ...]:
+    chosen = tuple(OURS) if classes is None else tuple(classes) if isinstance(classes, Iterable) else (classes,)
+    for cls in chosen:
+        if cls not in OURS:
+            raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
+    return tuple(cls for cls in chosen if cls not in swappable.CELLS) if cells is False else chosen
+
+
+def _patterns(names: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _look_through(model: nn.Module, wanted: _Wanted) -> tuple[Report, dict[str, tuple[nn.Module, type]]]:
+    """A report in which nothing is swapped yet, and by their names the modules that can be, with their new classes."""
+    report, able = Report(), {}
+    for report.seen, (name, module) in enumerate(model.named_modules(), 1):
+        torchs = swappable.torchs_class(module)
+        reason = wanted.reason_against(name, module, torchs) if torchs else swappable.reason_against_kind(module)
+        if torchs or reason:
+            report.append(Swap(name, _name(type(module)), None, reason or ""))
+        if torchs and not reason:
+            able[name] = module, _drop_in_of(swappable.unparametrized(module), torchs)
+    return report, able
 
 
 def _speeds(model: nn.Module, able: dict[str, tuple[nn.Module, type]], benchmark: Any) -> dict[str, float]:
@@ -155,14 +170,14 @@ def swap_out(model: nn.Module) -> Report:
     _check_model(model, "swap_out")
     report = Report()
     for report.seen, (name, module) in enumerate(model.named_modules(), 1):
-        cls = _unparametrized(module)
+        cls = swappable.unparametrized(module)
         torchs = vars(cls).get("_subclass_of_torch") or TORCHS.get(cls)
         if torchs is not None:
-            reason = _reason_to_leave(module) or _beyond_torch(module)
+            reason = swappable.reason_against_forward(module) or swappable.reason_against_options(module)
         elif isinstance(cls, DropIn):
             reason = "torch.nn has no such class"
         else:
-            reason = "it is none of ours" if _torchs_class(module) else _unusual(module)
+            reason = "it is none of ours" if swappable.torchs_class(module) else swappable.reason_against_kind(module)
         if reason:
             report.append(Swap(name, _name(type(module)), None, reason))
         elif torchs is not None:
@@ -172,37 +187,6 @@ def swap_out(model: nn.Module) -> Report:
 
 def _check_model(model: object, function: str) -> None:
     check_module(model, f"{function} takes a model, which is one torch.nn.Module")
-
-
-def _torchs_class(module: nn.Module) -> type | None:
-    """Which of torch.nn's six classes this is an instance of, as long as it is neither ours nor torch.ao's."""
-    if isinstance(type(module), DropIn) or _is_of_ao(module):
-        return None
-    return next((cls for cls in OURS if isinstance(module, cls)), None)
-
-
-def _unusual(module: nn.Module) -> str | None:
-    """Why what is recurrent, and no instance of torch.nn's six classes, is left; None: it is not recurrent."""
-    if isinstance(type(module), DropIn):
-        return "it is ours already"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "TorchScript has its code" if getattr(module, "original_name", None) in _NAMES else None
-    if _is_of_ao(module):
-        return "it is quantized, or made to be" if type(module).__name__ in _NAMES else None
-    return "it is a class of its own" if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) else None
-
-
-def _is_of_ao(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.ao.")
-
-
-def _reason_to_leave(module: nn.Module) -> str | None:
-    return "its forward was replaced" if "forward" in vars(module) else None
-
-
-def _beyond_torch(module: nn.Module) -> str | None:
-    options = [name for name in ("return_all_states", "learn_initial_state") if getattr(module, name, False)]
-    return f"torch.nn has no {' and no '.join(options)}" if options else None
 
 
 def _warn_of_cells(model: nn.Module, report: Report) -> None:
@@ -217,37 +201,6 @@ def _warn_of_cells(model: nn.Module, report: Report) -> None:
             "leaves them, and cells=True says that they are wanted",
             stacklevel=3,
         )
-
-
-def _reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> str | None:
-    cls = _unparametrized(module)
-    if cls is torchs:
-        return None
-    own = _own_code(cls, torchs)
-    if own or not subclasses:
-        why = f": its {own[0]} is its own" if own else "; subclasses=True swaps it"
-        return f"a subclass may compute something else{why}"
-    return None
-
-
-# Nothing that forward uses: the drop-in of a subclass takes these from the subclass.
-_HARMLESS = {"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__"}
-# What ours have beyond torch.nn's, and use nowhere themselves: the subclass's own goes before it.
-_OFFERED = {"step"}
-
-
-def _own_code(cls: type, torchs: type) -> list[str]:
-    """Which methods of torch.nn's class or of ours a subclass of torch.nn's has code of its own for, forward first."""
-    theirs = (*torchs.__mro__, *OURS[torchs].__mro__)
-    known = {name for base in theirs if base not in nn.Module.__mro__ for name in vars(base)} - _HARMLESS - _OFFERED
-    own = {
-        name
-        for base in cls.__mro__
-        if base not in torchs.__mro__
-        for name, value in vars(base).items()
-        if inspect.isroutine(value) or isinstance(value, property)
-    }
-    return sorted(own & known, key=lambda name: (name != "forward", name))
 
 
 @functools.cache
@@ -266,7 +219,7 @@ def _drop_in_of(cls: type, torchs: type) -> type:
         return _new_drop_in_of, (cls, torchs), *rest
 
     ours = [base for base in OURS[torchs].__mro__ if isinstance(base, DropIn)]
-    left_out = _OF_A_CLASS | {name for name in _OFFERED if hasattr(cls, name)}
+    left_out = _OF_A_CLASS | {name for name in swappable.ADDED if hasattr(cls, name)}
     members = {name: value for base in reversed(ours) for name, value in vars(base).items() if name not in left_out}
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     members |= names | {"__reduce_ex__": __reduce_ex__, "_drop_in": OURS[torchs], "_subclass_of_torch": cls}
@@ -275,7 +228,7 @@ def _drop_in_of(cls: type, torchs: type) -> type:
     return made
 
 
-_OF_A_CLASS = {*_HARMLESS, "__dict__", "__weakref__", "__annotations__", "__annotations_cache__"}
+_OF_A_CLASS = {*swappable.HARMLESS, "__dict__", "__weakref__", "__annotations__", "__annotations_cache__"}
 
 
 def _new_drop_in_of(cls: type, torchs: type) -> nn.Module:
@@ -285,7 +238,7 @@ def _new_drop_in_of(cls: type, torchs: type) -> nn.Module:
 
 def _swap(name: str, module: nn.Module, to: type) -> Swap:
     """Change the class of one module."""
-    before, base = type(module), _unparametrized(module)
+    before, base = type(module), swappable.unparametrized(module)
     assigned = _take_flat_weights(module)
     module.__class__ = to if base is before else _rebased(before, to)
     if isinstance(module, nn.RNNBase):
@@ -293,11 +246,6 @@ def _swap(name: str, module: nn.Module, to: type) -> Swap:
         for index, weight in assigned.items():
             module._flat_weights[index] = weight
     return Swap(name, _name(before), _name(type(module)))
-
-
-def _unparametrized(module: nn.Module) -> type:
-    cls = type(module)
-    return cls.__bases__[0] if hasattr(module, "parametrizations") else cls
 
 
 def _take_flat_weights(module: nn.Module) -> dict[int, Tensor | None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from seqkernels import drop_in
-from seqkernels.convert import OURS, TORCHS
+from seqkernels.swappable import OURS, TORCHS
 
 
 class Built:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from seqkernels.convert import TORCHS, swap_out
+from seqkernels.convert import swap_out
 from seqkernels.on_import import when_imported
+from seqkernels.swappable import TORCHS
 
 
 def _through_torchs(quantized: Any) -> type:
