@@ -12,8 +12,29 @@ from seqkernels.backends.cells import CELLS
 State = Tensor | tuple[Tensor, Tensor]
 
 
-def count_weights(given: int, count: int, bias: bool, cell: str) -> int:
-    """How many weights each of `count` layers and directions has."""
+def check_call(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: State | None,
+    weights: Sequence[Tensor],
+    count: int,
+    bias: bool,
+    lengths: Tensor | Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+) -> bool:
+    """Arguments of a call of `count` layers and directions -> whether the input is one unbatched sequence."""
+    if len(weights) != (4 if bias else 2) * count:
+        _check_count(len(weights), count, bias, cell)
+    unbatched = _is_unbatched(cell, input, hx, lengths, cu_seqlens)
+    if isinstance(input, PackedSequence):
+        _check_input(input.data, weights, 2)
+    else:
+        _check_input(input, weights, 3 if cu_seqlens is None else 2)
+    return unbatched
+
+
+def _check_count(given: int, count: int, bias: bool, cell: str) -> None:
+    """There may be a projection beside the weights that every cell has."""
     each = given // count
     kinds, can_project = 4 if bias else 2, CELLS[cell].can_project
     if each * count != given or not (each == kinds or (can_project and each == kinds + 1)):
@@ -21,10 +42,9 @@ def count_weights(given: int, count: int, bias: bool, cell: str) -> int:
             f"expected {kinds} weights{' (or one more, a projection)' if can_project else ''} for each of "
             f"{count} layers and directions, got {given} in all"
         )
-    return each
 
 
-def is_unbatched(
+def _is_unbatched(
     cell: str,
     input: Tensor | PackedSequence,
     hx: State | None,
@@ -97,7 +117,7 @@ def check_kind(weights: Sequence[Tensor]) -> None:
         )
 
 
-def check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> None:
+def _check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> None:
     w_ih = weights[0]
     if data.dtype != w_ih.dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(
@@ -110,14 +130,14 @@ def check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> Non
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {data.shape[-1]}"
         )
-    check_weights(weights, data)
+    _check_weights(weights, data)
 
 
-def check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
+def _check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
     device, dtype = data.device, data.dtype
     for weight in weights:
         if weight.device != device or weight.dtype != dtype:
-            check_same(weight, data, "parameter")
+            _check_same(weight, data, "parameter")
 
 
 def check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State | None) -> None:
@@ -132,10 +152,10 @@ def check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: S
 def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str, name: str = "hidden") -> None:
     if state.shape != size:
         raise RuntimeError(message.format(size, list(state.shape)))
-    check_same(state, data, name)
+    _check_same(state, data, name)
 
 
-def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
+def _check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
     """Device and dtype of a state or a weight are those of the input; autocast makes the dtypes equal by itself."""
     if tensor.device != data.device:
         raise RuntimeError(
@@ -158,5 +178,5 @@ def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {w_hh.shape[1]}"
             )
-        check_same(state, input)
-    check_weights(weights, input)
+        _check_same(state, input)
+    _check_weights(weights, input)

@@ -72,10 +72,10 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
         ragged = lengths, None, None, reset, reset_to
-        call = inputs.prepare(modules.cell_of(module), input, hx, weights, *sizes, *ragged).call
+        call = inputs.prepare(modules.cell_of(module), input, hx, weights, *sizes, *ragged, bias=module.bias).call
     else:
         states = (hx,) if isinstance(hx, torch.Tensor) else hx
-        call = inputs.call_of_step(modules.cell_of(module), *modules.inputs_of_step(module, input, states))
+        call = inputs.facts_of_step(modules.cell_of(module), *modules.inputs_of_step(module, input, states))[0]
     return select.plan_of(call, input.data.device, getattr(module, "backend", None))
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from seqkernels import checks, modes, onnx_export, ops, select
 from seqkernels.backends import stack
 from seqkernels.checks import State
-from seqkernels.inputs import Inputs, call_of_step, prepare
+from seqkernels.inputs import Inputs, facts_of_step, prepare, restore_layout
 
 
 def gru(
@@ -179,28 +179,23 @@ def recurrent(
 ):
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
-    checks.count_weights(len(weights), num_layers * directions, bias, cell)
     if onnx_export.exporting():
         onnx_export.check_no_reset(reset)
-        dropout = dropout if training else 0.0
-        options = num_layers, directions, dropout, batch_first, lengths, cu_seqlens
-        return onnx_export.recurrent(cell, input, hx, weights, *options)
+        of_export = num_layers, directions, dropout if training else 0.0, batch_first, lengths, cu_seqlens, bias
+        return onnx_export.recurrent(cell, input, hx, weights, *of_export)
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged)
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
-    y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0)
-    h_n = restore(h_n, inputs)
-    return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, restore(c_n, inputs)))
+    return restore_layout(inputs, *run(plan, inputs, weights, dropout if training else 0.0))
 
 
 def run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
-    (y, batch_sizes, *_), h_0, c_0, _, call = inputs
-    layers = call.layers
+    rows, h_0, c_0, _, save, call = inputs
+    y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
     # would compute. (cuDNN cannot leave any out.)
     if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, len(weights) // layers))):
-        save = modes.wants_gradients(y, h_0, c_0, *weights)
         return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):
@@ -237,18 +232,9 @@ def recurrent_cell(
     checks.check_step(input, (h_0,) if c_0 is None else (h_0, c_0), weights)
     if onnx_export.exporting():
         return onnx_export.step(cell, input, h_0, c_0, weights)
-    call = call_of_step(cell, input, weights, h_0, c_0)
+    call, save = facts_of_step(cell, input, weights, h_0, c_0)
     plan = select.plan_of(call, input.device, backend)
     # With a single step y is h.
     states = h_0.unsqueeze(0), None if c_0 is None else c_0.unsqueeze(0)
-    save = modes.wants_gradients(input, h_0, c_0, *weights)
     y, _, c = ops.recurrence_forward(plan, call, input, weights, *states, None, save)
     return y, c if c_0 is None else c.squeeze(0)
-
-
-def restore(state: Tensor, inputs: Inputs) -> Tensor:
-    """A final state ``[L*D, B, *]`` in the user's order of sequences."""
-    unsorted_indices = inputs.rows.unsorted_indices
-    if unsorted_indices is not None:
-        state = state.index_select(1, unsorted_indices)
-    return state.squeeze(1) if inputs.unbatched else state

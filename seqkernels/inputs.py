@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
     h_0: Tensor  # [L*D, B, P], in the order of the rows
     c_0: Tensor | None  # [L*D, B, H]
     unbatched: bool
+    save: bool  # gradients are wanted
     call: Call
 
 
@@ -38,14 +39,13 @@ def prepare(
     max_seqlen: int | None = None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: State | None = None,
+    bias: bool = True,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
     if not torch.compiler.is_compiling():
         late_checks.look()
+    unbatched = checks.check_call(cell, input, hx, weights, num_layers * directions, bias, lengths, cu_seqlens)
     transformed = modes.transformed()
-    unbatched = checks.is_unbatched(cell, input, hx, lengths, cu_seqlens)
-    data = input.data if isinstance(input, PackedSequence) else input
-    checks.check_input(data, weights, 3 if data is input and cu_seqlens is None else 2)
     checks.check_reset_to(cell, reset, reset_to)
     if unbatched:
         hx, reset_to = _with_batch(hx), _with_batch(reset_to)
@@ -67,11 +67,19 @@ def prepare(
     else:
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, reset_to, rows, weights[1], num_layers * directions, transformed)
-    call = call_of(cell, rows.data, weights, h_0, c_0, rows.batch_sizes, transformed, num_layers, directions)
-    return Inputs(rows, h_0, c_0, unbatched, call)
+    sizes = rows.batch_sizes, transformed, num_layers, directions
+    call, save = _facts_of(cell, rows.data, weights, h_0, c_0, *sizes)
+    return Inputs(rows, h_0, c_0, unbatched, save, call)
 
 
-def call_of(
+def facts_of_step(
+    cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None
+) -> tuple[Call, bool]:
+    """One step of a cell, x ``[B, I]`` and states ``[B, H]``, as `select` sees it; and whether gradients are wanted."""
+    return _facts_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
+
+
+def _facts_of(
     cell: str,
     x: Tensor,
     weights: Sequence[Tensor],
@@ -82,9 +90,10 @@ def call_of(
     num_layers: int = 1,
     directions: int = 1,
     one_step: bool = False,
-) -> Call:
-    """The facts of a call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or of one step of a cell."""
-    device = x.device
+) -> tuple[Call, bool]:
+    """A call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or one step of a cell, as `select` sees it; and whether
+    gradients are wanted."""
+    device, training = x.device, modes.wants_gradients(x, h_0, c_0, *weights)
     vmapped = transformed and modes.only_vmap()
     transformed = transformed and not vmapped
     # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
@@ -93,13 +102,13 @@ def call_of(
     if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
         make = Call if compiled else _call_without_sizes
         call = make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
-        return call._replace(vmapped=True) if vmapped else call
+        return call._replace(vmapped=True) if vmapped else call, training
     sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
         layout, steps = "packed" if batch_sizes.device.type == "cpu" else "device", len(batch_sizes)
-    dtype, training = modes.computed_dtype(x), modes.wants_gradients(x, h_0, c_0, *weights)
-    return Call(
+    dtype = modes.computed_dtype(x)
+    call = Call(
         cell=cell,
         device_type=device.type,
         dtype=dtype,
@@ -119,15 +128,22 @@ def call_of(
         capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
         vmapped=vmapped,
     )
+    return call, training
 
 
 # Calls that differ in their sizes alone are the same object, which also finds its plan faster.
 _call_without_sizes = functools.lru_cache(1024)(Call)
 
 
-def call_of_step(cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None) -> Call:
-    """The facts of one step of a cell: x ``[B, I]``, states ``[B, H]``."""
-    return call_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
+def restore_layout(inputs: Inputs, y: Tensor, h_n: Tensor, c_n: Tensor) -> tuple[Tensor | PackedSequence, State]:
+    """Results of the operators, y ``[N, D*P]`` and states ``[L*D, B, *]``, in the layout of the user's input."""
+    rows, has_c = inputs.rows, inputs.c_0 is not None
+    if rows.unsorted_indices is not None:
+        h_n = h_n.index_select(1, rows.unsorted_indices)
+        c_n = c_n.index_select(1, rows.unsorted_indices) if has_c else c_n
+    if inputs.unbatched:
+        h_n, c_n = h_n.squeeze(1), c_n.squeeze(1) if has_c else c_n
+    return rows.restore_layout(y), (h_n, c_n) if has_c else h_n
 
 
 def _with_batch(state: State | None) -> State | None:
@@ -175,5 +191,5 @@ def _given_state(
         checks.check_state(tensor, size, data, f"Expected {which} size {{}}, got {{}}", name)
         # torch selects from a freed storage all the same
         if not (torch.compiler.is_compiling() or transformed):
-            arguments.expect_storage(f"{'hc'[k]}_0" if name == "hidden" else which, tensor)
+            arguments.expect_storage(**{f"{'hc'[k]}_0" if name == "hidden" else which: tensor})
     return found

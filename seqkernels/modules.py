@@ -135,6 +135,7 @@ class _Recurrent(drop_in.Layer):
             input,
             state,
             self._weights(),
+            bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
@@ -243,7 +244,7 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
             raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {dimensions}D instead")
         for k, state in enumerate(states or ()):
             if state.dim() not in (1, 2):
-                what = f"hx[{k}]" if cell_of(self) == "lstm" else "hidden"
+                what = f"hx[{k}]" if CELLS[cell_of(self)].states == 2 else "hidden"
                 raise ValueError(f"{self._get_name()}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
         x, weights, *given = inputs_of_step(self, input, states)
         h, c = functional.recurrent_cell(cell_of(self), x, *given, weights=weights, backend=self.backend)

@@ -43,16 +43,17 @@ def recurrent(
     batch_first: bool,
     lengths: Tensor | Sequence[int] | None,
     cu_seqlens: Tensor | None,
+    bias: bool,
 ) -> tuple[Tensor, State]:
     """`seqkernels.functional.recurrent` as ONNX operators, one for each layer.
 
     Raises:
         ValueError: what ONNX has no operator for: LiGRU, proj_size, a PackedSequence, cu_seqlens.
     """
-    _check(cell, input, weights, num_layers * directions, cu_seqlens)
+    count = num_layers * directions
+    _check(cell, input, weights, count, cu_seqlens)
     assert isinstance(input, Tensor)
-    unbatched = checks.is_unbatched(cell, input, hx, lengths, None)
-    checks.check_input(input, weights, 3)
+    unbatched = checks.check_call(cell, input, hx, weights, count, bias, lengths, None)
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
     if unbatched:
         input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)
@@ -80,7 +81,7 @@ def recurrent(
 def step(cell: str, x: Tensor, h_0: Tensor, c_0: Tensor | None, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One step of a cell, x ``[B, I]`` -> (h, c), as a layer's."""
     hx = h_0.unsqueeze(0) if c_0 is None else (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    _, end = recurrent(cell, x.unsqueeze(0), hx, weights, 1, 1, 0.0, False, None, None)
+    _, end = recurrent(cell, x.unsqueeze(0), hx, weights, 1, 1, 0.0, False, None, None, len(weights) > 2)
     return (end.squeeze(0), end[:0]) if isinstance(end, Tensor) else (end[0].squeeze(0), end[1].squeeze(0))
 
 

@@ -4,7 +4,7 @@
 Schema, fake kernel, autograd formula and autocast rule stand here once; a backend only computes.
 
 Letters, here and everywhere: T steps, B sequences, N rows, I input size, H hidden size, P projected size (H where
-nothing is projected), G gates (RNN 1, GRU 3, LSTM 4), D directions, L layers, K blocks of saved state.
+nothing is projected), G gates, D directions, L layers, K blocks of saved state.
 
 forward
     x ``[N, I]``

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, functional, onnx_export, select
+from seqkernels import functional, modes, onnx_export, select
 from seqkernels.backends import arguments, precision, stack, torch_eager
+from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
-from seqkernels.inputs import Inputs, prepare
+from seqkernels.inputs import Inputs, prepare, restore_layout
 
 if TYPE_CHECKING:
     from seqkernels.drop_in import Layer
@@ -21,7 +22,7 @@ INITIAL = ("initial_h", "initial_c")
 
 def learn_initial(layer: "Layer", dtype: torch.dtype, device: torch.device) -> None:
     """Give a layer its parameters initial_h ``[L*D, P]`` and, with two states, initial_c ``[L*D, H]``: zeros."""
-    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: 2 if layer.mode == "LSTM" else 1]
+    sizes = [layer.proj_size or layer.hidden_size, layer.hidden_size][: CELLS[layer.mode.lower()].states]
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     for name, size in zip(INITIAL, sizes, strict=False):
         layer.register_parameter(name, nn.Parameter(torch.zeros(count, size, dtype=dtype, device=device)))
@@ -73,25 +74,25 @@ def recurrent(
     if onnx_export.exporting():
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1
-    checks.count_weights(len(weights), num_layers * directions, bias, cell)
     ragged = lengths, None, None, reset, reset_to
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged)
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     x, ys, cs, ends = inputs.rows.data, [], [], []
     for layer, (of_layer, h_0, c_0) in enumerate(stack.each(num_layers, weights, inputs.h_0, inputs.c_0)):
         if layer and training and dropout > 0:
             x = F.dropout(x, dropout, True)
         rows, call = inputs.rows._replace(data=x), inputs.call._replace(layers=1)
-        one = inputs._replace(rows=rows, h_0=h_0, c_0=c_0, call=call)
+        save = modes.wants_gradients(x, h_0, c_0, *of_layer)
+        one = inputs._replace(rows=rows, h_0=h_0, c_0=c_0, save=save, call=call)
         y, *end = functional.run(plan, one, of_layer, 0.0)
         if inputs.c_0 is not None:
             cs.append(_cell_states(one, y, of_layer))
         ys.append(y)
         ends.append(end)
         x = y
-    h_n, c_n = (functional.restore(torch.cat(states), inputs) for states in zip(*ends, strict=True))
-    output, h = inputs.rows.restore_layout(ys[-1]), _stacked(ys, inputs)
-    return (output, h_n, h) if inputs.c_0 is None else (output, (h_n, c_n), (h, _stacked(cs, inputs)))
+    output, states = restore_layout(inputs, ys[-1], *(torch.cat(of_layers) for of_layers in zip(*ends, strict=True)))
+    h = _stacked(ys, inputs)
+    return output, states, h if inputs.c_0 is None else (h, _stacked(cs, inputs))
 
 
 def _stacked(layers: list[Tensor], inputs: Inputs) -> Tensor:
@@ -117,8 +118,9 @@ def _cell_states(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor
     found = []
     for d, w in enumerate(arguments.by_direction(weights, directions)):
         h_prev = torch_eager.all_previous(steps, d == 1, y.chunk(directions, 1)[d], h_0[d])
-        i, f, g, _ = (F.linear(x, w.w_ih, w.b_ih) + F.linear(h_prev, w.w_hh, w.b_hh)).chunk(4, 1)
-        kept, added = torch.sigmoid(f), torch.sigmoid(i) * torch.tanh(g)
+        gates = F.linear(x, w.w_ih, w.b_ih) + F.linear(h_prev, w.w_hh, w.b_hh)
+        i, kept, g, _ = torch_eager.lstm_gates(gates)
+        added = i * g
         c, of_steps = c_0[d], []
         for start, size in reversed(steps) if d else steps:
             now = slice(start, start + size)

@@ -20,6 +20,7 @@ def step(
     state: State | None,
     weights: Sequence[Tensor],
     *,
+    bias: bool,
     num_layers: int,
     dropout: float,
     backend: str | None,
@@ -30,10 +31,10 @@ def step(
         raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
     if onnx_export.exporting():
         y, state = onnx_export.recurrent(
-            cell, x.unsqueeze(0), state, weights, num_layers, 1, dropout, False, None, None
+            cell, x.unsqueeze(0), state, weights, num_layers, 1, dropout, False, None, None, bias
         )  # fmt: skip
         return y.squeeze(0), state
-    inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1)
+    inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1, bias=bias)
     plan = select.plan_of(inputs.call, x.device, backend)
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and sequences <= FEW_ROWS:

@@ -242,7 +242,7 @@ def _check_lengths(lengths: Tensor, steps: int) -> Tensor:
     """Operator: lengths, checked. An operator so that values are checked when compiled, too.
 
     Values on a GPU are checked there, without waiting for it."""
-    expect_storage("lengths", lengths)
+    expect_storage(lengths=lengths)
     late_checks.look()
     if late_checks.out_of_sight(lengths):
         return late_checks.fitting_lengths(lengths, steps)
@@ -260,7 +260,7 @@ def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
     """Operator: cu_seqlens, checked; those on a GPU there, without waiting for it."""
-    expect_storage("cu_seqlens", cu_seqlens)
+    expect_storage(cu_seqlens=cu_seqlens)
     late_checks.look()
     if late_checks.out_of_sight(cu_seqlens):
         return late_checks.fitting_cu_seqlens(cu_seqlens, rows)
@@ -283,8 +283,7 @@ def gather_of(transformed: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    for name, tensor in (("rows", rows), ("index", index), ("inverse", inverse)):
-        expect_storage(name, tensor)
+    expect_storage(rows=rows, index=index, inverse=inverse)
     if index.device.type == "cpu" and rows.shape[0] and not (index < 0).any():
         return rows.index_select(0, index)  # no row goes nowhere: one pass instead of two
     return _gather_rows(rows, index, inverse)

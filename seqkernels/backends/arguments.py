@@ -50,7 +50,7 @@ def check(
     """
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
-    expect_storage("x", x)
+    expect_storage(x=x)
     _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
     N, I, (LD, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
     _require(layers > 0 and LD % layers == 0, f"h_0 has {LD} states for {layers} layers")
@@ -79,7 +79,7 @@ def check(
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
-    expect_storage("batch_sizes", batch_sizes)
+    expect_storage(batch_sizes=batch_sizes)
     if not late_checks.out_of_sight(batch_sizes):
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
@@ -128,7 +128,7 @@ def check_backward(
     N, (LD, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
     D = LD // layers
     expect("y", y, (N, D * P), x)
-    expect("saved", saved, SavedLayout(N, D, CELLS[cell].saved_blocks * H, P, layers).shape(), x)
+    expect("saved", saved, SavedLayout.of(cell, x, weights, h_0, layers).shape(), x)
     grad_y, grad_h_n, grad_c_n = grads
     expect("grad_y", grad_y, (N, D * P), x)
     expect("grad_h_n", grad_h_n, (LD, B, P), x)
@@ -141,21 +141,22 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) 
         _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
         _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
         _require(tensor.device == x.device, f"{name} is on another device than x")
-        expect_storage(name, tensor)
+        expect_storage(**{name: tensor})
 
 
-def expect_storage(name: str, tensor: Tensor) -> None:
+def expect_storage(**tensors: Tensor | None) -> None:
     """A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold."""
-    sizes, strides = list(tensor.shape), list(tensor.stride())
-    if 0 in sizes:
-        return
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    needed, held = (last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
-    _require(
-        needed <= held,
-        f"{name}: sizes {sizes} and strides {strides} requiring a storage size of {needed} are out of bounds for "
-        f"storage of size {held}",
-    )
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        sizes, strides = list(tensor.shape), list(tensor.stride())
+        last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+        needed, available = (last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
+        _require(
+            needed <= available,
+            f"{name}: sizes {sizes} and strides {strides} requiring a storage size of {needed} are out of bounds for "
+            f"storage of size {available}",
+        )
 
 
 def _require(holds: bool, sentence: str) -> None:

@@ -30,7 +30,13 @@ class SavedLayout(NamedTuple):
     @classmethod
     def of(cls, cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, layers: int) -> "SavedLayout":
         hidden_size = weights[1].shape[0] // CELLS[cell].gates
-        return cls(x.shape[0], h_0.shape[0] // layers, CELLS[cell].saved_blocks * hidden_size, h_0.shape[2], layers)
+        return cls(
+            rows=x.shape[0],
+            directions=h_0.shape[0] // layers,
+            blocks=CELLS[cell].saved_blocks * hidden_size,
+            projected=h_0.shape[2],
+            layers=layers,
+        )
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Of the parts."""
