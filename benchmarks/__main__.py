@@ -90,8 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    tasks = commands.add_parser("train", help="train with torch.nn and with seqkernels, and compare")
-    tasks = tasks.add_subparsers(dest="task", required=True)
+    training = commands.add_parser("train", help="train with torch.nn and with seqkernels, and compare")
+    tasks = training.add_subparsers(dest="task", required=True)
     for name, task in TASKS.items():
         page = sys.modules[task.__module__].__doc__ or ""
         options = tasks.add_parser(

@@ -42,7 +42,7 @@ def arguments(case: Case, x: Tensor, parameters: list[Tensor]) -> Arguments:
     with torch.set_grad_enabled(case.mode == "train"):
         prepared_inputs = inputs.prepare(operator_cell(case.cell), x, None, parameters, 1, 1)
     plan = select.plan_of(prepared_inputs.call, x.device, None)
-    return Arguments(plan, prepared_inputs.call, x.flatten(0, 1), parameters, *prepared_inputs[1:3])
+    return Arguments(plan, prepared_inputs.call, x.flatten(0, 1), parameters, prepared_inputs.h_0, prepared_inputs.c_0)
 
 
 def operator_layer(case: Case) -> Callable[[], list[Tensor]]:

@@ -24,13 +24,13 @@ class Unavailable(Exception):
     """This contender cannot run this case, or is not installed; the message says why."""
 
 
-def weights(case: Case) -> nn.Module:
+def weights(case: Case) -> nn.RNNBase:
     """torch.nn's module with the case's weights, in float32."""
     torch.manual_seed(0)
     return module_of(case, nn)
 
 
-def module_of(case: Case, namespace: Any) -> nn.Module:
+def module_of(case: Case, namespace: Any) -> Any:
     problem = case.shape
     return getattr(namespace, case.cell)(problem.I, problem.H, problem.layers)
 
@@ -49,8 +49,8 @@ def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None 
     module = module.to(case.device, getattr(torch, case.dtype))
     x = data(case)
     if case.layout == "packed":
-        packed = pack_padded_sequence(x, lengths(case.shape), enforce_sorted=False).to(case.device)
-        x, rest = packed.data, packed[1:]
+        packed: Any = pack_padded_sequence(x, lengths(case.shape), enforce_sorted=False)
+        x, *rest = packed.to(case.device)
     x = x.to(case.device, getattr(torch, case.dtype)).requires_grad_(case.mode == "train")
     given = PackedSequence(x, *rest) if case.layout == "packed" else x
 
@@ -101,7 +101,8 @@ class Loop(nn.Module):
         self.cell.load_state_dict(names)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Any]:
-        state, outputs = None, []
+        state: Any = None
+        outputs = []
         for step in x:
             state = self.cell(step, state)
             outputs.append(state[0] if isinstance(state, tuple) else state)

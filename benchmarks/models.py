@@ -28,8 +28,8 @@ class Contender:
     def __init__(self, name: str, run: Callable[[], Any]) -> None:
         self.name, self.run = name, run
 
-    def request(self, count: int) -> list[float]:
-        return [timed(self.run) for _ in range(count)]
+    def request(self, wanted: int) -> list[float]:
+        return [timed(self.run) for _ in range(wanted)]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +123,10 @@ def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], l
             texts = [name, str(next(row["swapped"] for row in found.values() if row["problem"] == name))]
             for mode in MODES:
                 own, ours = (found.get((name, mode, contender)) for contender in (OWN, OURS))
-                known = own and ours
-                texts += [f"{row['median_ms']:.1f}" if known else "-" for row in (own, ours)]
-                texts.append(f"{own['speedup']:.2f}" if known else "-")
+                if own and ours:
+                    texts += [*(f"{row['median_ms']:.1f}" for row in (own, ours)), f"{own['speedup']:.2f}"]
+                else:
+                    texts += ["-"] * 3
             lines.append(texts)
         headings = [
             "",

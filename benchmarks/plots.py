@@ -155,9 +155,9 @@ def plot_packed(pyplot: Any, rows: list[Row]) -> Any:
         problems = ordered((problem for problem, _, layout in times if layout == "packed"), PROBLEMS)
         for place, name in enumerate(CASES["cell"]):
             for index, problem in enumerate(problems):
-                both = [times.get((problem, name, layout)) for layout in ("packed", "padded")]
-                if None not in both:
-                    ratio = both[0]["median_ms"] / both[1]["median_ms"]
+                packed, padded = (times.get((problem, name, layout)) for layout in ("packed", "padded"))
+                if packed and padded:
+                    ratio = packed["median_ms"] / padded["median_ms"]
                     axes.bar(
                         index + (place - 1) * 0.27, ratio, width=0.25, color=figures.CELL_COLOURS[name], label=name
                     )
@@ -177,10 +177,9 @@ def plot_packed(pyplot: Any, rows: list[Row]) -> Any:
 def share_of_rows(times: dict[tuple, Row], problem: str) -> float:
     """Operations of the packed case in those of the padded one, which both rows tell by their speed."""
     for name in CASES["cell"]:
-        both = [times.get((problem, name, layout)) for layout in ("packed", "padded")]
-        if None not in both:
-            packed, padded = (row["gflops"] * row["median_ms"] for row in both)
-            return packed / padded
+        packed, padded = (times.get((problem, name, layout)) for layout in ("packed", "padded"))
+        if packed and padded:
+            return packed["gflops"] * packed["median_ms"] / (padded["gflops"] * padded["median_ms"])
     return float("nan")
 
 

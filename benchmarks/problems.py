@@ -77,10 +77,10 @@ def task_lengths(task: str) -> Tensor:
     if folder is None:
         raise InputError(f"the lengths of {task} need its data: {data.VARIABLE} names no folder.")
     if task == "names":
-        sequences = [name for name, _ in data.read_names(data.names_files(folder)[0])]
+        counts = [len(name) for name, _ in data.read_names(data.names_files(folder)[0])]
     else:
-        sequences = [data.tokens(text) for text, _ in data.read_news(data.news_files(folder)[0])]
-    return torch.tensor([len(sequence) for sequence in sequences])
+        counts = [len(data.tokens(text)) for text, _ in data.read_news(data.news_files(folder)[0])]
+    return torch.tensor(counts)
 
 
 def rows(problem: Problem, layout: str) -> int:

@@ -55,7 +55,7 @@ class LayerClock:
     def exit(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         self.stop()
         # Before the node, not at the tensor: where it is the next call's input, too, that call stops there first.
-        for node in {tensor.grad_fn for tensor in differentiable(outputs)}:
+        for node in {tensor.grad_fn for tensor in differentiable(outputs) if tensor.grad_fn is not None}:
             node.register_prehook(self.start)
 
     def remove(self) -> None:
@@ -81,7 +81,7 @@ def layer_share(steps: Iterable[Callable[[], None]], module: nn.Module, device: 
     return share
 
 
-def peak_memory(step: Callable[[], None], device: torch.device) -> float:
+def peak_memory(step: Callable[[], Any], device: torch.device) -> float:
     """Bytes that a training step takes at its peak above what there is before it; NaN where nobody can say."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -154,7 +154,10 @@ def gpu_rows(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["device"] != "cpu"]
 
 
-def ordered(names: Iterable[str], first: Iterable[str]) -> list[str]:
+T = TypeVar("T")
+
+
+def ordered(names: Iterable[T], first: Iterable[T]) -> list[T]:
     """Without repetition; those in `first` in its order, then the others as they come."""
     names = list(dict.fromkeys(names))
     first = [name for name in first if name in names]

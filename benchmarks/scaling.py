@@ -80,7 +80,7 @@ def measure(axis: str, value: float, options: argparse.Namespace) -> list[dict[s
         layout = "packed"
         problem = problem._replace(shortest=1 - 2 * value)  # lengths are spread evenly from there to T
     else:
-        problem = problem._replace(**{axis: int(value)})
+        problem = Problem(**{**problem._asdict(), axis: int(value)})
     case = Case("scaling", options.cell, options.mode, layout, options.dtype, threads, "cpu", problem)
     with stopping([Worker(name, threads) for name in CONTENDERS]) as workers:
         rows = kernels.measure(case, workers, options.rounds)

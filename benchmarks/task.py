@@ -3,7 +3,7 @@
 import argparse
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -105,7 +105,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     variant: str = ""
-    called: Callable[..., Any] | None = None  # the model as the steps call it: compiled, or over several devices
+    wrapped: nn.Module | None = None  # the model as the steps call it, if not itself: compiled, or over several devices
     losses: list[Tensor] = field(default_factory=list)  # one a step, also of an epoch that was cut short
     epoch_steps: int = 0
     epoch_seconds: list[float] = field(default_factory=list)  # of whole epochs
@@ -114,9 +114,14 @@ class Run:
     metric: float = math.nan
     plan: str | None = None  # which of seqkernels' backends runs, and why
 
-    def __post_init__(self) -> None:
-        if self.called is None:
-            self.called = self.model
+    @property
+    def called(self) -> nn.Module:
+        return self.model if self.wrapped is None else self.wrapped
+
+    @property
+    def rnn(self) -> nn.Module:
+        """The recurrent layer that the task compares."""
+        return self.model.get_submodule("rnn")
 
     @property
     def seconds(self) -> float:

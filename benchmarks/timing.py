@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -40,7 +40,18 @@ def peak_gflops(threads: int) -> float | None:
 class HostRuns(NamedTuple):
     """So many runs, of which the host's time is wanted: on a GPU they go on when it is over."""
 
-    count: int
+    runs: int
+
+
+class Timed(Protocol):
+    """What `paired` asks a contender for."""
+
+    name: str
+    round_seconds: float  # of measuring it
+    rest_seconds: float  # before it
+
+    def request(self, wanted: Any) -> Any:
+        """Seconds of so many runs; `HostRuns`: those of the host."""
 
 
 class Worker:
@@ -171,7 +182,7 @@ def answer_to(request: Any, case: Case | None, run: Callable[[], list[torch.Tens
         run()
         return profiling.counts(run, device)
     if isinstance(request, HostRuns):
-        return [timed_on_host(run, device) for _ in range(request.count)]
+        return [timed_on_host(run, device) for _ in range(request.runs)]
     clock = timed_on_gpu if device.type == "cuda" else timed
     return [clock(run) for _ in range(request)]
 
@@ -205,7 +216,7 @@ def timed_on_gpu(run: Callable[[], Any]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def paired(workers: Sequence[Worker | InProcess], rounds: int, host: bool = False) -> dict[str, list[list[float]]]:
+def paired(workers: Sequence[Timed], rounds: int, host: bool = False) -> dict[str, list[list[float]]]:
     """Seconds of every run of each worker, by round: each runs in every round, so that what else the machine does
     meanwhile falls on all of them. Fewer rounds than wanted where runs are long. `host`: the host's seconds."""
 

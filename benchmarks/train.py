@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +55,9 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith("seqkernels.")
 
 
-def as_called(task: Task, model: nn.Module) -> Callable[..., Any]:
+def as_called(task: Task, model: nn.Module) -> nn.Module:
     """The model as its steps call it."""
-    called = torch.compile(model) if task.options.compile else model
+    called = cast(nn.Module, torch.compile(model)) if task.options.compile else model
     if task.world.size > 1:
         called = distributed.several_processes(called)
     return distributed.several_devices(called, task.device) if getattr(task.options, "data_parallel", False) else called
@@ -93,7 +93,7 @@ def _train(task: Task, runs: list[Run]) -> bool:
 def warm_up(task: Task, run: Run) -> None:
     """Forward and backward once, untimed: no epoch pays for what a first call does, and the plan is known."""
     inputs_seen = []
-    hook = run.model.rnn.register_forward_pre_hook(lambda rnn, inputs: inputs_seen.append(inputs))
+    hook = run.rnn.register_forward_pre_hook(lambda _, inputs: inputs_seen.append(inputs))
     batch = next(iter(task.batches(0)))
     try:
         try_step(task, run, batch, run.model)
@@ -102,17 +102,17 @@ def warm_up(task: Task, run: Run) -> None:
             try_step(task, run, batch, run.called)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{run.label} cannot do what the options ask: {str(error).splitlines()[0]}.") from error
-    if inputs_seen and is_ours(run.model.rnn):
-        run.plan = str(importlib.import_module("seqkernels").explain(run.model.rnn, *inputs_seen[0]))
+    if inputs_seen and is_ours(run.rnn):
+        run.plan = str(importlib.import_module("seqkernels").explain(run.rnn, *inputs_seen[0]))
 
 
-def try_step(task: Task, run: Run, batch: Batch, model: Callable[..., Any]) -> None:
+def try_step(task: Task, run: Run, batch: Batch, model: nn.Module) -> None:
     """Forward and backward of one batch, without a step of the optimizer."""
     compute_loss(task, model, batch, None)[0].backward()
     run.model.zero_grad()
 
 
-def compute_loss(task: Task, model: Callable[..., Any], batch: Batch, state: Any) -> tuple[Tensor, Any]:
+def compute_loss(task: Task, model: nn.Module, batch: Batch, state: Any) -> tuple[Tensor, Any]:
     with torch.autocast(task.device.type, torch.bfloat16, enabled=task.options.amp):
         return task.loss(model, batch.input, batch.target, state)
 
@@ -233,7 +233,7 @@ def profile(task: Task, run: Run) -> None:
             yield partial(take_step, task, trial, batch, None)
 
     run.peak_memory = max(profiling.peak_memory(step, task.device) for step in steps())
-    run.layer_share = profiling.layer_share(steps(), model.rnn, task.device)
+    run.layer_share = profiling.layer_share(steps(), trial.rnn, task.device)
 
 
 def largest_gap(runs: list[Run], steps: int | None = None, window: int = 1) -> float:

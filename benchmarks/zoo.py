@@ -29,7 +29,8 @@ def outputs(results: Any) -> list[Tensor]:
 
 
 def loss_of(results: Any) -> Tensor:
-    return sum(y.square().mean() for y in outputs(results) if y.requires_grad)
+    first, *others = (y.square().mean() for y in outputs(results) if y.requires_grad)
+    return sum(others, first)
 
 
 def attentive_fp() -> tuple[nn.Module, Call]:

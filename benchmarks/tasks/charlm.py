@@ -51,8 +51,7 @@ class CharacterModel(nn.Module):
 
 def run_freely(model: nn.Module, codes: Tensor | PackedSequence, state: Any) -> tuple[Tensor, Any]:
     """As the model's forward, but only the first step sees a true character, each other one the prediction before."""
-    packed = isinstance(codes, PackedSequence)
-    steps = codes.data.split(codes.batch_sizes.tolist()) if packed else codes.unbind()
+    steps = codes.data.split(codes.batch_sizes.tolist()) if isinstance(codes, PackedSequence) else codes.unbind()
     predicted, scores = steps[0], []
     for step in steps:
         here = len(step)  # packed: sequences that have ended are at the back
@@ -158,6 +157,8 @@ class CharacterModelling(Task):
             raise InputError(NO_PRIME)
         encode(options.prime, self.characters, "--prime")
         train, rest = text[:-held_out], text[-held_out:]
+        self.train: Any  # streams [T, B], or lines [T] each
+        self.held_out: Any
         if options.lines:
             self.train, self.held_out = self.encode_lines(train), self.encode_lines(rest)
             if not self.train or not self.held_out:

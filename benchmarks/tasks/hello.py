@@ -28,7 +28,7 @@ class Stepping(nn.Module):
 
     def __init__(self, cell_class: type[nn.Module]):
         super().__init__()
-        self.rnn = cell_class(len(LETTERS), len(LETTERS))
+        self.rnn: Any = cell_class(len(LETTERS), len(LETTERS))
 
     def forward(self, letters: Tensor) -> Tensor:
         x = one_hot(letters, len(LETTERS)).to(self.rnn.weight_ih)
@@ -45,7 +45,7 @@ class Sequence(nn.Module):
 
     def __init__(self, rnn_class: type[nn.Module]):
         super().__init__()
-        self.rnn = rnn_class(len(LETTERS), len(LETTERS))
+        self.rnn: Any = rnn_class(len(LETTERS), len(LETTERS))
 
     def forward(self, letters: Tensor) -> Tensor:
         output, _ = self.rnn(one_hot(letters, len(LETTERS)).to(self.rnn.weight_ih_l0))
