@@ -104,6 +104,19 @@ constexpr int gradient_blocks_of(Cell cell) {
   return with_cell(cell, [](auto traits) { return traits.gates + traits.apart; });
 }
 
+// The most numbers of a unit that cell_forward() or cell_backward() below writes, of any cell: what is saved but for c,
+// or gradients.
+constexpr int max_blocks() {
+  int most = 0;
+  for (const Cell cell : kCells) {
+    const int saved = saved_blocks_of(cell) - (states_of(cell) - 1), gradients = gradient_blocks_of(cell);
+    most = saved > most ? saved : most;
+    most = gradients > most ? gradients : most;
+  }
+  return most;
+}
+constexpr int kMaxBlocks = max_blocks();
+
 }  // namespace seqkernels
 
 // ---- algebra

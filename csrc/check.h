@@ -102,7 +102,12 @@ WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int
   const size_t each = count / directions;
   T* of = weights + direction * each;
   const bool bias = each >= 4, projection = each % 2;
-  return {&of[0], &of[1], bias ? &of[2] : nullptr, bias ? &of[3] : nullptr, projection ? &of[each - 1] : nullptr};
+  WeightsOf<T*> named{};
+  named.w_ih = &of[0];
+  named.w_hh = &of[1];
+  if (bias) named.b_ih = &of[2], named.b_hh = &of[3];
+  if (projection) named.w_hr = &of[each - 1];
+  return named;
 }
 
 // Without, there is nothing to compute, and no gradient.
@@ -237,16 +242,16 @@ class CheckedArguments {
   // A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
   void check_storage(const Tensor& tensor, const char* name) {
     const auto sizes = tensor.sizes(), strides = tensor.strides();
-    int64_t reached = tensor.storage_offset() + 1, held = 0;
+    int64_t reached = tensor.storage_offset() + 1, available = 0;
     for (size_t i = 0; i < sizes.size(); i++) {
       if (!sizes[i]) return;
       reached += (sizes[i] - 1) * strides[i];
     }
-    check_call(aoti_torch_get_storage_size(tensor.get(), &held));
+    check_call(aoti_torch_get_storage_size(tensor.get(), &available));
     const int64_t needed = reached * static_cast<int64_t>(tensor.element_size());
-    check(needed <= held, name, ": sizes ", text_of(sizes.data(), sizes.size()), " and strides ",
+    check(needed <= available, name, ": sizes ", text_of(sizes.data(), sizes.size()), " and strides ",
           text_of(strides.data(), strides.size()), " requiring a storage size of ", needed,
-          " are out of bounds for storage of size ", held);
+          " are out of bounds for storage of size ", available);
   }
 
   void set_steps(Layer& p, int64_t rows, const Optional& batch_sizes, bool read_sizes) {

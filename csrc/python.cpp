@@ -78,9 +78,9 @@ PyObject* dictionary_of(const Candidate& candidate) {
       {"threads", candidate.threads},
       {"at_once", candidate.at_once},
       {"registers", candidate.registers},
-      {"shared_memory", candidate.shared_weights},
+      {"shared_weights", candidate.shared_weights},
       {"l2", candidate.l2},
-      {"bytes", candidate.shared_memory},
+      {"shared_memory", candidate.shared_memory},
   };
   for (const auto& [name, size] : sizes) {
     PyObject* number = PyLong_FromLongLong(size);
@@ -100,15 +100,19 @@ bool read_clusters(PyObject* counts, Gpu& gpu) {
 
 }  // namespace
 
-static PyObject* cuda_candidates(PyObject*, PyObject* arguments) {
+static PyObject* cuda_candidates(PyObject*, PyObject* none, PyObject* arguments) {
+  static const char* names[] = {"cell",       "hidden",    "projected", "dtype",         "tf32",
+                                "directions", "sequences", "target",    "shared_memory", "multiprocessors",
+                                "clusters",   "backward",  nullptr};
   const char *cell = nullptr, *dtype = nullptr;
   PyObject* clusters = nullptr;
   LayerFacts layer{};
   Gpu gpu{};
   int projected = 0, tf32 = 0, backward = 0;
   long long hidden = 0, sequences = 0;
-  if (!PyArg_ParseTuple(arguments, "sLpspiLiiiOp", &cell, &hidden, &projected, &dtype, &tf32, &layer.directions,
-                        &sequences, &gpu.target, &gpu.shared_memory, &gpu.multiprocessors, &clusters, &backward) ||
+  if (!PyArg_ParseTupleAndKeywords(none, arguments, "$sLpspiLiiiOp", const_cast<char**>(names), &cell, &hidden,
+                                   &projected, &dtype, &tf32, &layer.directions, &sequences, &gpu.target,
+                                   &gpu.shared_memory, &gpu.multiprocessors, &clusters, &backward) ||
       !read_clusters(clusters, gpu))
     return nullptr;
   const auto* scalar = std::find_if(std::begin(kScalars), std::end(kScalars),
@@ -139,8 +143,9 @@ static PyMethodDef methods[] = {
     {"peak_gflops", peak_gflops, METH_NOARGS,
      "Float multiplications and additions a second at best, by torch's threads."},
     {"build_info", build_info, METH_NOARGS, "What was built, and by which compiler."},
-    {"cuda_candidates", cuda_candidates, METH_VARARGS,
-     "cuda_candidates(cell, hidden, projected, dtype, tf32, directions, sequences, target, shared_memory, "
+    {"cuda_candidates", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cuda_candidates)),
+     METH_VARARGS | METH_KEYWORDS,
+     "cuda_candidates(*, cell, hidden, projected, dtype, tf32, directions, sequences, target, shared_memory, "
      "multiprocessors, clusters, backward): all ways to run a pass on a GPU, and what speaks against them "
      "(csrc/cuda/plan.h)."},
     {nullptr, nullptr, 0, nullptr},

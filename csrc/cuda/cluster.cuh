@@ -95,8 +95,8 @@ class ClusterBackwardExchange : public InCluster<C> {
   }
 
   // Stores the gates' gradients for all threads of the CTA.
-  DEVICE void publish(Shared<T> gradients, int stride, const OwnedUnits<C>& mine, const float (&grad)[2][4], bool runs,
-                      int64_t) const {
+  DEVICE void publish(Shared<T> gradients, int stride, const OwnedUnits<C>& mine, const float (&grad)[2][kMaxBlocks],
+                      bool runs, int64_t) const {
     if (runs) {
 #pragma unroll
       for (int gate = 0; gate < C::G; gate++)

@@ -68,6 +68,16 @@ struct Variant {
   bool even;  // the layer has an even number of units: two are read in one access
 };
 
+constexpr Variant variant_of(Arch arch, Cell cell, Math math, bool backward, bool even) {
+  Variant v{};
+  v.arch = arch;
+  v.cell = cell;
+  v.math = math;
+  v.backward = backward;
+  v.even = even;
+  return v;
+}
+
 // ---- register-resident weights: as many as a thread can have beside all else without spilling, as the compiler's code
 // shows (tests/cuda/test_cuda_compiled.py reads it there)
 

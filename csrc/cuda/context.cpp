@@ -16,7 +16,10 @@ CallContext::CallContext(const Tensor& x) : type_(x.scalar_type()), device_(x.de
 
 // One of compute capability 9.0, as far as tests do not say otherwise.
 Gpu CallContext::gpu() const {
-  Gpu gpu{90, emulator::shared_memory, emulator::multiprocessors, {}};
+  Gpu gpu{};
+  gpu.target = 90;
+  gpu.shared_memory = emulator::shared_memory;
+  gpu.multiprocessors = emulator::multiprocessors;
   for (int blocks = 1; blocks <= kMaxCluster; blocks++)
     check_launch(clusters_at_once(blocks, gpu.clusters[blocks - 1]));
   return gpu;
@@ -38,10 +41,10 @@ int attribute(cudaDeviceAttr name, int device) {
 
 Gpu describe(int device) {
   const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  Gpu gpu{major * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          attribute(cudaDevAttrMultiProcessorCount, device),
-          {}};
+  Gpu gpu{};
+  gpu.target = major * 10 + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  gpu.shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  gpu.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
   for (int blocks = 1; blocks <= kMaxCluster; blocks++)
     if (clusters_at_once(blocks, gpu.clusters[blocks - 1])) gpu.clusters[blocks - 1] = 0;
   return gpu;

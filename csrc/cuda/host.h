@@ -37,7 +37,7 @@ void sweep_backward(const CallContext&, const SweepLaunch&, const SweepMemory&, 
 
 struct ForwardMemory {
   void* steps;
-  void* gates_x;  // [D, N, G*H] the input projections, with all biases but GRU's b_hn
+  void* gates_x;  // [D, N, G*H] the input projections, with all biases but those that stay apart
   void* biases;   // [D, G*H] or null
   SweepMemory sweep;
 
@@ -63,6 +63,8 @@ struct BackwardMemory {
 
 // What the gradients of x and of the weights are made of, once the sweep is done.
 struct SweepGradients {
+  explicit SweepGradients(const Tensor& gates) : gates(gates) {}
+
   Tensor gates;        // [D, N, F*H]
   Optional projected;  // [D, N, P], with a projection
 };

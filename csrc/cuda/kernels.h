@@ -1,7 +1,7 @@
 // All that crosses from the host (ops.cpp) to the kernels of a sweep: a pass over all steps of a layer, between the
-// input projection and the products over all rows. Letters as in layer.h; F is the number of blocks of grad_gates: 1
-// for an RNN, i f g o for an LSTM, and for a GRU r, z, W_hn h + b_hn, n, of which the first three are those of h, and
-// all but the third those of x.
+// input projection and the products over all rows. Letters as in layer.h; F is the number of blocks of grad_gates, as
+// gradient_blocks_of() says: the gradients of the gates of h, then those of the gates of x that differ from them, which
+// are the gates that stay apart (apart_of() in cells.h).
 #pragma once
 #include "config.h"
 
@@ -18,15 +18,15 @@ struct SweepArgs {
 
 struct ForwardArgs : SweepArgs {
   static constexpr bool backward = false;
-  const void* gates_x;  // [D, N, G*H], with all biases but b_hn
-  const void* w_hh[2];  // [G*H, H]
-  const void* b_hn[2];  // [H] or null: GRU's, which r multiplies
-  const void* h_0;      // [D, B, H]
-  const void* c_0;      // [D, B, H] or null
-  void* y;              // [N, D*H]
-  void* h_n;            // [D, B, H]
-  void* c_n;            // [D, B, H] or null
-  void* saved;          // [N, D, K*H] or null
+  const void* gates_x;     // [D, N, G*H], with all biases but b_apart
+  const void* w_hh[2];     // [G*H, H]
+  const void* b_apart[2];  // [H] or null: b_hh of the gates that stay apart
+  const void* h_0;         // [D, B, H]
+  const void* c_0;         // [D, B, H] or null
+  void* y;                 // [N, D*H]
+  void* h_n;               // [D, B, H]
+  void* c_n;               // [D, B, H] or null
+  void* saved;             // [N, D, K*H] or null
 };
 
 struct BackwardArgs : SweepArgs {
@@ -102,7 +102,7 @@ struct FinishSweep {
 struct Unprojected {
   SweepArgs layer;
   int direction;
-  const void* saved;  // [N, D, 5*H]
+  const void* saved;  // [N, D, K*H]
   void* result;       // [N, H]
 };
 

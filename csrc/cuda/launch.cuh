@@ -14,27 +14,30 @@ __global__ void __launch_bounds__(Kernel::threads, 1) entry(const __grid_constan
   Kernel::run(p);
 }
 
+constexpr int kGpus = 64;            // of which is remembered what was asked
+constexpr int kPortableCluster = 8;  // CTAs that every GPU with clusters runs in one
+
 // Which CTAs run at the same time: those of a cluster, along the first index of a CTA, or all of the grid.
 struct Cooperation {
   int cluster = 1;
   bool whole_grid = false;
 };
 
-// Lets the CTAs of a kernel have all shared memory of the current GPU, and clusters up to 16 CTAs, where only 8 are
-// portable. Done once for each GPU.
+// Lets the CTAs of a kernel have all shared memory of the current GPU, and clusters up to kMaxCluster CTAs. Done once
+// for each GPU.
 template <class Kernel>
 cudaError_t allow_more(bool large_cluster) {
-  static std::atomic<bool> all_allowed[2][64];
-  std::atomic<bool>(&allowed)[64] = all_allowed[large_cluster];
+  static std::atomic<bool> all_allowed[2][kGpus];
+  std::atomic<bool>(&allowed)[kGpus] = all_allowed[large_cluster];
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess || (device < 64 && allowed[device].load(std::memory_order_relaxed))) return error;
+  if (error != cudaSuccess || (device < kGpus && allowed[device].load(std::memory_order_relaxed))) return error;
   error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess && large_cluster)
     error = cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  if (error == cudaSuccess && device < 64) allowed[device].store(true, std::memory_order_relaxed);
+  if (error == cudaSuccess && device < kGpus) allowed[device].store(true, std::memory_order_relaxed);
   return error;
 }
 
@@ -42,13 +45,13 @@ cudaError_t allow_more(bool large_cluster) {
 // multiprocessor. Asked for once on each GPU. Null, or the text of an error.
 template <class Kernel>
 const char* count_clusters(int cluster, int& count) {
-  static std::atomic<int> all_known[17][64];
+  static std::atomic<int> all_known[kMaxCluster + 1][kGpus];
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  std::atomic<int>* known = cluster <= 16 && device < 64 ? &all_known[cluster][device] : nullptr;
+  std::atomic<int>* known = cluster <= kMaxCluster && device < kGpus ? &all_known[cluster][device] : nullptr;
   if (known && (count = known->load(std::memory_order_relaxed))) return nullptr;
-  error = allow_more<Kernel>(cluster > 8);
+  error = allow_more<Kernel>(cluster > kPortableCluster);
   cudaLaunchAttribute of_cluster;
   of_cluster.id = cudaLaunchAttributeClusterDimension;
   of_cluster.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
@@ -73,7 +76,8 @@ const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
   if (blocks > INT32_MAX) return "more blocks than a grid can have";
   cudaError_t error = cudaSuccess;
   // What a block or a cluster may have without being asked for.
-  if (shared_bytes > 48 << 10 || cooperation.cluster > 8) error = allow_more<Kernel>(cooperation.cluster > 8);
+  const bool large_cluster = cooperation.cluster > kPortableCluster;
+  if (shared_bytes > 48 << 10 || large_cluster) error = allow_more<Kernel>(large_cluster);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};

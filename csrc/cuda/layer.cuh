@@ -107,7 +107,7 @@ class ForwardArrays {
 
   DEVICE ForwardArrays(const ForwardArgs& s, int direction)
       : gates_x_(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
-        b_hn_(static_cast<const T*>(s.b_hn[direction]), s.hidden),
+        b_apart_(static_cast<const T*>(s.b_apart[direction]), s.hidden),
         y_(static_cast<T*>(s.y), s.rows * s.directions * s.hidden),
         saved_(static_cast<T*>(s.saved), s.rows * s.directions * K * s.hidden),
         rows_(s.rows),
@@ -122,10 +122,10 @@ class ForwardArrays {
       x[gate] = load_units<EVEN>(gates_x_, base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit), count);
   }
 
-  DEVICE void load_b_hn(int unit, int count, acc_t<T> (&b_hn)[2]) const {
+  DEVICE void load_b_apart(int unit, int count, acc_t<T> (&b_apart)[2]) const {
 #pragma unroll
     for (int i = 0; i < 2; i++)
-      b_hn[i] = CellTraits<CELL>::apart && b_hn_ && i < count ? to_acc(b_hn_.load(unit + i)) : 0;
+      b_apart[i] = CellTraits<CELL>::apart && b_apart_ && i < count ? to_acc(b_apart_.load(unit + i)) : 0;
   }
 
   DEVICE void store_y(int64_t row, int unit, Lane lane, int count, Pair<T> h) const {
@@ -134,7 +134,7 @@ class ForwardArrays {
   }
 
   // saved: of either unit all blocks but c.
-  DEVICE void store_saved(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&saved)[2][4],
+  DEVICE void store_saved(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&saved)[2][kMaxBlocks],
                           const acc_t<T> (&c)[2]) const {
     if constexpr (K > 0) {
       if (!saved_) return;
@@ -150,7 +150,7 @@ class ForwardArrays {
   }
 
  private:
-  Global<const T> gates_x_, b_hn_;
+  Global<const T> gates_x_, b_apart_;
   Global<T> y_, saved_;
   int64_t rows_;
   int hidden_, directions_, direction_;
@@ -159,7 +159,7 @@ class ForwardArrays {
 // What the backward step of two units reads: h of the step or of the one before, or both of c, as the cell needs.
 template <class T>
 struct StepInputs {
-  Pair<T> grad_y, saved[4], now, before;
+  Pair<T> grad_y, saved[kMaxBlocks], now, before;
 };
 
 // The arrays of a backward sweep.
@@ -210,21 +210,20 @@ class BackwardArrays {
   // The gradients of the gates from that of h after the step, which becomes the part of that of h before it that goes
   // past the gates.
   DEVICE void step(const StepInputs<T>& inputs, acc_t<T> (&grad_h)[2], acc_t<T> (&grad_c)[2],
-                   acc_t<T> (&grad)[2][4]) const {
-    acc_t<T> saved[4][2] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
+                   acc_t<T> (&grad)[2][kMaxBlocks]) const {
+    acc_t<T> saved[2][kMaxBlocks] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
 #pragma unroll
-    for (int block = 0; block < S; block++) to_acc(inputs.saved[block], saved[block]);
+    for (int block = 0; block < S; block++)
+      saved[0][block] = to_acc(first(inputs.saved[block])), saved[1][block] = to_acc(second(inputs.saved[block]));
     if (kHasC<CELL> || CellTraits<CELL>::needs_h_prev) to_acc(inputs.before, before);
     if (kHasC<CELL> || CellTraits<CELL>::needs_h) to_acc(inputs.now, now);
     if (grad_y_) to_acc(inputs.grad_y, grad_y);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const acc_t<T> of_unit[4] = {saved[0][i], saved[1][i], saved[2][i], saved[3][i]};
-      grad_h[i] = cell_backward<CELL>(grad_h[i] + grad_y[i], grad_c[i], of_unit, now[i], before[i], grad[i]);
-    }
+    for (int i = 0; i < 2; i++)
+      grad_h[i] = cell_backward<CELL>(grad_h[i] + grad_y[i], grad_c[i], saved[i], now[i], before[i], grad[i]);
   }
 
-  DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&grad)[2][4]) const {
+  DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&grad)[2][kMaxBlocks]) const {
     const int64_t base = (direction_ * rows_ + row) * F * hidden_ + unit;
     const int at = lane.sequence * F * hidden_ + lane.unit;
 #pragma unroll

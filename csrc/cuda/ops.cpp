@@ -99,6 +99,13 @@ void begin_as(const CallContext& context, Tensor& state, const void* initial) {
 struct ForwardResults {
   bool save;
   Tensor y, h_n, c_n, saved;
+
+  ForwardResults(const CallContext& context, const Layer& p, int64_t layers, int64_t rows, bool save)
+      : save(save),
+        y(context.allocate({rows, p.directions * p.projected})),
+        h_n(context.allocate({layers * p.directions, p.sequences, p.projected})),
+        c_n(context.allocate({layers * p.directions, p.sequences, states_of(p.cell) > 1 ? p.hidden : 0})),
+        saved(context.allocate(save ? SavedLayout(p, rows).shape(layers) : Shape{rows, p.directions, 0})) {}
 };
 
 // No step: the final states are the initial ones.
@@ -129,7 +136,7 @@ void set_layer(const CallContext& context, ForwardArgs& sweep, const LayerForwar
     const auto& w = p.weights[d];
     sweep.w_hh[d] = w.w_hh;
     const int64_t folded = (gates_of(p.cell) - apart_of(p.cell)) * p.hidden;
-    sweep.b_hn[d] = apart_of(p.cell) && w.b_hh ? context.at(w.b_hh, folded) : nullptr;
+    sweep.b_apart[d] = apart_of(p.cell) && w.b_hh ? context.at(w.b_hh, folded) : nullptr;
   }
   sweep.h_0 = p.h_0, sweep.c_0 = p.c_0;
   sweep.y = p.y, sweep.saved = p.saved;
@@ -178,10 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tenso
   LayerForward p{};
   const CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
   const CallContext context(x);
-  const int64_t D = p.directions, LD = layers * D, N = x.size(0), B = p.sequences, H = p.hidden, P = p.projected;
-  ForwardResults results{save, context.allocate({N, D * P}), context.allocate({LD, B, P}),
-                         context.allocate({LD, B, c_0 ? H : 0}),
-                         context.allocate(save ? SavedLayout(p, N).shape(layers) : Shape{N, D, 0})};
+  ForwardResults results(context, p, layers, x.size(0), save);
   if (p.steps && p.rows && has_states(p)) {
     run_forward(context, p, arguments, plan, tf32, batch_sizes, results);
   } else {
@@ -194,29 +198,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tenso
 
 // ---- backward
 
+// A gradient like a tensor, empty where it is not wanted.
+Tensor allocate_like(const CallContext& context, const Tensor& tensor, bool wanted) {
+  const auto sizes = tensor.sizes();
+  return context.allocate(wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0});
+}
+
 struct BackwardResults {
   bool wants_x, wants_weights;
   Tensor grad_x;
   Tensors grad_weights;
   Tensor grad_h_0, grad_c_0;
-};
 
-BackwardResults allocate_results(const CallContext& context, const LayerBackward& p, int64_t layers, const Tensor& x,
-                                 const Tensors& weights, bool wants_x, bool wants_weights) {
-  const int64_t LD = layers * p.directions, B = p.sequences;
-  const auto like = [&](const Tensor& tensor, bool wanted) {
-    const auto sizes = tensor.sizes();
-    return context.allocate(wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0});
-  };
-  BackwardResults results{wants_x,
-                          wants_weights,
-                          like(x, wants_x),
-                          {},
-                          context.allocate({LD, B, p.projected}),
-                          context.allocate({LD, B, states_of(p.cell) > 1 ? p.hidden : 0})};
-  for (const Tensor& weight : weights) results.grad_weights.push_back(like(weight, wants_weights));
-  return results;
-}
+  // Of all layers.
+  BackwardResults(const CallContext& context, const LayerBackward& p, int64_t layers, const Tensor& x,
+                  const Tensors& weights, bool wants_x, bool wants_weights)
+      : wants_x(wants_x),
+        wants_weights(wants_weights),
+        grad_x(allocate_like(context, x, wants_x)),
+        grad_h_0(context.allocate({layers * p.directions, p.sequences, p.projected})),
+        grad_c_0(context.allocate({layers * p.directions, p.sequences, states_of(p.cell) > 1 ? p.hidden : 0})) {
+    for (const Tensor& weight : weights) grad_weights.push_back(allocate_like(context, weight, wants_weights));
+  }
+
+  // Of one layer, the gradient of whose input is `grad_x`.
+  BackwardResults(const CallContext& context, BackwardResults& all, int64_t layers, int64_t layer, const Tensor& grad_x,
+                  bool wants_x)
+      : wants_x(wants_x),
+        wants_weights(all.wants_weights),
+        grad_x(grad_x),
+        grad_h_0(of_layer(context, all.grad_h_0, layers, layer)),
+        grad_c_0(of_layer(context, all.grad_c_0, layers, layer)) {
+    const size_t each = all.grad_weights.size() / layers;
+    const auto first = all.grad_weights.begin() + layer * each;
+    grad_weights.assign(first, first + each);
+  }
+};
 
 // No step: the gradients of the initial states are those of the final ones, all others zeros.
 void pass_gradients(const CallContext& context, const LayerBackward& first, BackwardResults& results) {
@@ -230,26 +247,13 @@ void pass_gradients(const CallContext& context, const LayerBackward& first, Back
 SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged,
                                const BackwardMemory& memory) {
   const int64_t D = p.directions, FH = gradient_blocks_of(p.cell) * p.hidden;
-  SweepGradients grads{context.view(memory.gates, {D, rows, FH}), {}};
+  SweepGradients grads(context.view(memory.gates, {D, rows, FH}));
   if (p.has_projection) grads.projected = context.view(memory.projected, {D, rows, p.projected});
   if (ragged && !(p.batch_sizes && p.rows == rows)) {
     zero(grads.gates);
     if (grads.projected) zero(*grads.projected);
   }
   return grads;
-}
-
-// Of the results those of one layer, the gradient of whose input is `grad_x`.
-BackwardResults of_layer(const CallContext& context, BackwardResults& all, int64_t layers, int64_t layer,
-                         const Tensor& grad_x, bool wants_x) {
-  const size_t each = all.grad_weights.size() / layers;
-  const auto first = all.grad_weights.begin() + layer * each;
-  return {wants_x,
-          all.wants_weights,
-          grad_x,
-          Tensors(first, first + each),
-          of_layer(context, all.grad_h_0, layers, layer),
-          of_layer(context, all.grad_c_0, layers, layer)};
 }
 
 // The arguments of a sweep back through one layer.
@@ -275,7 +279,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
   for (int64_t l = L; l-- > 0;) {
     arguments.set_layer_backward(p, l);
     const Tensor grad_x = l ? context.view(between.of(context, l), {rows, p.input}) : results.grad_x;
-    BackwardResults own = of_layer(context, results, L, l, grad_x, l || results.wants_x);
+    BackwardResults own(context, results, L, l, grad_x, l || results.wants_x);
     set_layer(sweep, p, own);
     if (plan.path != Path::stepwise) {
       prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
@@ -304,7 +308,7 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(StringHandle cell, Opt
   CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
   const CallContext context(x);
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
-  BackwardResults results = allocate_results(context, p, layers, x, weights, wants_x, wants_weights);
+  BackwardResults results(context, p, layers, x, weights, wants_x, wants_weights);
   if (p.steps && p.rows && has_states(p))
     run_backward(context, p, arguments, plan, tf32, x.size(0), batch_sizes, results);
   else

@@ -186,8 +186,8 @@ struct GridBackwardExchange : InGroup<C, BackwardArgs> {
   }
 
   // Sends the gates' gradients to all CTAs of the cluster; all lanes of a warp take part.
-  DEVICE void publish(Shared<T> gradients, int stride, const OwnedUnits<C>& mine, const float (&grad)[2][4], bool runs,
-                      int64_t n) const {
+  DEVICE void publish(Shared<T> gradients, int stride, const OwnedUnits<C>& mine, const float (&grad)[2][kMaxBlocks],
+                      bool runs, int64_t n) const {
     if (!mine.any) return;
     constexpr int gathered = 16 / sizeof(T);
     const int set = this->peer() / 2, at = this->peer() % 2 * C::UNITS + mine.at / gathered * gathered;

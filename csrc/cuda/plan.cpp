@@ -17,7 +17,8 @@ std::string text(const Args&... parts) {
 std::string capability(int target) { return text(target / 10, ".", target % 10); }
 
 Variant variant_of(const LayerFacts& layer, const Gpu& gpu, bool backward) {
-  return {arch_of(gpu.target), layer.cell, math_of(layer.scalar, layer.tf32), backward, layer.hidden % 2 == 0};
+  return variant_of(arch_of(gpu.target), layer.cell, math_of(layer.scalar, layer.tf32), backward,
+                    layer.hidden % 2 == 0);
 }
 
 // As few sequences as let the tiles of all directions run at once: a step lasts the longer, the more there is to read
@@ -96,7 +97,8 @@ std::string lay_out(Candidate& found, const LayerFacts& layer, const Gpu& gpu, c
 
 Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backward) {
   Candidate found;
-  found.plan = {Path::cluster, 0, units};
+  found.plan.path = Path::cluster;
+  found.plan.units = units;
   found.reason = reason_against_slices(layer, gpu);
   if (!found.reason.empty()) return found;
   const SliceShape shape = cluster_shape(layer.hidden, units);
@@ -115,7 +117,8 @@ Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backw
 
 Candidate persistent_grid(const LayerFacts& layer, const Gpu& gpu, int clusters_of, bool backward) {
   Candidate found;
-  found.plan = {Path::persistent_grid, 0, clusters_of * kGridUnits};
+  found.plan.path = Path::persistent_grid;
+  found.plan.units = clusters_of * kGridUnits;
   found.reason = reason_against_slices(layer, gpu);
   if (!found.reason.empty()) return found;
   const SliceShape shape = grid_shape(layer.hidden, clusters_of);

@@ -44,7 +44,8 @@ const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, const v
       constexpr int WIDTH = decltype(of_width)::value;
       if constexpr (has_width(MathPolicy::math, WIDTH, EVEN)) {
         return by_arch(shape.arch, [&](auto of_arch) {
-          constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, Pass::backward, EVEN};
+          constexpr Variant variant =
+              variant_of(decltype(of_arch)::value, CELL, MathPolicy::math, Pass::backward, EVEN);
           constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
           using C = SingleCtaConfig<ARCH, CELL, MathPolicy, Pass::backward, WIDTH, EVEN>;
           return launch_with<KernelOf<C>>(args, shape, packed, stream);

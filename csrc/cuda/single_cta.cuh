@@ -15,7 +15,7 @@ struct SingleCtaConfig {
   using T = typename MathPolicy::T;
   static constexpr Cell CELL = CELL_;
   static constexpr bool EVEN = EVEN_;
-  static constexpr Variant variant{ARCH, CELL, MathPolicy::math, BACKWARD, EVEN};
+  static constexpr Variant variant = variant_of(ARCH, CELL, MathPolicy::math, BACKWARD, EVEN);
   static constexpr SingleCtaLayout layout = single_cta_layout(variant, WIDTH_);
   static constexpr int G = gates_of(CELL), WIDTH = WIDTH_, M_TILES = layout.m_tiles, threads = layout.threads;
   static constexpr int chunk = chunk_of(MathPolicy::math);

@@ -41,7 +41,7 @@ struct SingleCtaBackward : C {
       // Gradients of the gates, which are stored for the weights' gradients and go to all threads.
       mine.each([&](int m, int s_) {
         const bool running = mine.lane.sequence + s_ < now.running;
-        float grad[2][4] = {}, h_new[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
+        float grad[2][kMaxBlocks] = {}, h_new[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
         float c_new[2] = {grad_c[m][s_][0], grad_c[m][s_][1]};
         zero_absent(h_new, mine.present[m]);
         arrays.step(inputs[m][s_], h_new, c_new, grad);
@@ -81,7 +81,7 @@ struct SingleCtaBackward : C {
   }
 
   // The gradients of the gates of two units, for all threads; zeros for a sequence that does not run.
-  static DEVICE void publish(Shared<T> gradients, int at, const float (&grad)[2][4], bool runs) {
+  static DEVICE void publish(Shared<T> gradients, int at, const float (&grad)[2][kMaxBlocks], bool runs) {
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
       const Pair<T> factors = runs ? MathPolicy::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};

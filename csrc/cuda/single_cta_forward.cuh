@@ -48,7 +48,7 @@ struct SingleCtaForward : C {
         // Activations of all elements, and what they yield: the new state, y, what the backward pass needs.
 #pragma unroll
         for (int s_ = 0; s_ < 2; s_++) {
-          float saved[2][4], h_new[2], c_new[2] = {c[m][s_][0], c[m][s_][1]};
+          float saved[2][kMaxBlocks], h_new[2], c_new[2] = {c[m][s_][0], c[m][s_][1]};
           to_acc(h[m][s_], h_new);
           activate(sum, x_apart, s_, h_new, c_new, saved);
           // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
@@ -79,7 +79,7 @@ struct SingleCtaForward : C {
     mine.each([&](int m, int s_) {
       h[m][s_] = mine.load_state(s.h_0, m, s_);
       to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
-      if (s_ == 0) arrays.load_b_hn(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
+      if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
       mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
     });
   }
@@ -114,7 +114,7 @@ struct SingleCtaForward : C {
 
   // The step of two units of a sequence; h and c change in place.
   static DEVICE void activate(const float (&sum)[G][kElements], const float (&x_apart)[kElements], int s_,
-                              float (&h)[2], float (&c)[2], float (&saved)[2][4]) {
+                              float (&h)[2], float (&c)[2], float (&saved)[2][kMaxBlocks]) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       float x_i[G] = {}, of_h[G];

@@ -18,7 +18,7 @@ struct SliceConfig {
   static constexpr Path PATH = PATH_;
   static constexpr Cell CELL = CELL_;
   static constexpr bool EVEN = EVEN_;
-  static constexpr Variant variant{ARCH, CELL, MathPolicy::math, BACKWARD, EVEN};
+  static constexpr Variant variant = variant_of(ARCH, CELL, MathPolicy::math, BACKWARD, EVEN);
   static constexpr int G = gates_of(CELL), UNITS = UNITS_, RESIDENT = resident_of(PATH, variant, UNITS);
   static constexpr int warps = slice_warps(UNITS, BACKWARD), threads = warps * kWarpSize;
   static constexpr int owners = owner_warps(UNITS);  // warps with states

@@ -54,7 +54,7 @@ struct SliceBackward : C {
         if (i > 0) exchange.reduce_partials(n - 1, ran, mine, grad_h);
         // Gradients of the gates; publish them to all who multiply them.
         const bool runs = mine.any && mine.sequence < running;
-        float grad[2][4] = {};
+        float grad[2][kMaxBlocks] = {};
         zero_absent(grad_h, mine.present);
         if (runs) arrays.step(inputs, grad_h, grad_c, grad);
         exchange.publish(gradients(n), s.stride, mine, grad, runs, n);

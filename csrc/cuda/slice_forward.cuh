@@ -38,7 +38,7 @@ struct SliceForward : C {
       Pair<T> h = mine.load_state(s.h_0), x[G];
       float c[2], b_apart[2];
       to_acc(mine.load_state(s.c_0), c);
-      arrays.load_b_hn(mine.unit, mine.present, b_apart);
+      arrays.load_b_apart(mine.unit, mine.present, b_apart);
       typename Tile::Step now = tile.step(tile.prefetch(0));
       typename Tile::Prefetched next = tile.prefetch(1);
       load(arrays, mine, now, x);
@@ -56,7 +56,7 @@ struct SliceForward : C {
         if (mine.any) {
           // Activate.
           const bool runs = mine.sequence < now.running;
-          float saved[2][4];
+          float saved[2][kMaxBlocks];
           if (runs) activate(sums, mine, x, b_apart, h, c, saved);
           // Publish the new states first, once all lanes have read their sums: others may overwrite them after that.
           if (!last) exchange.publish(states(n + 1), stride, mine, MathPolicy::factors(h), runs, n);
@@ -139,7 +139,7 @@ struct SliceForward : C {
 
   // The step of two units of a sequence; h and c change in place.
   static DEVICE void activate(Shared<float> sums, const OwnedUnits<C>& mine, const Pair<T> (&x)[G],
-                              const float (&b_apart)[2], Pair<T>& h, float (&c)[2], float (&saved)[2][4]) {
+                              const float (&b_apart)[2], Pair<T>& h, float (&c)[2], float (&saved)[2][kMaxBlocks]) {
     float h_new[2];
     to_acc(h, h_new);
     float x_i[2][G] = {}, of_h[2][G];

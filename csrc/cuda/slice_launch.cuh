@@ -27,7 +27,7 @@ const char* by_slice_config(const SweepArgs& args, Arch arch, Call call) {
   return by_even(args.hidden, [&](auto even) {
     constexpr bool EVEN = decltype(even)::value;
     return by_arch(arch, [&](auto of_arch) -> const char* {
-      constexpr Variant variant{decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN};
+      constexpr Variant variant = variant_of(decltype(of_arch)::value, CELL, MathPolicy::math, BACKWARD, EVEN);
       if constexpr (resident_of(PATH, variant, UNITS) == 0) {
         return "no kernel by clusters for this architecture";
       } else {

@@ -17,7 +17,8 @@ struct Element {
 DEVICE bool element(int64_t rows, int64_t width, Element& found) {
   const int64_t i = block() * kThreads + thread();
   if (i >= rows * width) return false;
-  found = {i / width, static_cast<int>(i % width)};
+  found.row = i / width;
+  found.column = static_cast<int>(i % width);
   return true;
 }
 
@@ -29,8 +30,9 @@ struct TwoUnits {
 DEVICE bool two_units(int64_t rows, int64_t hidden, TwoUnits& found) {
   Element at;
   if (!element(rows, (hidden + 1) / 2, at)) return false;
-  const int unit = at.column * 2;
-  found = {at.row, unit, unit + 1 < hidden ? 2 : 1};
+  found.row = at.row;
+  found.unit = at.column * 2;
+  found.count = found.unit + 1 < hidden ? 2 : 1;
   return true;
 }
 
@@ -56,7 +58,7 @@ struct StepForwardKernel {
     const Global<acc_t<T>> c(static_cast<acc_t<T>*>(p.c), states);
     Pair<T> x[G];
     arrays.load_gates(row, at.unit, {}, at.count, x);
-    acc_t<T> x_i[2][G], of_h[2][G], saved[2][4], h_now[2] = {}, c_now[2] = {}, b_hn[2];
+    acc_t<T> x_i[2][G], of_h[2][G], saved[2][kMaxBlocks], h_now[2] = {}, c_now[2] = {}, b_apart[2];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
       acc_t<T> units[2];
@@ -66,8 +68,8 @@ struct StepForwardKernel {
       of_h[0][gate] = units[0], of_h[1][gate] = units[1];
     }
     if (CellTraits<CELL>::apart) {
-      arrays.load_b_hn(at.unit, at.count, b_hn);
-      of_h[0][G - 1] += b_hn[0], of_h[1][G - 1] += b_hn[1];
+      arrays.load_b_apart(at.unit, at.count, b_apart);
+      of_h[0][G - 1] += b_apart[0], of_h[1][G - 1] += b_apart[1];
     }
     if (CellTraits<CELL>::needs_h_prev) {
       to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
@@ -100,7 +102,7 @@ struct StepBackwardKernel {
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
     const Global<acc_t<T>> grad_c(static_cast<acc_t<T>*>(p.grad_c), states);
-    acc_t<T> grad[2][4] = {};
+    acc_t<T> grad[2][kMaxBlocks] = {};
     if (at.row < steps.size(t)) {
       const BackwardArrays<CELL, T, EVEN> arrays(s, d);
       const int64_t row = steps.start(t) + at.row;
@@ -188,11 +190,11 @@ struct FinishSweepKernel {
     Element at;
     if (element(s.rows, s.projected, at)) return gather(p, at, d);
     const int64_t i = block() * kThreads + thread() - s.rows * s.projected;
-    if (i < p.biases) share(p, i, d);
+    if (i < p.biases) store_bias_gradients(p, i, d);
   }
 
  private:
-  static DEVICE void share(const FinishSweep& p, int64_t i, int d) {
+  static DEVICE void store_bias_gradients(const FinishSweep& p, int64_t i, int d) {
     // The gradients of gates whose products stay apart follow those of all gates of h.
     const int64_t apart = p.biases - p.folded, width = p.biases + apart;
     const Global<const T> sums(static_cast<const T*>(p.sums) + d * width, width);
@@ -231,9 +233,10 @@ struct UnprojectedKernel {
     const SweepArgs& s = p.layer;
     Element at;
     if (!element(s.rows, s.hidden, at)) return;
-    const Global<const T> saved(static_cast<const T*>(p.saved), s.rows * s.directions * 5 * s.hidden);
-    const int64_t o = ((at.row * s.directions + p.direction) * 5 + 3) * s.hidden + at.column;
-    const acc_t<T> h = to_acc(saved.load(o)) * tanh(to_acc(saved.load(o + s.hidden)));
+    constexpr int K = CellTraits<Cell::lstm>::saved_blocks;  // the last two are o and c
+    const Global<const T> saved(static_cast<const T*>(p.saved), s.rows * s.directions * K * s.hidden);
+    const int64_t o = ((at.row * s.directions + p.direction) * K + K - 2) * s.hidden + at.column, c = o + s.hidden;
+    const acc_t<T> h = to_acc(saved.load(o)) * tanh(to_acc(saved.load(c)));
     Global<T>(static_cast<T*>(p.result), s.rows * s.hidden).store(at.row * s.hidden + at.column, from_acc<T>(h));
   }
 };

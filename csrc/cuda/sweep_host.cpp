@@ -53,7 +53,7 @@ void prepare_weights(const CallContext& context, const SweepArgs& sweep, const v
   if (launch.path != Path::single_cta)
     return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
   const Math math = math_of(sweep.scalar, sweep.tf32);
-  const Variant variant{launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0};
+  const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0);
   const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, sweep.hidden));
   PackWeights pack{};
   pack.fold = fold;

@@ -7,14 +7,19 @@ namespace {
 
 // Columns of grad_gates [N, F*H], and the rows of w_ih whose gates they are of.
 struct ColumnBlock {
-  int64_t column, row, width;
+  int64_t column = 0, row = 0, width = 0;
 };
 
 std::vector<ColumnBlock> blocks_of_x(const Layer& p) {
   // The gradients of gates whose products stay apart follow those of all gates of h.
   const int64_t all = gates_of(p.cell) * p.hidden, apart = apart_of(p.cell) * p.hidden;
-  if (!apart) return {{0, 0, all}};
-  return {{0, 0, all - apart}, {all, all - apart, apart}};
+  ColumnBlock added, kept_apart;
+  added.width = all - apart;
+  if (!apart) return {added};
+  kept_apart.column = all;
+  kept_apart.row = all - apart;
+  kept_apart.width = apart;
+  return {added, kept_apart};
 }
 
 // The gradients of one direction, of what a sweep has.

@@ -92,9 +92,9 @@ def assert_a_block_needs_all_its_memory(name: str, call: Call, tf32: bool, backw
     for one in fitting(name, H200, call.cell, call.hidden, call.dtype, backward, tf32=tf32):
         planned = by_path(path(name, 1, one["units"]), tf32)[backward]
         passes = (forward, planned) if backward else (planned, back)
-        shared_memory(one["bytes"])
+        shared_memory(one["shared_memory"])
         both_passes(call, *passes)
-        shared_memory(one["bytes"] - 1)
+        shared_memory(one["shared_memory"] - 1)
         with pytest.raises(RuntimeError, match="do not fit"):
             both_passes(call, *passes)
 
@@ -115,7 +115,7 @@ def test_a_block_that_registers_are_not_enough_for(backward, shared_memory):
     """In 16 bits that takes more than 1024 units on the persistent grid."""
     call = Call("lstm", 1, 1, 1, 1025, dtype=torch.bfloat16)
     grids = fitting("persistent grid", H200, "lstm", 1025, call.dtype, backward)
-    assert all(one["shared_memory"] for one in grids)
+    assert all(one["shared_weights"] for one in grids)
     assert_a_block_needs_all_its_memory("persistent grid", call, False, backward, shared_memory)
 
 

@@ -55,8 +55,8 @@ RESIDENCY = [
 def test_where_the_weights_of_a_single_cta_lie(row):
     cell, hidden, dtype, tf32, gpu, backward, expected = row
     (one,) = fitting("single CTA", gpu, cell, hidden, dtype, backward, tf32=tf32)
-    assert tuple(one[place] / KIB for place in ("registers", "shared_memory", "l2")) == expected
-    assert one["shared_memory"] < one["bytes"] <= gpu.shared_memory
+    assert tuple(one[place] / KIB for place in ("registers", "shared_weights", "l2")) == expected
+    assert one["shared_weights"] < one["shared_memory"] <= gpu.shared_memory
 
 
 def test_small_batches_are_spread_over_the_gpu():

@@ -90,10 +90,20 @@ def _cheapest(
 def candidates(layer: Call, gpu: GPU, backward: bool) -> list[dict[str, Any]]:
     """All ways to run one pass: its "path", the "reason" why it cannot run or "", and its sizes, as `Candidate` in
     csrc/cuda/plan.h explains them."""
-    dtype, target = str(layer.dtype).removeprefix("torch."), 0 if gpu.amd else int(gpu.target.removeprefix("sm_"))
-    facts = layer.cell, layer.hidden_size, layer.projected, dtype, layer.tf32, layer.directions, layer.sequences
-    machine = target, gpu.shared_memory, gpu.multiprocessors, gpu.clusters
-    return hardware.native().cuda_candidates(*facts, *machine, backward)
+    return hardware.native().cuda_candidates(
+        cell=layer.cell,
+        hidden=layer.hidden_size,
+        projected=layer.projected,
+        dtype=str(layer.dtype).removeprefix("torch."),
+        tf32=layer.tf32,
+        directions=layer.directions,
+        sequences=layer.sequences,
+        target=0 if gpu.amd else int(gpu.target.removeprefix("sm_")),
+        shared_memory=gpu.shared_memory,
+        multiprocessors=gpu.multiprocessors,
+        clusters=gpu.clusters,
+        backward=backward,
+    )
 
 
 def path_names() -> tuple[str, ...]:
@@ -115,7 +125,7 @@ def terms(found: dict[str, Any], layer: Call, gpu: GPU, backward: bool) -> costs
         return costs.Terms(key, (times,), costs.step_product(layer, gpu))
     tile, blocks = found["tile"], found["blocks"]
     product = _cta_product(layer, gpu, tile, found["width"])
-    of_block = [product, found["shared_memory"] / costs.SHARED]
+    of_block = [product, found["shared_weights"] / costs.SHARED]
     if found["path"] == "single CTA":
         of_block.append(found["l2"] / costs.L2)
     elif found["path"] == "cluster":
