@@ -20,6 +20,25 @@ def test_paths_in_documents_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_documents_say_is_in_a_file_is_there(document):
+    """`tile_of` in `csrc/cuda/plan.cpp`, or two names in two files."""
+    listed = r"`[^`]+`(?: and `[^`]+`)*"
+    for names, paths in re.findall(rf"({listed})(?: \w+)? in ({listed})", document.read_text()):
+        files = [ROOT / path for path in re.findall(r"`([^`]+)`", paths)]
+        if not all(file.is_file() for file in files):
+            continue
+        for name in re.findall(r"`(\w+)`", names):
+            missing = [str(file) for file in files if name not in file.read_text()]
+            assert len(missing) < len(files), (name, missing)
+
+
+def test_the_diagrams_show_files_that_are_there():
+    diagrams = "".join(re.findall(r"```mermaid\n(.*?)```", (ROOT / "docs/design.md").read_text(), re.DOTALL))
+    there = {str(path.relative_to(ROOT / top)) for top in ("seqkernels", "csrc") for path in (ROOT / top).rglob("*.*")}
+    assert not set(re.findall(r"[\w/]+\.(?:py|h|cpp)\b", diagrams)) - there
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_of_documents_lead_somewhere(document):
     text = document.read_text()
     in_html = re.findall(r'(?:src|href)="(?!https?:)([^"]*)"', text)
