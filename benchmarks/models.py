@@ -1,4 +1,4 @@
-"""`python -m benchmarks models`: other people's models, swapped and not, in turns; `make test-models` installs them."""
+"""`python -m benchmarks models`: other people's models, swapped and not; `make test-models` installs them."""
 
 import argparse
 import copy
@@ -137,5 +137,5 @@ def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], l
             f"Other people's models, float32, {cpu}, threads: {threads}",
             headings,
             lines,
-            ["Medians of the whole model; times: how many times as fast it is swapped, the median of rounds in turns."],
+            ["Medians of the whole model; times: how many times as fast it is swapped, the median over the rounds."],
         )

@@ -31,7 +31,7 @@ def listen(model: nn.Module, modules: Mapping[str, nn.Module], args: tuple, kwar
 
 
 def compare(first: nn.Module, second: nn.Module, args: tuple, kwargs: dict) -> float:
-    """How many times as fast the second is as the first: by the medians of rounds in turns.
+    """How many times as fast the second is as the first: by the medians of rounds in which each runs once.
 
     What is called here runs as the caller's code does: under autocast, or without gradients. With gradients a backward
     pass is timed as well, and adds to nobody's.
