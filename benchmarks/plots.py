@@ -7,7 +7,7 @@ from benchmarks import figures
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import GATES, PROBLEMS, Problem
-from benchmarks.record import Row, gpu_rows, ordered, readme_rows
+from benchmarks.record import Row, gpu_rows, ordered, plotted_rows
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -18,15 +18,15 @@ def draw(rows: list[Row], scaling: list[Row], folder: Path) -> list[Path]:
     timed = [row for row in rows if "median_ms" in row]
     beside = [row for row in timed if row["contender"] == OWN and "speedup" in row]
     for name, plot, given in (
-        ("overview-cpu", plot_overview, readme_rows(beside)),
+        ("overview-cpu", plot_overview, plotted_rows(beside)),
         ("overview-gpu", plot_overview, [row for row in gpu_rows(beside) if row["dtype"] == "tf32"]),
-        ("speedup", plot_speedup, readme_rows(beside)),
+        ("speedup", plot_speedup, plotted_rows(beside)),
         (
             "roofline",
             plot_roofline,
-            [row for row in readme_rows(timed) if row["contender"] == OURS and row["peak_gflops"]],
+            [row for row in plotted_rows(timed) if row["contender"] == OURS and row["peak_gflops"]],
         ),
-        ("packed", plot_packed, [row for row in readme_rows(timed) if row["mode"] == "train"]),
+        ("packed", plot_packed, [row for row in plotted_rows(timed) if row["mode"] == "train"]),
         ("scaling", plot_scaling, scaling),
     ):
         if not given:

@@ -19,7 +19,7 @@ from benchmarks import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-KEY = ("problem", "cell", "mode", "layout", "dtype", "threads", "device")
+KEY = ("problem", "cell", "mode", "layout", "dtype", "threads", "device", "cpu", "gpu")
 
 Row = dict[str, Any]
 
@@ -30,6 +30,7 @@ def environment() -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": platform.platform(),
         "cpu": cpu_name(),
+        "isa": isa(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -47,6 +48,12 @@ def cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def isa() -> str | None:
+    """The instruction set of our kernels for the CPU; None where they take no part in the run."""
+    hardware = sys.modules.get("seqkernels.hardware")
+    return hardware.THIS_MACHINE.isa or None if hardware else None
 
 
 def gpu() -> dict[str, Any]:
@@ -144,10 +151,17 @@ def differs(commit: str | None) -> bool:
     return git("diff", "--quiet", commit, "--", "csrc", "seqkernels", "setup.py") is None
 
 
-def readme_rows(rows: list[Row]) -> list[Row]:
-    """The comparison most people look for on a CPU: float32, and as many threads as there are."""
-    rows = [row for row in rows if row["device"] == "cpu" and row["dtype"] == "float32"]
+def cpu_rows(rows: list[Row]) -> list[Row]:
+    """The comparison most people look for on CPUs: with as many threads as there are."""
+    rows = [row for row in rows if row["device"] == "cpu"]
     return [row for row in rows if row["threads"] == max(row["threads"] for row in rows)]
+
+
+def plotted_rows(rows: list[Row]) -> list[Row]:
+    """Those in float32 of the CPU that most is known of."""
+    rows = [row for row in cpu_rows(rows) if row["dtype"] == "float32"]
+    cpus = [row["cpu"] for row in rows]
+    return [row for row in rows if row["cpu"] == max(cpus, key=cpus.count)]
 
 
 def gpu_rows(rows: list[Row]) -> list[Row]:

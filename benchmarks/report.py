@@ -10,7 +10,7 @@ from benchmarks import InputError, calls, kernels, models, plots, record, requir
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
-from benchmarks.record import Row, differs, gpu_rows, key, newest, ordered, read, readme_rows, scaling_key, step_key
+from benchmarks.record import Row, cpu_rows, differs, gpu_rows, key, newest, ordered, read, scaling_key, step_key
 
 MARKERS = "<!-- kernels: written by `python -m benchmarks report --readme` -->", "<!-- end of kernels -->"
 OLD, DIRTY = "†", "‡"
@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--readme",
         type=Path,
         metavar="FILE",
-        help="write the tables of a CPU in float32 and of GPUs into FILE, between its two markers",
+        help="write the tables of CPUs with all their threads, and of GPUs, into FILE, between its two markers",
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into DIR, as PNG and SVG")
 
@@ -67,20 +67,20 @@ class Table(NamedTuple):
 
 
 def readme_tables(rows: list[Row]) -> list[Table]:
-    return tables(readme_rows(rows)) + tables(gpu_rows(rows))
+    return tables(cpu_rows(rows)) + tables(gpu_rows(rows))
 
 
 def tables(rows: list[Row]) -> list[Table]:
     """One for each mode, dtype, thread count and device; a line a problem, a column for each cell and layout."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        device = row["device"] if row["device"] == "cpu" else row["gpu"]
-        groups.setdefault((device, *(row[name] for name in ("dtype", "threads", "mode"))), []).append(row)
+        device = row["cpu"] if row["device"] == "cpu" else row["gpu"]
+        groups.setdefault((row["mode"], row["dtype"], row["threads"], device), []).append(row)
     return [table(name, group) for name, group in groups.items()]
 
 
 def table(group: tuple, rows: list[Row]) -> Table:
-    device, dtype, threads, mode = group
+    mode, dtype, threads, device = group
     others = ordered((row["contender"] for row in rows if "speedup" in row), (OWN,))
     columns = [
         (c, y) for c in CASES["cell"] for y in CASES["layout"] if any((r["cell"], r["layout"]) == (c, y) for r in rows)
@@ -96,7 +96,9 @@ def table(group: tuple, rows: list[Row]) -> Table:
     for column in columns:
         mean = [geometric_mean([row["speedup"] for row in rows if of_column(row, column, name)]) for name in others]
         means.append(" / ".join(f"{value:.2f}" if value else "-" for value in mean))
-    where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
+    sets = ", ".join(ordered((row["isa"] for row in rows if row.get("isa")), ()))
+    where = f"{threads} thread{'s' * (threads != 1)} of {device}" if threads else device
+    where += f" ({sets})" if sets else ""
     peaks = [row["peak_gflops"] for row in rows if row["peak_gflops"]]
     notes = [f"ms of seqkernels: how many times as fast it is as {' / '.join(others)}; = within the spread."]
     if peaks:

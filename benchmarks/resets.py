@@ -162,7 +162,7 @@ def said(row: Row) -> str:
 def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, lines and notes, for each processor, number of threads and share of marks."""
     known = (row for row in rows if row["right"] and "median_ms" in row)
-    rows = newest(known, lambda row: (*record.key(row), row["cpu"], row["gpu"], row["share"]))
+    rows = newest(known, lambda row: (*record.key(row), row["share"]))
     order = (WITHOUT, OURS, OWN, *(f"torchrl {backend}" for backend in TORCHRL))
     of = ("device", "cpu", "gpu", "threads", "share")
     for group in dict.fromkeys(tuple(row[name] for name in of) for row in rows):
