@@ -31,6 +31,7 @@ def gru(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """GRU over whole sequences.
@@ -45,6 +46,8 @@ def gru(
             not read, and is zero in the output; h_n is the state at each sequence's end.
         cu_seqlens: ``[B + 1]`` integers: sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1] of the input.
         max_seqlen: bound of the lengths in cu_seqlens; spares reading it from the device, and torch.compile needs it.
+        recompute: True saves the input of each layer alone for the backward pass, which runs the layer again: the same
+            bits in less memory and more time (docs/memory.md).
         backend: force one of `seqkernels.select.BACKENDS`.
 
     Returns:
@@ -52,13 +55,13 @@ def gru(
 
     Raises:
         ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths or cu_seqlens
-            that do not fit, and where no backend can run the call.
+            that do not fit, and where no backend can run the call; TypeError for a recompute that is no bool.
     """
     checks.check_kind(weights)
     return recurrent(
         "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, backend=backend,
+        max_seqlen=max_seqlen, recompute=recompute, backend=backend,
     )  # fmt: skip
 
 
@@ -77,6 +80,7 @@ def rnn(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman RNN over whole sequences; arguments as `gru`, and nonlinearity "tanh" or "relu"."""
@@ -86,7 +90,7 @@ def rnn(
     return recurrent(
         "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, backend=backend,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, recompute=recompute, backend=backend,
     )  # fmt: skip
 
 
@@ -104,6 +108,7 @@ def lstm(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """LSTM over whole sequences; arguments as `gru`, with hx = (h_0, c_0) and (h_n, c_n) returned.
@@ -114,7 +119,7 @@ def lstm(
     return recurrent(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, backend=backend,
+        max_seqlen=max_seqlen, recompute=recompute, backend=backend,
     )  # fmt: skip
 
 
@@ -132,6 +137,7 @@ def ligru(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments as `gru`, with w_ih ``[2*H, I]``."""
@@ -139,7 +145,7 @@ def ligru(
     return recurrent(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, backend=backend,
+        max_seqlen=max_seqlen, recompute=recompute, backend=backend,
     )  # fmt: skip
 
 
@@ -158,10 +164,12 @@ def recurrent(
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ):
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
+    checks.check_recompute(recompute)
     checks.count_weights(len(weights), num_layers * directions, bias, cell)
     if onnx_export.exporting():
         dropout = dropout if training else 0.0
@@ -169,26 +177,28 @@ def recurrent(
         return onnx_export.recurrent(cell, input, hx, weights, *options)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, lengths, cu_seqlens, max_seqlen)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
-    y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0)
+    y, h_n, c_n = run(plan, inputs, weights, dropout if training else 0.0, recompute)
     h_n = restore(h_n, inputs)
     return inputs.rows.restore_layout(y), (h_n if inputs.c_0 is None else (h_n, restore(c_n, inputs)))
 
 
-def run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def run(
+    plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float, recompute: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     (y, batch_sizes, *_), h_0, c_0, _, call = inputs
-    layers = call.layers
+    layers, wanted = call.layers, modes.wants_gradients(y, h_0, c_0, *weights)
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
-    # would compute. (cuDNN cannot leave any out.)
-    if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, len(weights) // layers))):
-        save = modes.wants_gradients(y, h_0, c_0, *weights)
-        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)
+    # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
+    together = plan.backend == "cudnn" or (not (wanted and recompute) and _want_alike(weights, len(weights) // layers))
+    if layers == 1 or (dropout == 0 and together):
+        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, wanted, recompute)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):
         if layer and dropout > 0:
             y = F.dropout(y, dropout, True)
-        save = modes.wants_gradients(y, begin_h, begin_c, *of_layer)
-        y, h, c = ops.recurrence_forward(plan, of_one, y, of_layer, begin_h, begin_c, batch_sizes, save)
+        wanted = modes.wants_gradients(y, begin_h, begin_c, *of_layer)
+        y, h, c = ops.recurrence_forward(plan, of_one, y, of_layer, begin_h, begin_c, batch_sizes, wanted, recompute)
         h_n.append(h)
         c_n.append(c)
     return y, torch.cat(h_n), torch.cat(c_n)
@@ -222,8 +232,8 @@ def recurrent_cell(
     plan = select.plan_of(call, input.device, backend)
     # With a single step y is h.
     states = h_0.unsqueeze(0), None if c_0 is None else c_0.unsqueeze(0)
-    save = modes.wants_gradients(input, h_0, c_0, *weights)
-    y, _, c = ops.recurrence_forward(plan, call, input, weights, *states, None, save)
+    wanted = modes.wants_gradients(input, h_0, c_0, *weights)
+    y, _, c = ops.recurrence_forward(plan, call, input, weights, *states, None, wanted)
     return y, c if c_0 is None else c.squeeze(0)
 
 
