@@ -277,11 +277,11 @@ def _recompute_of(backend: str):
 
 _backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
 for _backend in _backends:
-    _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
-    _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
+    if _backend != "cpu":  # csrc/cpu/ops.cpp defines and implements its own
+        _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
+        _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
     _library.define(f"recurrence_recompute.{_backend}{RECOMPUTE_SCHEMA}")
     _library.impl(f"recurrence_recompute.{_backend}", _recompute_of(_backend), "CompositeExplicitAutograd")
-# csrc/cpu/ops.cpp implements "cpu".
 for _name, _forward, _backward_of in (
     ("torch_eager", _checked_forward, _checked_backward),
     ("triton", triton.forward, triton.backward),

@@ -128,6 +128,13 @@ def test_backward_passes_opcheck(cell, backend):
         torch.library.opcheck(backward(backend), (cell, *grads, *layer, y, saved, *wants))
 
 
+def test_backends_have_one_schema():
+    """That of the CPU stands in csrc/cpu/ops.cpp, the others' in seqkernels/ops.py."""
+    for name in ("recurrence_forward", "recurrence_backward", "recurrence_recompute"):
+        schemas = {str(getattr(getattr(torch.ops.seqkernels, name), b)._schema).replace(f".{b}", "") for b in BACKENDS}
+        assert len(schemas) == 1
+
+
 @pytest.mark.parametrize("backend", SLOW_MARKED)
 @pytest.mark.parametrize("cell", CELLS)
 def test_recompute_passes_opcheck(cell, backend):
