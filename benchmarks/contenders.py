@@ -79,9 +79,12 @@ def torch_nn(case: Case) -> Callable[[], list[Tensor]]:
     return prepared(case, module)
 
 
-def seqkernels(case: Case, backend: str | None = None) -> Callable[[], list[Tensor]]:
+def seqkernels(case: Case, backend: str | None = None, recompute: bool = False) -> Callable[[], list[Tensor]]:
+    if recompute and case.mode == "infer":
+        raise Unavailable("nothing is saved, so that nothing is computed again")
     sk = require("seqkernels")
     module = module_of(case, sk)
+    module.recompute = recompute
     module.load_state_dict(weights(case).state_dict())
     module.backend = backend
     try:
@@ -223,6 +226,7 @@ CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "torch.nn float16": in_dtype("float16", torch_nn),
     "seqkernels float32": in_dtype("float32", seqkernels),
     **{f"seqkernels {name}": functools.partial(seqkernels, backend=name) for name in OUR_BACKENDS},
+    "seqkernels recompute": functools.partial(seqkernels, recompute=True),
     "aten cells": loop,
     "compiled loop": functools.partial(loop, compiled=True),
 }

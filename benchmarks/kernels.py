@@ -121,14 +121,14 @@ def title(case: Case) -> str:
 
 
 def show(case: Case, rows: list[dict[str, Any]]) -> None:
-    """One line a case: every contender's median, and how much faster we are."""
+    """One line a case: every contender's median, its peak of memory, and how much faster we are."""
     if not rows[0]["right"]:
         print(f"{title(case)} WRONG: relative errors {said_errors(rows)}", flush=True)
         return
     texts = []
     for row in rows:
         if "median_ms" in row:
-            text = f"{row['contender']} {row['median_ms']:.3f} ms"
+            text = f"{row['contender']} {row['median_ms']:.3f} ms {row['memory_bytes'] / 1e6:.1f} MB"
             texts.append(f"{text} ({verdict(row)})" if "speedup" in row else text)
     print(title(case), "  ".join(texts), flush=True)
 

@@ -10,6 +10,33 @@
 #include "cuda/plan.h"
 #include "names.h"
 
+// What is Python's here is weak, so that a C++ program without Python can load the library for its operators: there
+// these names are nothing, and nobody calls the functions that need them.
+#pragma weak PyArg_ParseTuple
+#pragma weak PyBytes_AsString
+#pragma weak PyDict_SetItemString
+#pragma weak PyErr_Format
+#pragma weak PyErr_Occurred
+#pragma weak PyExc_ValueError
+#pragma weak PyFloat_FromDouble
+#pragma weak PyList_Append
+#pragma weak PyList_New
+#pragma weak PyLong_AsLong
+#pragma weak PyLong_FromLongLong
+#pragma weak PyModule_AddObject
+#pragma weak PyModule_Create2
+#pragma weak PyObject_IsTrue
+#pragma weak PyTuple_GetItem
+#pragma weak PyTuple_New
+#pragma weak PyTuple_SetItem
+#pragma weak PyTuple_Size
+#pragma weak PyUnicode_AsUTF8String
+#pragma weak PyUnicode_FromFormat
+#pragma weak PyUnicode_FromString
+#pragma weak Py_BuildValue
+#pragma weak _Py_Dealloc
+#pragma weak _Py_NoneStruct
+
 using namespace seqkernels;
 
 // ---- the CPU kernels

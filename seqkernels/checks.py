@@ -103,6 +103,11 @@ def check_pair(hx: State, name: str, argument: str = "hx") -> None:
         raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
 
 
+def check_recompute(recompute: bool) -> None:
+    if not isinstance(recompute, bool):
+        raise TypeError(f"recompute is True or False, got {recompute!r}")
+
+
 def any_expanded(weights: Sequence[Tensor]) -> bool:
     """Whether call_for_per_sample_grads has put its own kind of tensor in the place of a weight."""
     return any(type(weight) is not Parameter and type(weight).__name__ == "ExpandedWeight" for weight in weights)

@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter says of the operator pair: the multiplications and additions of its matrix products.
+"""What torch.utils.flop_counter says of the operators: the multiplications and additions of their matrix products.
 
 They are those of torch.nn's modules: a step's input and state times the weights, and twice as much for the gradients.
 """
@@ -21,9 +21,19 @@ def backward_flops(cell, grad_y, grad_h_n, grad_c_n, x_shape, weight_shapes, h_0
     return everything - (0 if wants_x else of_input) + (everything if wants_weights else 0)
 
 
+def recompute_flops(
+    cell, grad_y, grad_h_n, grad_c_n, x_shape, weight_shapes, h_0_shape, c_0, sizes, *options, **_
+) -> int:
+    """Both passes."""
+    of_stack = x_shape, weight_shapes, h_0_shape, c_0, sizes
+    gradients = backward_flops(cell, grad_y, grad_h_n, grad_c_n, *of_stack, None, None, *options)
+    return forward_flops(cell, x_shape, weight_shapes, h_0_shape) + gradients
+
+
 def _register(counter) -> None:
     counter.register_flop_formula(ops.recurrence_forward)(forward_flops)
     counter.register_flop_formula(ops.recurrence_backward)(backward_flops)
+    counter.register_flop_formula(ops.recurrence_recompute)(recompute_flops)
 
 
 def register() -> None:

@@ -33,6 +33,7 @@ def gru(
     max_seqlen: int | None = None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: Tensor | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """GRU over whole sequences.
@@ -52,6 +53,8 @@ def gru(
             is reset_to, so that sequences are cut there and each piece runs alone. h_n is that of the last pieces.
             What is marked behind a sequence's end is not read. See docs/resets.md.
         reset_to: state as hx; None for zeros.
+        recompute: True saves the input of each layer alone for the backward pass, which runs the layer again: the same
+            bits in less memory and more time (docs/memory.md).
         backend: force one of `seqkernels.select.BACKENDS`.
 
     Returns:
@@ -59,13 +62,15 @@ def gru(
 
     Raises:
         ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths,
-            cu_seqlens or a mask that do not fit, and where no backend can run the call.
+            cu_seqlens or a mask that do not fit, and where no backend can run the call; TypeError for a recompute that
+            is no bool.
     """
     checks.check_kind(weights)
     return recurrent(
         "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
+        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -86,6 +91,7 @@ def rnn(
     max_seqlen: int | None = None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: Tensor | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman RNN over whole sequences; arguments, results and errors as `gru`, and nonlinearity "tanh" or "relu"."""
@@ -95,7 +101,8 @@ def rnn(
     return recurrent(
         "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -115,6 +122,7 @@ def lstm(
     max_seqlen: int | None = None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: tuple[Tensor, Tensor] | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """LSTM over whole sequences; arguments, results and errors as `gru`, but for the states.
@@ -126,7 +134,8 @@ def lstm(
     return recurrent(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
+        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -146,6 +155,7 @@ def ligru(
     max_seqlen: int | None = None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: Tensor | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments, results and errors as `gru`, with
@@ -154,7 +164,8 @@ def ligru(
     return recurrent(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
-        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, backend=backend,
+        max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
+        backend=backend,
     )  # fmt: skip
 
 
@@ -175,10 +186,12 @@ def recurrent(
     max_seqlen: int | None = None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: State | None = None,
+    recompute: bool = False,
     backend: str | None = None,
 ):
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
+    checks.check_recompute(recompute)
     if onnx_export.exporting():
         onnx_export.check_no_reset(reset)
         of_export = num_layers, directions, dropout if training else 0.0, batch_first, lengths, cu_seqlens, bias
@@ -186,23 +199,26 @@ def recurrent(
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
-    return restore_layout(inputs, *run(plan, inputs, weights, dropout if training else 0.0))
+    return restore_layout(inputs, *run(plan, inputs, weights, dropout if training else 0.0, recompute))
 
 
-def run(plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def run(
+    plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float, recompute: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
     rows, h_0, c_0, _, save, call = inputs
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
-    # would compute. (cuDNN cannot leave any out.)
-    if layers == 1 or (dropout == 0 and (plan.backend == "cudnn" or _want_alike(weights, len(weights) // layers))):
-        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save)
+    # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
+    together = plan.backend == "cudnn" or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
+    if layers == 1 or (dropout == 0 and together):
+        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):
         if layer and dropout > 0:
             y = F.dropout(y, dropout, True)
-        save = modes.wants_gradients(y, begin_h, begin_c, *of_layer)
-        y, h, c = ops.recurrence_forward(plan, of_one, y, of_layer, begin_h, begin_c, batch_sizes, save)
+        wanted = modes.wants_gradients(y, begin_h, begin_c, *of_layer)
+        y, h, c = ops.recurrence_forward(plan, of_one, y, of_layer, begin_h, begin_c, batch_sizes, wanted, recompute)
         h_n.append(h)
         c_n.append(c)
     return y, torch.cat(h_n), torch.cat(c_n)

@@ -24,18 +24,30 @@ class _Recurrent(drop_in.Layer):
         return_all_states: a call returns the states of every layer at every step as well (docs/states.md).
         learn_initial_state: a call without a state begins with parameters of the layer, initial_h ``[L*D, H]`` and of
             LSTM initial_c, zeros at first; a state dict without them loads all the same.
+        recompute: the backward pass runs each layer again, of which nothing but its input is saved: the same bits in
+            less memory and more time (docs/memory.md).
 
     Attributes:
         backend: forces a backend for this module (see `seqkernels.select.BACKENDS`); None lets `select` choose.
     """
 
     backend: str | None = None
-    return_all_states = learn_initial_state = False
+    return_all_states = learn_initial_state = recompute = False
     _forward_of_torch: ClassVar[Callable | None] = None  # where torch.nn has such a layer
 
-    def __init__(self, *args, return_all_states: bool = False, learn_initial_state: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        return_all_states: bool = False,
+        learn_initial_state: bool = False,
+        recompute: bool = False,
+        **kwargs,
+    ) -> None:
+        checks.check_recompute(recompute)
         super().__init__(*args, **kwargs)
         # Only what differs from the class is kept.
+        if recompute:
+            self.recompute = True
         if return_all_states:
             self.return_all_states = True
         if learn_initial_state:
@@ -49,7 +61,8 @@ class _Recurrent(drop_in.Layer):
             nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
-        mine = [name for name in ("return_all_states", "learn_initial_state") if getattr(self, name)]
+        options = "return_all_states", "learn_initial_state", "recompute"
+        mine = [name for name in options if getattr(self, name)]
         return ", ".join([super().extra_repr(), *(f"{name}=True" for name in mine)])
 
     def forward(
@@ -98,6 +111,7 @@ class _Recurrent(drop_in.Layer):
             lengths=lengths,
             reset=reset,
             reset_to=reset_to,
+            recompute=self.recompute,
             backend=self.backend,
         )
 
@@ -138,6 +152,7 @@ class _Recurrent(drop_in.Layer):
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
             backend=self.backend,
         )
         return (y, new) if out is None else streaming.write(out, y, new)

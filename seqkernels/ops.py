@@ -23,9 +23,13 @@ layer and, but for the last, its y (`seqkernels.backends.stack.SavedLayout`). Wi
 backward
     -> gradients of x, weights, h_0, c_0; with ``wants_x=False``, ``wants_weights=False`` empty ones instead.
 
-launch, of both: what the plan of the call (`seqkernels.select`) tells its backend of the launch of each layer; empty
+A forward pass with ``save=False`` has gradients all the same: those of ``recurrence_recompute``, which runs it again
+with ``save=True`` and then the backward pass. It is one operator, so that no compiler can move its forward pass out of
+the backward pass, and save what it leaves.
+
+launch, of all: what the plan of the call (`seqkernels.select`) tells its backend of the launch of each layer; empty
 or [0] where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
-layers, the last argument of both: L.
+layers, the last argument of all: L.
 
 The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has an autograd function of its own.
 
@@ -57,6 +61,7 @@ BACKWARD_SCHEMA = (
     "int[] launch=[], int layers=1) "
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
+RECOMPUTE_SCHEMA = BACKWARD_SCHEMA.replace("Tensor y, Tensor saved, ", "")
 
 _library = torch.library.Library(ops.name, "FRAGMENT")
 
@@ -98,6 +103,11 @@ def _fake_backward(
     )
 
 
+def _fake_recompute(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *options):
+    of_stack = x, weights, h_0, c_0, batch_sizes
+    return _fake_backward(cell, grad_y, grad_h_n, grad_c_n, *of_stack, None, None, *options)
+
+
 def _save_for_backward(ctx, inputs, output):
     cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers = inputs
     y, _, c_n, saved = output
@@ -105,7 +115,9 @@ def _save_for_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
     ctx.cell, ctx.save, ctx.launch, ctx.layers = cell, save, launch, layers
     ctx.changes = None
-    if type(y) is Tensor:
+    if not save:
+        y = saved = None
+    elif type(y) is Tensor:
         ctx.changes, y = inplace.Changes(y), y.data
     else:  # a compiler's stand-in: what it makes of this copy is one only where y changes
         y = y.clone()
@@ -114,16 +126,14 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
-    if not ctx.save:
-        raise RuntimeError("recurrence_forward was called with save=False; its gradients need save=True")
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
-    operator = _BACKWARD[backend]
+    operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
     if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
         _, below = stack.SavedLayout.of(ctx.cell, x, weights, h_0, ctx.layers).parts(saved)
         *_, (of_layer, *states) = stack.each(ctx.layers, weights, h_0, c_0)
         with torch.no_grad():
             y = _FORWARD[backend](ctx.cell, [x, *below][-1], of_layer, *states, batch_sizes, False, ctx.launch)[0]
-    of_stack = x, weights, h_0, c_0, batch_sizes, y, saved
+    of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
@@ -165,14 +175,17 @@ def _registered_backward_of(backend: str):
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, _, _, *wants, launch, layers = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *between, launch, layers = inputs
+    *results, wants_x, wants_weights = between
     ctx.set_materialize_grads(False)
-    ctx.cell, ctx.wants, ctx.launch, ctx.layers = cell, wants, launch, layers
+    ctx.cell, ctx.wants, ctx.launch, ctx.layers = cell, (wants_x, wants_weights), launch, layers
+    ctx.results = len(results)  # y and saved, of recurrence_recompute none
     ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
 
 
 def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_grad_c_0):
-    """The autograd formula of recurrence_backward, for every backend: differentiate both passes of torch_eager.
+    """The autograd formula of recurrence_backward and recurrence_recompute, for every backend: differentiate both
+    passes of torch_eager.
 
     y and saved are functions of the other inputs, so all of the derivative is given to those.
     """
@@ -206,7 +219,7 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
         found = map(torch.zeros_like, wanted)
     # Zeros where nothing depends on an input, as the slope of relu does not: torch.nn's graph has that input as well.
     grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found) if need else None for need in needed)
-    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, None, None, None, None
+    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, *[None] * ctx.results, None, None
     return *grads, *_grads_of_options(ctx)
 
 
@@ -219,15 +232,16 @@ def _grads_of_options(ctx) -> tuple:
 
 
 def _register(backend: str) -> None:
-    """Everything about a backend's pair of operators that is the same for all backends."""
-    names = f"recurrence_forward.{backend}", f"recurrence_backward.{backend}"
-    forward, backward = map(add_op_namespace_prefix, names)
-    torch.library.register_fake(forward, _fake_forward, lib=_library)
-    torch.library.register_fake(backward, _fake_backward, lib=_library)
+    """Everything about a backend's operators that is the same for all backends."""
     formula = _registered_backward_of(backend)
-    torch.library.register_autograd(forward, formula, setup_context=_save_for_backward, lib=_library)
-    torch.library.register_autograd(backward, _double_backward, setup_context=_setup_backward, lib=_library)
-    for name in ("recurrence_forward", "recurrence_backward"):
+    for name, fake, derivative, setup in (
+        ("recurrence_forward", _fake_forward, formula, _save_for_backward),
+        ("recurrence_backward", _fake_backward, _double_backward, _setup_backward),
+        ("recurrence_recompute", _fake_recompute, _double_backward, _setup_backward),
+    ):
+        full_name = add_op_namespace_prefix(f"{name}.{backend}")
+        torch.library.register_fake(full_name, fake, lib=_library)
+        torch.library.register_autograd(full_name, derivative, setup_context=setup, lib=_library)
         operator = getattr(getattr(ops, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", autocast.cast_arguments(operator, device_type), key)
@@ -250,11 +264,24 @@ def _checked_backward(
     return torch_eager.backward(cell, *grads, *of_stack, wants_x, wants_weights, launch, layers)
 
 
+def _recompute_of(backend: str):
+    def recompute(
+        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, wants_x, wants_weights, launch=(), layers=1
+    ):
+        of_stack, wants = (x, weights, h_0, c_0, batch_sizes), (wants_x, wants_weights)
+        y, _, _, saved = _FORWARD[backend](cell, *of_stack, True, launch, layers)
+        return _BACKWARD[backend](cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *wants, launch, layers)
+
+    return recompute
+
+
 _backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
 for _backend in _backends:
-    _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
-    _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
-# csrc/cpu/ops.cpp implements "cpu".
+    if _backend != "cpu":  # csrc/cpu/ops.cpp defines and implements its own
+        _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
+        _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
+    _library.define(f"recurrence_recompute.{_backend}{RECOMPUTE_SCHEMA}")
+    _library.impl(f"recurrence_recompute.{_backend}", _recompute_of(_backend), "CompositeExplicitAutograd")
 for _name, _forward, _backward_of in (
     ("torch_eager", _checked_forward, _checked_backward),
     ("triton", triton.forward, triton.backward),
@@ -267,14 +294,15 @@ for _backend in _backends:
 
 _FORWARD = {backend: getattr(ops.recurrence_forward, backend) for backend in _backends}
 _BACKWARD = {backend: getattr(ops.recurrence_backward, backend) for backend in _backends}
+_RECOMPUTE = {backend: getattr(ops.recurrence_recompute, backend) for backend in _backends}
 
 
 class _Recurrence(torch.autograd.Function):
     """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
-    def forward(ctx, backend, launch, layers, cell, x, h_0, c_0, batch_sizes, *weights):
-        args = cell, x, weights, h_0, c_0, batch_sizes, True, launch, layers
+    def forward(ctx, backend, save, launch, layers, cell, x, h_0, c_0, batch_sizes, *weights):
+        args = cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers
         output = _below_autograd(_FORWARD[backend], *args)
         _save_for_backward(ctx, args, output)
         ctx.backend = backend
@@ -284,9 +312,9 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
         needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[4], any(needs[8:])
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[5], any(needs[9:])
         )
-        return None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+        return None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
 def _below_autograd(operator, *args):
@@ -304,15 +332,19 @@ def recurrence_forward(
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
-    save: bool,
+    wanted: bool,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n; `save`: gradients are wanted.
+    """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
+
+    wanted: gradients are; recompute: for them the forward pass is to run again, and nothing to be saved.
 
     Compiled code, autocast and torch.vmap need the operator itself; other transforms, which cannot pass an operator,
     its plain torch operations.
     """
     if plan.backend == "cudnn":
-        return cudnn.run(call.cell, call.directions, save, x, h_0, c_0, batch_sizes, weights)
+        return cudnn.run(call.cell, call.directions, wanted, recompute, x, h_0, c_0, batch_sizes, weights)
+    save = wanted and not recompute
     if torch.compiler.is_compiling():
         # [0], as a package of AOTInductor takes no empty list.
         args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch or [0], call.layers
@@ -322,10 +354,10 @@ def recurrence_forward(
         return torch_eager.forward(*args)[:3]
     if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
         return _FORWARD[plan.backend](*args)[:3]
-    if save:
+    if wanted:
         if torch._C._get_tracing_state() is not None:
             raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
-        options = plan.backend, plan.launch, call.layers
+        options = plan.backend, save, plan.launch, call.layers
         return _Recurrence.apply(*options, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
     return _below_autograd(_FORWARD[plan.backend], *args)[:3]
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
 
-from seqkernels import functional, modes, onnx_export, select
+from seqkernels import checks, functional, modes, onnx_export, select
 from seqkernels.backends import arguments, precision, stack, torch_eager
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -68,12 +69,14 @@ def recurrent(
     lengths: Tensor | Sequence[int] | None,
     reset: Tensor | PackedSequence | None,
     reset_to: State | None,
+    recompute: bool,
     backend: str | None,
 ) -> tuple[Tensor | PackedSequence, State, State]:
     """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
     if onnx_export.exporting():
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1
+    checks.check_recompute(recompute)
     ragged = lengths, None, None, reset, reset_to
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
@@ -84,9 +87,10 @@ def recurrent(
         rows, call = inputs.rows._replace(data=x), inputs.call._replace(layers=1)
         save = modes.wants_gradients(x, h_0, c_0, *of_layer)
         one = inputs._replace(rows=rows, h_0=h_0, c_0=c_0, save=save, call=call)
-        y, *end = functional.run(plan, one, of_layer, 0.0)
+        y, *end = functional.run(plan, one, of_layer, 0.0, recompute)
         if inputs.c_0 is not None:
-            cs.append(_cell_states(one, y, of_layer))
+            wanted = recompute and modes.wants_gradients(y, c_0, *of_layer)
+            cs.append(_recomputed(one, y, of_layer) if wanted else _cell_states(one, y, of_layer))
         ys.append(y)
         ends.append(end)
         x = y
@@ -103,6 +107,11 @@ def _stacked(layers: list[Tensor], inputs: Inputs) -> Tensor:
             restored = restored.data
         found.append(restored.values() if restored.is_nested else restored)
     return torch.stack(found)
+
+
+def _recomputed(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`_cell_states`, of which nothing but its arguments is saved."""
+    return checkpoint(_cell_states, inputs, y, weights, use_reentrant=False, preserve_rng_state=False)
 
 
 def _cell_states(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor:

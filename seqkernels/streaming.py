@@ -23,10 +23,12 @@ def step(
     bias: bool,
     num_layers: int,
     dropout: float,
+    recompute: bool,
     backend: str | None,
 ) -> tuple[Tensor, State]:
     """One step of all layers -> y like x with P features, and the new state like the given one."""
     checks.check_kind(weights)
+    checks.check_recompute(recompute)
     if x.dim() not in (1, 2):
         raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
     if onnx_export.exporting():
@@ -39,7 +41,7 @@ def step(
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
-    y, h, c = functional.run(plan, inputs, weights, dropout)
+    y, h, c = functional.run(plan, inputs, weights, dropout, recompute)
     y, h, c = y[:sequences], h[:, :sequences], c[:, :sequences]
     if x.dim() == 1:
         y, h, c = y.squeeze(0), h.squeeze(1), c.squeeze(1)

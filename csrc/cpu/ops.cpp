@@ -144,7 +144,19 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(StringHandle cel
 
 }  // namespace
 
-// seqkernels/ops.py defines the operators, and explains every argument.
+// The schema is that of every backend (seqkernels/ops.py, which explains every argument). That of this one stands here,
+// so that programs without Python find it: they load this library, and run packages of AOTInductor.
+SEQKERNELS_FRAGMENT(m) {
+  m.def(
+      "recurrence_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
+      "bool save, int[] launch=[], int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+  m.def(
+      "recurrence_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
+      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, "
+      "bool wants_weights, int[] launch=[], int layers=1) "
+      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+}
+
 SEQKERNELS_IMPL(CPU, m) {
   m.impl("recurrence_forward.cpu", TORCH_BOX(&recurrence_forward));
   m.impl("recurrence_backward.cpu", TORCH_BOX(&recurrence_backward));

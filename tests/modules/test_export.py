@@ -1,7 +1,10 @@
-"""torch.export with dynamic sizes, saved and run in a fresh process; and a package of AOTInductor."""
+"""torch.export with dynamic sizes, saved and run in a fresh process; packages of AOTInductor, in Python and without."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels as sk
+from seqkernels.hardware import THIS_MACHINE, native
 
 DYNAMIC = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 ROWS = {0: Dim.DYNAMIC}
@@ -113,16 +117,47 @@ def test_a_saved_program_runs_in_a_fresh_process(tmp_path):
     in_a_fresh_process(f"torch.export.load({str(tmp_path / 'program.pt2')!r}).module()", tmp_path, model, calls[1])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="the other process has another default device")
-def test_a_package_of_aotinductor_runs_in_a_fresh_process(tmp_path):
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A model, the path of its package, and the sizes that it is called with."""
+    if torch.get_default_device().type != "cpu":
+        pytest.skip("other processes have another default device")
     model, program, calls = exported("padded")
     unoptimized = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # compiles in half the time
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "package.pt2"), inductor_configs=unoptimized
-    )
-    package = torch._inductor.aoti_load_package(path)
+    path = tmp_path_factory.mktemp("package") / "package.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=unoptimized)
+    return model, path, calls
+
+
+@pytest.mark.slow
+def test_a_package_of_aotinductor_runs_in_a_fresh_process(package, tmp_path):
+    model, path, calls = package
+    loaded = torch._inductor.aoti_load_package(str(path))
     with torch.no_grad():
         for inputs in calls:
-            torch.testing.assert_close(package(*inputs), model(*inputs))
-        in_a_fresh_process(f"torch._inductor.aoti_load_package({path!r})", tmp_path, model, calls[1])
+            torch.testing.assert_close(loaded(*inputs), model(*inputs))
+        in_a_fresh_process(f"torch._inductor.aoti_load_package({str(path)!r})", tmp_path, model, calls[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(THIS_MACHINE.native_missing), reason=THIS_MACHINE.native_missing)
+def test_a_package_runs_in_a_program_without_python(package, tmp_path):
+    """To the bits that it gives in Python."""
+    compiler, torchs = shutil.which(os.environ.get("CXX", "c++")), Path(torch.__file__).parent
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    program, source = tmp_path / "run_package", Path(__file__).parents[1] / "cpu/run_package.cpp"
+    headers = [f"-isystem{torchs}/include", f"-isystem{torchs}/include/torch/csrc/api/include"]
+    libraries = [f"-L{torchs}/lib", f"-Wl,-rpath,{torchs}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(
+        [compiler, "-std=c++20", "-O0", *headers, str(source), "-o", str(program), *libraries, "-ldl"], check=True
+    )
+    _, path, calls = package
+    loaded = torch._inductor.aoti_load_package(str(path))
+    for (x,) in calls:
+        (tmp_path / "input").write_bytes(x.numpy().tobytes())
+        files = [native().__file__, path, tmp_path / "input", tmp_path / "output"]
+        subprocess.run([program, *map(str, [*files, *x.shape])], check=True)
+        with torch.no_grad():
+            expected = loaded(x)
+        assert (tmp_path / "output").read_bytes() == expected.numpy().tobytes()

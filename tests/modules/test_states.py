@@ -194,8 +194,9 @@ def test_swap_out_leaves_what_torch_has_not(option):
     assert type(layer) is sk.GRU and f"torch.nn has no {option}" in str(report)
 
 
-def test_both_options_compile():
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_both_options_compile(compiler):
     layer, x = sk.LSTM(4, 6, return_all_states=True, learn_initial_state=True), torch.randn(5, 3, 4)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(x), layer(x))

@@ -21,6 +21,7 @@ from operators import (
     forward,
     layer_by_layer,
     nan_in_fresh_memory,
+    recompute,
 )
 from torch import Tensor
 
@@ -127,11 +128,39 @@ def test_backward_passes_opcheck(cell, backend):
         torch.library.opcheck(backward(backend), (cell, *grads, *layer, y, saved, *wants))
 
 
+def test_backends_have_one_schema():
+    """That of the CPU stands in csrc/cpu/ops.cpp, the others' in seqkernels/ops.py."""
+    for name in ("recurrence_forward", "recurrence_backward", "recurrence_recompute"):
+        schemas = {str(getattr(getattr(torch.ops.seqkernels, name), b)._schema).replace(f".{b}", "") for b in BACKENDS}
+        assert len(schemas) == 1
+
+
+@pytest.mark.parametrize("backend", SLOW_MARKED)
+@pytest.mark.parametrize("cell", CELLS)
+def test_recompute_passes_opcheck(cell, backend):
+    for shape, layers in (("ragged both ways", 1), ("padded", 2)):
+        arguments = for_backends(Call(cell, layers=layers, **SHAPES[shape]), backend).arguments()
+        cell, *layer, save = arguments[:7]
+        y, h_n, c_n, _ = forward(backend)(cell, *layer, save, *arguments[7:])
+        grads = [torch.ones_like(y), torch.ones_like(h_n), torch.ones_like(c_n) if cell == "lstm" else None]
+        torch.library.opcheck(recompute(backend), (cell, *grads, *layer, True, True, *arguments[7:]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_backward_without_saved_state_is_refused(backend):
-    y = forward(backend)(*for_backends(Call("gru"), backend).arguments(requires_grad=True, save=False))[0]
-    with pytest.raises(RuntimeError, match="save=True"):
-        y.sum().backward()
+def test_a_backward_without_saved_state_computes_it_again(backend, cell):
+    found = []
+    for save in (True, False):
+        call = for_backends(Call(cell, **STACKS["three layers both ways"]), backend)
+        _, x, weights, h_0, c_0, *_ = arguments = call.arguments(requires_grad=True, save=save)
+        y, h_n, c_n, _ = forward(backend)(*arguments)
+        inputs = [x, *weights, h_0, *([] if c_0 is None else [c_0])]
+        loss = (y.sin().sum() + h_n.cos().sum() + c_n.sum()) if c_0 is not None else y.sin().sum()
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        again = torch.autograd.grad(sum(grad.square().sum() for grad in grads), inputs)
+        found.append([y, h_n, *grads, *again])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

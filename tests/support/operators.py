@@ -115,6 +115,10 @@ def backward(backend: str):
     return getattr(torch.ops.seqkernels.recurrence_backward, backend)
 
 
+def recompute(backend: str):
+    return getattr(torch.ops.seqkernels.recurrence_recompute, backend)
+
+
 def both_passes(call: Call, run_forward, run_backward) -> list[Tensor]:
     """All outputs of forward and backward, for random gradients of the outputs."""
     cell, *layer, save = call.arguments()[:7]

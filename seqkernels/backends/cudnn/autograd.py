@@ -16,32 +16,37 @@ class Recurrence(torch.autograd.Function):
     derivative is that of torch_eager."""
 
     @staticmethod
-    def forward(ctx, cell, directions, x, h_0, c_0, batch_sizes, *weights):
+    def forward(ctx, recompute, cell, directions, x, h_0, c_0, batch_sizes, *weights):
         y, h_n, c_n, kept = host.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, True)
         ctx.set_materialize_grads(False)
         if CELLS[cell].states == 1:
             ctx.mark_non_differentiable(c_n)
-        ctx.cell, ctx.directions, ctx.weights = cell, directions, len(weights)
-        ctx.save_for_backward(x, h_0, c_0, batch_sizes, *weights, y, *kept)
+        ctx.cell, ctx.directions, ctx.weights, ctx.recompute = cell, directions, len(weights), recompute
+        ctx.save_for_backward(x, h_0, c_0, batch_sizes, *weights, *(() if recompute else (y, *kept)))
         return y, h_n, c_n
 
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n):
         grads = grad_y, grad_h_n, grad_c_n
         x, h_0, c_0, batch_sizes, *rest = ctx.saved_tensors
-        weights, (y, *kept) = rest[: ctx.weights], rest[ctx.weights :]
-        needs = ctx.needs_input_grad[2:]
+        weights, results = rest[: ctx.weights], rest[ctx.weights :]
+        needs = ctx.needs_input_grad[3:]
         if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            return None, None, *Recurrence._differentiable(ctx, grads, needs, x, h_0, c_0, batch_sizes, *weights)
+            return None, None, None, *Recurrence._differentiable(ctx, grads, needs, x, h_0, c_0, batch_sizes, *weights)
         layers = x, weights, h_0, c_0, batch_sizes
         wants = (*needs[:3], any(needs[4:]))
         again = torch._C._autograd._get_current_graph_task_keep_graph()
+        if ctx.recompute:
+            with torch.amp.autocast(x.device.type, enabled=False):  # what is saved has its dtype already
+                y, _, _, kept = host.forward(ctx.cell, ctx.directions, *layers, True)
+        else:
+            y, *kept = results
         grad_x, grad_h_0, grad_c_0, grad_weights = host.backward(
             ctx.cell, ctx.directions, *grads, *layers, y, kept, wants, again
         )
-        return None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+        return None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
     @staticmethod
     def _differentiable(ctx, grads, needs, *inputs):
@@ -59,20 +64,24 @@ class Recurrence(torch.autograd.Function):
 def run(
     cell: str,
     directions: int,
-    save: bool,
+    wanted: bool,
+    recompute: bool,
     x: Tensor,
     h_0: Tensor,
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers, whose states and weights lie one behind the other -> y, h_n, c_n; `save`: gradients are wanted."""
+    """All layers, whose states and weights lie one behind the other -> y, h_n, c_n.
+
+    wanted: gradients are; recompute: for them the forward pass runs again.
+    """
     autocast = torch.is_autocast_enabled(x.device.type)
     runs = cast_arguments(_run, x.device.type) if autocast else _run
-    return runs(cell, directions, save, x, h_0, c_0, batch_sizes, weights)
+    return runs(cell, directions, wanted, recompute, x, h_0, c_0, batch_sizes, weights)
 
 
-def _run(cell, directions, save, x, h_0, c_0, batch_sizes, weights):
-    if save:
-        return Recurrence.apply(cell, directions, x, h_0, c_0, batch_sizes, *weights)
-    return host.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, save)[:3]
+def _run(cell, directions, wanted, recompute, x, h_0, c_0, batch_sizes, weights):
+    if wanted:
+        return Recurrence.apply(recompute, cell, directions, x, h_0, c_0, batch_sizes, *weights)
+    return host.forward(cell, directions, x, weights, h_0, c_0, batch_sizes, wanted)[:3]
