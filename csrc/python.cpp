@@ -13,6 +13,7 @@
 // What is Python's here is weak, so that a C++ program without Python can load the library for its operators: there
 // these names are nothing, and nobody calls the functions that need them.
 #pragma weak PyArg_ParseTuple
+#pragma weak PyArg_ParseTupleAndKeywords
 #pragma weak PyBytes_AsString
 #pragma weak PyDict_SetItemString
 #pragma weak PyErr_Format
