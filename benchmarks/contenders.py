@@ -87,8 +87,9 @@ def seqkernels(case: Case, backend: str | None = None, recompute: bool = False) 
     module.recompute = recompute
     module.load_state_dict(weights(case).state_dict())
     module.backend = backend
+    to = case.device, getattr(torch, case.dtype)
     try:
-        sk.explain(module, data(case).to(case.device, getattr(torch, case.dtype)))
+        sk.explain(module.to(*to), data(case).to(*to))
     except ValueError as error:
         raise Unavailable(str(error)) from error
     return prepared(case, module)

@@ -109,6 +109,16 @@ def test_loops_and_each_backend_run_the_same_layer(name, cell):
     assert len(found) == len(right) and max(contenders.errors(found, right)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_contenders_run_a_case_in_its_dtype(dtype):
+    case = CASE._replace(cell="GRU", shape=Problem(3, 2, 4, 5), dtype=dtype)
+    right = contenders.torch_nn(case._replace(dtype="float64"))()
+    for name in ("torch.nn", "seqkernels"):
+        found = contenders.CONTENDERS[name](case)()
+        assert all(result.dtype == getattr(torch, dtype) for result in found)
+        assert max(contenders.errors(found, right)) < (1e-2 if dtype == "bfloat16" else 1e-12)
+
+
 def test_every_backend_is_a_contender():
     assert contenders.OUR_BACKENDS == select.BACKENDS
 
