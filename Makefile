@@ -34,7 +34,8 @@ help:
 
 $(TORCH_READY):
 	rm -rf $(VENV)
-	@if [ -z "$(TORCH)" ] && $(PYTHON) -c "import torch" 2>/dev/null; then \
+	@# A virtual environment has nothing to lend: one made from it sees what lies outside of both.
+	@if [ -z "$(TORCH)" ] && $(PYTHON) -c "import sys, torch; sys.exit(sys.prefix != sys.base_prefix)" 2>/dev/null; then \
 	  echo "taking the torch of $(PYTHON)"; $(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
 	  echo "installing $(or $(TORCH),torch) in $(VENV); with CUDA that is a download of gigabytes"; \
