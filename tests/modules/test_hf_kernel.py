@@ -82,7 +82,7 @@ def kernel(tmp_path_factory):
 def test_kernel_beside_the_library(kernel, load):
     """Both compute what torch.nn does, each by operators of its own."""
     if load == BY_KERNELS and importlib.util.find_spec("kernels") is None:
-        pytest.skip("kernels is not installed (0.17.2 is known to load it)")
+        pytest.skip("kernels, of the extra test, is not installed")
     done = subprocess.run([sys.executable, "-c", load + COMPARE, kernel], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     own, ours, library = done.stdout.splitlines()[-1].split()
