@@ -5,13 +5,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from benchmarks import kernels, record
 from benchmarks.call_layers import LAYERS
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import OURS, OWN
-from benchmarks.options import add_out, check_device, round_count, thread_count
+from benchmarks.options import add_conditions, check_device
 from benchmarks.problems import CELLS, Problem
 from benchmarks.record import Row, newest, ordered
 from benchmarks.timing import Worker, stopping
@@ -34,10 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     choices("--cell", CELLS, CELLS)
     choices("--mode", CASES["mode"], CASES["mode"])
     choices("--dtype", CASES["dtype"], ("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of a CPU")
-    parser.add_argument("--rounds", type=round_count, default=15, metavar="N", help="of all contenders (%(default)s)")
-    add_out(parser)
+    add_conditions(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,6 +17,14 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_conditions(parser: argparse.ArgumentParser) -> None:
+    """Where short cases are measured, how often, and where their rows go."""
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of a CPU")
+    parser.add_argument("--rounds", type=round_count, default=15, metavar="N", help="of all contenders (%(default)s)")
+    add_out(parser)
+
+
 def check_device(name: str) -> None:
     """
     Raises:

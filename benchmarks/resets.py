@@ -12,7 +12,7 @@ from benchmarks import kernels, record, require
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import OURS, OWN, Unavailable, errors, module_of, optional, prepared, weights
 from benchmarks.models import Contender
-from benchmarks.options import add_out, check_device, round_count, thread_count
+from benchmarks.options import add_conditions, check_device, probability
 from benchmarks.problems import Problem
 from benchmarks.record import Row, newest, ordered
 from benchmarks.timing import paired, speedup, summary, timed_on_gpu
@@ -100,12 +100,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for option, values in (("--size", tuple(SIZES)), ("--cell", ("GRU", "LSTM")), ("--mode", CASES["mode"])):
         choices(option, values, ", ".join(values))
     parser.add_argument(
-        "--share", type=float, default=SHARE, metavar="P", help="of steps that are marked (%(default)s)"
+        "--share", type=probability, default=SHARE, metavar="P", help="of steps that are marked (%(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
-    parser.add_argument("--threads", type=thread_count, default=torch.get_num_threads(), metavar="N", help="of a CPU")
-    parser.add_argument("--rounds", type=round_count, default=15, metavar="N", help="of all contenders (%(default)s)")
-    add_out(parser)
+    add_conditions(parser)
 
 
 def run(options: argparse.Namespace) -> int:
