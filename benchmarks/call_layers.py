@@ -64,8 +64,8 @@ def operator_layer(case: Case) -> Callable[[], list[Tensor]]:
 
 
 def native_layer(case: Case) -> Callable[[], list[Tensor]]:
-    module = weights(case).to(case.device, getattr(torch, case.dtype)).requires_grad_(False)
-    x = data(case).to(case.device, getattr(torch, case.dtype))
+    module = weights(case).to(case.device, case.torch_dtype).requires_grad_(False)
+    x = data(case).to(case.device, case.torch_dtype)
     known = arguments(case, x, list(module.parameters()))
     train, has_c = case.mode == "train", known.c_0 is not None
     forward, backward = native_passes(known)

@@ -14,7 +14,7 @@ CASES = {
     "cell": CELLS,
     "mode": ("infer", "train"),
     "layout": ("padded", "packed"),
-    "dtype": ("float32", "bfloat16", "float16", "float64"),
+    "dtype": ("float32", "float32-high", "float32-medium", "bfloat16", "float16", "float64"),
 }
 
 
@@ -25,10 +25,21 @@ class Case(NamedTuple):
     cell: str  # GRU, LSTM, RNN
     mode: str  # infer, train
     layout: str  # padded, packed
-    dtype: str  # float32, bfloat16, float16, float64
+    dtype: str  # float32, bfloat16, float16, float64; behind float32 torch's precision of its products, if not highest
     threads: int
     device: str
     shape: Problem
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype.partition("-")[0])
+
+    def set_precision(self) -> None:
+        """Tell torch the precision that the case asks for, of matrix products and of recurrent layers on a CPU."""
+        precision = self.dtype.partition("-")[2] or "highest"
+        torch.set_float32_matmul_precision(precision)
+        of_rnn = {"highest": "none", "high": "tf32", "medium": "bf16"}[precision]
+        torch.backends.mkldnn.rnn.fp32_precision = of_rnn  # type: ignore[attr-defined]
 
 
 def add_case_options(parser: argparse.ArgumentParser) -> None:

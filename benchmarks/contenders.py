@@ -45,13 +45,14 @@ def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None 
 
     call: what to call on the input in the module's place, with its parameters.
     """
+    case.set_precision()
     call = call or module
-    module = module.to(case.device, getattr(torch, case.dtype))
+    module = module.to(case.device, case.torch_dtype)
     x = data(case)
     if case.layout == "packed":
         packed: Any = pack_padded_sequence(x, lengths(case.shape), enforce_sorted=False)
         x, *rest = packed.to(case.device)
-    x = x.to(case.device, getattr(torch, case.dtype)).requires_grad_(case.mode == "train")
+    x = x.to(case.device, case.torch_dtype).requires_grad_(case.mode == "train")
     given = PackedSequence(x, *rest) if case.layout == "packed" else x
 
     def states(final) -> list[Tensor]:
@@ -74,7 +75,7 @@ def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None 
 
 
 def torch_nn(case: Case) -> Callable[[], list[Tensor]]:
-    module = weights(case).to(case.device, getattr(torch, case.dtype))
+    module = weights(case).to(case.device, case.torch_dtype)
     module.flatten_parameters()
     return prepared(case, module)
 
@@ -87,7 +88,7 @@ def seqkernels(case: Case, backend: str | None = None, recompute: bool = False) 
     module.recompute = recompute
     module.load_state_dict(weights(case).state_dict())
     module.backend = backend
-    to = case.device, getattr(torch, case.dtype)
+    to = case.device, case.torch_dtype
     try:
         sk.explain(module.to(*to), data(case).to(*to))
     except ValueError as error:
@@ -255,7 +256,8 @@ def errors(ours: list[Tensor], right: list[Tensor]) -> list[float]:
 
 def explain(case: Case) -> str:
     sk = require("seqkernels")
-    module = module_of(case, sk).to(case.device, getattr(torch, case.dtype))
+    case.set_precision()
+    module = module_of(case, sk).to(case.device, case.torch_dtype)
     x = data(case).to(module.weight_ih_l0)
     given = lengths(case.shape) if case.layout == "packed" else None
     with torch.set_grad_enabled(case.mode == "train"):

@@ -103,13 +103,18 @@ def measure(case: Case, workers: Sequence[Worker | InProcess], rounds: int, host
     return list(rows.values())
 
 
+# Of float32 whose factors are sums of two bfloat16, or one.
+UNITS = {"float32-high": 2.0**-15, "float32-medium": 2.0**-8}
+
+
 def gate(rows: dict[str, dict[str, Any]], case: Case) -> bool:
     """No time is reported of a result whose error is more than twice torch.nn's own, and two units of rounding.
 
     In float64 torch.nn is what errors are taken against; there the floor is 16 units.
     """
     own = rows.get(OWN, {}).get("errors")
-    eps = (16 if case.dtype == "float64" else 2) * torch.finfo(getattr(torch, case.dtype)).eps
+    unit = UNITS.get(case.dtype) or torch.finfo(case.torch_dtype).eps
+    eps = (16 if case.dtype == "float64" else 2) * unit
     ours = [rows[name]["errors"] for name in rows if name.startswith(OURS) and "errors" in rows[name]]
     if own is None:  # nothing to compare with: what any dtype's rounding could explain
         return all(error <= 64 * eps for errors in ours for error in errors)

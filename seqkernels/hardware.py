@@ -180,6 +180,23 @@ def tf32(device: torch.device) -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
+def bfloat16_parts(device: torch.device, dtype: torch.dtype) -> int:
+    """Of how many bfloat16 torch lets a factor of recurrent layers on a CPU be the sum: 0, it does not; 1 or 2.
+
+    torch.backends.mkldnn.rnn.fp32_precision says it, or where that is "none" torch.set_float32_matmul_precision, whose
+    "high" is for TF32 or sums of two bfloat16, and "medium" for one.
+    """
+    if dtype != torch.float32 or device.type != "cpu":
+        return 0
+    # torch.backends.mkldnn.rnn takes five times as long.
+    precision = torch._C._get_fp32_precision_getter("mkldnn", "rnn")
+    return _BFLOAT16_PARTS[torch.get_float32_matmul_precision() if precision == "none" else precision]
+
+
+_BFLOAT16_PARTS = {"ieee": 0, "highest": 0, "tf32": 2, "high": 2, "bf16": 1, "medium": 1}
+# As that of machine_of.
+bfloat16_parts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 NO_TRITON = "Triton is not installed. Remedy: pip install triton (Linux; torch's builds for GPUs bring it)"
 
 

@@ -94,6 +94,7 @@ def _facts_of(
     """A call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or one step of a cell, as `select` sees it; and whether
     gradients are wanted."""
     device, training = x.device, modes.wants_gradients(x, h_0, c_0, *weights)
+    parts = hardware.bfloat16_parts(device, x.dtype)
     vmapped = transformed and modes.only_vmap()
     transformed = transformed and not vmapped
     # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
@@ -102,7 +103,9 @@ def _facts_of(
     if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
         make = Call if compiled else _call_without_sizes
         call = make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
-        return call._replace(vmapped=True) if vmapped else call, training
+        if vmapped or parts:
+            call = call._replace(vmapped=vmapped, bfloat16_parts=parts)
+        return call, training
     sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
@@ -126,6 +129,7 @@ def _facts_of(
         cudnn=torch.backends.cudnn.enabled,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
+        bfloat16_parts=parts,
         vmapped=vmapped,
     )
     return call, training

@@ -25,8 +25,8 @@ __attribute__((noinline)) void multiply_gates(const BackwardMemory<S, F>& memory
     if (memory.once)
       return product_once<S>(memory.hh, source, first, last, rows, row, put, slice, memory.sums_behind(slice));
   }
-  product(memory.hh, memory.direction[direction].w_hh, first, last, rows, {memory.hh.k, 1, 0, tiles}, row, put,
-          backwards);
+  product(memory.hh, memory.direction[direction].w_hh, first, last, rows,
+          {memory.hh.k, 1, 0, tiles, memory.grad_parts()}, row, put, backwards);
 }
 
 template <Cell kCell, class S, class F>
@@ -78,7 +78,7 @@ class BackwardSweep {
   }
 
  private:
-  number_t<F>* grad_row(int64_t r) const { return grads + r * at.task.stride * p.directions * memory.ldg; }
+  number_t<F>* grad_row(int64_t r) const { return grads + r * at.task.stride * p.directions * memory.grad_row; }
 
   void run_step(int64_t t, int64_t chunk_row) {
     before = at.task.direction ? t + 1 : t - 1;  // the step this one started from
@@ -87,7 +87,7 @@ class BackwardSweep {
     ahead = at.rows_to(t, before) * p.directions;
     row0 = at.row(t, 0);
     row0_before = had_before ? at.row(before, 0) : 0;
-    grads = at.at_row(memory.grads, row0 - chunk_row, memory.ldg);
+    grads = at.at_row(memory.grads, row0 - chunk_row, memory.grad_row);
 
     if (p.grad_y) add_grad_y(running);
     if constexpr (Traits::can_project) {
@@ -115,7 +115,9 @@ class BackwardSweep {
   void undo_projection(int64_t running) const {
     const auto row = [&](int64_t r) { return reinterpret_cast<const F*>(grad_row(r) + memory.columns.projected); };
     for (int64_t r = 0; r < running; r++)
-      store_state(mine.grad_h + r * memory.ldp, grad_row(r) + memory.columns.projected, outputs);
+      for (int64_t u = outputs.first; u < outputs.last; u += kLane)
+        memory.store_gradient(grad_row(r) + memory.columns.projected + u, load(mine.grad_h + r * memory.ldp + u),
+                              outputs.last - u);
     work.wait();
     const int64_t first = units.first / kLane, last = vectors_of<C>(units.last);
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
@@ -126,7 +128,7 @@ class BackwardSweep {
       if (memory.once)
         return product_once<S>(memory.hr, w_hr, first, last, running, row, put, slice, memory.sums_behind(slice));
     }
-    product(memory.hr, weights.w_hr, first, last, running, {memory.hr.k, 1, 0, tiles}, row, put);
+    product(memory.hr, weights.w_hr, first, last, running, {memory.hr.k, 1, 0, tiles, memory.grad_parts()}, row, put);
   }
 
   // Gradients of the gates of one vector of units of sequence r.
@@ -164,7 +166,7 @@ class BackwardSweep {
     if constexpr (Traits::needs_h_prev) store(grad_h, past);
     number_t<F>* grad_gates = grad_row(r) + unit;
 #pragma GCC unroll 8
-    for (int g = 0; g < G + A; g++) store_result<F>(grad_gates + (g < G ? A + g : g - G) * H, grad[g], lanes);
+    for (int g = 0; g < G + A; g++) memory.store_gradient(grad_gates + (g < G ? A + g : g - G) * H, grad[g], lanes);
   }
 
   const LayerBackward& p;

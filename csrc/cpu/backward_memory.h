@@ -1,7 +1,7 @@
 // What the backward pass of a layer works in: packed weights, the gradients of a chunk's gates, sums of the gradients
 // of weights, and each task's gradients of states.
 #pragma once
-#include "layout.h"
+#include "forward_memory.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
@@ -39,8 +39,8 @@ inline bool uses_weights_once(const LayerBackward& p) {
 
 // Whether products take gradients of gates as pairs of bfloat16, by tiles. A pair has to belong to one matrix.
 inline bool multiplies_gradients_by_tiles(const LayerBackward& p) {
-  return p.bfloat16_tiles && p.scalar == Scalar::bfloat16 && p.hidden % 2 == 0 && p.projected % 2 == 0 &&
-         !uses_weights_once(p);
+  const bool rounded = (p.bfloat16_tiles && p.scalar == Scalar::bfloat16) || splits_for_tiles(p);
+  return rounded && p.hidden % 2 == 0 && p.projected % 2 == 0 && !uses_weights_once(p);
 }
 
 // The memory of one backward call. S is the type of the layer's numbers, F what products take of them: the type of
@@ -67,18 +67,20 @@ struct BackwardMemory {
   };
 
   const Columns columns;
+  const int parts;        // of a number, as which it is multiplied
   const int64_t segment;  // factors of a direction's part of W_ih
   const Panels<F> ih, hh, hr;
   const int64_t ldh, ldp, ldg;
+  const int64_t grad_row;  // numbers of a row of gradients in all its parts, ldg apart
   const int64_t chunk_steps;
   const bool once;
-  const int64_t once_size;   // of a member's memory for that: a slice, and the sums
-  const int64_t panel_size;  // of a member's memory for gradients of input and weights
-  const int64_t turned_row;  // factors of a row of `turned`
+  const int64_t once_size;                // of a member's memory for that: a slice, and the sums
+  const int64_t panel_size;               // of a member's memory for gradients of input and weights
+  const int64_t turned_part, turned_row;  // factors of a part of a row of `turned`, and of the row
   bool wants_weights;
   PerDirection direction[2] = {};
   F* w_ih;             // of all directions, one below the other
-  number_t<F>* grads;  // [rows of a chunk, D, ldg]
+  number_t<F>* grads;  // [rows of a chunk, D, grad_row]
   int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - sequence for h_0
   F* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
   F* turned;           // [members, kTile, turned_row]: left factors of a tile of it, by tiles
@@ -87,18 +89,21 @@ struct BackwardMemory {
 
   BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
       : columns(p),
+        parts(kPairs && p.scalar == Scalar::float32 ? p.bfloat16_parts : 1),
         segment(Panels<F>(factors_of<F>(columns.gates), 0, 1, kPairs).depth),
-        ih(p.directions * segment, p.wants_x ? p.input : 0, 1),
-        hh(factors_of<F>(columns.gates), p.projected, 1, kPairs),
-        hr(factors_of<F>(p.projected), p.has_projection ? p.hidden : 0, 1, kPairs),
+        ih(p.directions * segment, p.wants_x ? p.input : 0, 1, false, parts),
+        hh(factors_of<F>(columns.gates), p.projected, 1, kPairs, parts),
+        hr(factors_of<F>(p.projected), p.has_projection ? p.hidden : 0, 1, kPairs, parts),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
         ldg(leading<Sum<F>>(factors_of<F>(columns.width)) * kPerFactor<F>),
+        grad_row(parts * ldg),
         chunk_steps(steps_of_chunk(p)),
         once(uses_weights_once(p)),
         once_size(once ? kPanelSize + p.rows * max(leading<C>(p.input), max(ldh, ldp)) : 0),
         panel_size(max(p.wants_weights ? kPanelSize : 0, once_size)),
-        turned_row(kPairs && p.wants_weights ? leading<C>(kDepth / kPerFactor<F>) : 0),
+        turned_part(kPairs && p.wants_weights ? leading<C>(kDepth / kPerFactor<F>) : 0),
+        turned_row(parts * turned_part),
         wants_weights(p.wants_weights) {
     Arena arena{static_cast<char*>(base)};
     w_ih = arena.take<F>(once ? 0 : ih.size());
@@ -115,7 +120,7 @@ struct BackwardMemory {
       one.column_sums = arena.take<C>(ldg);
       before[d] = arena.take<int64_t>(wants_weights ? p.rows : 0);
     }
-    grads = arena.take<number_t<F>>(min(p.rows, chunk_steps * p.sequences) * p.directions * ldg);
+    grads = arena.take<number_t<F>>(min(p.rows, chunk_steps * p.sequences) * p.directions * grad_row);
     panels = arena.take<F>(schedule.members * panel_size);
     turned = arena.take<F>(schedule.members * kTile * turned_row);
     tasks = arena;
@@ -126,6 +131,17 @@ struct BackwardMemory {
 
   // Where product_once keeps its sums, behind a slice.
   Vec<C>* sums_behind(C* slice) const { return reinterpret_cast<Vec<C>*>(slice + kPanelSize); }
+  // Of rows of gradients.
+  Parts grad_parts() const { return {parts, ldg / kPerFactor<F>}; }
+  // Stores a vector of a row of gradients.
+  SEQKERNELS_INLINE void store_gradient(number_t<F>* to, Vec<C> x, int64_t lanes) const {
+    if constexpr (kPairs)
+      if (parts == 2) {
+        store_result<F>(to, part_of(x, {0, 2}), lanes);
+        return store_result<F>(to + ldg, part_of(x, {1, 2}), lanes);
+      }
+    store_result<F>(to, x, lanes);
+  }
   int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
 
   PerTask task(const LayerBackward& p, const Schedule& schedule, int64_t i) const {
@@ -147,7 +163,7 @@ struct BackwardMemory {
   int64_t steps_of_chunk(const LayerBackward& p) const {
     // The two directions reach a step at different times, but its grad_x is one sum: all steps are one chunk.
     if (p.directions == 2) return p.steps;
-    const int64_t rows = min(kGradientRows, kGradientBytes / (ldg * static_cast<int64_t>(sizeof(number_t<F>))));
+    const int64_t rows = min(kGradientRows, kGradientBytes / (grad_row * static_cast<int64_t>(sizeof(number_t<F>))));
     return min(p.steps, max(1, rows / max(1, p.sequences)));
   }
 };

@@ -44,7 +44,8 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
     store(gates + i * ldg + column, x + load(bias + column));
   };
   if (memory.used == WeightsUsed::packed)
-    return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles}, row, put);
+    return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles, memory.parts_of(memory.ih)},
+                   row, put);
   const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih);
   multiply_where_it_lies(memory, w_ih, columns, p.input, {first * kLanes<C>, min(last * kLanes<C>, columns)}, count,
                          row, turned, [&](int64_t i, int64_t column, Vec<C> x) { put(i, column, 0, x); });
@@ -104,8 +105,8 @@ class ForwardSweep {
       // Both buffers get it: a sequence that a reverse sweep has not reached yet has its state in either.
       load_state(at.at_sequence(h_0, r, P), mine.h_next + r * memory.ldp, outputs);
       for (int64_t unit = outputs.first; kPairs && unit < outputs.last; unit += kLane) {
-        store_factors(mine.factors + r * memory.ldp, unit, P, load(h + unit));
-        store_factors(mine.factors_next + r * memory.ldp, unit, P, load(h + unit));
+        memory.parts_of(memory.hh).store(mine.factors + r * memory.ldf, unit, P, load(h + unit));
+        memory.parts_of(memory.hh).store(mine.factors_next + r * memory.ldf, unit, P, load(h + unit));
       }
       if (kHasC) load_state(at.at_sequence(c_0, r, H), mine.c + r * memory.ldh, units);
       if (r < ran) continue;
@@ -158,11 +159,11 @@ class ForwardSweep {
     if (later >= 0 && later < p.steps) work.wait();
   }
 
-  Depth depth_of(const Panels<F>& weights) const { return {weights.k, 1, 0, tiles}; }
+  Depth depth_of(const Panels<F>& weights) const { return {weights.k, 1, 0, tiles, memory.parts_of(weights)}; }
 
   // W_hh h of the sequences that run, and from it their new states.
   void multiply_states(int64_t running, bool backwards) const {
-    const auto row = [&](int64_t r) { return mine.factors + r * memory.ldp; };
+    const auto row = [&](int64_t r) { return mine.factors + r * memory.ldf; };
     if (memory.used != WeightsUsed::packed) {
       multiply_states_unpacked(running, row);
     } else if constexpr (G == 1) {
@@ -203,7 +204,7 @@ class ForwardSweep {
   }
 
   void project_outputs(int64_t running) const {
-    const auto row = [&](int64_t r) { return mine.unprojected + r * memory.ldh; };
+    const auto row = [&](int64_t r) { return mine.unprojected + r * memory.ldu; };
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) { put_h(r, unit, x); };
     if (memory.used == WeightsUsed::packed)
       return product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running,
@@ -234,7 +235,7 @@ class ForwardSweep {
       blocks[K - 1] = c;
     }
     if (Traits::can_project && p.has_projection)
-      store_factors(mine.unprojected + r * memory.ldh, unit, p.hidden, h);
+      memory.parts_of(memory.hr).store(mine.unprojected + r * memory.ldu, unit, p.hidden, h);
     else
       put_h(r, unit, h);
     if constexpr (K > 0) save(r, unit, blocks);
@@ -246,7 +247,7 @@ class ForwardSweep {
     prefetch_store(y + ahead * P);
     store_result<F>(y, h, lanes);
     store(mine.h_next + r * memory.ldp + unit, h);
-    if (kPairs) store_factors(mine.factors_next + r * memory.ldp, unit, P, h);
+    if (kPairs) memory.parts_of(memory.hh).store(mine.factors_next + r * memory.ldf, unit, P, h);
     if (r >= first_ending) store_result<F>(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
   }
 
@@ -306,8 +307,8 @@ void prepare_forward(const LayerForward& p, const ForwardMemory<S, F>& memory, c
   if (!memory.x) return;
   for (int64_t row = work.first(p.rows); row < work.last(p.rows); row++)
     for (int64_t i = 0; i < p.input; i += kLanes<Sum<F>>)
-      store_factors(memory.x + row * memory.ldi, i, p.input,
-                    load(static_cast<const S*>(p.x) + row * p.input + i, p.input - i));
+      memory.parts_of(memory.ih).store(memory.x + row * memory.ldi, i, p.input,
+                                       load(static_cast<const S*>(p.x) + row * p.input + i, p.input - i));
 }
 
 template <Cell kCell, class S, class F>

@@ -19,6 +19,11 @@ enum class WeightsUsed {
 };
 constexpr int64_t kFewRows = 8;
 
+// Whether factors of float32 become bfloat16, for tiles. Few rows wait for the weights, not for products.
+inline bool splits_for_tiles(const Layer& p) {
+  return p.bfloat16_parts && p.bfloat16_tiles && p.scalar == Scalar::float32 && p.rows > kFewRows;
+}
+
 template <class F>
 WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule, bool by_tiles) {
   if (p.rows <= kFewRows) return WeightsUsed::by_rows;
@@ -38,18 +43,21 @@ struct ForwardMemory {
   };
   struct PerTask {
     C *h, *h_next;              // [count, ldp]
-    F *factors, *factors_next;  // h for products: the same memory where the type is the same
+    F *factors, *factors_next;  // [count, ldf]: h for products: the same memory where the type is the same
     C* c;                       // [count, ldh]
-    F* unprojected;             // [count, ldh]: h before its projection
+    F* unprojected;             // [count, ldu]: h before its projection
     C* gates;                   // [chunk, ldg]: W_ih x and bias
     int64_t* rows;              // [members of the team, chunk]: which rows of the layer they are
     F* turned;                  // [members of the team, turned_size]: rows, then weights that had to be converted
   };
 
   const bool by_tiles;  // products are
+  const int parts;      // of a number, as which it is multiplied
   const Panels<F> ih, hh, hr;
   const WeightsUsed used;
-  const int64_t ldh, ldp, ldi, ldg, chunk, turned_rows, turned_size;
+  const int64_t ldh, ldp, ldg;
+  const int64_t ldi, ldf, ldu;  // of rows of factors: x, h, and h before its projection
+  const int64_t chunk, turned_rows, turned_size;
   PerDirection direction[2] = {};
   F* x;  // [N, ldi] where the user's x cannot be taken as it is, else null
   Arena tasks;
@@ -57,14 +65,17 @@ struct ForwardMemory {
 
   ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
       : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
-        ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles),
-        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles),
-        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles),
+        parts(by_tiles && p.scalar == Scalar::float32 ? p.bfloat16_parts : 1),
+        ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles, parts),
+        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles, parts),
+        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles, parts),
         used(weights_used<F>(p, schedule, by_tiles)),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
-        ldi(leading<C>(p.input)),
         ldg(leading<C>(ih.units)),
+        ldi(parts == 1 ? leading<C>(p.input) : leading<C>(parts * ih.depth)),
+        ldf(parts == 1 ? ldp : leading<C>(parts * hh.depth)),
+        ldu(parts == 1 ? ldh : leading<C>(parts * hr.depth)),
         chunk(chunk_rows(p, schedule)),
         turned_rows(max(ih.k, max(hh.k, hr.k)) * kRowsOnce),
         turned_size(used == WeightsUsed::by_turned ? turned_rows + turned_rows / kRowsOnce * kLanes<C> : 0) {
@@ -87,6 +98,8 @@ struct ForwardMemory {
     task_bytes = one.used;
   }
 
+  // Of rows that are multiplied with panels of that shape.
+  Parts parts_of(const Panels<F>& shape) const { return {parts, shape.depth}; }
   int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
 
   PerTask task(const LayerForward& p, const Schedule& schedule, int64_t i) const {
@@ -101,10 +114,10 @@ struct ForwardMemory {
     task.h = arena.take<C>(count * ldp);
     task.h_next = arena.take<C>(count * ldp);
     const bool same = std::is_same<C, F>::value;
-    task.factors = same ? reinterpret_cast<F*>(task.h) : arena.take<F>(count * ldp);
-    task.factors_next = same ? reinterpret_cast<F*>(task.h_next) : arena.take<F>(count * ldp);
+    task.factors = same ? reinterpret_cast<F*>(task.h) : arena.take<F>(count * ldf);
+    task.factors_next = same ? reinterpret_cast<F*>(task.h_next) : arena.take<F>(count * ldf);
     task.c = arena.take<C>(p.c_0 ? count * ldh : 0);
-    task.unprojected = arena.take<F>(p.has_projection ? count * ldh : 0);
+    task.unprojected = arena.take<F>(p.has_projection ? count * ldu : 0);
     task.gates = arena.take<C>(chunk * ldg);
     task.rows = arena.take<int64_t>(schedule.team_size * chunk);
     task.turned = arena.take<F>(schedule.team_size * turned_size);

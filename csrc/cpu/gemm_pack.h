@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "team.h"
-#include "vec.h"
+#include "vec_math.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
 
@@ -112,12 +112,33 @@ SEQKERNELS_INLINE void store_result(S* p, Vec<acc_t<S>> x, int64_t n = kLanes<ac
   store(p, x, n);
 }
 
+// Which of how many bfloat16 a number is the sum of.
+struct Part {
+  int number = 0, count = 1;
+};
+
+// What of a number becomes that bfloat16 when it is rounded. Of two the second is what the first leaves. An infinity
+// counts as the largest bfloat16 then, as its products with both parts of another number may have both signs.
+SEQKERNELS_INLINE Vec<float> part_of(Vec<float> x, Part part) {
+  if (part.count == 1) return x;
+  constexpr float kMax = 0x1.fep127f;
+  const Vec<float> finite = clamp<float>(x, -kMax, kMax);
+  return part.number ? finite - to_acc(from_acc(finite, bfloat16{}), bfloat16{}) : finite;
+}
+inline Vec<double> part_of(Vec<double> x, Part) { return x; }
+
 // A vector of factors, as bits: of the first n numbers from p on, zeros behind them.
 template <class F, class S>
-inline Vec<Sum<F>> load_factors(const S* p, int64_t n) {
+inline Vec<Sum<F>> load_factors(const S* p, int64_t n, Part part = {}) {
   if constexpr (std::is_same<F, bfloat16x2>::value) {
-    S numbers[2 * kLanes<float>] = {};
-    memcpy(numbers, p, n < 2 * kLanes<float> ? n * sizeof(S) : sizeof(numbers));
+    constexpr int V = kLanes<float>;
+    bfloat16 numbers[2 * V] = {};
+    if constexpr (std::is_same<S, bfloat16>::value) {
+      memcpy(numbers, p, n < 2 * V ? n * sizeof(S) : sizeof(numbers));
+    } else {
+      store_result<F>(numbers, part_of(load(p, n), part));
+      if (n > V) store_result<F>(numbers + V, part_of(load(p + V, n - V), part));
+    }
     return bits_of<Vec<float>>(numbers);
   } else {
     return load(p, n);
@@ -142,12 +163,30 @@ constexpr int kMaxVectors = 4;  // of a panel: gates of a cell, or units of a si
 constexpr int64_t kTileRows = 16, kTileDepth = 16;
 constexpr int64_t kMaxTileRows = 2 * kTileRows;  // multiplied at once
 
+// Rows of left factors: `parts` of each number (part_of), those of one part `gap` factors behind those of the other.
+struct Parts {
+  int count = 1;
+  int64_t gap = 0;
+
+  // Stores numbers [at, at + lanes of a vector) of a row of n numbers.
+  template <class F>
+  SEQKERNELS_INLINE void store(F* row, int64_t at, int64_t n, Vec<Sum<F>> x) const {
+    if constexpr (std::is_same<F, bfloat16x2>::value)
+      if (count == 2) {
+        store_factors(row, at, n, part_of(x, {0, 2}));
+        return store_factors(row + gap, at, n, part_of(x, {1, 2}));
+      }
+    store_factors(row, at, n, x);
+  }
+};
+
 // A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel has `width`
 // vectors of units of every group, so that all gates of a unit come out of one pass. Per k its vectors lie together.
 // The last panel may have fewer. With a single group, lanes behind the last unit are zero. With several, the units that
 // remain for the last panel are packed closely, one group's lanes after the other's: 100 units of 4 gates are 25
 // vectors and not 28. k counts factors. Vectors of as many factors as a tile is deep are a tile; for products by tiles
-// zeros follow the last factor, so that all tiles are whole.
+// zeros follow the last factor, so that all tiles are whole. Of numbers in two parts, a panel of the second follows
+// each of the first.
 template <class F>
 struct Panels {
   static constexpr int V = kLanes<Sum<F>>;
@@ -155,19 +194,21 @@ struct Panels {
   int groups;
   int width;
   int64_t depth;  // k, and the zeros behind it
+  int parts;
 
   // Several vectors a row fill the accumulators with few broadcasts. A single group takes them from its units.
-  Panels(int64_t k, int64_t units, int groups, bool tiles = false)
+  Panels(int64_t k, int64_t units, int groups, bool tiles = false, int parts = 1)
       : k(k),
         units(units),
         groups(groups),
         width(groups == 1 ? kMaxVectors : 1),
-        depth(tiles ? (k + kTileDepth - 1) / kTileDepth * kTileDepth : k) {}
+        depth(tiles ? (k + kTileDepth - 1) / kTileDepth * kTileDepth : k),
+        parts(parts) {}
 
   int64_t vectors() const { return vectors_of<Sum<F>>(units); }  // of one group
   int64_t count() const { return (vectors() + width - 1) / width; }
-  int64_t size() const { return count() ? offset(count() - 1) + vectors_in(count() - 1) * V * depth : 0; }
-  int64_t offset(int64_t panel) const { return panel * width * V * groups * depth; }
+  int64_t size() const { return count() ? offset(count() - 1) + vectors_in(count() - 1) * V * depth * parts : 0; }
+  int64_t offset(int64_t panel) const { return panel * width * V * groups * depth * parts; }
   int width_of(int64_t panel) const { return static_cast<int>(min(width, vectors() - panel * width)); }
   // How many lanes lie between a unit's gates.
   int64_t lanes_of_group(int64_t panel) const { return groups == 1 ? V : min(V, units - panel * V); }
@@ -199,7 +240,8 @@ inline void transpose(Vec<C>* rows) {
 
 // A panel of which lane l is the row of n numbers from[l]; zeros for null.
 template <class F, class S>
-__attribute__((noinline)) void pack_lanes(const S* const* from, int vectors, int64_t k, int64_t n, F* packed) {
+__attribute__((noinline)) void pack_lanes(const S* const* from, int vectors, int64_t k, int64_t n, F* packed,
+                                          Part part = {}) {
   using C = Sum<F>;
   constexpr int V = kLanes<C>;
   C* panel = reinterpret_cast<C*>(packed);
@@ -208,7 +250,8 @@ __attribute__((noinline)) void pack_lanes(const S* const* from, int vectors, int
       const int64_t i = k0 * kPerFactor<F>;
       Vec<C> rows[V];
 #pragma GCC unroll 16
-      for (int u = 0; u < V; u++) rows[u] = from[v * V + u] ? load_factors<F>(from[v * V + u] + i, n - i) : Vec<C>{};
+      for (int u = 0; u < V; u++)
+        rows[u] = from[v * V + u] ? load_factors<F>(from[v * V + u] + i, n - i, part) : Vec<C>{};
       transpose<C>(rows);
       for (int64_t u = 0; u < min(V, k - k0); u++) store(panel + ((k0 + u) * vectors + v) * V, rows[u]);
     }
@@ -225,7 +268,9 @@ void pack_transposed(const Panels<F>& shape, int64_t j, const S* source, int64_t
     const int64_t group = shape.groups == 1 ? 0 : lane / lanes, unit = first + lane - group * lanes;
     from[lane] = group < shape.groups && unit < shape.units ? source + (group * shape.units + unit) * n : nullptr;
   }
-  pack_lanes(from, vectors, shape.depth, n, packed + shape.offset(j));
+  for (int part = 0; part < shape.parts; part++)
+    pack_lanes(from, vectors, shape.depth, n, packed + shape.offset(j) + part * shape.depth * vectors * V,
+               {part, shape.parts});
 }
 
 // Rows of n numbers as the lanes of panels: factors that a matrix is multiplied by where it lies. row(r) points to
@@ -263,13 +308,17 @@ __attribute__((noinline)) void pack_rows(const Panels<F>& shape, int64_t j, cons
   using C = Sum<F>;
   constexpr int V = kLanes<C>;
   const int width = shape.width_of(j);
-  C* panel = reinterpret_cast<C*>(packed + shape.offset(j)) + to * width * V;
-  for (int64_t k = 0; k < end - to; k++)
-    for (int v = 0; v < width; v++) {
-      const int64_t unit = (j * shape.width + v) * V;
-      const auto row = [&](int64_t i) { return load(source + i * shape.units + unit, shape.units - unit); };
-      store(panel + (k * width + v) * V, k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
-    }
+  for (int part = 0; part < shape.parts; part++) {
+    C* panel = reinterpret_cast<C*>(packed + shape.offset(j)) + (part * shape.depth + to) * width * V;
+    for (int64_t k = 0; k < end - to; k++)
+      for (int v = 0; v < width; v++) {
+        const int64_t unit = (j * shape.width + v) * V;
+        const auto row = [&](int64_t i) {
+          return part_of(load(source + i * shape.units + unit, shape.units - unit), {part, shape.parts});
+        };
+        store(panel + (k * width + v) * V, k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
+      }
+  }
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -26,6 +26,9 @@ auto with_factor(const LayerForward& p, const Call& call) {
 #if defined(__AVX512F__)
   if (p.scalar == Scalar::bfloat16 && p.bfloat16_products) return call(bfloat16{}, bfloat16x2{});
 #endif
+#if defined(SEQKERNELS_TILES)
+  if (splits_for_tiles(p)) return call(float{}, bfloat16x2{});
+#endif
   return with_scalar(p.scalar, [&](auto s) { return call(s, acc_t<decltype(s)>{}); });
 }
 
@@ -33,7 +36,8 @@ auto with_factor(const LayerForward& p, const Call& call) {
 template <class Call>
 auto with_factor(const LayerBackward& p, const Call& call) {
 #if defined(SEQKERNELS_TILES)
-  if (multiplies_gradients_by_tiles(p)) return call(bfloat16{}, bfloat16x2{});
+  if (multiplies_gradients_by_tiles(p))
+    return p.scalar == Scalar::float32 ? call(float{}, bfloat16x2{}) : call(bfloat16{}, bfloat16x2{});
 #endif
   return with_scalar(p.scalar, [&](auto s) { return call(s, acc_t<decltype(s)>{}); });
 }

@@ -52,14 +52,15 @@ class Between {
   Tensor rows_;
 };
 
-// `launch` is for backends whose plan says more than that they run.
+// `launch` [1]: Layer::bfloat16_parts (seqkernels/backends/cpu.py).
 std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                               Optional c_0, Optional batch_sizes, bool save,
-                                                              std::vector<int64_t> /*launch*/, int64_t layers) {
+                                                              std::vector<int64_t> launch, int64_t layers) {
   LayerForward p{};
   const CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
+  p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
   const ScalarType type = x.scalar_type();
   const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;
   const SavedLayout layout(p, N);
@@ -112,13 +113,14 @@ std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(StringHandle cel
                                                                 Optional grad_c_n, Tensor x, Tensors weights,
                                                                 Tensor h_0, Optional c_0, Optional batch_sizes,
                                                                 Tensor y, Tensor saved, bool wants_x,
-                                                                bool wants_weights, std::vector<int64_t> /*launch*/,
+                                                                bool wants_weights, std::vector<int64_t> launch,
                                                                 int64_t layers) {
   LayerBackward p{};
   CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
+  p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = x.scalar_type();
   const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;

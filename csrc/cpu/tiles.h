@@ -79,6 +79,7 @@ struct Depth {
   int segments = 1;
   int64_t gap = 0;
   Tiles* tiles = nullptr;  // by which to multiply pairs of bfloat16
+  Parts parts = {};        // of the left factor, and of the panels as many
 };
 
 #if defined(SEQKERNELS_TILES)
@@ -131,49 +132,90 @@ class TileProducts {
     depth_.tiles->configure(static_cast<int>(height));
     panel_ = panel, out_ = out;
     pass_ = 0, segment_ = 0, k_ = 0;
-    const int64_t passes = second_ ? (N + 1) / 2 : 1;
-    slices_ = passes * depth_.segments * ((depth_.k + kTileDepth - 1) / kTileDepth);
+    const int64_t passes = !second_ ? 1 : in_parts() ? N : (N + 1) / 2;
+    slices_ = passes * depth_of_panel() / kTileDepth;
     for (int64_t i = 0; !slices_ && i < count * N; i++) out[i] = Vec<float>{};
   }
 
   // So many of these complete the block.
   int64_t slices() const { return slices_; }
   SEQKERNELS_INLINE void slice() {
-    if (!second_)
-      slice_of<1, 0>(std::make_integer_sequence<int, N>{});
+    if (in_parts())
+      second_ ? slice_in_parts<2>(pass_, std::make_integer_sequence<int, 1>{})
+              : slice_in_parts<1>(0, std::make_integer_sequence<int, N>{});
+    else if (!second_)
+      slice_of<1>(0, std::make_integer_sequence<int, N>{});
     else if (N <= 2 || pass_ == 0)
-      slice_of<2, 0>(std::make_integer_sequence < int, N<2 ? N : 2>{});
+      slice_of<2>(0, std::make_integer_sequence < int, N<2 ? N : 2>{});
     else
-      slice_of<2, 2>(std::make_integer_sequence < int, N<3 ? 1 : N - 2>{});
+      slice_of<2>(2, std::make_integer_sequence < int, N<3 ? 1 : N - 2>{});
   }
 
  private:
-  // Vectors kFirst + v of M tiles of rows: the sums are tile `v` of one, and tiles 2 v and 2 v + 1 of two.
-  template <int M, int kFirst, int... v>
-  SEQKERNELS_INLINE void slice_of(std::integer_sequence<int, v...>) {
-    if (segment_ == 0 && k_ == 0) {
-      next_ = panel_ + kFirst * kLanes<float>;
-      (zero_tile<M * v>(), ...);
-      if constexpr (M == 2) (zero_tile<M * v + 1>(), ...);
-    }
-    const int64_t at = segment_ * depth_.gap + k_, n = min(depth_.k - k_, kTileDepth);
-    rows_[0].template load_tile_of<4>(at, n, copies_[0]);
-    if constexpr (M == 2) rows_[1].template load_tile_of<5>(at, n, copies_[1]);
-    (add_products<M, v>(), ...);
+  bool in_parts() const { return depth_.parts.count == 2; }
+  // Factors of one part, with the zeros behind them.
+  int64_t depth_of_panel() const { return depth_.segments * ((depth_.k + kTileDepth - 1) / kTileDepth) * kTileDepth; }
+
+  // Vectors first + v of M tiles of rows: the sums are tile `v` of one, and tiles 2 v and 2 v + 1 of two.
+  template <int M, int... v>
+  SEQKERNELS_INLINE void slice_of(int64_t first, std::integer_sequence<int, v...>) {
+    begin_sums<M, v...>(first);
+    load_rows<M, 4>(0);
+    (add_products<M, v, 4, 6 + v % 2>(next_), ...);
+    end_slice<M, v...>(first);
+  }
+
+  // The same of numbers in two parts: all products but that of both second parts, which is below what the sum of two
+  // resolves. The first parts of rows are the M tiles from 6 - 2 M on, the second the M behind them.
+  template <int M, int... v>
+  SEQKERNELS_INLINE void slice_in_parts(int64_t first, std::integer_sequence<int, v...>) {
+    constexpr int kFirst = 6 - 2 * M, kSecond = 6 - M;
+    begin_sums<M, v...>(first);
+    load_rows<M, kFirst>(0);
+    load_rows<M, kSecond>(depth_.parts.gap);
+    const int64_t second = depth_of_panel() * stride_;
+    ((add_products<M, v, kFirst, 6>(next_), multiply_rows_with<M, v, kSecond, 6>(),
+      add_products<M, v, kFirst, 7>(next_ + second)),
+     ...);
+    end_slice<M, v...>(first);
+  }
+
+  template <int M, int... v>
+  SEQKERNELS_INLINE void begin_sums(int64_t first) {
+    if (segment_ || k_) return;
+    next_ = panel_ + first * kLanes<float>;
+    (zero_tile<M * v>(), ...);
+    if constexpr (M == 2) (zero_tile<M * v + 1>(), ...);
+  }
+
+  // sums += the tiles of rows from kRows on times tile kB; which is that of vector v of a panel's next factors.
+  template <int M, int v, int kRows, int kB>
+  SEQKERNELS_INLINE void multiply_rows_with() const {
+    multiply_tiles<M * v, kRows, kB>();
+    if constexpr (M == 2) multiply_tiles<M * v + 1, kRows + 1, kB>();
+  }
+  template <int M, int v, int kRows, int kB>
+  SEQKERNELS_INLINE void add_products(const bfloat16x2* panel) const {
+    load_tile<kB>(panel + v * kLanes<float>, stride_ * sizeof(bfloat16x2));
+    multiply_rows_with<M, v, kRows, kB>();
+  }
+
+  // The next factors of all rows, `offset` behind those of the first part, become tiles from kTile on.
+  template <int M, int kTile>
+  SEQKERNELS_INLINE void load_rows(int64_t offset) {
+    const int64_t at = offset + segment_ * depth_.gap + k_, n = min(depth_.k - k_, kTileDepth);
+    rows_[0].template load_tile_of<kTile>(at, n, copies_[0]);
+    if constexpr (M == 2) rows_[1].template load_tile_of<kTile + 1>(at, n, copies_[1]);
+  }
+
+  template <int M, int... v>
+  SEQKERNELS_INLINE void end_slice(int64_t first) {
     next_ += kTileDepth * stride_, k_ += kTileDepth;
     if (k_ < depth_.k) return;
     k_ = 0;
     if (++segment_ < depth_.segments) return;
     segment_ = 0, pass_++;
-    (store_sums<M, v>(out_ + kFirst + v), ...);
-  }
-
-  template <int M, int v>
-  SEQKERNELS_INLINE void add_products() const {
-    constexpr int kB = 6 + v % 2;
-    load_tile<kB>(next_ + v * kLanes<float>, stride_ * sizeof(bfloat16x2));
-    multiply_tiles<M * v, 4, kB>();
-    if constexpr (M == 2) multiply_tiles<M * v + 1, 5, kB>();
+    (store_sums<M, v>(out_ + first + v), ...);
   }
 
   template <int M, int v>

@@ -27,10 +27,11 @@ void input_gradient(const LayerBackward& p, const BackwardMemory<S, F>& memory, 
   }
   const int64_t first = work.first(chunk.rows), count = work.last(chunk.rows) - first;
   const auto row = [&](int64_t r) {
-    return reinterpret_cast<const F*>(memory.grads + (first + r) * p.directions * memory.ldg);
+    return reinterpret_cast<const F*>(memory.grads + (first + r) * p.directions * memory.grad_row);
   };
   S* grad_x = static_cast<S*>(p.grad_x) + (chunk.row + first) * p.input;
-  const Depth depth{factors_of<F>(memory.columns.gates), p.directions, memory.ldg / kPerFactor<F>, tiles};
+  const Depth depth{factors_of<F>(memory.columns.gates), p.directions, memory.grad_row / kPerFactor<F>, tiles,
+                    memory.grad_parts()};
   product(memory.ih, memory.w_ih, 0, memory.ih.vectors(), count, depth, row,
           [&](int64_t r, int64_t unit, int64_t lanes, Vec<C> x) { store(grad_x + r * p.input + unit, x, lanes); });
 }
@@ -71,24 +72,29 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
     const int64_t rows = min(Memory::kDepth, chunk.rows - row0);
     const int64_t depth = Panels<F>(factors_of<F>(rows), 0, 1, Memory::kPairs).depth;
     // As many panels as there is room for: of few rows all, so that the sums are written row after row.
-    const int64_t strip = Memory::kPanelSize / (depth * kMaxVectors * V) * kMaxVectors * V;
+    const int64_t strip = Memory::kPanelSize / (memory.parts * depth * kMaxVectors * V) * kMaxVectors * V;
     for (int64_t strip0 = 0; strip0 < width; strip0 += strip) {
       const int64_t strip_end = min(width, strip0 + strip);
       const auto vectors_at = [&](int64_t unit) { return min(kMaxVectors, vectors_of<C>(width - unit)); };
-      const auto panel_at = [&](int64_t unit) { return panels + (unit - strip0) * depth; };
+      const auto panel_at = [&](int64_t unit) { return panels + (unit - strip0) * memory.parts * depth; };
       for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
-        for (int64_t k = 0; k < depth; k++)
-          for (int64_t v = 0, vectors = vectors_at(unit0); v < vectors; v++) {
-            const int64_t unit = unit0 + v * V;
-            const auto row = [&](int64_t i) { return pack(chunk.row + row0 + i, unit, min(width - unit, V)); };
-            store(reinterpret_cast<C*>(panel_at(unit0)) + (k * vectors + v) * V,
-                  k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
-          }
+        for (int part = 0; part < memory.parts; part++)
+          for (int64_t k = 0; k < depth; k++)
+            for (int64_t v = 0, vectors = vectors_at(unit0); v < vectors; v++) {
+              const int64_t unit = unit0 + v * V;
+              const auto row = [&](int64_t i) {
+                return part_of(pack(chunk.row + row0 + i, unit, min(width - unit, V)), {part, memory.parts});
+              };
+              store(reinterpret_cast<C*>(panel_at(unit0)) + ((part * depth + k) * vectors + v) * V,
+                    k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
+            }
       for (int64_t tile = first; tile < last; tile++) {
         const int64_t column = tile * kTile;
         const int count = static_cast<int>(min(kTile, columns - column));
         const number_t<F>* left = grads + row0 * stride + column;
-        if constexpr (Memory::kPairs) turn_columns<F>(memory, left, stride, rows, count, turned);
+        if constexpr (Memory::kPairs)
+          for (int part = 0; part < memory.parts; part++)
+            turn_columns<F>(memory, left + part * memory.ldg, stride, rows, count, turned + part * memory.turned_part);
         const F* a[kTile];
         for (int r = 0; r < kTile; r++) {
           if constexpr (Memory::kPairs)
@@ -101,7 +107,8 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
             constexpr int N = decltype(n)::value;
             Vec<C> out[kTile * N];
             if constexpr (Memory::kPairs)
-              multiply_block<N>(kTile, {depth, 1, 0, amx_tiles}, a, panel_at(unit0), N * V, out);
+              multiply_block<N>(kTile, {depth, 1, 0, amx_tiles, {memory.parts, memory.turned_part}}, a, panel_at(unit0),
+                                N * V, out);
             else
               multiply<kTile, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
             for (int r = 0; r < count; r++)
@@ -122,8 +129,8 @@ void sum_columns(const BackwardMemory<S, F>& memory, const WorkRange& work, cons
                  int directions) {
   using C = acc_t<S>;
   constexpr int V = kLanes<C>;
-  const int64_t width = memory.columns.width, stride = directions * memory.ldg, vectors = vectors_of<C>(width);
-  const number_t<F>* grads = memory.grads + d * memory.ldg;
+  const int64_t width = memory.columns.width, stride = directions * memory.grad_row, vectors = vectors_of<C>(width);
+  const number_t<F>* grads = memory.grads + d * memory.grad_row;
   C* sums = memory.direction[d].column_sums;
   for (int64_t u = work.first(vectors); u < work.last(vectors); u++) {
     const int64_t lanes = min(width - u * V, V);
@@ -131,7 +138,8 @@ void sum_columns(const BackwardMemory<S, F>& memory, const WorkRange& work, cons
     for (int64_t row0 = 0; row0 < chunk.rows; row0 += kChain) {
       Vec<C> sum = {};
       for (int64_t row = row0; row < min(chunk.rows, row0 + kChain); row++)
-        sum += load(grads + row * stride + u * V, lanes);
+        for (int part = 0; part < memory.parts; part++)
+          sum += load(grads + row * stride + part * memory.ldg + u * V, lanes);
       total += sum;
     }
     store(sums + u * V, total);
@@ -144,8 +152,8 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory
                       const Chunk& chunk, int d, bool add, Tiles* tiles) {
   const auto& sums = memory.direction[d];
   const Columns& columns = memory.columns;
-  const int64_t I = p.input, H = p.hidden, P = p.projected, D = p.directions, stride = D * memory.ldg;
-  const number_t<F>* grads = memory.grads + d * memory.ldg;
+  const int64_t I = p.input, H = p.hidden, P = p.projected, D = p.directions, stride = D * memory.grad_row;
+  const number_t<F>* grads = memory.grads + d * memory.grad_row;
   const S* x = static_cast<const S*>(p.x);
   const S* y = static_cast<const S*>(p.y) + d * P;
   const S* h_0 = static_cast<const S*>(p.h_0) + d * p.sequences * P;

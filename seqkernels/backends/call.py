@@ -29,6 +29,7 @@ class Call(NamedTuple):
     cudnn: bool = True  # torch.backends.cudnn.enabled
     deterministic: bool = False  # torch.use_deterministic_algorithms
     capturing: bool = False  # a packed batch, into a CUDA graph
+    bfloat16_parts: int = 0  # on a CPU torch lets factors of float32 be sums of so many bfloat16; 0: it does not
     vmapped: bool = False  # torch.vmap is at work, and no other transform
 
     @property

@@ -26,8 +26,15 @@ def estimate(call: Call, machine: Machine) -> float | None:
 
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
-    return ()
+    """[1]: of how many bfloat16 factors of float32 are the sum; (): they are multiplied as they are."""
+    parts = _bfloat16_parts(call, machine)
+    return (parts,) if parts else ()
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    return machine.isa
+    parts = _bfloat16_parts(call, machine)
+    return machine.isa + (f", float32 multiplied as {('one', 'two')[parts - 1]} bfloat16" if parts else "")
+
+
+def _bfloat16_parts(call: Call, machine: Machine) -> int:
+    return call.bfloat16_parts if machine.isa == "amx" else 0

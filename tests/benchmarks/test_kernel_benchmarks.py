@@ -119,6 +119,13 @@ def test_contenders_run_a_case_in_its_dtype(dtype):
         assert max(contenders.errors(found, right)) < (1e-2 if dtype == "bfloat16" else 1e-12)
 
 
+def test_a_case_sets_the_precision_of_float32():
+    case = CASE._replace(cell="GRU", shape=Problem(3, 4, 4, 6))
+    for dtype, precision in (("float32-high", "high"), ("float32-medium", "medium"), ("float32", "highest")):
+        run = contenders.CONTENDERS["seqkernels"](case._replace(dtype=dtype))
+        assert torch.get_float32_matmul_precision() == precision and run()[0].dtype == torch.float32
+
+
 def test_every_backend_is_a_contender():
     assert contenders.OUR_BACKENDS == select.BACKENDS
 

@@ -1,6 +1,7 @@
-// Both passes of random layers in bfloat16 with their products by tiles, which are emulated (tile_emulation.h), beside
-// the same with products by vectors. Knows neither torch nor Python; test_tiles.py compiles and runs it,
-// and so does `make sanitize`, with sanitizers. Arrays are no larger than they have to be, and memory starts as NaN.
+// Both passes of random layers with their products by tiles, which are emulated (tile_emulation.h), beside the same
+// with products by vectors: in bfloat16, and in float32 of which factors are one bfloat16 or the sum of two. Knows
+// neither torch nor Python; test_tiles.py compiles and runs it, and so does `make sanitize`, with sanitizers. Arrays
+// are no larger than they have to be, and memory starts as NaN.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -29,17 +30,23 @@ float value(uint16_t bits) {
   return x;
 }
 
-typedef std::vector<uint16_t> Array;  // of bfloat16
+float value(float x) { return x; }
+void set(float& number, float x) { number = x; }
+void set(uint16_t& number, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  number = static_cast<uint16_t>(bits >> 16);
+}
 
-// Multiples of 1/4 and less than 1, so that sums of their products are exact in any order.
-Array random_array(int64_t size, float scale) {
-  Array array(size);
-  for (uint16_t& number : array) {
-    const float x = scale * static_cast<float>(random_number(-3, 3)) / 4;
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    number = static_cast<uint16_t>(bits >> 16);
-  }
+template <class Number>  // float, or the bits of a bfloat16
+using Array = std::vector<Number>;
+
+// Less than 1. Of bfloat16 multiples of 1/4, so that sums of their products are exact in any order.
+template <class Number>
+Array<Number> random_array(int64_t size, float scale) {
+  constexpr int kSteps = sizeof(Number) == 2 ? 4 : 1 << 20;
+  Array<Number> array(size);
+  for (Number& number : array) set(number, scale * static_cast<float>(random_number(1 - kSteps, kSteps - 1)) / kSteps);
   return array;
 }
 
@@ -48,10 +55,13 @@ struct Sizes {
   int64_t T, B, I, H, P;
   int D, threads;
   bool ragged;
+  int parts;  // bfloat16 that factors of float32 are the sum of; 0: the layer is bfloat16
 };
 
 // A layer's arguments, and the offsets and batch sizes of its steps.
+template <class Number>
 struct Arguments {
+  using Array = ::Array<Number>;
   LayerForward p{};
   std::vector<int64_t> batch_sizes, offsets;
   Array x, h_0, c_0, weights[10];
@@ -64,31 +74,35 @@ struct Arguments {
     }
     const int64_t G = gates_of(of.cell);
     p.cell = of.cell;
-    p.scalar = Scalar::bfloat16;
+    p.scalar = of.parts ? Scalar::float32 : Scalar::bfloat16;
+    p.bfloat16_parts = of.parts;
     p.steps = of.T, p.sequences = of.B, p.input = of.I, p.hidden = of.H, p.projected = of.P;
     p.directions = of.D;
     p.has_projection = of.P != of.H;
     p.bfloat16_products = true;
     p.batch_sizes = batch_sizes.data(), p.offsets = offsets.data();
-    p.x = (x = random_array(p.rows * of.I, 1)).data();
-    p.h_0 = (h_0 = random_array(of.D * of.B * of.P, 1)).data();
-    if (states_of(of.cell) == 2) p.c_0 = (c_0 = random_array(of.D * of.B * of.H, 1)).data();
+    p.x = (x = random_array<Number>(p.rows * of.I, 1)).data();
+    p.h_0 = (h_0 = random_array<Number>(of.D * of.B * of.P, 1)).data();
+    if (states_of(of.cell) == 2) p.c_0 = (c_0 = random_array<Number>(of.D * of.B * of.H, 1)).data();
     for (int d = 0; d < of.D; d++) {
       Array* w = weights + 5 * d;
-      p.weights[d] = {(w[0] = random_array(G * of.H * of.I, 0.25f)).data(),
-                      (w[1] = random_array(G * of.H * of.P, 0.25f)).data(), (w[2] = random_array(G * of.H, 1)).data(),
-                      (w[3] = random_array(G * of.H, 1)).data(),
-                      p.has_projection ? (w[4] = random_array(of.P * of.H, 0.25f)).data() : nullptr};
+      p.weights[d] = {(w[0] = random_array<Number>(G * of.H * of.I, 0.25f)).data(),
+                      (w[1] = random_array<Number>(G * of.H * of.P, 0.25f)).data(),
+                      (w[2] = random_array<Number>(G * of.H, 1)).data(),
+                      (w[3] = random_array<Number>(G * of.H, 1)).data(),
+                      p.has_projection ? (w[4] = random_array<Number>(of.P * of.H, 0.25f)).data() : nullptr};
     }
   }
 };
 
+template <class Number>
 struct Results {
-  Array y, h_n, c_n, saved;
+  Array<Number> y, h_n, c_n, saved;
 };
 
+template <class Number>
 struct Gradients {
-  Array x, h_0, c_0, weights[10];
+  Array<Number> x, h_0, c_0, weights[10];
 };
 
 std::atomic<int64_t> products{0};
@@ -114,27 +128,44 @@ void run_members(const Sizes& of, const P& p, bool tiles, const Bytes& bytes, co
 
 namespace kernels = SEQKERNELS_ISA;
 using kernels::bfloat16, kernels::bfloat16x2;
+template <class Number>
+using storage_t = typename std::conditional<sizeof(Number) == 2, bfloat16, float>::type;
 
 // By tiles, or by vectors.
-Results run(const Sizes& of, LayerForward p, bool tiles) {
+template <class Number>
+Results<Number> run(const Sizes& of, LayerForward p, bool tiles) {
+  using Array = ::Array<Number>;
+  using S = storage_t<Number>;
   const int64_t K = saved_blocks_of(of.cell);
-  Results results{Array(p.rows * of.D * of.P), Array(of.D * of.B * of.P), Array(p.c_0 ? of.D * of.B * of.H : 0),
-                  Array(p.rows * of.D * K * of.H)};
+  Results<Number> results{Array(p.rows * of.D * of.P), Array(of.D * of.B * of.P), Array(p.c_0 ? of.D * of.B * of.H : 0),
+                          Array(p.rows * of.D * K * of.H)};
   p.y = results.y.data(), p.h_n = results.h_n.data(), p.c_n = results.c_n.data(), p.saved = results.saved.data();
   p.bfloat16_tiles = tiles;
+  const auto with_factor = [&](const auto& call) {
+    if (!of.parts || kernels::splits_for_tiles(p)) return call(bfloat16x2{});
+    if constexpr (std::is_same<S, float>::value) return call(float{});
+    __builtin_unreachable();
+  };
   const auto bytes = [&](const Schedule& schedule) {
-    return kernels::ForwardMemory<bfloat16, bfloat16x2>(p, schedule, nullptr).bytes(schedule);
+    return with_factor(
+        [&](auto factor) { return kernels::ForwardMemory<S, decltype(factor)>(p, schedule, nullptr).bytes(schedule); });
   };
   run_members(of, p, tiles && p.rows > kernels::kFewRows, bytes,
               [&](auto traits, const Schedule& schedule, int number, void* memory) {
-                kernels::forward<decltype(traits)::cell, bfloat16, bfloat16x2>(p, schedule, number, number + 1, memory);
+                with_factor([&](auto factor) {
+                  kernels::forward<decltype(traits)::cell, S, decltype(factor)>(p, schedule, number, number + 1,
+                                                                                memory);
+                });
               });
   return results;
 }
 
 // The backward pass of what `run` gave, from gradients of all its results.
-Gradients run_backward(const Sizes& of, const LayerForward& forward, const Results& results, const Results& grads,
-                       bool tiles) {
+template <class Number>
+Gradients<Number> run_backward(const Sizes& of, const LayerForward& forward, const Results<Number>& results,
+                               const Results<Number>& grads, bool tiles) {
+  using Array = ::Array<Number>;
+  using S = storage_t<Number>;
   LayerBackward p{};
   static_cast<Layer&>(p) = forward;
   p.bfloat16_tiles = tiles;
@@ -142,7 +173,7 @@ Gradients run_backward(const Sizes& of, const LayerForward& forward, const Resul
   p.y = results.y.data(), p.saved = results.saved.data();
   p.wants_x = p.wants_weights = true;
   const int64_t G = gates_of(of.cell);
-  Gradients found{Array(p.rows * of.I), Array(of.D * of.B * of.P), Array(p.c_0 ? of.D * of.B * of.H : 0), {}};
+  Gradients<Number> found{Array(p.rows * of.I), Array(of.D * of.B * of.P), Array(p.c_0 ? of.D * of.B * of.H : 0), {}};
   p.grad_x = found.x.data(), p.grad_h_0 = found.h_0.data(), p.grad_c_0 = found.c_0.data();
   for (int d = 0; d < of.D; d++) {
     Array* w = found.weights + 5 * d;
@@ -156,21 +187,22 @@ Gradients run_backward(const Sizes& of, const LayerForward& forward, const Resul
   };
   const auto bytes = [&](const Schedule& schedule) {
     return with_memory([&](auto factor) {
-      return kernels::BackwardMemory<bfloat16, decltype(factor)>(p, schedule, nullptr).bytes(schedule);
+      return kernels::BackwardMemory<S, decltype(factor)>(p, schedule, nullptr).bytes(schedule);
     });
   };
   run_members(of, p, kernels::multiplies_gradients_by_tiles(p), bytes,
               [&](auto traits, const Schedule& schedule, int number, void* memory) {
                 with_memory([&](auto factor) {
-                  kernels::backward<decltype(traits)::cell, bfloat16, decltype(factor)>(p, schedule, number, number + 1,
-                                                                                        memory);
+                  kernels::backward<decltype(traits)::cell, S, decltype(factor)>(p, schedule, number, number + 1,
+                                                                                 memory);
                 });
               });
   return found;
 }
 
 // Infinite if one of them is.
-float largest_difference(const Array& a, const Array& b) {
+template <class Number>
+float largest_difference(const Array<Number>& a, const Array<Number>& b) {
   float largest = 0;
   for (size_t i = 0; i < a.size(); i++) {
     const float difference = std::fabs(value(a[i]) - value(b[i])) / std::fmax(1, std::fabs(value(b[i])));
@@ -180,43 +212,48 @@ float largest_difference(const Array& a, const Array& b) {
 }
 
 // Tiles take the gradients of gates as bfloat16: they differ by parts of the largest.
-bool are_close(const Array& a, const Array& b) {
+template <class Number>
+bool are_close(const Array<Number>& a, const Array<Number>& b, float tolerance) {
   float largest = 0, difference = 0;
   for (size_t i = 0; i < a.size(); i++) {
     largest = std::fmax(largest, std::fabs(value(b[i])));
     const float one = std::fabs(value(a[i]) - value(b[i]));
     if (!(one <= difference)) difference = one == one ? one : INFINITY;
   }
-  return difference <= 0.03f * largest;
+  return difference <= tolerance * largest;
 }
 
-bool check_backward(const Sizes& of, const Arguments& arguments, const Results& results) {
-  const Results grads{
-      random_array(results.y.size(), 1), random_array(results.h_n.size(), 1), random_array(results.c_n.size(), 1), {}};
-  const Gradients by_tiles = run_backward(of, arguments.p, results, grads, true);
-  const Gradients by_vectors = run_backward(of, arguments.p, results, grads, false);
-  bool good = are_close(by_tiles.x, by_vectors.x) && are_close(by_tiles.h_0, by_vectors.h_0) &&
-              are_close(by_tiles.c_0, by_vectors.c_0);
-  for (int i = 0; i < 10; i++) good = good && are_close(by_tiles.weights[i], by_vectors.weights[i]);
+template <class Number>
+bool check_backward(const Sizes& of, const Arguments<Number>& arguments, const Results<Number>& results) {
+  const Results<Number> grads{random_array<Number>(results.y.size(), 1),
+                              random_array<Number>(results.h_n.size(), 1),
+                              random_array<Number>(results.c_n.size(), 1),
+                              {}};
+  const Gradients<Number> by_tiles = run_backward(of, arguments.p, results, grads, true);
+  const Gradients<Number> by_vectors = run_backward(of, arguments.p, results, grads, false);
+  const float tolerance = of.parts == 2 ? 1e-4f : 0.03f;
+  bool good = are_close(by_tiles.x, by_vectors.x, tolerance) && are_close(by_tiles.h_0, by_vectors.h_0, tolerance) &&
+              are_close(by_tiles.c_0, by_vectors.c_0, tolerance);
+  for (int i = 0; i < 10; i++) good = good && are_close(by_tiles.weights[i], by_vectors.weights[i], tolerance);
   return good;
 }
 
-// After one step products are exact: all bits agree. After more, sums in another order are rounded differently.
+// After one step products of bfloat16 are exact: all bits agree. After more, sums in another order are rounded
+// differently. Those of float32 differ by what its factors lose.
+template <class Number>
 bool check(const Sizes& of) {
-  const Arguments arguments(of);
-  const Results by_tiles = run(of, arguments.p, true), by_vectors = run(of, arguments.p, false);
-  const Array Results::* all[] = {&Results::y, &Results::h_n, &Results::c_n, &Results::saved};
-  const float tolerance = of.T == 1 && of.P == of.H ? 0 : 0.05f;
+  const Arguments<Number> arguments(of);
+  const auto by_tiles = run<Number>(of, arguments.p, true), by_vectors = run<Number>(of, arguments.p, false);
+  const Array<Number> Results<Number>::* all[] = {&Results<Number>::y, &Results<Number>::h_n, &Results<Number>::c_n,
+                                                  &Results<Number>::saved};
+  const float tolerance = of.parts == 2 ? 1e-4f : of.parts == 0 && of.T == 1 && of.P == of.H ? 0 : 0.05f;
   bool good = true;
-  for (const auto result : all) {
-    const float difference = largest_difference(by_tiles.*result, by_vectors.*result);
-    good = good && difference <= tolerance;
-  }
+  for (const auto result : all) good = good && largest_difference(by_tiles.*result, by_vectors.*result) <= tolerance;
   good = check_backward(of, arguments, by_vectors) && good;
   if (!good)
-    printf("differs: %s T %ld B %ld I %ld H %ld P %ld D %d threads %d ragged %d\n", name_of(of.cell),
+    printf("differs: %s T %ld B %ld I %ld H %ld P %ld D %d threads %d ragged %d parts %d\n", name_of(of.cell),
            static_cast<long>(of.T), static_cast<long>(of.B), static_cast<long>(of.I), static_cast<long>(of.H),
-           static_cast<long>(of.P), of.D, of.threads, of.ragged);
+           static_cast<long>(of.P), of.D, of.threads, of.ragged, of.parts);
   return good;
 }
 
@@ -235,7 +272,8 @@ int main(int, char** arguments) {
     of.P = can_project(of.cell) && random_number(0, 1) ? random_number(1, of.H) : of.H;
     of.D = static_cast<int>(random_number(1, 2)), of.threads = static_cast<int>(random_number(1, 3));
     of.ragged = random_number(0, 1);
-    good = check(of) && good;
+    of.parts = static_cast<int>(random_number(0, 2));
+    good = (of.parts ? check<float>(of) : check<uint16_t>(of)) && good;
   }
   printf("%s\n", good ? "all agree" : "some differ");
   return !good;
