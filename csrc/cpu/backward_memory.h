@@ -49,6 +49,7 @@ template <class S, class F>
 struct BackwardMemory {
   using C = acc_t<S>;
   static constexpr bool kPairs = !std::is_same<F, C>::value;
+  static constexpr bool kSplits = kPairs && std::is_same<S, float>::value;
   // Of a weight gradient: rows that are multiplied at once, columns of a tile of it, and the memory of right factors.
   static constexpr int64_t kDepth = kPairs ? 512 : kKc;
   static constexpr int64_t kTile = kPairs ? 2 * kTileRows : kMr<kMaxVectors>;
@@ -89,7 +90,7 @@ struct BackwardMemory {
 
   BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
       : columns(p),
-        parts(kPairs && p.scalar == Scalar::float32 ? p.bfloat16_parts : 1),
+        parts(kSplits ? p.bfloat16_parts : 1),
         segment(Panels<F>(factors_of<F>(columns.gates), 0, 1, kPairs).depth),
         ih(p.directions * segment, p.wants_x ? p.input : 0, 1, false, parts),
         hh(factors_of<F>(columns.gates), p.projected, 1, kPairs, parts),
@@ -132,10 +133,10 @@ struct BackwardMemory {
   // Where product_once keeps its sums, behind a slice.
   Vec<C>* sums_behind(C* slice) const { return reinterpret_cast<Vec<C>*>(slice + kPanelSize); }
   // Of rows of gradients.
-  Parts grad_parts() const { return {parts, ldg / kPerFactor<F>}; }
+  Parts grad_parts() const { return {kSplits ? parts : 1, ldg / kPerFactor<F>}; }
   // Stores a vector of a row of gradients.
   SEQKERNELS_INLINE void store_gradient(number_t<F>* to, Vec<C> x, int64_t lanes) const {
-    if constexpr (kPairs)
+    if constexpr (kSplits)
       if (parts == 2) {
         store_result<F>(to, part_of(x, {0, 2}), lanes);
         return store_result<F>(to + ldg, part_of(x, {1, 2}), lanes);

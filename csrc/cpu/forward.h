@@ -177,10 +177,12 @@ class ForwardSweep {
         if (tiles) {
           const int64_t whole = min(last, p.hidden / kLane), n = whole - first;
           const auto panel_of = [&](int64_t i) { return backwards ? whole - 1 - i : first + i; };
-          for_panels_by_tiles<G>(
-              n, [&](int64_t i) { return weights.w_hh + memory.hh.offset(panel_of(i)); }, G * kLane, running,
-              depth_of(memory.hh), row,
-              [&](int64_t i, int64_t r, const V* out) { finish(r, panel_of(i) * kLane, out); });
+          const Depth depth = depth_of(memory.hh);
+          with_parts(depth, [&](auto in_parts) {
+            for_panels_by_tiles<G, decltype(in_parts)::value>(
+                n, [&](int64_t i) { return weights.w_hh + memory.hh.offset(panel_of(i)); }, G * kLane, running, depth,
+                row, [&](int64_t i, int64_t r, const V* out) { finish(r, panel_of(i) * kLane, out); });
+          });
           first = whole;
         }
 #endif

@@ -36,6 +36,7 @@ WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule, bool b
 template <class S, class F>
 struct ForwardMemory {
   using C = acc_t<S>;
+  static constexpr bool kSplits = std::is_same<S, float>::value && !std::is_same<F, float>::value;
   struct PerDirection {
     F *w_ih, *w_hh, *w_hr;
     C* bias;        // [G*H]: all biases but those of b_hh that stay apart
@@ -65,7 +66,7 @@ struct ForwardMemory {
 
   ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
       : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
-        parts(by_tiles && p.scalar == Scalar::float32 ? p.bfloat16_parts : 1),
+        parts(kSplits && by_tiles ? p.bfloat16_parts : 1),
         ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles, parts),
         hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles, parts),
         hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles, parts),
@@ -98,8 +99,8 @@ struct ForwardMemory {
     task_bytes = one.used;
   }
 
-  // Of rows that are multiplied with panels of that shape.
-  Parts parts_of(const Panels<F>& shape) const { return {parts, shape.depth}; }
+  // Of rows that are multiplied with panels of that shape. That bfloat16 has one part is known when it is compiled.
+  Parts parts_of(const Panels<F>& shape) const { return {kSplits ? parts : 1, shape.depth}; }
   int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
 
   PerTask task(const LayerForward& p, const Schedule& schedule, int64_t i) const {

@@ -79,7 +79,10 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F
                                               Vec<Sum<F>>* out) {
 #if defined(SEQKERNELS_TILES)
   if constexpr (std::is_same<F, bfloat16x2>::value)
-    if (depth.tiles) return multiply_block_by_tiles<N>(rows, depth, a, panel, stride, out);
+    if (depth.tiles)
+      return with_parts(depth, [&](auto in_parts) {
+        multiply_block_by_tiles<N, decltype(in_parts)::value>(rows, depth, a, panel, stride, out);
+      });
 #endif
   if (!depth.k) {
     for (int64_t i = 0; i < rows * N; i++) out[i] = Vec<Sum<F>>{};
@@ -128,12 +131,12 @@ inline void for_panels(int64_t first, int64_t last, bool backwards, const Each& 
 #if defined(SEQKERNELS_TILES)
 // Multiplies rows with `panels` panels of N vectors by tiles; panel(i) points to them, one panel after the other.
 // each(i, r, out) sees the vectors of row r while the tiles of the next rows are multiplied.
-template <int N, class Row, class Panel, class Each>
+template <int N, bool kInParts, class Row, class Panel, class Each>
 SEQKERNELS_INLINE void for_panels_by_tiles(int64_t panels, const Panel& panel, int64_t stride, int64_t rows,
                                            const Depth& depth, const Row& row, const Each& each) {
   const int64_t blocks = (rows + kMaxTileRows - 1) / kMaxTileRows, items = panels * blocks;
   Vec<float> sums[2][kMaxTileRows * N];
-  TileProducts<N> products(depth, stride);
+  TileProducts<N, kInParts> products(depth, stride);
   const auto first_new = [&](int64_t item) { return item % blocks * kMaxTileRows; };
   const auto first_of = [&](int64_t item) { return min(first_new(item), max(0, rows - kTileRows)); };
   const auto end_of = [&](int64_t item) { return min(rows, first_new(item) + kMaxTileRows); };
@@ -179,16 +182,18 @@ inline void product(const Panels<F>& shape, const F* packed, int64_t first, int6
       const int64_t begin = (first + kMaxVectors - 1) / kMaxVectors, end = last / kMaxVectors;
       if (begin < end) {
         const auto panel_of = [&](int64_t i) { return backwards ? end - 1 - i : begin + i; };
-        for_panels_by_tiles<kMaxVectors>(
-            end - begin, [&](int64_t i) { return packed + shape.offset(panel_of(i)); }, kMaxVectors * V, rows, depth,
-            row,
-            [&](int64_t i, int64_t r, const Vec<Sum<F>>* out) {
+        with_parts(depth, [&](auto in_parts) {
+          for_panels_by_tiles<kMaxVectors, decltype(in_parts)::value>(
+              end - begin, [&](int64_t i) { return packed + shape.offset(panel_of(i)); }, kMaxVectors * V, rows, depth,
+              row,
+              [&](int64_t i, int64_t r, const Vec<Sum<F>>* out) {
 #pragma GCC unroll 4
-              for (int64_t v = 0; v < kMaxVectors; v++) {
-                const int64_t unit = (panel_of(i) * kMaxVectors + v) * V;
-                each(r, unit, min(shape.units - unit, V), out[v]);
-              }
-            });
+                for (int64_t v = 0; v < kMaxVectors; v++) {
+                  const int64_t unit = (panel_of(i) * kMaxVectors + v) * V;
+                  each(r, unit, min(shape.units - unit, V), out[v]);
+                }
+              });
+        });
         product(shape, packed, first, min(last, begin * kMaxVectors), rows, depth, row, each, backwards);
         first = max(first, end * kMaxVectors);
       }

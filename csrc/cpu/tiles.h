@@ -114,7 +114,7 @@ struct TileRows {
 // two tiles of rows. Two are multiplied with two vectors at once, in as many passes as that takes, so that a tile that
 // is loaded is used twice; one with all vectors. A row's sum is one chain, which errs far less than its rounding to
 // bfloat16.
-template <int N>
+template <int N, bool kInParts>
 class TileProducts {
  public:
   // Panels' rows are `stride` apart, and their segments padded (Panels::depth).
@@ -132,7 +132,7 @@ class TileProducts {
     depth_.tiles->configure(static_cast<int>(height));
     panel_ = panel, out_ = out;
     pass_ = 0, segment_ = 0, k_ = 0;
-    const int64_t passes = !second_ ? 1 : in_parts() ? N : (N + 1) / 2;
+    const int64_t passes = !second_ ? 1 : kInParts ? N : (N + 1) / 2;
     slices_ = passes * depth_of_panel() / kTileDepth;
     for (int64_t i = 0; !slices_ && i < count * N; i++) out[i] = Vec<float>{};
   }
@@ -140,7 +140,7 @@ class TileProducts {
   // So many of these complete the block.
   int64_t slices() const { return slices_; }
   SEQKERNELS_INLINE void slice() {
-    if (in_parts())
+    if constexpr (kInParts)
       second_ ? slice_in_parts<2>(pass_, std::make_integer_sequence<int, 1>{})
               : slice_in_parts<1>(0, std::make_integer_sequence<int, N>{});
     else if (!second_)
@@ -152,7 +152,6 @@ class TileProducts {
   }
 
  private:
-  bool in_parts() const { return depth_.parts.count == 2; }
   // Factors of one part, with the zeros behind them.
   int64_t depth_of_panel() const { return depth_.segments * ((depth_.k + kTileDepth - 1) / kTileDepth) * kTileDepth; }
 
@@ -238,11 +237,20 @@ class TileProducts {
   alignas(64) float copies_[2][kTileRows][kTileDepth];
 };
 
+// Calls run(constant) with whether numbers are in two parts as a compile-time constant.
+template <class Run>
+SEQKERNELS_INLINE void with_parts(const Depth& depth, const Run& run) {
+  if (depth.parts.count == 2)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
+}
+
 // What the vector code's multiply_block does.
-template <int N>
+template <int N, bool kInParts>
 __attribute__((noinline)) void multiply_block_by_tiles(int64_t rows, const Depth& depth, const bfloat16x2* const* a,
                                                        const bfloat16x2* panel, int64_t stride, Vec<float>* out) {
-  TileProducts<N> products(depth, stride);
+  TileProducts<N, kInParts> products(depth, stride);
   for (int64_t r = 0; r < rows; r += kMaxTileRows) {
     const int64_t first = min(r, max(0, rows - kTileRows));
     products.begin(
