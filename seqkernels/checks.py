@@ -21,6 +21,8 @@ def check_call(
     bias: bool,
     lengths: Tensor | Sequence[int] | None,
     cu_seqlens: Tensor | None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: State | None = None,
 ) -> bool:
     """Arguments of a call of `count` layers and directions -> whether the input is one unbatched sequence."""
     if len(weights) != (4 if bias else 2) * count:
@@ -30,6 +32,8 @@ def check_call(
         _check_input(input.data, weights, 2)
     else:
         _check_input(input, weights, 3 if cu_seqlens is None else 2)
+    if reset_to is not None:
+        _check_reset_to(cell, reset, reset_to)
     return unbatched
 
 
@@ -145,9 +149,7 @@ def _check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
             _check_same(weight, data, "parameter")
 
 
-def check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State | None) -> None:
-    if reset_to is None:
-        return
+def _check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State) -> None:
     if reset is None:
         raise ValueError("reset_to is the state before steps that reset marks; give reset as well")
     if CELLS[cell].states == 2:

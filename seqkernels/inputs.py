@@ -1,6 +1,5 @@
 """A call's arguments, checked, as the operators take them and as `select` sees them."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, hardware, late_checks, modes, resets, varlen
-from seqkernels.backends import arguments
-from seqkernels.backends.call import Call, class_of_steps
+from seqkernels import checks, late_checks, modes, resets, varlen
+from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
+from seqkernels.storage import expect_storage
 
 
 class Inputs(NamedTuple):
@@ -42,11 +41,11 @@ def prepare(
     bias: bool = True,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
-    if not torch.compiler.is_compiling():
+    if lengths is None and cu_seqlens is None and not torch.compiler.is_compiling():  # their own checks look as well
         late_checks.look()
-    unbatched = checks.check_call(cell, input, hx, weights, num_layers * directions, bias, lengths, cu_seqlens)
+    ragged = lengths, cu_seqlens, reset, reset_to
+    unbatched = checks.check_call(cell, input, hx, weights, num_layers * directions, bias, *ragged)
     transformed = modes.transformed()
-    checks.check_reset_to(cell, reset, reset_to)
     if unbatched:
         hx, reset_to = _with_batch(hx), _with_batch(reset_to)
     h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
@@ -68,7 +67,7 @@ def prepare(
         rows = varlen.from_padded(input, batch_first)
     h_0, c_0 = _initial_state(cell, hx, reset_to, rows, weights[1], num_layers * directions, transformed)
     sizes = rows.batch_sizes, transformed, num_layers, directions
-    call, save = _facts_of(cell, rows.data, weights, h_0, c_0, *sizes)
+    call, save = modes.facts_of(cell, rows.data, weights, h_0, c_0, *sizes)
     return Inputs(rows, h_0, c_0, unbatched, save, call)
 
 
@@ -76,67 +75,7 @@ def facts_of_step(
     cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None
 ) -> tuple[Call, bool]:
     """One step of a cell, x ``[B, I]`` and states ``[B, H]``, as `select` sees it; and whether gradients are wanted."""
-    return _facts_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
-
-
-def _facts_of(
-    cell: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor | None,
-    batch_sizes: Tensor | None,
-    transformed: bool,
-    num_layers: int = 1,
-    directions: int = 1,
-    one_step: bool = False,
-) -> tuple[Call, bool]:
-    """A call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or one step of a cell, as `select` sees it; and whether
-    gradients are wanted."""
-    device, training = x.device, modes.wants_gradients(x, h_0, c_0, *weights)
-    parts = hardware.bfloat16_parts(device, x.dtype)
-    vmapped = transformed and modes.only_vmap()
-    transformed = transformed and not vmapped
-    # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
-    # on a CPU there is nothing to weigh.
-    compiled = torch.compiler.is_compiling()
-    if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
-        make = Call if compiled else _call_without_sizes
-        call = make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
-        if vmapped or parts:
-            call = call._replace(vmapped=vmapped, bfloat16_parts=parts)
-        return call, training
-    sequences = h_0.shape[-2]
-    layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
-    if batch_sizes is not None:
-        layout, steps = "packed" if batch_sizes.device.type == "cpu" else "device", len(batch_sizes)
-    dtype = modes.computed_dtype(x)
-    call = Call(
-        cell=cell,
-        device_type=device.type,
-        dtype=dtype,
-        transformed=transformed,
-        hidden_size=weights[1].shape[0] // CELLS[cell].gates,
-        projected=len(weights) // (num_layers * directions) % 2 == 1,
-        tf32=dtype == torch.float32 and hardware.tf32(device),
-        input_size=x.shape[1],
-        layers=num_layers,
-        directions=directions,
-        sequences=sequences,
-        steps=class_of_steps(steps),
-        layout=layout,
-        training=training,
-        cudnn=torch.backends.cudnn.enabled,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-        capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
-        bfloat16_parts=parts,
-        vmapped=vmapped,
-    )
-    return call, training
-
-
-# Calls that differ in their sizes alone are the same object, which also finds its plan faster.
-_call_without_sizes = functools.lru_cache(1024)(Call)
+    return modes.facts_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
 
 
 def restore_layout(inputs: Inputs, y: Tensor, h_n: Tensor, c_n: Tensor) -> tuple[Tensor | PackedSequence, State]:
@@ -195,5 +134,5 @@ def _given_state(
         checks.check_state(tensor, size, data, f"Expected {which} size {{}}, got {{}}", name)
         # torch selects from a freed storage all the same
         if not (torch.compiler.is_compiling() or transformed):
-            arguments.expect_storage(**{f"{'hc'[k]}_0" if name == "hidden" else which: tensor})
+            expect_storage(**{f"{'hc'[k]}_0" if name == "hidden" else which: tensor})
     return found

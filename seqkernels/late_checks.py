@@ -1,4 +1,5 @@
-"""Checks of values that only the device knows, which a call does not wait for.
+"""Checks of lengths, cu_seqlens and batch_sizes. What the host sees is checked at once; what only a GPU knows, no call
+waits for: that is checked late.
 
 Lengths, cu_seqlens and batch_sizes on a GPU are made to fit there, so that no kernel addresses memory by what does not.
 Whether that changed anything is noted on the device and copied into pinned memory, behind the work of the call. The
@@ -10,6 +11,9 @@ import os
 
 import torch
 from torch import Tensor
+
+from seqkernels._ops import add_op_namespace_prefix, ops
+from seqkernels.storage import expect_storage
 
 # The sentences for what does not fit; each has one number in it, which travels with the note.
 LENGTHS = "lengths must lie between 0 and the {} steps of the input"
@@ -96,25 +100,96 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# ---- what is made to fit
+# ---- lengths and cu_seqlens: operators, so that values are checked when compiled, too
 
 
-def fitting_lengths(lengths: Tensor, steps: int) -> Tensor:
-    """Lengths between 0 and `steps`."""
+def batch_sizes_of(lengths: Tensor, steps: int, rows: int) -> tuple[Tensor, int]:
+    """How many sequences run in each step ``[T]``, of lengths, which are checked; and how many of the `rows` they use:
+    all, where nobody may ask.
+
+    Raises:
+        ValueError: lengths that are negative or longer than `steps` (of those on a device: in a later call).
+    """
+    batch_sizes = ops.batch_sizes(lengths, steps)
+    known = not (torch.compiler.is_compiling() or out_of_sight(lengths))
+    used = int(batch_sizes.sum()) if known else rows
+    mark_fitting(batch_sizes, lengths.shape[0], used)
+    return batch_sizes, used
+
+
+def _check_lengths(lengths: Tensor, steps: int) -> Tensor:
+    """Operator: lengths between 0 and `steps`; those on a GPU are made so there."""
+    expect_storage(lengths=lengths)
+    look()
+    if not out_of_sight(lengths):
+        if not (lengths >= 0).logical_and(lengths <= steps).all():
+            raise ValueError(f"{LENGTHS.format(steps)}, got {lengths.tolist()}")
+        return lengths.clone()
     fitting = lengths.clamp(0, steps)
     note((fitting != lengths).any(), LENGTHS, steps, lengths)
     return fitting
 
 
-def fitting_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Sequences one after another that lie within the rows."""
+def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
+    """Operator: how many sequences run in each step ``[T]``, of lengths that are checked."""
+    lengths = _check_lengths(lengths, steps)
+    ended = torch.searchsorted(lengths.sort().values, torch.arange(steps, device=lengths.device), right=True)
+    return lengths.shape[0] - ended
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Operator: sequences one after another in all of the rows; those on a GPU are made so there."""
+    expect_storage(cu_seqlens=cu_seqlens)
+    look()
+    if not out_of_sight(cu_seqlens):
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
+            raise ValueError(f"{CU_SEQLENS.format(rows)}, got {cu_seqlens.tolist()}")
+        return cu_seqlens.clone()
     fitting = cu_seqlens.clamp(0, rows).cummax(0).values
     fits = (fitting == cu_seqlens).all().logical_and(fitting[0] == 0).logical_and(fitting[-1] == rows)
     note(fits.logical_not(), CU_SEQLENS, rows, cu_seqlens)
     return fitting
 
 
-def fitting_batch_sizes(batch_sizes: Tensor, sequences: int, rows: int) -> Tensor:
+_library = torch.library.Library(ops.name, "FRAGMENT")
+_library.define("batch_sizes(Tensor lengths, SymInt steps) -> Tensor")
+_library.define("check_lengths(Tensor lengths, SymInt steps) -> Tensor")
+_library.define("check_cu_seqlens(Tensor cu_seqlens, SymInt rows) -> Tensor")
+_library.impl("batch_sizes", _batch_sizes, "CompositeExplicitAutograd")
+_library.impl("check_lengths", _check_lengths, "CompositeExplicitAutograd")
+_library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(add_op_namespace_prefix("batch_sizes"), lib=_library)
+def _(lengths, steps):
+    return lengths.new_empty(steps)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("check_lengths"), lib=_library)
+@torch.library.register_fake(add_op_namespace_prefix("check_cu_seqlens"), lib=_library)
+def _(checked, bound):
+    return torch.empty_like(checked)
+
+
+# ---- batch sizes
+
+
+def fitting(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> Tensor | None:
+    """batch_sizes by which no kernel leaves the rows of x or the sequences of h_0; those in sight must fit already.
+
+    Raises:
+        ValueError, RuntimeError: what an earlier call was given did not fit.
+    """
+    if batch_sizes is None or not out_of_sight(batch_sizes):
+        return batch_sizes
+    known = batch_sizes.dim() == 1 and batch_sizes.dtype == torch.int64 and x.dim() and h_0.dim() == 3
+    if not known:
+        return batch_sizes  # the operator says what is wrong
+    look()
+    return _fitting_batch_sizes(batch_sizes, h_0.shape[1], x.shape[0])
+
+
+def _fitting_batch_sizes(batch_sizes: Tensor, sequences: int, rows: int) -> Tensor:
     """Batch sizes that never rise, and count no more sequences and no more rows than there are."""
     if not len(batch_sizes) or getattr(batch_sizes, "_seqkernels_fit", None) == (sequences, rows):
         return batch_sizes
@@ -125,8 +200,21 @@ def fitting_batch_sizes(batch_sizes: Tensor, sequences: int, rows: int) -> Tenso
     return ends.clamp_(max=rows).diff(prepend=ends.new_zeros(1))
 
 
-def is_marked(batch_sizes: Tensor) -> bool:
-    return hasattr(batch_sizes, "_seqkernels_fit")
+def fitting_backward(
+    x: Tensor, h_0: Tensor, batch_sizes: Tensor | None, wants_weights: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x for the products that give the gradients of weights, and batch_sizes as `fitting` gives them.
+
+    Rows that no step uses may hold what is not finite. Where the host does not know which these are, they are zeros in
+    the x that is returned; in what `varlen` made they are zeros already.
+    """
+    batch_sizes = fitting(x, h_0, batch_sizes)
+    if not wants_weights or batch_sizes is None or not out_of_sight(batch_sizes):
+        return x, batch_sizes
+    if hasattr(batch_sizes, "_seqkernels_fit"):
+        return x, batch_sizes
+    row = torch.arange(x.shape[0], device=x.device)
+    return x.masked_fill((row >= batch_sizes.sum()).unsqueeze(1), 0), batch_sizes
 
 
 def mark_fitting(batch_sizes: Tensor, sequences: int, rows: int) -> None:

@@ -1,7 +1,15 @@
-"""What torch is doing around a call: autograd, transforms, autocast."""
+"""What torch is doing around a call: autograd, transforms, autocast, the compiler; and with it the call as `select`
+sees it."""
+
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from seqkernels import hardware
+from seqkernels.backends.call import Call, class_of_steps
+from seqkernels.backends.cells import CELLS
 
 
 def wants_gradients(*tensors: Tensor | None) -> bool:
@@ -34,3 +42,63 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     device_type = x.device.type
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if autocast else x.dtype
+
+
+def facts_of(
+    cell: str,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    transformed: bool,
+    num_layers: int = 1,
+    directions: int = 1,
+    one_step: bool = False,
+) -> tuple[Call, bool]:
+    """A call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or one step of a cell, as `select` sees it; and whether
+    gradients are wanted."""
+    device, training = x.device, wants_gradients(x, h_0, c_0, *weights)
+    parts = hardware.bfloat16_parts(device, x.dtype)
+    vmapped = transformed and only_vmap()
+    transformed = transformed and not vmapped
+    # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
+    # on a CPU there is nothing to weigh.
+    compiled = torch.compiler.is_compiling()
+    if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
+        make = Call if compiled else _call_without_sizes
+        call = make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
+        if vmapped or parts:
+            call = call._replace(vmapped=vmapped, bfloat16_parts=parts)
+        return call, training
+    sequences = h_0.shape[-2]
+    layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
+    if batch_sizes is not None:
+        layout, steps = "packed" if batch_sizes.device.type == "cpu" else "device", len(batch_sizes)
+    dtype = computed_dtype(x)
+    call = Call(
+        cell=cell,
+        device_type=device.type,
+        dtype=dtype,
+        transformed=transformed,
+        hidden_size=weights[1].shape[0] // CELLS[cell].gates,
+        projected=len(weights) // (num_layers * directions) % 2 == 1,
+        tf32=dtype == torch.float32 and hardware.tf32(device),
+        input_size=x.shape[1],
+        layers=num_layers,
+        directions=directions,
+        sequences=sequences,
+        steps=class_of_steps(steps),
+        layout=layout,
+        training=training,
+        cudnn=torch.backends.cudnn.enabled,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        capturing=x.is_cuda and layout == "packed" and torch.cuda.is_current_stream_capturing(),
+        bfloat16_parts=parts,
+        vmapped=vmapped,
+    )
+    return call, training
+
+
+# Calls that differ in their sizes alone are the same object, which also finds its plan faster.
+_call_without_sizes = functools.lru_cache(1024)(Call)

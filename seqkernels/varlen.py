@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends.arguments import expect_storage
+from seqkernels.storage import expect_storage
 
 
 class Rows(NamedTuple):
@@ -97,11 +97,9 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     """
     steps, sequences = steps_and_sequences(input, batch_first)
     lengths = as_lengths(lengths, sequences, input.device)
-    batch_sizes = ops.batch_sizes(lengths, steps)
-    sorted_indices = lengths.argsort(descending=True, stable=True)
     total = steps * sequences
-    known = not (torch.compiler.is_compiling() or late_checks.out_of_sight(lengths))
-    used = int(batch_sizes.sum()) if known else total
+    batch_sizes, used = late_checks.batch_sizes_of(lengths, steps, total)
+    sorted_indices = lengths.argsort(descending=True, stable=True)
     step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
     index, inverse = row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
@@ -126,7 +124,7 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     """
     cu_seqlens, steps = checked_cu_seqlens(input, cu_seqlens, max_seqlen)
     lengths, total, sequences = cu_seqlens.diff(), input.shape[0], cu_seqlens.shape[0] - 1
-    batch_sizes = ops.batch_sizes(lengths, steps)
+    batch_sizes, _ = late_checks.batch_sizes_of(lengths, steps, total)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     index, inverse = row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
@@ -164,7 +162,6 @@ def steps_and_sequences(input: Tensor, batch_first: bool) -> tuple[int, int]:
 
 def _sorted(data: Tensor, batch_sizes: Tensor, sequences: int, sorted_indices: Tensor, restore_layout) -> Rows:
     sorted_indices = sorted_indices.to(data.device)
-    late_checks.mark_fitting(batch_sizes, sequences, data.shape[0])
     return Rows(data, batch_sizes, sequences, sorted_indices, sorted_indices.argsort(), restore_layout)
 
 
@@ -238,37 +235,6 @@ def _check_packed(packed: PackedSequence) -> None:
             )
 
 
-def _check_lengths(lengths: Tensor, steps: int) -> Tensor:
-    """Operator: lengths, checked. An operator so that values are checked when compiled, too.
-
-    Values on a GPU are checked there, without waiting for it."""
-    expect_storage(lengths=lengths)
-    late_checks.look()
-    if late_checks.out_of_sight(lengths):
-        return late_checks.fitting_lengths(lengths, steps)
-    if not (lengths >= 0).logical_and(lengths <= steps).all():
-        raise ValueError(f"{late_checks.LENGTHS.format(steps)}, got {lengths.tolist()}")
-    return lengths.clone()
-
-
-def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
-    """Operator: how many sequences run in each step ``[T]``, of lengths that are checked."""
-    lengths = _check_lengths(lengths, steps)
-    ended = torch.searchsorted(lengths.sort().values, torch.arange(steps, device=lengths.device), right=True)
-    return lengths.shape[0] - ended
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
-    """Operator: cu_seqlens, checked; those on a GPU there, without waiting for it."""
-    expect_storage(cu_seqlens=cu_seqlens)
-    late_checks.look()
-    if late_checks.out_of_sight(cu_seqlens):
-        return late_checks.fitting_cu_seqlens(cu_seqlens, rows)
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"{late_checks.CU_SEQLENS.format(rows)}, got {cu_seqlens.tolist()}")
-    return cu_seqlens.clone()
-
-
 def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Operator: rows[index], a zero row where index is -1. `inverse` serves the gradient, which is the same operator:
     no row is taken twice, so nothing need be added up."""
@@ -290,25 +256,8 @@ def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor
 
 
 _library = torch.library.Library(ops.name, "FRAGMENT")
-_library.define("batch_sizes(Tensor lengths, SymInt steps) -> Tensor")
-_library.define("check_lengths(Tensor lengths, SymInt steps) -> Tensor")
-_library.define("check_cu_seqlens(Tensor cu_seqlens, SymInt rows) -> Tensor")
 _library.define("gather_rows(Tensor rows, Tensor index, Tensor inverse) -> Tensor")
-_library.impl("batch_sizes", _batch_sizes, "CompositeExplicitAutograd")
-_library.impl("check_lengths", _check_lengths, "CompositeExplicitAutograd")
-_library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd")
 _library.impl("gather_rows", _checked_gather_rows, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(add_op_namespace_prefix("batch_sizes"), lib=_library)
-def _(lengths, steps):
-    return lengths.new_empty(steps)
-
-
-@torch.library.register_fake(add_op_namespace_prefix("check_lengths"), lib=_library)
-@torch.library.register_fake(add_op_namespace_prefix("check_cu_seqlens"), lib=_library)
-def _(checked, bound):
-    return torch.empty_like(checked)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("gather_rows"), lib=_library)

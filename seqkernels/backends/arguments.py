@@ -9,6 +9,7 @@ from torch import Tensor
 from seqkernels import late_checks
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.stack import SavedLayout
+from seqkernels.storage import expect_storage
 
 
 class Weights(NamedTuple):
@@ -46,7 +47,7 @@ def check(
 
     Raises:
         RuntimeError: sizes, dtypes or devices that do not fit. batch_sizes on a GPU are not looked into, as that would
-            wait for it: `fitting` makes them fit.
+            wait for it: `late_checks.fitting` makes them fit.
     """
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
@@ -89,30 +90,6 @@ def check(
         _require(batch_sizes.device == x.device, "batch_sizes is neither on the CPU nor where x is")
 
 
-def fitting(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> Tensor | None:
-    """batch_sizes by which no kernel leaves the rows of x or the sequences of h_0; those in sight must fit already.
-
-    Raises:
-        ValueError, RuntimeError: what an earlier call was given did not fit.
-    """
-    if batch_sizes is None or not late_checks.out_of_sight(batch_sizes):
-        return batch_sizes
-    known = batch_sizes.dim() == 1 and batch_sizes.dtype == torch.int64 and x.dim() and h_0.dim() == 3
-    if not known:
-        return batch_sizes  # the operator says what is wrong
-    late_checks.look()
-    return late_checks.fitting_batch_sizes(batch_sizes, h_0.shape[1], x.shape[0])
-
-
-def used_rows_of(x: Tensor, batch_sizes: Tensor | None) -> Tensor:
-    """x for products with zeros where no step uses a row, and nobody in sight knows which these are: what is there may
-    not be finite. What `varlen` made has zeros there."""
-    if batch_sizes is None or not late_checks.out_of_sight(batch_sizes) or late_checks.is_marked(batch_sizes):
-        return x
-    row = torch.arange(x.shape[0], device=x.device)
-    return x.masked_fill((row >= batch_sizes.sum()).unsqueeze(1), 0)
-
-
 def check_backward(
     cell: str,
     grads: tuple[Tensor | None, Tensor | None, Tensor | None],  # of y, h_n and c_n
@@ -142,21 +119,6 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) 
         _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
         _require(tensor.device == x.device, f"{name} is on another device than x")
         expect_storage(**{name: tensor})
-
-
-def expect_storage(**tensors: Tensor | None) -> None:
-    """A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold."""
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.numel() == 0:
-            continue
-        sizes, strides = list(tensor.shape), list(tensor.stride())
-        last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-        needed, available = (last + 1) * tensor.itemsize, tensor.untyped_storage().nbytes()
-        _require(
-            needed <= available,
-            f"{name}: sizes {sizes} and strides {strides} requiring a storage size of {needed} are out of bounds for "
-            f"storage of size {available}",
-        )
 
 
 def _require(holds: bool, sentence: str) -> None:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from seqkernels import hardware
 from seqkernels._ops import ops
-from seqkernels.backends.arguments import fitting, used_rows_of
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
+from seqkernels.late_checks import fitting, fitting_backward
 
 
 def forward(
@@ -47,9 +47,7 @@ def backward(
     layers: int = 1,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     tf32, *passes = _planned(launch, cell, x, weights, h_0, layers)
-    batch_sizes = fitting(x, h_0, batch_sizes)
-    if wants_weights:
-        x = used_rows_of(x, batch_sizes)
+    x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     grads, stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     return ops.cuda_backward(cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers)
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends import stack
-from seqkernels.backends.arguments import check, check_backward, fitting, used_rows_of
+from seqkernels.backends.arguments import check, check_backward
 from seqkernels.backends.triton import gradients
 from seqkernels.backends.triton.layer import Layer
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL
+from seqkernels.late_checks import fitting, fitting_backward
 
 
 def forward(
@@ -75,7 +76,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved, layers)
-    batch_sizes = fitting(x, h_0, batch_sizes)
+    x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     return stack.backward(
         _backward, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
         wants_weights, launch, layers,
@@ -107,7 +108,6 @@ def _backward(
     if not wants_weights:
         grad_weights = [x.new_empty(0) for _ in weights]
     elif layer.has_work:
-        x = used_rows_of(x, layer.batch_sizes)
         grad_weights = gradients.grad_weights(layer, x, h_0, y, saved, grad_gates, grad_projected)
     else:
         grad_weights = [torch.zeros_like(weight, memory_format=torch.contiguous_format) for weight in weights]
