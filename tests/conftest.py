@@ -23,6 +23,7 @@ if torch.get_default_device().type == "cpu":
 from operators import NO_CPU_KERNELS  # noqa: E402
 
 from seqkernels import select  # noqa: E402
+from seqkernels.backends.cells import CELLS  # noqa: E402
 from seqkernels.hardware import THIS_MACHINE, machine_of  # noqa: E402
 
 # Every run on CI tries the same cases; at home they change.
@@ -35,13 +36,19 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")
 INTERPRETED = ("triton",) if os.environ.get("TRITON_INTERPRET") else ()
 
 
+def cell_of(parameters: dict) -> str:
+    """The cell that a test's parameters name, by "cell" or, as a module and what is said of it, by "name"."""
+    module = parameters.get("name", "GRU").split()[0]
+    named = next((cell.name for cell in CELLS.values() if cell.display_name == module), "gru")
+    return parameters.get("cell", named)
+
+
 @pytest.fixture(
     params=[pytest.param(name, marks=[pytest.mark.slow] * (name in INTERPRETED)) for name in select.BACKENDS]
 )
 def backend(request) -> str:
     device = torch.empty(0).device
-    cell = request.node.callspec.params.get("cell", "gru")
-    call = select.Call(cell, device.type, torch.float32)
+    call = select.Call(cell_of(request.node.callspec.params), device.type, torch.float32)
     against = select.unsupported(request.param, call, machine_of(device))
     if against:
         pytest.skip(f"{request.param}: {against}")

@@ -11,6 +11,7 @@ from gpus import GPUS, MIG
 import seqkernels as sk
 from seqkernels import functional, hardware
 from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, cheapest
 from seqkernels.backends.stack import SavedLayout
 from seqkernels.hardware import THIS_MACHINE
@@ -18,6 +19,7 @@ from seqkernels.hardware import THIS_MACHINE
 pytestmark = pytest.mark.skipif(bool(THIS_MACHINE.native_missing), reason=THIS_MACHINE.native_missing)
 
 H200, A100, L4, T4 = (GPUS[name] for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "Tesla T4"))
+LAYERS = list(dict.fromkeys(cell.display_name for cell in CELLS.values()))
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # As much shared memory as an L4 has, on a GPU with clusters.
 SMALL = H200._replace(name="a GPU with 99 KB", shared_memory=99 << 10)
@@ -220,7 +222,7 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
 @pytest.mark.parametrize("seed", range(60))
 def test_a_launch_is_what_explain_says(seed, launched):
     draw = random.Random(seed)
-    name, dtype = draw.choice(["RNN", "GRU", "LSTM", "LiGRU"]), draw.choice([SINGLE, HALF, torch.float16])
+    name, dtype = draw.choice(LAYERS), draw.choice([SINGLE, HALF, torch.float16])
     hidden = draw.choice([draw.randint(1, 128), draw.randint(129, 256), draw.randint(257, 900)])
     sequences, both = draw.choice([draw.randint(1, 128), draw.randint(129, 1000)]), draw.random() < 0.5
     rnn = getattr(sk, name)(3, hidden, num_layers=draw.randint(1, 2), bidirectional=both, dtype=dtype, device="cpu")

@@ -123,8 +123,6 @@ def test_the_bits_are_the_same_on_every_backend(name, layout, backend):
     found = []
     for layer in twins(name):
         layer.backend = backend
-        if backend == "cudnn" and isinstance(layer, sk.LiGRU):
-            pytest.skip("cuDNN has no LiGRU")
         found.append(results(layer, layout=layout))
     assert_same_bits(found[1], found[0])
 

@@ -42,8 +42,6 @@ def stepped(layer, x, state=None):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_steps_give_the_sequence(name, backend, dtype):
-    if (name, backend) == ("LiGRU", "cudnn"):
-        pytest.skip("cuDNN has no kernel for LiGRU")
     layer, x = layer_of(name, dtype), torch.randn(4, 3, 4, dtype=dtype)
     layer.backend = backend
     torch.testing.assert_close(stepped(layer, x), whole(layer, x))
