@@ -47,7 +47,7 @@ $(TORCH_READY):
 environment: $(TORCH_READY)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 
-$(READY): $(TORCH_READY) setup.py pyproject.toml $(NATIVE_SOURCES)
+$(READY): $(TORCH_READY) setup.py pyproject.toml $(wildcard native_build/*.py) $(NATIVE_SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja
 	@# Here ninja says how far it is; pip would not, and finds it done.
 	$(BIN)/python setup.py -q build_ext --inplace

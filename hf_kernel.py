@@ -8,7 +8,6 @@ side by side in one process. CUDA kernels are not in it.
 """
 
 import hashlib
-import importlib.util
 import json
 import platform
 import re
@@ -18,10 +17,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
-ROOT = Path(__file__).parent.resolve()
-_spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-setup = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(setup)
+import setup
+from native_build import ROOT, libraries, ninja
 
 BUILD_TOML = """\
 [general]
@@ -79,7 +76,7 @@ def python_files() -> dict[Path, str]:
 def unique_name(python: dict[Path, str]) -> str:
     """As kernel-builder names what it builds: _<kernel>_<backend>_<hash of the source>."""
     found = hashlib.sha256("".join(python.values()).encode())
-    for path in [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]:
+    for path in [*sorted((ROOT / "native_build").glob("*.py")), *sorted((ROOT / "csrc").rglob("*.*"))]:
         found.update(path.read_bytes())
     return f"_seqkernels_cpu_{found.hexdigest()[:7]}"
 
@@ -91,12 +88,12 @@ def write_sources(target: Path, python: dict[Path, str]) -> None:
         return ", ".join(f'"{word}"' for word in found)
 
     shutil.copytree(ROOT / "csrc", target / "csrc")
-    objects = setup.cpu_library("").objects
+    objects = libraries.cpu_library("").objects
     kernels, headers = "csrc/cpu/kernels.cpp", setup.headers()
-    with_torch = [of.source for of in objects if setup.STABLE in of.flags]
+    with_torch = [of.source for of in objects if libraries.STABLE in of.flags]
     without = [of.source for of in objects if of.source not in (*with_torch, kernels)]
     text = BUILD_TOML.format(torch_sources=words(with_torch + headers), host_sources=words(without + headers))
-    for name, flags in setup.INSTRUCTION_SETS.items():
+    for name, flags in libraries.INSTRUCTION_SETS.items():
         instance = f'#define SEQKERNELS_ISA {name}\n#include "kernels.cpp"\n'
         (target / f"csrc/cpu/kernels_{name}.cpp").write_text(instance)
         text += BUILD_TOML_KERNELS.format(
@@ -129,11 +126,11 @@ def write_build(target: Path, python: dict[Path, str]) -> None:
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
     # What setup.py has built is linked as it is (`make hf-kernel` builds before), but for what names the namespace.
     built = ROOT / f"build/temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-    whole = setup.cpu_library(f"{setup.header_flags()} -DTORCH_EXTENSION_NAME={name}")
-    taken = [of for of in whole.objects if setup.STABLE not in of.flags and (built / of.name).exists()]
+    whole = libraries.cpu_library(f"{libraries.header_flags()} -DTORCH_EXTENSION_NAME={name}")
+    taken = [of for of in whole.objects if libraries.STABLE not in of.flags and (built / of.name).exists()]
     flags = shlex.join(str(built / of.name) for of in taken)
-    library = setup.Library([of for of in whole.objects if of not in taken], f"{flags} {whole.flags}")
-    if not setup.build({variant / f"{name}.abi3.so": library}, ROOT / "build/hf-kernel-objects"):
+    library = libraries.Library([of for of in whole.objects if of not in taken], f"{flags} {whole.flags}")
+    if not ninja.build({variant / f"{name}.abi3.so": library}, ROOT / "build/hf-kernel-objects"):
         sys.exit("compiling the kernel failed, see above")
 
 

@@ -148,7 +148,7 @@ def differs(commit: str | None) -> bool:
     """Whether the library has changed since a commit, as far as git can say."""
     if commit is None:
         return True
-    return git("diff", "--quiet", commit, "--", "csrc", "seqkernels", "setup.py") is None
+    return git("diff", "--quiet", commit, "--", "csrc", "native_build", "seqkernels", "setup.py") is None
 
 
 def cpu_rows(rows: list[Row]) -> list[Row]:

@@ -48,7 +48,7 @@ def recurrent(
     """`seqkernels.functional.recurrent` as ONNX operators, one for each layer.
 
     Raises:
-        ValueError: what ONNX has no operator for: a cell that it does not know, proj_size, a PackedSequence, cu_seqlens.
+        ValueError: what ONNX has no operator for: other cells than torch.nn's, proj_size, a PackedSequence, cu_seqlens.
     """
     count = num_layers * directions
     _check(cell, input, weights, count, cu_seqlens)

@@ -31,7 +31,7 @@ enum class Arch { sm_80 = 80, sm_90 = 90 };
 
 constexpr Arch arch_of(int target) { return target >= 90 ? Arch::sm_90 : Arch::sm_80; }
 
-// The lowest target that the kernels of a path can be compiled for; setup.py compiles them for those.
+// The lowest target that the kernels of a path can be compiled for; native_build/cuda.py compiles them for those.
 constexpr int min_target(Path path) { return path == Path::stepwise ? 70 : path == Path::single_cta ? 80 : 90; }
 
 // Whether a GPU runs a path. Clusters are tuned for 9.0 alone.

@@ -1,4 +1,4 @@
-"""What setup.py decides to build, as tables; and what it has built, which every torch can load."""
+"""What setup.py and native_build decide to build, as tables; and what they have built, which every torch can load."""
 
 import ctypes
 import importlib.util
@@ -87,8 +87,8 @@ def test_a_build_without_cuda_removes_the_cuda_library_of_one_before(setup, tmp_
     (package / "_cuda.so").write_text("of a build before")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(setup, "ROOT", tmp_path)
-    monkeypatch.setattr(setup, "build", build)
-    monkeypatch.setattr(setup, "header_flags", str)
+    monkeypatch.setattr(setup.ninja, "build", build)
+    monkeypatch.setattr(setup.libraries, "header_flags", str)
     options = {"ext_modules": [setup.NATIVE], "cmdclass": {"build_ext": setup.BuildNative}}
     setuptools.setup(
         name="seqkernels", packages=["seqkernels"], script_args=["-q", "build_ext", "--inplace"], **options
@@ -111,10 +111,11 @@ extern "C" int cuDeviceGetAttribute(int* value, int attribute, int device) {
 @pytest.mark.parametrize(("failure", "gpus"), [(0, [90, 86]), (100, [])], ids=["two GPUs", "no device"])
 def test_the_driver_is_asked_for_gpus(setup, failure, gpus, tmp_path):
     library = tmp_path / "driver.so"
-    command = [*setup.compiler().split(), "-shared", "-fPIC", f"-DFAILURE={failure}", "-xc++", "-", "-o", str(library)]
+    options = ["-shared", "-fPIC", f"-DFAILURE={failure}", "-xc++", "-", "-o", str(library)]
+    command = [*setup.toolchain.compiler().split(), *options]
     subprocess.run(command, input=DRIVER, text=True, check=True)
-    assert setup.gpus_here(str(library)) == gpus
-    assert setup.gpus_here(str(tmp_path / "none.so")) == []
+    assert setup.toolchain.gpus_here(str(library)) == gpus
+    assert setup.toolchain.gpus_here(str(tmp_path / "none.so")) == []
 
 
 @needs_setup
@@ -175,13 +176,13 @@ def test_where_nvcc_is_looked_for(setup, tmp_path):
         ({"PATH": path, "CUDA_PATH": str(tmp_path / "home")}, home),
         ({"PATH": path, "CUDA_HOME": "/nowhere"}, None),  # what is named is taken, and nothing else
     ):
-        assert setup.find_nvcc(environment) == (found and str(found)), environment
+        assert setup.toolchain.find_nvcc(environment) == (found and str(found)), environment
 
 
 @needs_setup
 def test_what_an_nvcc_says_of_itself(setup, tmp_path):
     nvcc = str(fake_nvcc(tmp_path))
-    assert setup.examine(nvcc) == (
+    assert setup.toolchain.examine(nvcc) == (
         nvcc,
         (13, 0),
         (75, 80, 90, 100),
@@ -193,16 +194,16 @@ def test_what_an_nvcc_says_of_itself(setup, tmp_path):
 @needs_setup
 def test_no_nvcc_one_too_old_and_one_that_is_broken_are_refused_in_a_sentence(setup, tmp_path):
     with pytest.raises(SystemExit, match=r"needs nvcc, which is neither at CUDA_HOME .* SEQKERNELS_BUILD=cpu"):
-        setup.examine(None)
+        setup.toolchain.examine(None)
     with pytest.raises(SystemExit, match=r"needs nvcc 12\.1 or newer, and .*nvcc is 12\.0; .*SEQKERNELS_BUILD=cpu"):
-        setup.examine(str(fake_nvcc(tmp_path, "12.0")))
-    assert setup.examine(str(fake_nvcc(tmp_path / "oldest", "12.1"))).version == (12, 1)
+        setup.toolchain.examine(str(fake_nvcc(tmp_path, "12.0")))
+    assert setup.toolchain.examine(str(fake_nvcc(tmp_path / "oldest", "12.1"))).version == (12, 1)
     for name, script, said in (("silent", "#!/bin/sh\nexit 1", "nothing"), ("lost", "#!/no/shell", "No such file")):
         broken = tmp_path / name
         broken.write_text(script)
         broken.chmod(0o755)
         with pytest.raises(SystemExit, match=rf"{name} does not say its version, but .*{said}.*SEQKERNELS_BUILD=cpu"):
-            setup.examine(str(broken))
+            setup.toolchain.examine(str(broken))
 
 
 CUDA_12, CUDA_13 = (50, 60, 70, 72, 75, 80, 86, 87, 89, 90), (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)
@@ -230,15 +231,17 @@ GPU_TARGETS = [
 @needs_setup
 @pytest.mark.parametrize(("capabilities", "wanted", "targets", "from_80"), TARGETS)
 def test_what_is_compiled_for(setup, capabilities, wanted, targets, from_80):
-    nvcc = setup.Nvcc("nvcc", (13, 0), capabilities, (), ())
-    assert setup.targets_of(nvcc, wanted, []) == targets.split()
-    assert setup.targets_from(80, targets.split()) == from_80.split()
+    nvcc = setup.toolchain.Nvcc("nvcc", (13, 0), capabilities, (), ())
+    assert setup.cuda.targets_of(nvcc, wanted, []) == targets.split()
+    assert setup.cuda.targets_from(80, targets.split()) == from_80.split()
 
 
 @needs_setup
 @pytest.mark.parametrize(("gpus", "wanted", "targets"), GPU_TARGETS)
 def test_the_gpus_here_are_compiled_for(setup, gpus, wanted, targets):
-    assert setup.targets_of(setup.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted, gpus) == targets.split()
+    assert (
+        setup.cuda.targets_of(setup.toolchain.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted, gpus) == targets.split()
+    )
 
 
 @needs_setup
@@ -246,11 +249,12 @@ def test_the_gpus_here_are_compiled_for(setup, gpus, wanted, targets):
 def test_a_gpu_that_runs_some_kernels_runs_all_that_it_can(setup, row):
     """So that `select` need not know which file was compiled for what."""
     built = row[2].split()
-    for number, (source, lowest) in itertools.product((70, 75, 80, 86, 90, 100, 103, 120), setup.CUDA_SOURCES.items()):
+    numbers = 70, 75, 80, 86, 90, 100, 103, 120
+    for number, (source, lowest) in itertools.product(numbers, setup.cuda.CUDA_SOURCES.items()):
         gpu = GPU("", f"sm_{number}", 0, 0)
-        able = number == 90 if source in setup.CUDA_FOR_90 else number >= lowest
+        able = number == 90 if source in setup.cuda.CUDA_FOR_90 else number >= lowest
         if able and any(cuda._runs(target, gpu) for target in built):
-            assert any(cuda._runs(target, gpu) for target in setup.targets_for(source, built)), (number, source)
+            assert any(cuda._runs(target, gpu) for target in setup.cuda.targets_for(source, built)), (number, source)
 
 
 @needs_setup
@@ -261,8 +265,8 @@ def test_paths_for_90_have_no_ptx_beside_its_machine_code(setup):
         ("sm_90 sm_100f compute_100f", "sm_90"),
         ("sm_100f compute_100f", "sm_100f compute_100f"),
     ):
-        assert setup.targets_for("cluster", targets.split()) == own.split()
-        assert setup.targets_for("occupancy", targets.split()) == setup.targets_from(90, targets.split())
+        assert setup.cuda.targets_for("cluster", targets.split()) == own.split()
+        assert setup.cuda.targets_for("occupancy", targets.split()) == setup.cuda.targets_from(90, targets.split())
 
 
 @needs_setup
@@ -276,7 +280,7 @@ def test_paths_for_90_have_no_ptx_beside_its_machine_code(setup):
 )
 def test_architectures_that_cannot_be_are_refused_in_a_sentence(setup, wanted, said):
     with pytest.raises(SystemExit, match=said):
-        setup.targets_of(setup.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted, [])
+        setup.cuda.targets_of(setup.toolchain.Nvcc("nvcc", (13, 0), CUDA_13, (), ()), wanted, [])
 
 
 @pytest.mark.parametrize("name", ["_C.abi3.so", "_cuda.so"])
@@ -345,12 +349,13 @@ def test_paths_with_spaces_dollars_and_colons_are_built_in(setup, tmp_path, monk
     (odd / "one.cpp").write_text(
         '#include <answer.h>\nextern "C" __attribute__((visibility("default"))) const char* text() { return TEXT; }\n'
     )
-    monkeypatch.setattr(setup, "ROOT", odd)
-    monkeypatch.setattr(setup, "torch_directory", lambda: odd)
+    for module in (setup.libraries, setup.ninja):
+        monkeypatch.setattr(module, "ROOT", odd)
+        monkeypatch.setattr(module, "torch_directory", lambda: odd)
     monkeypatch.setenv("CXXFLAGS", """'-DTEXT="a $b"'""")
     monkeypatch.setenv("LDFLAGS", r"'-Wl,-rpath,$ORIGIN'")
-    library = setup.Library([setup.Object("one.cpp", "one.o", setup.header_flags())], "")
-    assert setup.build({odd / "out/lib.so": library}, odd / "objects")
+    library = setup.libraries.Library([setup.libraries.Object("one.cpp", "one.o", setup.libraries.header_flags())], "")
+    assert setup.ninja.build({odd / "out/lib.so": library}, odd / "objects")
     loaded = ctypes.CDLL(str(odd / "out/lib.so"))
     loaded.text.restype = ctypes.c_char_p
     assert loaded.text() == b"a $b"
@@ -374,8 +379,9 @@ def test_what_glibc_234_moved_into_libc_is_linked_by_its_older_name(setup, tmp_p
         }
     """
     library = tmp_path / "lib.so"
-    flags = shlex.split(setup.older_glibc(tmp_path / "older"))
-    command = [*setup.compiler().split(), "-shared", "-fPIC", "-xc++", "-", "-xnone", "-o", str(library), *flags]
+    flags = shlex.split(setup.libraries.older_glibc(tmp_path / "older"))
+    options = ["-shared", "-fPIC", "-xc++", "-", "-xnone", "-o", str(library), *flags]
+    command = [*setup.toolchain.compiler().split(), *options]
     subprocess.run(command, input=code, text=True, check=True)
     said = subprocess.run(["nm", "-D", library], check=True, capture_output=True, text=True).stdout
     versions = re.findall(r"U (?:dl|pthread|sem)\w+@GLIBC_2\.(\d+)", said)
@@ -388,14 +394,14 @@ def test_environment_variables_that_are_no_command_lines_are_refused_in_a_senten
     for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
         monkeypatch.setenv(variable, "'c++ -O2")
         with pytest.raises(SystemExit, match=rf"{variable}='c\+\+ -O2 is no part of a command line: no closing quot"):
-            setup.build({}, tmp_path)
+            setup.ninja.build({}, tmp_path)
         monkeypatch.delenv(variable)
     monkeypatch.setenv("CXX", " ")
-    assert setup.compiler() in ("c++", "g++", "clang++")
+    assert setup.toolchain.compiler() in ("c++", "g++", "clang++")
     for jobs in ("0", "-1", "two"):
         monkeypatch.setenv("MAX_JOBS", jobs)
         with pytest.raises(SystemExit, match=f"MAX_JOBS={jobs} is no number of processes"):
-            setup.build({}, tmp_path)
+            setup.ninja.build({}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
