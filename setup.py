@@ -83,13 +83,13 @@ def check_platform(platform: str, free_threaded: bool) -> None:
         )
 
 
-def full_disk(*directories: Path, least_mb: int = 50) -> str:
+def full_disk(*directories: Path, min_mb: int = 50) -> str:
     """What may be why a build failed where hardly any room is left; "" where there is."""
     said = ""
     for directory in directories:
         there = next(one for one in (directory, *directory.parents) if one.exists())
         free = shutil.disk_usage(there).free >> 20
-        said += f"only {free} MB are free for {directory}; " if free < least_mb else ""
+        said += f"only {free} MB are free for {directory}; " if free < min_mb else ""
     return said
 
 

@@ -1,12 +1,12 @@
-// The cells: the one entry of each in C++. First the facts that everybody reads, then the algebra, which only kernels
-// see. Sources: the torch.nn documentation of RNN, GRU and LSTM; for LiGRU, speechbrain.nnet.RNN.LiGRU.
+// The cells: the one entry of each in C++. First the facts, which host and kernels read, then the algebra, which only
+// kernels need. Sources: the torch.nn documentation of RNN, GRU and LSTM; for LiGRU, speechbrain.nnet.RNN.LiGRU.
 #pragma once
 
 namespace seqkernels {
 
 enum class Cell { rnn_tanh, rnn_relu, gru, lstm, ligru };
 
-// What is true of most cells; an entry says what is different.
+// Defaults; the entry of a cell says what differs.
 struct CellDefaults {
   static constexpr int states = 1;        // h, and an LSTM's c
   static constexpr int saved_blocks = 0;  // K: numbers per unit that the forward pass saves for the backward pass
@@ -104,16 +104,16 @@ constexpr int gradient_blocks_of(Cell cell) {
   return with_cell(cell, [](auto traits) { return traits.gates + traits.apart; });
 }
 
-// The most numbers of a unit that cell_forward() or cell_backward() below writes, of any cell: what is saved but for c,
-// or gradients.
+// How many numbers of a unit cell_forward() or cell_backward() below writes at most, in any cell: what is saved but for
+// c, or gradients.
 constexpr int max_blocks() {
-  int most = 0;
+  int max = 0;
   for (const Cell cell : kCells) {
     const int saved = saved_blocks_of(cell) - (states_of(cell) - 1), gradients = gradient_blocks_of(cell);
-    most = saved > most ? saved : most;
-    most = gradients > most ? gradients : most;
+    max = saved > max ? saved : max;
+    max = gradients > max ? gradients : max;
   }
-  return most;
+  return max;
 }
 constexpr int kMaxBlocks = max_blocks();
 

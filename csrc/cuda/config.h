@@ -59,7 +59,7 @@ constexpr int row_stride(int width, Math math) { return width + (width / chunk_o
 // Two buffers, so that one barrier or one exchange a step is enough; each has a row of factors for every sequence.
 constexpr int factor_buffer_bytes(int stride, Math math) { return kMaxTile * stride * element_bytes(math); }
 
-// A kernel of one path, but for its sizes.
+// What distinguishes the kernels of one path, besides their sizes.
 struct Variant {
   Arch arch;
   Cell cell;
@@ -162,9 +162,9 @@ constexpr Arch resident_arch(Path path, const Variant& v, int width) { return re
 struct SingleCtaLayout {
   int width;        // hidden units that the kernel is made for
   int m_tiles;      // of 16 rows that a warp takes
-  int threads;      //
+  int threads;      // of a CTA
   int stride;       // of a row of factors
-  int buffers;      // bytes of both buffers of factors, at the begin of shared memory; weights follow
+  int buffers;      // bytes of both buffers of factors, at the beginning of shared memory; weights follow
   int groups;       // of fragments that a thread needs: one of each gate, for one chunk and one of its tiles of 16 rows
   int resident;     // of them in registers
   int group_bytes;  // of a group of all threads
@@ -222,7 +222,7 @@ constexpr int kMinCluster = 2, kMaxCluster = 16;  // CTAs of a cluster; st.async
 constexpr int kGridUnits = 16;                    // hidden units of a CTA of the grid
 constexpr int kGridClusters[] = {4, 2};           // CTAs of a cluster of the grid
 
-// How a layer is shared.
+// How the hidden units of a layer are divided among CTAs.
 struct SliceShape {
   Path path;
   int units;    // of a CTA
@@ -259,8 +259,8 @@ constexpr int forward_sums(int gates, int units) {
 
 // Backward: a warp multiplies for 32 states at once, so that factors are read half as often.
 constexpr int kBackwardRows = 2 * kMmaRows;
-// Units whose gates' gradients a CTA multiplies at once: its own, on the grid those of two CTAs of its cluster; so many
-// such sets; for so many states: all, on the grid its part of them.
+// A CTA of a cluster multiplies the gates' gradients of its own units, for the states of all units. On the grid a CTA
+// multiplies those of all units of its cluster, two CTAs' at a time (a set), for its part of the states.
 constexpr int backward_set_units(Path path, int units) { return path == Path::persistent_grid ? 2 * units : units; }
 constexpr int backward_sets(const SliceShape& shape) {
   return shape.path == Path::persistent_grid ? shape.cluster / 2 : 1;
@@ -271,17 +271,17 @@ constexpr int backward_states(const SliceShape& shape, int64_t hidden) {
 constexpr int backward_chunks(Path path, int gates, int units, Math math) {
   return ceil_div(gates * backward_set_units(path, units), chunk_of(math));
 }
-// On the grid all threads add up partial gradients, by teams that have a thread for each owner; the first is the
-// owners'.
+// On the grid all threads add up partial gradients, in teams with a thread for each owner; the first team is the owners
+// themselves.
 constexpr int grid_teams() { return slice_warps(kGridUnits, true) / owner_warps(kGridUnits); }
 constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
 
-// Shared memory of a CTA, in bytes from its begin: two mbarriers, two buffers of factors, what is exchanged (forward
-// the sums of the parts; backward partial gradients of two exchanges, on the grid the teams' sums), weights.
+// Shared memory of a CTA, in bytes from its beginning: two mbarriers, two buffers of factors, what is exchanged
+// (forward the sums of the parts; backward partial gradients of two exchanges, on the grid the teams' sums), weights.
 struct SliceLayout {
   int stride;                        // of a row of factors
   int factors, exchange, weights;    // where they begin
-  int bytes;                         // all
+  int bytes;                         // of all parts
   int fragments, resident, threads;  // fragments that a thread needs at most, and has in registers at most
 
   constexpr int shared_weights() const { return bytes - weights; }

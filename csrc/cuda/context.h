@@ -1,5 +1,5 @@
-// What an operator does on its GPU besides launching our kernels: allocation, views, torch's matrix products. The tests
-// build it for the CPU as well, where kernels run as tests/emulator/device.h says.
+// What an operator does on its GPU besides launching our kernels: allocation, views, torch's matrix products. The
+// emulator is built from it as well, for the CPU.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
@@ -28,7 +28,7 @@ class CallContext {
 
   void* stream() const { return stream_; }
 
-  // What plans go by. Asked of the GPU once.
+  // The facts of the GPU that plans depend on, read once.
   Gpu gpu() const;
 
   Tensor allocate(const Shape& shape) const { return allocate(shape, type_); }
@@ -38,7 +38,7 @@ class CallContext {
     AtenTensorHandle handle;
     const auto error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                 number_of(type), number_of(device_.type()), device_.index(), &handle);
-    // The stable ABI passes no reason on; torch has printed its own.
+    // The stable ABI does not return the reason; torch has printed it.
     check(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", text_of(shape.data(), shape.size()));
     Tensor tensor(handle);
 #ifdef SEQKERNELS_EMULATOR  // all memory starts as NaN
@@ -82,7 +82,7 @@ class CallContext {
   void* stream_ = nullptr;
 };
 
-// Of what a launch says: null, or the text of an error.
+// Raises the error that a launch returned; null is none.
 inline void check_launch(const char* error) {
   check(!error, "a CUDA kernel of seqkernels was not started: ", error ? error : "");
 }

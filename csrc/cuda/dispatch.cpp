@@ -7,8 +7,8 @@ namespace seqkernels {
 
 namespace {
 
-// Calls with the traits of the cell, and as constants the dtype and whether it is rounded to TF32; no kernels that are
-// one launch are for float64.
+// Calls with the traits of the cell, and as constants the dtype and whether it is rounded to TF32. Kernels that take
+// all steps in one launch do not exist for float64.
 template <class Call>
 const char* by_instance(const SweepArgs& s, const char* float64, Call call) {
   return with_cell(s.cell, [&](auto cell) {

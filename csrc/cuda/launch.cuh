@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(Kernel::threads, 1) entry(const __grid_constan
   Kernel::run(p);
 }
 
-constexpr int kGpus = 64;            // of which is remembered what was asked
+constexpr int kGpus = 64;            // whose properties are kept
 constexpr int kPortableCluster = 8;  // CTAs that every GPU with clusters runs in one
 
 // Which CTAs run at the same time: those of a cluster, along the first index of a CTA, or all of the grid.
@@ -75,7 +75,7 @@ const char* launch(int64_t blocks, int blocks_y, int shared_bytes, void* stream,
                    const typename Kernel::Parameters& parameters, Cooperation cooperation = {}) {
   if (blocks > INT32_MAX) return "more blocks than a grid can have";
   cudaError_t error = cudaSuccess;
-  // What a block or a cluster may have without being asked for.
+  // A CTA may have 48 KB, and a cluster 8 CTAs, without a special request.
   const bool large_cluster = cooperation.cluster > kPortableCluster;
   if (shared_bytes > 48 << 10 || large_cluster) error = allow_more<Kernel>(large_cluster);
   if (error != cudaSuccess) return cudaGetErrorString(error);

@@ -31,7 +31,7 @@ class Steps {
   // The first row of step t.
   DEVICE int64_t start(int64_t t) const { return starts_ ? starts_.load(t) : t * sequences_; }
 
-  // How many sequences run in step t; none in a step that there is not.
+  // How many sequences run in step t; 0 before the first step and after the last.
   DEVICE int64_t size(int64_t t) const {
     if (t < 0 || t >= steps_) return 0;
     return sizes_ ? sizes_.load(t) : sequences_;
@@ -56,7 +56,7 @@ class Steps {
   int64_t steps_, sequences_;
 };
 
-// How many of two units there are, if so many are left.
+// How many of two neighbouring units exist, if `left` units are left.
 DEVICE int two_of(int left) { return left < 0 ? 0 : left < 2 ? left : 2; }
 
 // A thread takes two hidden units side by side: in one access where rows have an even length (EVEN), else one by one.
@@ -98,8 +98,8 @@ struct Lane {
   int sequence, unit;
 };
 
-// The arrays of a forward sweep. Two units find their place in them by a row of y and a unit, to which a lane's
-// sequence and unit are added. A lane's are the same for all units of a thread, and so is their part of an address.
+// The arrays of a forward sweep. The address of two units is that of a row of y and a unit, plus the lane's sequence
+// and unit. The lane's part is the same for all units of a thread, so it is computed once.
 template <Cell CELL, class T, bool EVEN>
 class ForwardArrays {
  public:
@@ -181,8 +181,8 @@ class BackwardArrays {
         directions_(s.directions),
         direction_(direction) {}
 
-  // `row_before`: the row of the same sequence in the step before, if it `ran` there; `state`: among the initial
-  // states.
+  // `row_before`: the row of the same sequence in the step before, if it `ran` there. `state`: its place among the
+  // initial states.
   DEVICE void load(int64_t row, int64_t row_before, bool ran, int64_t state, int unit, Lane lane, int count,
                    StepInputs<T>& inputs) const {
     const int64_t place = (row * directions_ + direction_) * hidden_;
@@ -207,8 +207,8 @@ class BackwardArrays {
     }
   }
 
-  // The gradients of the gates from that of h after the step, which becomes the part of that of h before it that goes
-  // past the gates.
+  // From the gradient of h after the step, the gradients of the gates. `grad_h` becomes the part of the gradient of h
+  // before the step that goes past the gates.
   DEVICE void step(const StepInputs<T>& inputs, acc_t<T> (&grad_h)[2], acc_t<T> (&grad_c)[2],
                    acc_t<T> (&grad)[2][kMaxBlocks]) const {
     acc_t<T> saved[2][kMaxBlocks] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};

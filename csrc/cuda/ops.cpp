@@ -41,7 +41,7 @@ void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t e
   zero(rest);
 }
 
-// Of a tensor of all layers [L*D, B, *], that of one.
+// The part of one layer in a tensor of all layers, [L*D, B, *].
 Tensor of_layer(const CallContext& context, Tensor& all, int64_t layers, int64_t layer) {
   if (layers == 1 || !all.numel()) return all;
   const Shape shape{all.size(0) / layers, all.size(1), all.size(2)};
@@ -53,7 +53,7 @@ Tensor in_accumulator_type(const CallContext& context, const Tensor& like) {
   return context.allocate(Shape(sizes.begin(), sizes.end()), context.accumulator_type());
 }
 
-// What layers hand to each other, [N, D*P], where nobody keeps it: that of the last two.
+// What layers pass to each other, [N, D*P], where it is not saved: two buffers that alternate.
 class Between {
  public:
   Between(const CallContext& context, int64_t layers, const Layer& p, int64_t rows)
@@ -70,7 +70,7 @@ class Between {
   Optional rows_;
 };
 
-// What the passes of a sweep have in common, but for the steps. `rows`: of x.
+// What forward and backward sweeps have in common, but for the steps. `rows`: of x.
 void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
   sweep.cell = p.cell;
   sweep.scalar = p.scalar;
@@ -83,8 +83,7 @@ void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
   sweep.projected = p.projected;
 }
 
-// A state that changes in place, or its gradient, begins as the initial one (the gradient of the final one), or as
-// zeros.
+// Fills a state that changes in place with the initial state (its gradient with that of the final one), or with zeros.
 void begin_as(const CallContext& context, Tensor& state, const void* initial) {
   if (!state.numel()) return;
   const auto sizes = state.sizes();
@@ -198,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tenso
 
 // ---- backward
 
-// A gradient like a tensor, empty where it is not wanted.
+// Memory for the gradient of a tensor; empty where the gradient is not wanted.
 Tensor allocate_like(const CallContext& context, const Tensor& tensor, bool wanted) {
   const auto sizes = tensor.sizes();
   return context.allocate(wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0});
@@ -210,7 +209,7 @@ struct BackwardResults {
   Tensors grad_weights;
   Tensor grad_h_0, grad_c_0;
 
-  // Of all layers.
+  // The results of all layers.
   BackwardResults(const CallContext& context, const LayerBackward& p, int64_t layers, const Tensor& x,
                   const Tensors& weights, bool wants_x, bool wants_weights)
       : wants_x(wants_x),
@@ -221,7 +220,7 @@ struct BackwardResults {
     for (const Tensor& weight : weights) grad_weights.push_back(allocate_like(context, weight, wants_weights));
   }
 
-  // Of one layer, the gradient of whose input is `grad_x`.
+  // The part of one layer; `grad_x` is the gradient of its input.
   BackwardResults(const CallContext& context, BackwardResults& all, int64_t layers, int64_t layer, const Tensor& grad_x,
                   bool wants_x)
       : wants_x(wants_x),
@@ -328,8 +327,8 @@ std::vector<int64_t> cuda_clusters() {
 
 }  // namespace
 
-// What seqkernels/backends/cuda/host.py calls: the operators of seqkernels/ops.py, and how to run them: whether float32
-// factors may be rounded to TF32, and the plan of the pass (plan.h).
+// What seqkernels/backends/cuda/host.py calls. Beside the arguments of the operators in seqkernels/ops.py: whether
+// float32 factors may be rounded to TF32, and the plan of the pass (plan.h).
 SEQKERNELS_FRAGMENT(m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "

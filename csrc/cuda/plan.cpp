@@ -21,8 +21,8 @@ Variant variant_of(const LayerFacts& layer, const Gpu& gpu, bool backward) {
                     layer.hidden % 2 == 0);
 }
 
-// As few sequences as let the tiles of all directions run at once: a step lasts the longer, the more there is to read
-// and write.
+// The smallest tile with which the tiles of all directions run at once: with more sequences a step reads and writes
+// more, and lasts longer.
 int tile_of(const LayerFacts& layer, int at_once) {
   const int max = static_cast<int>(std::clamp<int64_t>(layer.sequences, 1, kMaxTile));
   for (int tile = 1; tile < max; tile++)
@@ -79,7 +79,7 @@ std::string reason_against_slices(const LayerFacts& layer, const Gpu& gpu) {
   return layer.scalar == Scalar::float64 ? "no kernel for several blocks takes float64" : "";
 }
 
-// Fills in what a block of the shape has; why it does not fit, or nothing.
+// Fills in the sizes of a block of this shape. Returns why it does not fit, or "".
 std::string lay_out(Candidate& found, const LayerFacts& layer, const Gpu& gpu, const SliceShape& shape, bool backward) {
   const SliceLayout layout = slice_layout(variant_of(layer, gpu, backward), shape, layer.hidden);
   found.blocks = shape.blocks;
@@ -128,7 +128,7 @@ Candidate persistent_grid(const LayerFacts& layer, const Gpu& gpu, int clusters_
   }
   found.reason = lay_out(found, layer, gpu, shape, backward);
   const int groups = grid_groups_at_once(shape, gpu.clusters[shape.cluster - 1]);
-  // As many for either direction; or if there is not even one for each, one direction after the other.
+  // The same number for both directions; if there is not one group for each, one direction after the other.
   found.at_once = groups < layer.directions ? groups : groups - groups % layer.directions;
   if (found.reason.empty() && !found.at_once)
     found.reason =
@@ -159,7 +159,7 @@ std::string reason_against(const Plan& plan, const LayerFacts& layer, const Gpu&
   if (plan.path == Path::stepwise) return "";
   if (plan.tile < 1 || plan.tile > kMaxTile)
     return text("a block takes 1 to ", kMaxTile, " sequences, got ", plan.tile);
-  // No more than the one candidate: this is asked in every call.
+  // Only the candidate of the plan is computed, as this runs in every call.
   if (plan.path == Path::single_cta && plan.units == 0) return single_cta(layer, gpu, backward).reason;
   for (const int units : kClusterUnits)
     if (plan.path == Path::cluster && plan.units == units) return cluster(layer, gpu, units, backward).reason;

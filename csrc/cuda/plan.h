@@ -1,4 +1,4 @@
-// What can run a layer on a GPU, and how: the paths with their tiles and sizes, or what speaks against them. Plain C++,
+// What can run a layer on a GPU, and how: the paths with their tiles and sizes, or why they cannot run. Plain C++,
 // no CUDA header and no torch, so that it answers for GPUs that are not here. What a path costs is said in
 // seqkernels/backends/cuda/launch.py, which chooses by it.
 #pragma once

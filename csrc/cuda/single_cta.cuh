@@ -66,7 +66,7 @@ struct ThreadTile {
       for (int s = 0; s < 2; s++) act(m, s);
   }
 
-  // How many of the two units take part if so many sequences do.
+  // How many of the two units take part, if `sequences` of the tile do.
   DEVICE int count(int m, int s, int sequences) const { return lane.sequence + s < sequences ? present[m] : 0; }
   // Where they are in a buffer of factors.
   DEVICE int place(int m, int s) const { return (lane.sequence + s) * stride + lane.unit + m * kMmaRows; }

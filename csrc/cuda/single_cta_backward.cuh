@@ -53,11 +53,11 @@ struct SingleCtaBackward : C {
         publish(gradients, mine.place(m, s_), grad, running);
       });
       synchronize();
-      // What the next step reads, under the latency of the products.
+      // Load what the next step reads; the products hide the latency.
       const int running = now.running;
       now = before, before = earlier, earlier = tile.step(prefetched);
       load();
-      // The gradient of the previous h: W' times those of the gates; zeros for a sequence that does not run.
+      // The gradient of the previous h: W^T times those of the gates; zeros for a sequence that does not run.
 #pragma unroll
       for (int m = 0; m < M_TILES; m++) multiply_all(weights, m, gradients, running, grad_h[m]);
     }
@@ -89,7 +89,7 @@ struct SingleCtaBackward : C {
     }
   }
 
-  // Adds the products of so many sequences to `sum`.
+  // Adds the products of the first `sequences` sequences to `sum`.
   static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> gradients, int sequences,
                                   float (&sum)[1][kElements]) {
     for_sequences<MathPolicy>(sequences, [&](auto policy) {

@@ -102,7 +102,7 @@ struct SingleCtaForward : C {
       }
   }
 
-  // Adds the products of so many sequences to `sum`.
+  // Adds the products of the first `sequences` sequences to `sum`.
   static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> h, int sequences,
                                   float (&sum)[G][kElements]) {
     for_sequences<MathPolicy>(sequences, [&](auto policy) {

@@ -93,7 +93,7 @@ struct OwnedUnits {
   }
 
  private:
-  // Computed where they are used, so that no register has them through the steps.
+  // Computed where they are used, so that they take no register during the steps.
   DEVICE int64_t states() const { return sweep_.directions * sweep_.sequences * sweep_.hidden; }
   DEVICE int64_t state() const {
     return (tile_.direction() * sweep_.sequences + tile_.first() + sequence) * sweep_.hidden + unit;
@@ -103,7 +103,7 @@ struct OwnedUnits {
   const Tile& tile_;
 };
 
-// The arrivals of the n-th exchange: two mbarriers, at the begin of shared memory, alternate.
+// The arrivals of the n-th exchange: two mbarriers, at the beginning of shared memory, alternate.
 DEVICE Mbarrier arrivals(int64_t n) { return Mbarrier(static_cast<int>(n % 2) * 8); }
 DEVICE int phase(int64_t n) { return static_cast<int>(n / 2 % 2); }
 
@@ -114,8 +114,8 @@ DEVICE Shared<T> factor_buffer(int64_t n, int stride) {
   return Shared<T>(kMbarrierBytes + static_cast<int>(n % 2) * kMaxTile * stride * size, kMaxTile * stride);
 }
 
-// Stores to the same place of so many peers of a cluster, the first of them `first`. The lanes that have the same 16
-// bytes (4 side by side, 2 of float32) share the peers, and each begins with another one.
+// Stores to the same place in `peers` CTAs of a cluster, from rank `first` on. The lanes that have the same 16 bytes (4
+// side by side, 2 of float32) divide the peers among them, and each begins with another one.
 template <class T>
 DEVICE void st_async_to_all(Shared<T> array, int at, Vec16 words, int first, int peers, Mbarrier arrivals) {
   constexpr int lanes = 8 / sizeof(T);

@@ -1,6 +1,6 @@
 // The backward pass of a slice. A CTA multiplies the gradients of some gates by the weights' rows for their units, and
-// gets partial gradients of states, which go to the CTAs that own these. Whose gates and which states: the Exchange
-// says.
+// gets partial gradients of states, which go to the CTAs that own these. The Exchange says whose gates and which
+// states.
 #pragma once
 #include "slice.cuh"
 
@@ -62,8 +62,8 @@ struct SliceBackward : C {
         // Multiply, for 32 states at a time, and send the partial gradients to their owners.
         multiply_and_send(weights, exchange, gradients(n), s.stride, running, n);
         exchange.signal(n);
-        // Store and load only now, while others wait for the partials; what is loaded has a whole step to come. Which
-        // steps come is read anew, so that no register has it through the products.
+        // Store and load only now, after the partials that others wait for; the loads have a whole step to arrive.
+        // Which steps come is read again, so that it takes no register during the products.
         const int64_t k = count - 1 - i;
         const typename Tile::Prefetched before = tile.prefetch(k - 1), two_before = tile.prefetch(k - 2),
                                         three_before = tile.prefetch(k - 3);
@@ -111,7 +111,7 @@ struct SliceBackward : C {
         });
   }
 
-  // What a thread reads of a step, and of the one before.
+  // What a thread reads of a step and of the step before.
   static DEVICE StepInputs<T> load(const Arrays& arrays, const Tile& tile, const OwnedUnits<C>& mine, const Step& step,
                                    const Step& before) {
     StepInputs<T> read = {};
@@ -121,7 +121,7 @@ struct SliceBackward : C {
     return read;
   }
 
-  // Partial gradients of 32 states at a time, of so many sequences, to the CTAs that own these.
+  // Computes partial gradients of 32 states at a time, and sends them to the CTAs that own these.
   static DEVICE void multiply_and_send(const Weights& weights, const Exchange& exchange, Shared<T> gradients,
                                        int stride, int sequences, int64_t n) {
     const int sets = exchange.sets();

@@ -120,7 +120,7 @@ struct SliceForward : C {
     if (mine.any) arrays.load_gates(step.row, 0, mine.lane(), mine.sequence < step.running ? mine.present : 0, x);
   }
 
-  // A warp's part of W h, of so many sequences, into `sums`.
+  // A warp's part of W h for the first `sequences` sequences, into `sums`.
   static DEVICE void multiply_all(const Weights& weights, Shared<T> h, int stride, int sequences, Shared<float> sums) {
     const int part = part_of_warp(), first_row = first_row_of_warp();
     float result[G][kElements] = {};

@@ -1,6 +1,6 @@
-// A sweep step by step: between two matrix products, a kernel does the rest of a step, for both directions (the second
-// index of a CTA). And small kernels that prepare steps and gather rows. A thread has one element, or two hidden units
-// side by side.
+// A sweep step by step: between two matrix products a kernel does the rest of a step, for both directions (the second
+// index of a CTA). Besides, small kernels that prepare steps and gather rows. A thread has one element, or two hidden
+// units side by side.
 #pragma once
 #include "fold_biases.cuh"
 #include "layer.cuh"

@@ -21,8 +21,8 @@ Tensor transposed(const CallContext& context, const Layer& p, const Tensor& arra
   return context.view(array.const_data_ptr(), {p.directions, columns, rows}, {rows * columns, 1, columns});
 }
 
-// The first rows of each of the D matrices of an array [D, B, width]. A step mostly has as many as the one before, and
-// then the same view.
+// The first rows of each of the D matrices of an array [D, B, width]. Most steps have as many rows as the step before,
+// and take its view.
 class FirstRows {
  public:
   FirstRows(const CallContext& context, const Layer& p, const Tensor& array, int64_t width)

@@ -1,11 +1,11 @@
-// The paths that take all steps in one launch: what speaks against the plan, and the memory that the CTAs share.
+// The paths that take all steps in one launch: checks of the plan, and the memory that the CTAs share.
 #include "host.h"
 
 namespace seqkernels {
 
 namespace {
 
-// What speaks against the plan is raised.
+// Raises an error if the plan does not fit the layer or the GPU.
 LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool backward) {
   const Gpu gpu = context.gpu();
   LayerFacts facts{};
@@ -26,7 +26,7 @@ LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan
   return shape;
 }
 
-// The flags of the persistent grid begin as zeros.
+// The flags of the persistent grid start from zero.
 void clear_flags(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory) {
   Tensor flags = context.view(memory.flags, {launch.groups.flags}, {1}, ScalarType::Int);
   zero(flags);

@@ -18,7 +18,7 @@ class Tile {
   DEVICE int sequences() const { return sequences_; }
   DEVICE int direction() const { return direction_; }
 
-  // What memory says of the k-th step, read a step before it is used so that no thread waits for it.
+  // The first row and the size of the k-th step, loaded a step before they are used, so that no thread waits.
   struct Prefetched {
     int64_t start, size;
   };

@@ -22,7 +22,7 @@ std::vector<ColumnBlock> blocks_of_x(const Layer& p) {
   return {added, kept_apart};
 }
 
-// The gradients of one direction, of what a sweep has.
+// The gradients that a sweep gives of one direction.
 class Direction {
  public:
   Direction(const CallContext& context, const Layer& p, const SweepGradients& grads, int d)
@@ -35,7 +35,7 @@ class Direction {
   Tensor columns(const ColumnBlock& block) const {
     return context_.view(context_.at(gates_, block.column), {N_, block.width}, {FH_, 1});
   }
-  // Of the rows that steps use.
+  // Columns as rows, of the rows that steps use.
   Tensor transposed(int64_t column, int64_t width) const {
     return context_.view(context_.at(gates_, column), {width, R_}, {1, FH_});
   }

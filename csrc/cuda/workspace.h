@@ -4,7 +4,7 @@
 
 namespace seqkernels {
 
-// Hands out the parts of a block, one behind the other; without a block it only adds up their sizes.
+// Gives out the parts of a block, one after another; without a block it only adds up their sizes.
 class Carver {
  public:
   explicit Carver(void* block = nullptr) : block_(static_cast<char*>(block)) {}

@@ -1,7 +1,7 @@
 """`python -m seqkernels bench`: time GRU and LSTM on this machine, beside torch.nn's.
 
-Both modules have the same weights and input, are checked against torch.nn in float64, and then run in turn, so that
-what else the machine does meets both; times are medians over the turns, and "as fast" is the median of their ratios.
+Both modules have the same weights and input, are checked against torch.nn in float64, and then run in rounds, so that
+what else the machine does meets both; times are medians over the rounds, and "as fast" is the median of their ratios.
 `python -m benchmarks` in a clone measures more, with more care.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import seqkernels
 from seqkernels import hardware
 
-TURN_SECONDS = 0.03  # of one module
+ROUND_SECONDS = 0.03  # of one module
 CHECKED = 16  # steps and sequences
 LIMIT = 1e-5  # relative error in float32, where torch.nn's own is smaller
 
@@ -137,7 +137,7 @@ def show_progress(number: int, count: int, what: str, file: TextIO) -> None:
 
 
 def measure(case: Case, until: float) -> Row:
-    """Turns of both modules until that point of time.monotonic(), and one at least."""
+    """Rounds of both modules until that point of time.monotonic(), and one at least."""
     try:
         theirs, ours = modules(case)
         wrong = compare(case, theirs, ours)
@@ -147,15 +147,15 @@ def measure(case: Case, until: float) -> Row:
         for one in runs:
             one()  # what only the first run pays for
         first = [seconds_of(case, one, 1) for one in runs]
-        counts = [max(1, int(TURN_SECONDS / seconds)) for seconds in first]
-        turns: list[list[float]] = []
+        counts = [max(1, int(ROUND_SECONDS / seconds)) for seconds in first]
+        rounds: list[list[float]] = []
         while time.monotonic() < until:
-            turns.append([seconds_of(case, one, count) for one, count in zip(runs, counts, strict=True)])
+            rounds.append([seconds_of(case, one, count) for one, count in zip(runs, counts, strict=True)])
     except (RuntimeError, ValueError) as error:  # out of memory; SEQKERNELS_BACKEND names one that cannot run here
         return Row(wrong=str(error).splitlines()[0])
-    turns = turns or [first]
-    torch_s, ours_s = (statistics.median(times) for times in zip(*turns, strict=True))
-    return Row(1e3 * torch_s, 1e3 * ours_s, statistics.median(a / b for a, b in turns))
+    rounds = rounds or [first]
+    torch_s, ours_s = (statistics.median(times) for times in zip(*rounds, strict=True))
+    return Row(1e3 * torch_s, 1e3 * ours_s, statistics.median(a / b for a, b in rounds))
 
 
 def modules(case: Case) -> tuple[nn.Module, nn.Module]:

@@ -61,7 +61,7 @@ def test_which_parts_are_built(setup, environment, nvcc, gpus, parts):
 
 @needs_setup
 def test_a_full_disk_is_named_where_a_build_failed(setup, tmp_path, monkeypatch):
-    assert setup.full_disk(tmp_path, least_mb=0) == ""
+    assert setup.full_disk(tmp_path, min_mb=0) == ""
     monkeypatch.setattr(setup.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 << 30, 8 << 30, 3 << 20))
     there, to_come = tmp_path, tmp_path / "to/come"
     said = f"only 3 MB are free for {there}; only 3 MB are free for {to_come}; "

@@ -18,9 +18,9 @@ using namespace seqkernels;
 namespace {
 
 uint64_t state = 1;
-int64_t random_number(int64_t least, int64_t most) {
+int64_t random_number(int64_t min, int64_t max) {
   state = state * 6364136223846793005u + 1442695040888963407u;
-  return least + static_cast<int64_t>(state >> 33) % (most - least + 1);
+  return min + static_cast<int64_t>(state >> 33) % (max - min + 1);
 }
 
 float value(uint16_t bits) {

@@ -111,12 +111,12 @@ def test_bench_draws_a_bar_on_a_terminal():
     assert bars == ["", "[  ] 0 of 2  cpu GRU", "[# ] 1 of 2  cpu LSTM", f"[##] 2 of 2{' ' * 32}\n"]
 
 
-def test_bench_ends_a_case_with_the_turn_in_which_its_time_is_over(monkeypatch):
-    now, turns = [0.0], []
+def test_bench_ends_a_case_with_the_round_in_which_its_time_is_over(monkeypatch):
+    now, rounds = [0.0], []
 
     def seconds_of(case, one, count):
         now[0] += 1.0
-        turns.append(count)
+        rounds.append(count)
         return 1.0
 
     monkeypatch.setattr(bench.time, "monotonic", lambda: now[0])
@@ -124,9 +124,9 @@ def test_bench_ends_a_case_with_the_turn_in_which_its_time_is_over(monkeypatch):
     case = bench.Case("cpu", "GRU", SMALL, False)
     for until, runs in ((-5.0, 2), (2.0, 2), (2.5, 4), (6.0, 6)):  # each module runs once to begin with
         now[0] = 0.0
-        turns.clear()
+        rounds.clear()
         assert bench.measure(case, until) == bench.Row(1e3, 1e3, 1.0)
-        assert len(turns) == runs, until
+        assert len(rounds) == runs, until
     now[0] = 100.0
     shares = []
     for _, until in bench.schedule([case] * 3, 12):
