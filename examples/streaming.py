@@ -1,4 +1,4 @@
-"""A stream whose end nobody knows: the state is carried from step to step, or from chunk to chunk.
+"""A stream without a known end: the state is carried from step to step, or from chunk to chunk.
 
 python examples/streaming.py
 """

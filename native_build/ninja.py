@@ -18,7 +18,7 @@ CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Wno-dep
 
 
 def ninja() -> list[str]:
-    # That of this Python first, whether or not its environment is active: another version builds all anew.
+    # That of this Python first, whether or not its environment is active: another version compiles everything again.
     found = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
     if not found:
         sys.exit("seqkernels is built by ninja, which is not to be found: pip install ninja")

@@ -1,4 +1,4 @@
-"""Swapping: torch.nn's recurrent modules become ours and back, in place, with everything that hangs on them."""
+"""Swapping: torch.nn's recurrent modules become ours and back, in place, with their hooks and parametrizations."""
 
 import fnmatch
 import functools
@@ -75,7 +75,7 @@ def swap_in(
             are not faster as ours are left; the report has the speeds.
 
     Left as they are, with the reason in the report: a subclass that is not asked for, and always one with code of its
-    own for what ours does, as `forward`; a module whose `forward` somebody has replaced (accelerate's hooks,
+    own for what ours does, as `forward`; a module whose `forward` has been replaced (by accelerate's hooks,
     profilers); modules of TorchScript and of torch.ao; and one that no backend here runs, of complex numbers say.
 
     Raises:
@@ -249,8 +249,8 @@ def _swap(name: str, module: nn.Module, to: type) -> Swap:
 
 
 def _take_flat_weights(module: nn.Module) -> dict[int, Tensor | None]:
-    """Takes away what a layer keeps beside its parameters: ours needs none of it, and torch.nn makes it anew. Returns
-    the weights that somebody has put into `_flat_weights` to be used in place of a parameter, by their place there."""
+    """Removes what a layer keeps beside its parameters: ours needs none of it, and torch.nn makes it again. Returns the
+    weights that were put into `_flat_weights` in place of a parameter, by their place there."""
     if not isinstance(module, nn.RNNBase):
         return {}
     flat, names = module._flat_weights, module._flat_weights_names

@@ -1,4 +1,4 @@
-"""What makes our modules pass for torch.nn's: with code that asks for classes, weights, pickles or graphs."""
+"""What lets our modules be used as torch.nn's by code that asks for classes, weights, pickles or graphs."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -119,7 +119,7 @@ class Layer(nn.RNNBase, metaclass=DropIn):
         """Does nothing: parameters are used where they lie."""
 
     # nn.RNNBase keeps a second list of its parameters up to date in the methods below. Here they are looked up
-    # whenever they are asked for, and only what somebody has put into that list in place of one is kept, by its name.
+    # whenever they are asked for. Only a weight that was put into that list in place of a parameter is kept, by name.
 
     def _weights(self) -> list[Tensor]:
         assigned = self.__dict__.get("_assigned_weights")
@@ -168,7 +168,7 @@ class Layer(nn.RNNBase, metaclass=DropIn):
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
-        state.pop("_flat_weight_refs", None)  # torch.nn's, which nobody can pickle
+        state.pop("_flat_weight_refs", None)  # torch.nn's, which cannot be pickled
         return state
 
     def __setstate__(self, state: dict) -> None:

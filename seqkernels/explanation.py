@@ -41,7 +41,7 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
         module: a layer or cell, ours or torch.nn's, for which the answer is that of its drop-in; or a model.
         args, kwargs: what it would be called with: for a layer `input`, `hx`, `lengths`, `reset` and `reset_to`, as in
             its forward. A model is run on them, with its random numbers and its buffers as they were afterwards.
-            Without any, what is said is what holds for inputs of any size.
+            Without any, the answer is what holds for inputs of any size.
 
     Returns:
         For a layer or cell with its input the plan, which says more of the other backends: nothing is run. For a model,

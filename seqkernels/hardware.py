@@ -21,7 +21,7 @@ class GPU(NamedTuple):
     target: str  # sm_90, gfx942, ...: what kernels are compiled for
     shared_memory: int  # bytes that one program may have
     multiprocessors: int
-    driver: tuple[int, int] | None = None  # the newest CUDA that its driver knows; None: nobody has asked
+    driver: tuple[int, int] | None = None  # the newest CUDA that its driver knows; None: unknown
     clusters: tuple[int, ...] = ()  # of 1, 2, ... 16 blocks: how many run at the same time
 
     @property
@@ -229,7 +229,7 @@ def _cuda() -> str:
 
 def said_of(gpu: GPU) -> str:
     """A GPU, and whether it has the clusters that layers of many hidden units run on; part of one (MIG) has fewer."""
-    clusters = ""  # where nobody has asked for them: there are no CUDA kernels here
+    clusters = ""  # unknown where no CUDA kernels are installed
     if gpu.clusters:
         widest = max((blocks for blocks in range(1, 17) if gpu.clusters_of(blocks)), default=0)
         clusters = f", clusters of up to {widest} blocks" if widest > 1 else ", no clusters: wide layers go by steps"

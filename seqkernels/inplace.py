@@ -12,7 +12,7 @@ class Changes:
     """Tells whether a tensor was changed in place since, without keeping its memory."""
 
     def __init__(self, tensor: Tensor) -> None:
-        with torch._C._DisableTorchDispatch():  # a mode sees what a call computes, and none of this
+        with torch._C._DisableTorchDispatch():  # so that modes see what a call computes, and not this
             self._alias = tensor.detach()  # which has the version counter of the tensor, and no reference to it,
             self._alias.data = tensor.new_empty(0)  # also with other memory
         self._before = self._alias._version

@@ -32,7 +32,7 @@ _NOTHING = -1
 
 
 def out_of_sight(values: Tensor) -> bool:
-    """Whether reading the values would wait for their device."""
+    """Whether the host cannot see the values: reading them would wait for their device."""
     return values.device.type != "cpu"
 
 
@@ -50,7 +50,7 @@ class _Notes:
         self.here.copy_(self.there, non_blocking=True)
 
     def take(self) -> tuple[str, type[Exception]] | None:
-        """What there is to say, and how; afterwards there is nothing."""
+        """The sentence for all notes, and its kind of error; None without notes. The notes are cleared."""
         if max(self.seen) == _NOTHING:
             return None
         if self.device.type == "cuda":
@@ -65,10 +65,10 @@ _notes: dict[torch.device, _Notes] = {}
 
 
 def note(misfit: Tensor, sentence: str, number: int, given: Tensor) -> None:
-    """`misfit`, a bool on the device, says whether the sentence must be said of what was given; nothing waits for it.
+    """Note on the device that what was `given` does not fit, if `misfit`, a bool there, is true; nothing waits for it.
 
     Raises:
-        ValueError, RuntimeError: it must, and SEQKERNELS_CHECK=1 asks to wait for the device.
+        ValueError, RuntimeError: it does not fit, and SEQKERNELS_CHECK=1 asks to wait for the device.
     """
     device = misfit.device
     capturing = _capturing(device)
@@ -84,10 +84,10 @@ def note(misfit: Tensor, sentence: str, number: int, given: Tensor) -> None:
 
 
 def look() -> None:
-    """Say what did not fit in an earlier call, as far as devices have come.
+    """Raise what did not fit in an earlier call, if the device has come so far.
 
     Raises:
-        ValueError, RuntimeError: something did not.
+        ValueError, RuntimeError: something did not fit.
     """
     for device, notes in _notes.items():
         found = None if _capturing(device) else notes.take()
@@ -105,7 +105,7 @@ def _capturing(device: torch.device) -> bool:
 
 def batch_sizes_of(lengths: Tensor, steps: int, rows: int) -> tuple[Tensor, int]:
     """How many sequences run in each step ``[T]``, of lengths, which are checked; and how many of the `rows` they use:
-    all, where nobody may ask.
+    all of them, where reading that would wait for a device.
 
     Raises:
         ValueError: lengths that are negative or longer than `steps` (of those on a device: in a later call).
@@ -175,7 +175,7 @@ def _(checked, bound):
 
 
 def fitting(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> Tensor | None:
-    """batch_sizes by which no kernel leaves the rows of x or the sequences of h_0; those in sight must fit already.
+    """batch_sizes by which no kernel leaves the rows of x or the sequences of h_0. Those on the CPU must fit already.
 
     Raises:
         ValueError, RuntimeError: what an earlier call was given did not fit.

@@ -1,4 +1,4 @@
-"""Entries in registries of torch that are made once somebody imports them, because to import them costs much."""
+"""Entries in registries of torch that are made when their module is imported, because importing it here costs much."""
 
 import importlib.util
 import sys
@@ -28,7 +28,7 @@ class _WhenImported(MetaPathFinder):
 
 
 def when_imported(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Call `then` with the module of this name: now, if it is imported already, or as soon as somebody imports it."""
+    """Call `then` with the module of this name: now, if it is imported already, or as soon as it is imported."""
     if name in sys.modules:
         then(sys.modules[name])
     else:

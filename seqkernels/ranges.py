@@ -1,6 +1,7 @@
 """Names in a profile: with SEQKERNELS_NVTX=1, set before seqkernels is imported, each pass of each call is a range.
 
-torch.profiler shows them, and on a GPU NVTX's tools, Nsight Systems say. Without the variable nothing is called.
+torch.profiler shows them, and on a GPU the tools that read NVTX, such as Nsight Systems. Without the variable nothing
+is called.
 """
 
 import contextlib

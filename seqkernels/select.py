@@ -28,7 +28,7 @@ BACKENDS = tuple(_MODULES)
 
 
 class Plan(NamedTuple):
-    """The backend that runs, the reason, and what speaks against each other one."""
+    """The backend that runs, the reason, and the reason against each other backend."""
 
     backend: str
     reason: str

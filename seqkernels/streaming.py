@@ -1,4 +1,4 @@
-"""One step of a stream through all layers of a module: what a microphone or a decoder calls, with the state it kept."""
+"""One step of a stream through all layers of a module: what a decoder calls for each input, with its last state."""
 
 from collections.abc import Sequence
 

@@ -34,7 +34,7 @@ def compare(first: nn.Module, second: nn.Module, args: tuple, kwargs: dict) -> f
     """How many times as fast the second is as the first: by the medians of rounds in which each runs once.
 
     What is called here runs as the caller's code does: under autocast, or without gradients. With gradients a backward
-    pass is timed as well, and adds to nobody's.
+    pass is timed as well, whose gradients are added to no tensor of the caller's.
     """
     seconds: tuple[list[float], list[float]] = [], []
     with torch.random.fork_rng({p.device.index for p in first.parameters() if p.device.type == "cuda"}):

@@ -1,4 +1,4 @@
-"""The door: every way users hold sequences becomes rows in PackedSequence order, and goes back again.
+"""Brings sequences in every layout that users have into rows in PackedSequence order, and results back.
 
 Rows are grouped by step, longest sequences first, `batch_sizes[t]` of them in step t. A padded time-major batch is the
 case of a constant batch size and costs no copy. Sequences given by `lengths` or `cu_seqlens` are sorted here.
@@ -193,7 +193,7 @@ def row_index(batch_sizes: Tensor, first_rows: Tensor, stride: int, rows: int, t
     """
     ends = batch_sizes.cumsum(0)
     row = torch.arange(rows, device=batch_sizes.device)
-    # Rows behind the last step, of which there are some where nobody knows how many are used, go nowhere.
+    # Rows behind the last step go nowhere; there are some where the host does not know how many are used.
     step = torch.searchsorted(ends, row, right=True).clamp(max=batch_sizes.shape[0] - 1)
     place = (row - (ends - batch_sizes)[step]).clamp(max=first_rows.shape[0] - 1)
     used = row < batch_sizes.sum()

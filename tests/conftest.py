@@ -26,7 +26,7 @@ from seqkernels import select  # noqa: E402
 from seqkernels.backends.cells import CELLS  # noqa: E402
 from seqkernels.hardware import THIS_MACHINE, machine_of  # noqa: E402
 
-# Every run on CI tries the same cases; at home they change.
+# Every run on CI tries the same cases; elsewhere they change from run to run.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("home", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "home")

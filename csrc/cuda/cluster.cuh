@@ -1,5 +1,5 @@
 // The exchange of the CTAs of a cluster: they send what their peers need of a step into their shared memory, where an
-// mbarrier counts the bytes. There are two buffers, so that one exchange a step is enough: nobody sends to a buffer
+// mbarrier counts the bytes. There are two buffers, so that one exchange a step is enough: no CTA sends to a buffer
 // before all have read it. A CTA sends a step only after it has all of the step before, which its peers send after
 // reading. Nothing else passes between the CTAs, so what peers have seen of global memory need not be seen.
 //

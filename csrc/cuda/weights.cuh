@@ -7,7 +7,7 @@ namespace seqkernels::device {
 
 // The fragments of a thread of a single CTA, in groups: one of each gate, for a chunk of columns and one of the tiles
 // of 16 rows that the warp takes; group i is chunk i / M_TILES of tile i % M_TILES. C::layout says how many groups are
-// in registers; so many of the others are in shared memory, and the rest is read anew in every step from global memory
+// in registers; so many of the others are in shared memory, and the rest is read again in every step from global memory
 // (in practice from the L2 cache).
 template <class C>
 class PackedWeights {

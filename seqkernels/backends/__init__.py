@@ -1,4 +1,4 @@
-"""The backends, one module or folder each, which owns all that is said of it.
+"""The backends, one module or folder each, which says everything about its backend.
 
 `select` asks a backend by the functions of `Backend`; ``seqkernels.ops`` registers the `forward` and `backward` of
 those that are an operator pair. What they share: `cells`, `call`, `arguments`, `precision` and `costs`.
@@ -11,7 +11,7 @@ from seqkernels.hardware import Machine
 
 
 class Backend(Protocol):
-    """What every backend says of itself."""
+    """The questions that every backend answers."""
 
     DESCRIPTION: str
 
@@ -19,7 +19,7 @@ class Backend(Protocol):
         """Why it cannot run the call; None if it can."""
 
     def reason_not_default(self, call: Call, machine: Machine) -> str | None:
-        """Why, though it can, it is for those alone who name it; None if it is not."""
+        """Why it runs the call only if it is named, though it can; None if it may be chosen."""
 
     def estimate(self, call: Call, machine: Machine) -> float | None:
         """Microseconds of a step through all layers, forward and, in training, backward; None: nothing is known."""

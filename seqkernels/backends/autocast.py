@@ -1,4 +1,4 @@
-"""What autocast asks of the operators: all they are given in its dtype, each weight cast once in a region."""
+"""The autocast rule of the operators: all arguments in autocast's dtype, each weight cast once in a region."""
 
 from collections.abc import Callable
 
@@ -28,8 +28,8 @@ def cast_arguments(function: Callable, device_type: str) -> Callable:
 
 def _is_cached(value: Tensor) -> bool:
     """Whether torch keeps the cast of a tensor until the autocast region ends: of parameters that want gradients, in
-    float32. Here of matrices alone: casting a bias costs less than to ask. And not where somebody watches operations
-    or saved tensors, as `_cast_of_region` has some of its own."""
+    float32. Only matrices are looked up here: casting a bias costs less. And not under modes that see operations or
+    hooks of saved tensors, as `_cast_of_region` has operations and tensors of its own."""
     return (
         type(value) is nn.Parameter
         and value.dim() == 2

@@ -1,8 +1,8 @@
 """What a step costs on a GPU: constants that `python -m benchmarks fit` draws from measured rows, by the GPU's name
 (`measured`), times terms that a backend knows of a call; and the rates of GPUs that the terms are made of.
 
-For a GPU nobody measured the constants of `_NEAREST` stand in, as the terms know what another GPU does in a clock;
-where the host and cuDNN decide, what others measured.
+A GPU without measured rows takes the constants of `_NEAREST`: its terms already say what it does in a clock. For the
+host and for cuDNN it takes figures that were measured on other GPUs.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""A stack of layers by a backend that runs one: from the first up, and from the last down.
+"""Runs a stack of layers on a backend that runs one layer: forward from the first up, backward from the last down.
 
 Weights and states of the layers lie one behind the other.
 """
@@ -57,7 +57,7 @@ class SavedLayout(NamedTuple):
         return views[::2], views[1::2]
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """What `parts` takes apart, blocks and y in turn."""
+        """The inverse of `parts`: blocks and y alternate."""
         *others, last = (part.flatten() for part in parts)
         return torch.cat([*(F.pad(part, (0, self._aligned(len(part)) - len(part))) for part in others), last])
 

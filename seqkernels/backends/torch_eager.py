@@ -1,6 +1,6 @@
 """The operator pair in plain torch operations: any device, differentiable as often as wanted.
 
-This is the path for machines no kernel reaches, and the one double backward takes. The gate algebra below is the
+It runs where no kernel does, and double backward is computed through it. The gate algebra below is the
 only copy in torch operations beside the specification. 16-bit inputs are computed in float32, as the kernels do.
 """
 
@@ -210,7 +210,7 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
 def steps_of(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tuple[int, int]]:
     """(first row, number of rows) of every step."""
     if batch_sizes is None:
-        # A compiler knows no numbers that come out of a tensor; else torch, not Python, is to say what is too large.
+        # Traced by a compiler, tensors have no numbers. Otherwise torch raises the error for sizes that are too large.
         if torch.compiler.is_compiling():
             return [(t * sequences, sequences) for t in range(rows // max(sequences, 1))]
         batch_sizes = torch.full((rows // max(sequences, 1),), sequences, device="cpu")

@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def busy_machine() -> str:
-    """A sentence if other programs have the CPU, "" if not or if nobody knows."""
+    """A sentence if other programs use the CPU; "" if not, or if that is unknown."""
     # Over the last minute, so before anything runs here.
     load, cpus = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     return f"The machine is busy (load {load:.1f} on {cpus} CPUs): these times say little." if load > 1.5 * cpus else ""

@@ -1,4 +1,4 @@
-"""`python -m seqkernels doctor`: try this install, and say what is missing and the command that mends it.
+"""`python -m seqkernels doctor`: try this install, and say what is missing and the command that installs it.
 
 Every backend that can run here runs an RNN, a GRU and an LSTM, forward and backward, in float32, on sequences of
 different lengths. Each result is compared with the float64 specification (seqkernels/reference.py): its error may be
@@ -146,7 +146,7 @@ def _call(device: torch.device) -> select.Call:
 
 
 def remedies(name: str) -> str:
-    """What mends a backend that is missing on a machine with a GPU; "" where nothing does."""
+    """How to get a backend that is missing on a machine with a GPU; "" if there is no way."""
     if name != "cuda" or torch.version.hip:
         return ""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")

@@ -1,5 +1,5 @@
-"""Lengths, cu_seqlens and batch_sizes that only the device knows and that do not fit: no kernel leaves the tensors, and
-somebody says so. On the CPU as well: there tensors pass for being out of sight."""
+"""Lengths, cu_seqlens and batch_sizes on a GPU that do not fit: no kernel leaves the tensors, and a later call raises.
+On the CPU as well, where tensors count as out of sight."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Nothing reads what a device holds: what is on a GPU goes into a CUDA graph, and the host does not wait.
 
-Here the CPU passes for the GPU: lengths count as out of sight, the kernels take batch sizes as those on a GPU, and
-reading a value is refused, by whatever way.
+Here the CPU stands for the GPU: lengths count as out of sight, the kernels take batch sizes as those on a GPU, and
+every way to read a value raises.
 """
 
 import pytest
@@ -38,7 +38,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.fixture
-def gpu_of_paper(sizes_on_gpu, monkeypatch):
+def cpu_as_gpu(sizes_on_gpu, monkeypatch):
     monkeypatch.setattr(late_checks, "out_of_sight", lambda values: True)
 
 
@@ -54,7 +54,7 @@ def test_reading_is_noticed(read):
 @pytest.mark.parametrize(
     ("cls", "options"), [("GRU", {"num_layers": 2, "dropout": 0.5}), ("LSTM", {"bidirectional": True})]
 )
-def test_a_training_step_reads_nothing(cls, options, layout, gpu_of_paper, monkeypatch):
+def test_a_training_step_reads_nothing(cls, options, layout, cpu_as_gpu, monkeypatch):
     layer, x, arguments = getattr(sk, cls)(4, 5, **options), torch.randn(6, 3, 4), {}
     layer.backend = "cuda"
     if layout.startswith("reset"):  # as while a CUDA graph is captured
@@ -73,7 +73,7 @@ def test_a_training_step_reads_nothing(cls, options, layout, gpu_of_paper, monke
     assert layer.weight_hh_l0.grad.isfinite().all()
 
 
-def test_a_step_of_a_stream_reads_nothing(gpu_of_paper):
+def test_a_step_of_a_stream_reads_nothing(cpu_as_gpu):
     layer, x = sk.LSTM(4, 5, num_layers=2), torch.randn(3, 4)
     layer.backend = "cuda"
     y, state = torch.zeros(3, 5), (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))

@@ -30,10 +30,10 @@ void check_pair(const void* at, int element_bytes);
 // return where they are.
 unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, Access access);
 
-// Copy 16 bytes to the same place of a peer's shared memory, some time.
+// Copy 16 bytes to the same place of a peer's shared memory, at some later time.
 void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier);
 
-// Copy global memory to the same place of the shared memory of all blocks of the cluster, some time.
+// Copy global memory to the same place of the shared memory of all blocks of the cluster, at some later time.
 void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier);
 
 template <class To, class From>

@@ -1,4 +1,4 @@
-// Every access to memory is checked: its bounds, and that something orders it and the others.
+// Checks of every access to memory: its bounds, and that it is ordered with the other accesses (else a race).
 #include <algorithm>
 
 #include "state.h"

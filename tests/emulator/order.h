@@ -1,6 +1,6 @@
-// What comes before what. A thread's time goes on with everything that others may wait for. Of every other thread
-// it knows a time: what that one did until then comes before whatever it does itself from now on. Pushes are done by
-// actors of their own, one for every mbarrier, whose times are the mbarrier's phases.
+// Which accesses happen before which, by vector clocks. A thread's time advances with everything that others may wait
+// for. It has a clock with a time of every other thread: what that thread did until then happens before all that it
+// does itself from now on. Pushes are done by actors of their own, one for each mbarrier, whose times are its phases.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace seqkernels::emulator {
 
-// The latest of all times. It grows as long as the program runs, so that shadows of old blocks need no clearing.
+// The latest time. It grows as long as the program runs, so that shadows of earlier blocks need not be cleared.
 extern uint64_t latest;
 
 struct Clock {
@@ -23,10 +23,10 @@ using Known = std::shared_ptr<const Clock>;
 Known clock_of(std::vector<uint64_t> of);
 int actors();
 
-// What a barrier, a phase or a flag passes on: what those that come to it know and have done.
+// The clock that a barrier, a phase or a flag passes on: the maximum of the clocks of those that come to it.
 class Gathering {
  public:
-  // What `known` says (null: nothing), and what the actor has done until a time.
+  // Adds the clock `known` (null: none), and what the actor has done until a time.
   void bring(const Known& known, int actor, uint64_t time) {
     of_.resize(actors());
     if (known && std::find(joined_.begin(), joined_.end(), known) == joined_.end()) {
@@ -36,7 +36,7 @@ class Gathering {
     of_[actor] = std::max(of_[actor], time);
   }
 
-  // All that these actors have done, since none of them goes on before the gathering closes.
+  // Adds all that these actors have done: none of them continues before the gathering closes.
   void bring_all(int begin, int end) { std::fill(of_.begin() + begin, of_.begin() + end, latest); }
 
   void close() {
@@ -44,7 +44,7 @@ class Gathering {
     of_.clear(), joined_.clear(), passed_.clear();
   }
 
-  // What `known` becomes for one who comes after.
+  // The clock `known` of an actor that comes after, joined with this one.
   const Known& pass(const Known& known) {
     if (!closed_) return known;
     for (const auto& [before, after] : passed_)

@@ -1,4 +1,4 @@
-// Pushes and copies to other CTAs, which arrive some time, and the phases of mbarriers that count them.
+// Pushes and copies to other CTAs, which arrive at some later time, and the phases of mbarriers that count them.
 #include <algorithm>
 
 #include "state.h"
@@ -9,7 +9,7 @@ Phases& phases_of(Block& block, int byte, const char* does) {
   const auto found = block.mbarriers.find(byte);
   if (found == block.mbarriers.end() || !is_ordered(found->second.init, group_begin))
     fail(std::string("no mbarrier: ") + name(now) + does + "byte " + std::to_string(byte) + " of " + name(block) +
-         ", which nobody has initialised before");
+         ", which was not initialised before");
   return found->second;
 }
 
@@ -53,7 +53,7 @@ void end_block(const Block& block) {
   }
 }
 
-// Send 16 bytes on their way: `words`, or a part of a copy, `from` where it is read.
+// Start sending 16 bytes: `words`, or a part of a copy, `from` where it is read.
 static void send(int begin, int64_t size, int64_t offset, const void* words, const void* from, Block& to,
                  int mbarrier) {
   counted.pushes++;

@@ -7,17 +7,16 @@ namespace seqkernels::emulator {
 // Draw the order of blocks and threads from here on.
 void seed(uint64_t seed);
 
-// Whether batch_sizes are taken for ones on a GPU, into which the host does not look.
+// Whether batch_sizes are treated as those on a GPU, which the host does not read.
 extern bool sizes_on_gpu;
 
-// Of the GPU whose place the CPU takes: so many blocks run at the same time, and may have so many bytes of shared
-// memory.
+// The emulated GPU: how many blocks run at the same time, and how many bytes of shared memory a block may have.
 extern int multiprocessors;
 extern int shared_memory;
 
-// What can be made to go wrong, for tests that it is caught: a barrier of a block, of a warp or of a cluster, or a wait
-// for pushes or for a flag is passed as if it were not there; a wait has the wrong parity; 16 bytes more, or fewer, are
-// expected than come; a push, a copy or a raised flag gets lost; copies do not see what was written before.
+// Faults that can be planted, to test that each is found: a barrier of a block, of a warp or of a cluster is left out,
+// or a wait for pushes or for a flag; a wait has the wrong parity; 16 bytes more, or fewer, are expected than come; a
+// push, a copy or a raised flag is lost; copies do not see what was written before.
 enum class Fault {
   none,
   barrier,
@@ -33,7 +32,7 @@ enum class Fault {
   count
 };
 
-// Of each thread the n-th (from 0) of a launch.
+// Plants the fault in the n-th such operation (from 0) of each thread in a launch.
 void plant(Fault fault, int n);
 
 struct Counts {

@@ -53,7 +53,8 @@ struct Warp {
   Gathering barrier;
 };
 
-// An access is told by time << kActorBits | actor: a thread, a push, several threads of a block, or those of several.
+// An access is stored as time << kActorBits | actor. An actor is a thread, a push, several threads of a block, or
+// threads of several blocks.
 using Stamp = uint64_t;
 constexpr int kActorBits = 20;
 constexpr Stamp kActors = (1 << kActorBits) - 1, kBlock = 1 << 19, kSeveralBlocks = kActors;
@@ -117,14 +118,14 @@ struct Group {
 extern uint64_t random_state;
 extern Fault planted;
 extern int planted_at;
-extern std::string failure;  // empty while all is well
+extern std::string failure;  // what went wrong first; empty: nothing
 
 // What runs. Between groups of blocks all fibers are finished: each waits to run the kernel again.
 extern void (*kernel)(const void*);
 extern const void* kernel_parameters;
 extern int threads, shared_bytes;   // of a block
 extern int blocks, cluster_blocks;  // blocks that run at the same time, in clusters
-extern jmp_buf home;                // where the launch goes on when no fiber can
+extern jmp_buf home;                // where the launch continues when no fiber can
 extern std::deque<Fiber> fibers;
 extern std::deque<Warp> warps;
 extern std::deque<Block> running;
@@ -170,14 +171,15 @@ extern std::unordered_map<const Shadow*, std::map<int, Stamp>> readers;  // wher
 extern std::unordered_map<const Shadow*, std::vector<Stamp>> copiers;    // of global memory, besides
 
 Shadow& shadow_of(const void* global);
-// Until when the present thread knows of what a thread has done.
+// The time in the present thread's clock for the thread of an access.
 uint64_t time_known_of(Stamp thread);
-// Whether an access, since the memory's begin, comes before the present one whatever the order of threads and blocks.
+// Whether an access happens before the present one in every order of threads and blocks. `since`: when the memory was
+// allocated.
 bool is_ordered(Stamp access, uint64_t since);
 bool is_read_ordered(const Shadow& shadow, uint64_t since);
 // A copy that reads the same and that the present access does not come after; 0: there is none.
 Stamp unordered_copy(const Shadow& shadow, uint64_t since);
-// An access by several threads of a block counts as one of all of its threads.
+// Reads by several threads of a block are recorded as one by all of its threads.
 void add_read(Shadow& shadow);
 int at_in(const Block& block, int begin, int64_t size, int64_t offset, int bytes, const char* does);
 std::string place_in(const Block& block, int byte);
@@ -197,7 +199,7 @@ void check_race(Shadow& shadow, Access access, uint64_t since, Place place) {
     shadow.write = now, copiers.erase(&shadow);
   else if (is_read_ordered(shadow, since))
     shadow.read = now;
-  else if (shadow.read >> kActorBits >= group_begin)  // else another group's, with which any write races
+  else if (shadow.read >> kActorBits >= group_begin)  // else another group's: any write races with it
     add_read(shadow);
 }
 

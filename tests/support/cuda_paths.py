@@ -73,8 +73,8 @@ def faulty(emulator, run, fault: str, event: int = 0):
 
 
 def assert_caught(emulator, cell: str, launch: PassLaunch, fault: tuple[str, str, int, str], seeds: int = 8) -> None:
-    """A fault (of which pass, which, which of a thread's, and what is said), whatever the order of threads; and nothing
-    without it. Of 90 units and four steps."""
+    """The planted fault is found in every order of threads, and nothing is found without it; 90 units and four steps.
+    `fault`: the pass, the kind, which of a thread's operations, and the message."""
     which, kind, event, message = fault
     layer = Call(cell, 1, 8, 4, 90, dtype=torch.bfloat16)
     forward, back = by_path(launch)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import seqkernels as sk
 
 IN_16_BITS = torch.bfloat16, torch.float16
-SEVERAL = 3  # draws of the numbers of a call in 16 bits: of a single one, the digits that are left are a matter of luck
+SEVERAL = 3  # draws of the numbers of a call in 16 bits: in a single draw errors may cancel by chance
 TOLERANCES = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-10}}
 Result = list[Tensor] | Exception
 
@@ -25,12 +25,12 @@ Result = list[Tensor] | Exception
 def result_of(run: Callable[[], list[Tensor]]) -> Result:
     try:
         return run()
-    except Exception as error:  # whichever: it is compared
+    except Exception as error:  # of any kind: it is compared
         return error
 
 
 def assert_alike(found: Result, expected: Result, dtype: torch.dtype, in_float64: Callable[[], list[Tensor]]) -> None:
-    """Both have the same values, in 16 bits as near to those in float64, or both raise exceptions of one kind."""
+    """Both have the same values (in 16 bits both are as near to float64), or both raise the same kind of exception."""
     for one, other in ((found, expected), (expected, found)):
         if isinstance(one, Exception) and not isinstance(other, type(one)):
             raise AssertionError(f"found {found!r}, expected {expected!r}") from one
@@ -103,7 +103,7 @@ def random_call(draw: random.Random, dtypes: Sequence[torch.dtype], seed: int) -
 
 
 def tensors_of(draw: random.Random, call: Call, grads: Sequence[bool]) -> list[Tensor | None]:
-    """grad_y, grad_h_n and grad_c_n, where there are to be such, y, saved, x, the weights, h_0, c_0 and batch_sizes."""
+    """grad_y, grad_h_n and grad_c_n (None where `grads` says so), y, saved, x, weights, h_0, c_0 and batch_sizes."""
     cell, x, weights, h_0, c_0, sizes, _ = call.arguments()
     y, h_n, c_n, saved = forward("torch_eager")(cell, x, weights, h_0, c_0, sizes, True)
     of = zip((y, h_n, c_n), grads, strict=True)

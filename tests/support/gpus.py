@@ -5,8 +5,8 @@ from seqkernels.hardware import GPU
 
 
 def clusters_of(*groups: int) -> tuple[int, ...]:
-    """How many clusters of 1 to 16 blocks run at the same time where all blocks of one are in the same of these groups
-    of multiprocessors (GPCs)."""
+    """How many clusters of 1 to 16 blocks run at the same time on GPCs of these sizes; a cluster is in
+    one GPC."""
     return tuple(sum(group // blocks for group in groups) for blocks in range(1, 17))
 
 
@@ -16,8 +16,8 @@ GPUS = {
         GPU("NVIDIA A100-SXM4-80GB", "sm_80", 163 << 10, 108),
         GPU("NVIDIA L4", "sm_89", 99 << 10, 58),
         GPU("NVIDIA GeForce RTX 4060 Laptop GPU", "sm_89", 99 << 10, 24),
-        # How large the groups are differs from one to the next. Of an H100, as large, clusters of 16 were seen to reach
-        # 112 of 132 multiprocessors (Luehnen, HPEC 2024), those of 8 reach 120: as with these.
+        # The sizes of GPCs differ from one GPU to the next. On an H100, which is as large, clusters of 16 reached 112
+        # of 132 multiprocessors (Luehnen, HPEC 2024), and clusters of 8 reached 120, as they do with these sizes.
         GPU("NVIDIA H200", "sm_90", 227 << 10, 132, None, clusters_of(18, 18, 18, 16, 16, 16, 16, 14)),
         GPU("NVIDIA B200", "sm_100", 227 << 10, 148),
         GPU("AMD Instinct MI300X", "gfx942", 64 << 10, 304),
@@ -25,6 +25,6 @@ GPUS = {
     )
 }
 
-# A seventh of it. On what is too small clusters have fewer blocks (CUDA programming guide); that up to 7 remain is made
-# up, so that tests have some that do not.
+# A seventh of an H200. Small instances have smaller clusters (CUDA programming guide). That 7 blocks are the most is
+# made up, so that tests have a GPU without the larger clusters.
 MIG = GPU("NVIDIA H200 MIG 1g.18gb", "sm_90", 227 << 10, 16, None, (*clusters_of(16)[:7], *(9 * (0,))))

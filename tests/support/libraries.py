@@ -1,4 +1,4 @@
-"""What a compiled library must be like, whoever built it."""
+"""What every compiled library must have, of an install or of a wheel."""
 
 import re
 import subprocess

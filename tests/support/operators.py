@@ -89,7 +89,7 @@ class Call:
 
 @contextlib.contextmanager
 def nan_in_fresh_memory() -> Iterator[None]:
-    """What torch and the CPU kernels allocate starts as NaN, so that what nobody computes is seen."""
+    """What torch and the CPU kernels allocate starts as NaN, so that a result that is not computed is noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -253,7 +253,7 @@ def assert_rounding_alone_of(call: Call, run_forward, run_backward, eps: float |
 
 
 def assert_an_infinite_last_state_is_no_factor(run_forward, run_backward) -> None:
-    """The row behind the last step started from no state: even times zero that of the row before would be NaN."""
+    """The row behind the last step has no previous state: the state of the row before it, times zero, would be NaN."""
     call = Call("rnn_relu", sequences=2, batch_sizes=(2, 1), spare_rows=1, dtype=torch.float32)
     cell, x, weights, *states, batch_sizes, save = call.arguments()
     x[1], weights[0][:] = 1e30, 1e30

@@ -14,14 +14,14 @@ NO_CUDNN = select.unsupported("cudnn", select.Call("gru", DEVICE.type, torch.flo
 
 
 def judged(results: dict, case: Case) -> dict:
-    """In 16 bits a relu whose input rounds across zero has another gradient, for torch.nn at other places than for us:
-    there the gradients say nothing (test_ops judges them from one and the same forward)."""
+    """Without gradients where they cannot be compared: in 16 bits a relu whose input rounds across zero has another
+    gradient, and does so at other places in torch.nn than in ours. test_ops judges them, from one forward pass."""
     kinked = case.cell in WITH_RELU and case.dtype in (torch.float16, torch.bfloat16)
     return {name: value for name, value in results.items() if not (kinked and name.startswith("grad"))}
 
 
 def assert_right(case: Case, backend: str | None, draws: int | None = None) -> None:
-    # The fewer numbers a draw has, the more draws it takes for luck to even out.
+    # With few numbers in a draw, more draws are needed before errors average out.
     draws = draws or max(3, 32 // case.hidden_size)
     cases = [replace(case, seed=case.seed + 3 * draw) for draw in range(draws)]
     ours, torchs, spec = (

@@ -24,10 +24,10 @@ Results = dict[str, Tensor]
 def assert_as_close_as_torch(ours: list[Results], torchs: list[Results], spec: list[Results], dtype) -> None:
     """Each of our tensors is at most twice as far from the specification as torch.nn's own, plus two units of rounding.
 
-    The lists hold several draws of one configuration, which are measured together: of a single number that two large
-    ones nearly cancel to, or of a relu whose input is a rounding error away from zero, the digits are a matter of luck,
-    torch.nn's as well as ours. In float64 the specification is itself rounded as often as we are (and much as torch.nn
-    is, with whom it shares its order of sums), so there the floor is that of a long sum.
+    The lists hold several draws of one configuration, which are measured together: where two large numbers nearly
+    cancel, or a relu's input is a rounding error away from zero, a single error is large or small by chance, in
+    torch.nn as in ours. In float64 the specification is rounded as often as ours (and in the order of torch.nn's sums),
+    so there the floor is that of a long sum.
     """
     floor = (16 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
     for name in spec[0]:

@@ -136,7 +136,7 @@ def terms(found: dict[str, Any], layer: Call, gpu: GPU, backward: bool) -> costs
     if found["path"] == "single CTA":
         shape.pop()
     elif found["path"] == "cluster":
-        shape.append(float(found["units"].bit_count() > 1))  # 48 units: warps that do not share out evenly
+        shape.append(float(found["units"].bit_count() > 1))  # with 48 units warps have unequal work
     rounds = costs.rounds(layer, tile, found["at_once"])
     return costs.Terms(key, tuple(rounds * term for term in (*shape, *(clocks / costs.CLOCK for clocks in of_block))))
 

@@ -2,7 +2,7 @@
 
 What cuDNN's backward needs of its forward is in a form that cuDNN alone knows, so this backend has no operators of the
 pair's contract: `autograd` runs it by an autograd function of its own, `host` makes the calls.
-Here stands when it runs.
+This file says when it runs.
 """
 
 import math

@@ -116,7 +116,7 @@ class _Call:
 def _flat(weights: Sequence[Tensor], *layout) -> Tensor:
     """The weights in cuDNN's one buffer: the memory they lie in, if it is one, else a copy.
 
-    Without biases it is a copy: cuDNN reads zeros in their place, and who knows what lies there in the user's memory.
+    Without biases it is a copy: where cuDNN expects them it must read zeros, and the user's memory may hold anything.
     """
     total, places = _layout(*layout)
     first, size = weights[0], weights[0].element_size()

@@ -1,6 +1,6 @@
 """The operator pair by Triton kernels: any GPU that Triton reaches, or its interpreter on the CPU, for tests.
 
-Here stands when it runs; `tiles` says how a layer is cut, `layer` what a launch needs of it, `host` which kernels and
+This file says when it runs, `tiles` how a layer is cut, `layer` what a launch needs of it, `host` which kernels and
 products make a pass, `kernels` what they compute, by the formulas of `algebra` and the loads of `memory`.
 """
 

@@ -25,7 +25,7 @@ from seqkernels.backends.triton.memory import (
     store_blocks,
 )
 
-# Sizes change from call to call: no kernel is compiled anew because one is a multiple of 16, or 1.
+# Sizes change from call to call: no kernel is compiled again because one is a multiple of 16, or 1.
 kernel = triton.jit(do_not_specialize=["T", "B", "N", "k"])
 
 

@@ -119,7 +119,7 @@ def _starts_and_sizes(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor
 
 
 def _written_there(batch_sizes: Tensor, device: torch.device) -> Tensor:
-    """A copy that a CUDA graph may capture: it cannot read the host's memory again, but write what it had."""
+    """A copy that a CUDA graph may capture: a replay cannot read the host's memory, so values travel with launches."""
     there, at = torch.empty_like(batch_sizes, device=device), 0
     for size, run in itertools.groupby(batch_sizes.tolist()):
         end = at + len(list(run))

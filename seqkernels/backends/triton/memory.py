@@ -14,7 +14,7 @@ def step_of(k, steps, direction):
 
 @triton.jit
 def rows_of_step(starts, sizes, t, T, B, RAGGED: tl.constexpr):
-    """(first row, number of sequences that run) of step t; none run in a step that there is not."""
+    """(first row, number of sequences that run) of step t; 0 run before the first step and after the last."""
     there = (t >= 0) & (t < T)
     if RAGGED:
         start, size = tl.load(starts + t, there, 0), tl.load(sizes + t, there, 0)
