@@ -167,7 +167,7 @@ def train_task(options: argparse.Namespace) -> int:
     try:
         return train_variants(kind, variants, world)
     finally:
-        distributed.leave()
+        distributed.end()
 
 
 def train_variants(kind: type[Task], variants: dict[str, argparse.Namespace], world: distributed.World) -> int:

@@ -50,8 +50,8 @@ def join(device: torch.device) -> World:
     return World(distributed.get_rank(), distributed.get_world_size())
 
 
-def leave() -> None:
-    """Part from the other processes."""
+def end() -> None:
+    """End the process group."""
     if distributed.is_available() and distributed.is_initialized():
         # gloo's threads let go of their last tensors a moment after the call has returned. If Python has ended by
         # then, the process aborts (github.com/pytorch/pytorch/pull/179291).

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import InputError, data
+from seqkernels.backends import cells
 
 
 class Problem(NamedTuple):
@@ -52,7 +53,7 @@ def operator_cell(name: str) -> str:
     return "rnn_tanh" if name == "RNN" else name.lower()
 
 
-GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
+GATES = {name: cells.CELLS[operator_cell(name)].gates for name in CELLS}
 
 
 def lengths(problem: Problem) -> Tensor:

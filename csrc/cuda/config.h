@@ -271,13 +271,14 @@ constexpr int backward_states(const SliceShape& shape, int64_t hidden) {
 constexpr int backward_chunks(Path path, int gates, int units, Math math) {
   return ceil_div(gates * backward_set_units(path, units), chunk_of(math));
 }
-// On the grid all threads add up partial gradients, in teams with a thread for each owner; the first team is the owners
-// themselves.
-constexpr int grid_teams() { return slice_warps(kGridUnits, true) / owner_warps(kGridUnits); }
-constexpr int grid_team_sums() { return (grid_teams() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
+// On the grid all threads add up partial gradients. They are divided into reducers, sets of threads with one for each
+// owner; the first reducer is the owners themselves.
+constexpr int grid_reducers() { return slice_warps(kGridUnits, true) / owner_warps(kGridUnits); }
+constexpr int grid_reducer_sums() { return (grid_reducers() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
 
 // Shared memory of a CTA, in bytes from its beginning: two mbarriers, two buffers of factors, what is exchanged
-// (forward the sums of the parts; backward partial gradients of two exchanges, on the grid the teams' sums), weights.
+// (forward the sums of the parts; backward partial gradients of two exchanges, on the grid the reducers' sums),
+// weights.
 struct SliceLayout {
   int stride;                        // of a row of factors
   int factors, exchange, weights;    // where they begin
@@ -297,7 +298,7 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
     const int chunks = backward_chunks(shape.path, gates, shape.units, v.math), sets = backward_sets(shape);
     width = sets * chunks * chunk;
     exchange =
-        shape.path == Path::persistent_grid ? grid_team_sums() * 4 : 2 * shape.blocks * kMaxTile * shape.units * 4;
+        shape.path == Path::persistent_grid ? grid_reducer_sums() * 4 : 2 * shape.blocks * kMaxTile * shape.units * 4;
     l.fragments = ceil_div(ceil_div(backward_states(shape, hidden), kBackwardRows), warps) * sets * 2 * chunks;
   } else {
     width = ceil_div(shape.blocks * shape.units, chunk) * chunk;

@@ -20,45 +20,45 @@ struct SweepLaunch {
   SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, bool backward);
 };
 
-struct SweepMemory {
+struct SweepWorkspace {
   void *packed, *exchange, *flags;
 
-  SweepMemory(Carver&, const SweepLaunch&);
+  SweepWorkspace(Carver&, const SweepLaunch&);
 };
 
 // Folds biases, and packs the weights of a single CTA.
 void prepare_weights(const CallContext&, const SweepArgs&, const void* const (&w_hh)[2], const SweepLaunch&,
-                     const SweepMemory&, const FoldBiases&);
+                     const SweepWorkspace&, const FoldBiases&);
 
-void sweep_forward(const CallContext&, const SweepLaunch&, const SweepMemory&, const ForwardArgs&);
-void sweep_backward(const CallContext&, const SweepLaunch&, const SweepMemory&, const BackwardArgs&);
+void sweep_forward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const ForwardArgs&);
+void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const BackwardArgs&);
 
 // ---- products over all rows: weight_grads.cpp
 
-struct ForwardMemory {
+struct ForwardWorkspace {
   void* steps;
   void* gates_x;  // [D, N, G*H] the input projections, with all biases but those that stay apart
   void* biases;   // [D, G*H] or null
-  SweepMemory sweep;
+  SweepWorkspace sweep;
 
-  ForwardMemory(Carver&, const CallContext&, const Layer&, int64_t rows, const Optional& batch_sizes,
-                const SweepLaunch&);
+  ForwardWorkspace(Carver&, const CallContext&, const Layer&, int64_t rows, const Optional& batch_sizes,
+                   const SweepLaunch&);
 };
 
 // The biases of the input projection, which become `folded` [D, G*H].
 FoldBiases folded_biases(const Layer&, void* folded);
-void project_input(const CallContext&, const Layer&, int64_t rows, const ForwardMemory&);
+void project_input(const CallContext&, const Layer&, int64_t rows, const ForwardWorkspace&);
 
-struct BackwardMemory {
+struct BackwardWorkspace {
   void* steps;
   void* gates;      // [D, N, F*H] gradients
   void* projected;  // [D, N, P] of the projected h, or null
   void* previous;   // [D, N, P] the states that steps started from; null if no weight's gradient is wanted
   void* sums;       // [D, F*H] of `gates` over all rows; null without biases
-  SweepMemory sweep;
+  SweepWorkspace sweep;
 
-  BackwardMemory(Carver&, const CallContext&, const Layer&, int64_t rows, bool wants_weights,
-                 const Optional& batch_sizes, const SweepLaunch&);
+  BackwardWorkspace(Carver&, const CallContext&, const Layer&, int64_t rows, bool wants_weights,
+                    const Optional& batch_sizes, const SweepLaunch&);
 };
 
 // What the gradients of x and of the weights are made of, once the sweep is done.
@@ -71,7 +71,7 @@ struct SweepGradients {
 
 void multiply_grad_x(const CallContext&, const Layer&, const SweepGradients&, Tensor& grad_x);
 void multiply_grad_weights(const CallContext&, const LayerBackward&, const BackwardArgs&, const SweepGradients&,
-                           const BackwardMemory&, Tensors& grad_weights);
+                           const BackwardWorkspace&, Tensors& grad_weights);
 
 // ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
 // change in place; c and its gradient in the accumulator type.

@@ -148,7 +148,7 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
   ForwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
   const SweepLaunch launch(context, p, plan, sweep, false);
-  const Workspace<ForwardMemory> memory(context, context, p, rows, batch_sizes, launch);
+  const Workspace<ForwardWorkspace> memory(context, context, p, rows, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
   sweep.gates_x = memory->gates_x;
@@ -244,7 +244,7 @@ void pass_gradients(const CallContext& context, const LayerBackward& first, Back
 
 // Rows that no step uses have no gradient.
 SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged,
-                               const BackwardMemory& memory) {
+                               const BackwardWorkspace& memory) {
   const int64_t D = p.directions, FH = gradient_blocks_of(p.cell) * p.hidden;
   SweepGradients grads(context.view(memory.gates, {D, rows, FH}));
   if (p.has_projection) grads.projected = context.view(memory.projected, {D, rows, p.projected});
@@ -269,7 +269,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
   BackwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
   const SweepLaunch launch(context, p, plan, sweep, true);
-  const Workspace<BackwardMemory> memory(context, context, p, rows, results.wants_weights, batch_sizes, launch);
+  const Workspace<BackwardWorkspace> memory(context, context, p, rows, results.wants_weights, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
   const SweepGradients grads = begin_gradients(context, p, rows, batch_sizes.has_value(), *memory);

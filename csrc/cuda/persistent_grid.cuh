@@ -135,8 +135,8 @@ struct GridBackwardExchange : InGroup<C, BackwardArgs> {
   using T = typename C::T;
   using InGroup<C, BackwardArgs>::InGroup;
 
-  static constexpr int teams = grid_teams(), team_threads = C::threads / teams;  // that reduce
-  static constexpr int team_sums = grid_team_sums(), set_units = backward_set_units(C::PATH, C::UNITS);
+  static constexpr int reducers = grid_reducers(), reducer_threads = C::threads / reducers;  // that reduce
+  static constexpr int reducer_sums = grid_reducer_sums(), set_units = backward_set_units(C::PATH, C::UNITS);
 
   // A CTA multiplies the gates' gradients of its cluster, those of two CTAs at once, for its part of the states.
   DEVICE int sets() const { return this->cluster() / 2; }
@@ -151,36 +151,36 @@ struct GridBackwardExchange : InGroup<C, BackwardArgs> {
     arrivals(n).expect(running * this->cluster() * C::G * C::UNITS * static_cast<int>(sizeof(T)));
   }
 
-  // Adds to a thread's gradients of states what the n-th exchange has, in which so many sequences ran. Of each cluster
-  // the CTA of the same number has the states of this one. All warps take part, so that as many loads as possible are
-  // in flight: the team that owns the states, and as many more for the same states but other clusters, which pass it
-  // their sums.
+  // Adds to a thread's gradients of states the partials of the n-th exchange, in which `ran` sequences ran. In each
+  // cluster the CTA of the same number has those for the states of this CTA. All warps take part, so that as many loads
+  // as possible are in flight: the owners, and the other reducers, which add up other clusters' partials for the same
+  // states and give the owners their sums.
   DEVICE void reduce_partials(int64_t n, int ran, const OwnedUnits<C>& mine, float (&grad_h)[2]) const {
-    const int team = thread() / team_threads, of_owner = thread() % team_threads;
+    const int reducer = thread() / reducer_threads, of_owner = thread() % reducer_threads;
     const int sequence = of_owner / OwnedUnits<C>::pairs,
               unit = this->rank() * C::UNITS + of_owner % OwnedUnits<C>::pairs * 2;
     const int clusters = this->clusters(), from = this->rank() / clusters;
     float sum[2] = {};
     if (of_owner / kWarpSize * (kMaxTile / C::owners) < ran) {
-      for (int i = team + lane() * teams; i < clusters; i += kWarpSize * teams)
+      for (int i = reducer + lane() * reducers; i < clusters; i += kWarpSize * reducers)
         this->flags().wait(i * this->cluster() + from, static_cast<uint32_t>(n + 1));
       synchronize_warp();
       if (sequence < ran && unit < this->s.hidden) {
 #pragma unroll 8
-        for (int i = team; i < clusters; i += teams) {
+        for (int i = reducer; i < clusters; i += reducers) {
           const Pair<float> partial = partials(n).load_pair(place(i, sequence) + unit);
           sum[0] += first(partial), sum[1] += second(partial);
         }
       }
     }
-    const Shared<float> sums(this->s.exchange, team_sums);
-    if (team > 0) sums.store_pair((thread() - team_threads) * 2, pair(sum[0], sum[1]));
+    const Shared<float> sums(this->s.exchange, reducer_sums);
+    if (reducer > 0) sums.store_pair((thread() - reducer_threads) * 2, pair(sum[0], sum[1]));
     synchronize();  // then the CTA may send what lets others overwrite what it has read
     if (!mine.any || mine.sequence >= ran || mine.present == 0) return;
     grad_h[0] += sum[0], grad_h[1] += sum[1];
 #pragma unroll
-    for (int i = 0; i < teams - 1; i++) {
-      const Pair<float> others = sums.load_pair((i * team_threads + thread()) * 2);
+    for (int i = 0; i < reducers - 1; i++) {
+      const Pair<float> others = sums.load_pair((i * reducer_threads + thread()) * 2);
       grad_h[0] += first(others), grad_h[1] += second(others);
     }
   }

@@ -27,7 +27,7 @@ LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan
 }
 
 // The flags of the persistent grid start from zero.
-void clear_flags(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory) {
+void clear_flags(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory) {
   Tensor flags = context.view(memory.flags, {launch.groups.flags}, {1}, ScalarType::Int);
   zero(flags);
 }
@@ -43,13 +43,13 @@ SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan&
   if (path == Path::persistent_grid) check_launch(persistent_grid_groups(sweep, shape, backward, groups));
 }
 
-SweepMemory::SweepMemory(Carver& carver, const SweepLaunch& launch)
+SweepWorkspace::SweepWorkspace(Carver& carver, const SweepLaunch& launch)
     : packed(carver.take(launch.packed_bytes)),
       exchange(carver.take(launch.groups.bytes)),
       flags(carver.take(launch.groups.flags * static_cast<int64_t>(sizeof(int)))) {}
 
 void prepare_weights(const CallContext& context, const SweepArgs& sweep, const void* const (&w_hh)[2],
-                     const SweepLaunch& launch, const SweepMemory& memory, const FoldBiases& fold) {
+                     const SweepLaunch& launch, const SweepWorkspace& memory, const FoldBiases& fold) {
   if (launch.path != Path::single_cta)
     return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
   const Math math = math_of(sweep.scalar, sweep.tf32);
@@ -68,7 +68,7 @@ void prepare_weights(const CallContext& context, const SweepArgs& sweep, const v
   check_launch(pack_weights(pack, sweep.scalar, sweep.directions, context.stream()));
 }
 
-void sweep_forward(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory,
+void sweep_forward(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory,
                    const ForwardArgs& sweep) {
   if (launch.path == Path::single_cta) {
     check_launch(single_cta_forward(sweep, launch.shape, memory.packed, context.stream()));
@@ -81,7 +81,7 @@ void sweep_forward(const CallContext& context, const SweepLaunch& launch, const 
   }
 }
 
-void sweep_backward(const CallContext& context, const SweepLaunch& launch, const SweepMemory& memory,
+void sweep_backward(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory,
                     const BackwardArgs& sweep) {
   if (launch.path == Path::single_cta) {
     check_launch(single_cta_backward(sweep, launch.shape, memory.packed, context.stream()));

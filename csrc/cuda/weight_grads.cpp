@@ -57,7 +57,7 @@ void multiply_grad_w_ih(const CallContext& context, const Layer& p, const Direct
 
 // Gathers states, and writes the gradients of all biases.
 void finish(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep, const SweepGradients& grads,
-            const BackwardMemory& memory, Tensors& grad_weights) {
+            const BackwardWorkspace& memory, Tensors& grad_weights) {
   FinishSweep finish{};
   finish.layer = sweep;
   finish.h_0 = p.h_0, finish.y = p.y;
@@ -81,15 +81,15 @@ void finish(const CallContext& context, const LayerBackward& p, const BackwardAr
 
 }  // namespace
 
-ForwardMemory::ForwardMemory(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
-                             const Optional& batch_sizes, const SweepLaunch& launch)
+ForwardWorkspace::ForwardWorkspace(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
+                                   const Optional& batch_sizes, const SweepLaunch& launch)
     : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
       gates_x(carver.take(context.bytes(p.directions * rows * gates_of(p.cell) * p.hidden))),
       biases(carver.take(p.weights[0].b_ih ? context.bytes(p.directions * gates_of(p.cell) * p.hidden) : 0)),
       sweep(carver, launch) {}
 
-BackwardMemory::BackwardMemory(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
-                               bool wants_weights, const Optional& batch_sizes, const SweepLaunch& launch)
+BackwardWorkspace::BackwardWorkspace(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
+                                     bool wants_weights, const Optional& batch_sizes, const SweepLaunch& launch)
     : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
       gates(carver.take(context.bytes(p.directions * rows * gradient_blocks_of(p.cell) * p.hidden))),
       projected(carver.take(p.has_projection ? context.bytes(p.directions * rows * p.projected) : 0)),
@@ -109,7 +109,7 @@ FoldBiases folded_biases(const Layer& p, void* folded) {
   return fold;
 }
 
-void project_input(const CallContext& context, const Layer& p, int64_t rows, const ForwardMemory& memory) {
+void project_input(const CallContext& context, const Layer& p, int64_t rows, const ForwardWorkspace& memory) {
   const int64_t GH = gates_of(p.cell) * p.hidden;
   const Tensor inputs = context.view(p.x, {rows, p.input});
   for (int d = 0; d < p.directions; d++) {
@@ -133,7 +133,7 @@ void multiply_grad_x(const CallContext& context, const Layer& p, const SweepGrad
 }
 
 void multiply_grad_weights(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep,
-                           const SweepGradients& grads, const BackwardMemory& memory, Tensors& grad_weights) {
+                           const SweepGradients& grads, const BackwardWorkspace& memory, Tensors& grad_weights) {
   const int64_t N = sweep.rows, R = p.rows, H = p.hidden, P = p.projected;
   finish(context, p, sweep, grads, memory, grad_weights);
   for (int d = 0; d < p.directions; d++) {

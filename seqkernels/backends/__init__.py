@@ -1,7 +1,8 @@
 """The backends, one module or folder each, which says everything about its backend.
 
 `select` asks a backend by the functions of `Backend`; ``seqkernels.ops`` registers the `forward` and `backward` of
-those that are an operator pair. What they share: `cells`, `call`, `arguments`, `precision` and `costs`.
+those that are an operator pair. What they share: `cells`, `call`, `arguments`, `stack`, `autocast`, `precision`, and
+`costs` with `measured`.
 """
 
 from typing import Protocol

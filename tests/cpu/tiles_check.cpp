@@ -24,9 +24,9 @@ int64_t random_number(int64_t min, int64_t max) {
 }
 
 float value(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  const uint32_t float_bits = static_cast<uint32_t>(bits) << 16;
   float x;
-  memcpy(&x, &wide, sizeof(x));
+  memcpy(&x, &float_bits, sizeof(x));
   return x;
 }
 
