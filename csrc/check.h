@@ -40,7 +40,7 @@ inline Scalar scalar_of(ScalarType type) {
   }
 }
 
-// What both operators take.
+// What both operators take. Of an ensemble every tensor but batch_sizes has its members in front: [M, ...].
 struct StackArguments {
   Cell cell;
   const Tensor& x;
@@ -49,6 +49,7 @@ struct StackArguments {
   const Optional& c_0;
   const Optional& batch_sizes;
   int64_t layers;
+  bool ensemble = false;
 };
 
 // What the operator of the backward pass takes besides.
@@ -110,61 +111,84 @@ WeightsOf<T*> weights_of_direction(T* weights, size_t count, int directions, int
   return named;
 }
 
+// An argument of every member of an ensemble, `stride` bytes from one to the next: 0 where they share it.
+struct MemberArray {
+  const void* data = nullptr;
+  int64_t stride = 0;
+
+  const void* of(int64_t member) const { return data ? static_cast<const char*>(data) + member * stride : nullptr; }
+};
+
 // Without, there is nothing to compute, and no gradient.
 inline bool has_states(const Layer& p) { return p.sequences && (p.hidden || p.projected); }
 
-// Checks the arguments of a stack, fills one layer after another with pointers to them, and keeps contiguous copies
-// alive as long as these are used.
+// Checks the arguments of a stack, or of all stacks of an ensemble; fills one layer after another with pointers to
+// them, and keeps contiguous copies alive as long as these are used.
 class CheckedArguments {
  public:
-  // `p` has what all layers have in common, and the arguments of the first one.
+  // `p` has what all layers have in common, and the arguments of the first one, of the first member.
   CheckedArguments(Layer& p, const StackArguments& arguments, CheckOptions options = {})
       : type_(arguments.x.scalar_type()),
         element_size_(arguments.x.element_size()),
         device_(arguments.x.device()),
         layers_(arguments.layers),
+        ensemble_(arguments.ensemble),
         alignment_(options.alignment * element_size_),
         has_c_(arguments.c_0.has_value()) {
     p.cell = arguments.cell;
     p.scalar = scalar_of(type_);
     set_sizes(p, arguments);
     set_arrays(p, arguments);
-    set_steps(p, arguments.x.size(0), arguments.batch_sizes, options.read_sizes);
+    set_steps(p, rows_, arguments.batch_sizes, options.read_sizes);
   }
 
   void set_backward(LayerBackward& p, const BackwardArguments& arguments) {
     const int64_t D = p.directions, N = rows_, B = p.sequences, H = p.hidden, P = p.projected, L = layers_;
     const auto optional = [&](const Optional& tensor, const char* name, const Shape& shape) {
-      return tensor ? check_contiguous(*tensor, name, shape) : nullptr;
+      return tensor ? check_contiguous(*tensor, name, shape) : MemberArray{};
     };
-    p.grad_y = optional(arguments.grad_y, "grad_y", {N, D * P});
+    grad_y_ = optional(arguments.grad_y, "grad_y", {N, D * P});
     grad_h_n_ = optional(arguments.grad_h_n, "grad_h_n", {L * D, B, P});
     check(has_c_ || !arguments.grad_c_n || !arguments.grad_c_n->numel(), "grad_c_n goes with an LSTM only");
-    grad_c_n_ = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {L * D, B, H}) : nullptr;
+    grad_c_n_ = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {L * D, B, H}) : MemberArray{};
     y_ = check_contiguous(arguments.y, "y", {N, D * P});
     saved_ = check_contiguous(arguments.saved, "saved", SavedLayout(p, N).shape(L));
+    p.grad_y = grad_y_.of(0);
     set_layer_backward(p, 0);
   }
 
   int64_t layers() const { return layers_; }
+  int64_t members() const { return members_; }  // 1 where there is no ensemble
+  int64_t rows() const { return rows_; }        // of x; steps may use fewer
 
-  // Another layer, whose input is `x`.
-  void set_layer(Layer& p, int64_t layer, const void* x) const {
-    p.x = x;
-    p.input = layer ? p.directions * p.projected : input_;
-    std::copy_n(weights_.begin() + layer * p.directions, p.directions, p.weights);
-    p.h_0 = at(h_0_, layer * p.directions * p.sequences * p.projected);
-    p.c_0 = at(c_0_, layer * p.directions * p.sequences * p.hidden);
+  // A shape of each member as that of all.
+  Shape of_all(Shape shape) const {
+    if (ensemble_) shape.insert(shape.begin(), members_);
+    return shape;
   }
 
-  // Another layer on the way back, but for the gradient of its y.
-  void set_layer_backward(LayerBackward& p, int64_t layer) const {
+  // Another layer, of a member. `x`: its input, but for the first, whose input is an argument.
+  void set_layer(Layer& p, int64_t layer, const void* x, int64_t member = 0) const {
+    p.x = layer ? x : x_.of(member);
+    p.input = layer ? p.directions * p.projected : input_;
+    for (int d = 0; d < p.directions; d++) {
+      const WeightsOf<MemberArray>& w = weights_[layer * p.directions + d];
+      p.weights[d] = {w.w_ih.of(member), w.w_hh.of(member), w.b_ih.of(member), w.b_hh.of(member), w.w_hr.of(member)};
+    }
+    p.h_0 = at(h_0_.of(member), layer * p.directions * p.sequences * p.projected);
+    p.c_0 = at(c_0_.of(member), layer * p.directions * p.sequences * p.hidden);
+  }
+
+  // Another layer on the way back, of a member; but for the gradient of its y, which is an argument of the last alone.
+  void set_layer_backward(LayerBackward& p, int64_t layer, int64_t member = 0) const {
     const SavedLayout layout(p, rows_);
-    set_layer(p, layer, layer ? at(saved_, layout.y_of(layer - 1)) : x_);
-    p.grad_h_n = at(grad_h_n_, layer * p.directions * p.sequences * p.projected);
-    p.grad_c_n = at(grad_c_n_, layer * p.directions * p.sequences * p.hidden);
-    p.y = layer == layers_ - 1 ? y_ : at(saved_, layout.y_of(layer));
-    p.saved = at(saved_, layout.blocks_of(layer));
+    const void* saved = saved_.of(member);
+    set_layer(p, layer, layer ? at(saved, layout.y_of(layer - 1)) : nullptr, member);
+    if (layer == layers_ - 1) p.grad_y = grad_y_.of(member);
+    p.grad_h_n = at(grad_h_n_.of(member), layer * p.directions * p.sequences * p.projected);
+    p.grad_c_n = at(grad_c_n_.of(member), layer * p.directions * p.sequences * p.hidden);
+    p.y = layer == layers_ - 1 ? y_.of(member) : at(saved, layout.y_of(layer));
+    p.saved = at(saved, layout.blocks_of(layer));
   }
 
   // Element `i` of an array, if there is one.
@@ -176,10 +200,14 @@ class CheckedArguments {
 
  private:
   void set_sizes(Layer& p, const StackArguments& arguments) {
-    const auto& [cell, x, weights, h_0, c_0, batch_sizes, layers] = arguments;
-    check(x.dim() == 2, "x is [rows, input size], got ", x.dim(), " dimensions");
-    check(h_0.dim() == 3, "h_0 is [directions, sequences, hidden size], got ", h_0.dim(), " dimensions");
-    const int64_t all = h_0.size(0), directions = layers > 0 ? all / layers : 0;  // all: directions of all layers
+    const auto& [cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble] = arguments;
+    const int first = ensemble;  // dimension of a member
+    const char* members = ensemble ? "members, " : "";
+    check(x.dim() == first + 2, "x is [", members, "rows, input size], got ", x.dim(), " dimensions");
+    check(h_0.dim() == first + 3, "h_0 is [", members, "directions, sequences, hidden size], got ", h_0.dim(),
+          " dimensions");
+    members_ = ensemble ? x.size(0) : 1;
+    const int64_t all = h_0.size(first), directions = layers > 0 ? all / layers : 0;  // all: directions of all layers
     check(layers > 0 && directions * layers == all, "h_0 has ", all, " states for ", layers, " layers");
     check(directions == 1 || directions == 2, "an RNN has one or two directions, got ", directions);
     p.directions = static_cast<int>(directions);
@@ -190,12 +218,13 @@ class CheckedArguments {
     p.has_projection = each % 2;
     check(!p.has_projection || can_project(p.cell), "w_hr goes with an LSTM only");
     check((states_of(p.cell) == 2) == c_0.has_value(), "c_0 goes with an LSTM and only with it");
-    check(weights[0].dim() == 2, "w_ih is [gates * hidden size, input size], got ", weights[0].dim(), " dimensions");
-    const int64_t gates = gates_of(p.cell), rows = weights[0].size(0);
-    rows_ = x.size(0);
-    p.input = input_ = x.size(1);
-    p.sequences = h_0.size(1);
-    p.projected = h_0.size(2);
+    check(weights[0].dim() == first + 2, "w_ih is [", members, "gates * hidden size, input size], got ",
+          weights[0].dim(), " dimensions");
+    const int64_t gates = gates_of(p.cell), rows = weights[0].size(first);
+    rows_ = x.size(first);
+    p.input = input_ = x.size(first + 1);
+    p.sequences = h_0.size(first + 1);
+    p.projected = h_0.size(first + 2);
     p.hidden = rows / gates;
     check(p.hidden * gates == rows, "w_ih has ", rows, " rows, no multiple of ", gates, " gates");
     check(p.has_projection || p.projected == p.hidden, "h_0 has ", p.projected, " features, but the hidden size is ",
@@ -208,35 +237,48 @@ class CheckedArguments {
     x_ = check_contiguous(arguments.x, "x", {rows_, p.input});
     for (int d = 0; d < all; d++) {
       const auto of = weights_of_direction(arguments.weights.data(), arguments.weights.size(), all, d);
-      WeightsOf<const void*> w{};
+      WeightsOf<MemberArray> w{};
       w.w_ih = check_contiguous(*of.w_ih, "w_ih", {GH, d < p.directions ? p.input : p.directions * P});
       w.w_hh = check_contiguous(*of.w_hh, "w_hh", {GH, P});
-      w.b_ih = of.b_ih ? check_contiguous(*of.b_ih, "b_ih", {GH}) : nullptr;
-      w.b_hh = of.b_hh ? check_contiguous(*of.b_hh, "b_hh", {GH}) : nullptr;
-      w.w_hr = of.w_hr ? check_contiguous(*of.w_hr, "w_hr", {P, H}) : nullptr;
+      if (of.b_ih) w.b_ih = check_contiguous(*of.b_ih, "b_ih", {GH});
+      if (of.b_hh) w.b_hh = check_contiguous(*of.b_hh, "b_hh", {GH});
+      if (of.w_hr) w.w_hr = check_contiguous(*of.w_hr, "w_hr", {P, H});
       weights_.push_back(w);
     }
     h_0_ = check_contiguous(arguments.h_0, "h_0", {all, B, P});
-    c_0_ = arguments.c_0 ? check_contiguous(*arguments.c_0, "c_0", {all, B, H}) : nullptr;
-    set_layer(p, 0, x_);
+    if (arguments.c_0) c_0_ = check_contiguous(*arguments.c_0, "c_0", {all, B, H});
+    set_layer(p, 0, nullptr);
   }
 
-  const void* check_contiguous(const Tensor& tensor, const char* name, const Shape& shape) {
+  MemberArray check_contiguous(const Tensor& tensor, const char* name, const Shape& of_member) {
+    const Shape shape = of_all(of_member);
     const auto sizes = tensor.sizes();
     if (sizes.size() != shape.size() || !std::equal(shape.begin(), shape.end(), sizes.begin()))
       fail(name, " is ", text_of(shape.data(), shape.size()), ", got ", text_of(sizes.data(), sizes.size()));
     check(tensor.device() == device_, name, " is on another device than x");
     check(tensor.scalar_type() == type_, name, " has another dtype than x");
     check_storage(tensor, name);
-    const bool contiguous = tensor.is_contiguous();
+    const int64_t stride = ensemble_ ? tensor.stride(0) * element_size_ : 0;
+    const bool contiguous = ensemble_ ? members_are_contiguous(tensor, of_member) : tensor.is_contiguous();
     if (contiguous && reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignment_ == 0)
-      return tensor.const_data_ptr();
+      return {tensor.const_data_ptr(), stride};
+    const bool shared = ensemble_ && members_ && !stride;
     try {
-      copies_.push_back(contiguous ? torch::stable::clone(tensor) : torch::stable::contiguous(tensor));
+      const Tensor from = shared ? torch::stable::select(tensor, 0, 0) : tensor;
+      copies_.push_back(contiguous ? torch::stable::clone(from) : torch::stable::contiguous(from));
     } catch (const std::exception&) {  // the stable ABI passes no reason on; torch has printed its own
       throw std::runtime_error(std::string("no memory for a contiguous copy of ") + name);
     }
-    return copies_.back().const_data_ptr();
+    const int64_t elements = shared || !members_ ? 0 : copies_.back().numel() / members_;
+    return {copies_.back().const_data_ptr(), elements * element_size_};
+  }
+
+  // Whatever lies between the members.
+  static bool members_are_contiguous(const Tensor& tensor, const Shape& of_member) {
+    const Shape strides = contiguous_strides(of_member);
+    for (size_t i = 0; i < strides.size(); i++)
+      if (of_member[i] > 1 && tensor.stride(i + 1) != strides[i]) return !tensor.numel();
+    return true;
   }
 
   // A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
@@ -295,14 +337,15 @@ class CheckedArguments {
   int64_t element_size_;
   torch::stable::Device device_;
   int64_t layers_;
+  bool ensemble_;
   uintptr_t alignment_;
   bool has_c_;
-  int64_t rows_ = 0;  // of x; steps may use fewer
+  int64_t members_ = 1;
+  int64_t rows_ = 0;
   int64_t input_ = 0;
   // Of all layers.
-  std::vector<WeightsOf<const void*>> weights_;  // [L*D]
-  const void *x_ = nullptr, *h_0_ = nullptr, *c_0_ = nullptr;
-  const void *grad_h_n_ = nullptr, *grad_c_n_ = nullptr, *y_ = nullptr, *saved_ = nullptr;
+  std::vector<WeightsOf<MemberArray>> weights_;  // [L*D]
+  MemberArray x_, h_0_, c_0_, grad_y_, grad_h_n_, grad_c_n_, y_, saved_;
   std::vector<Tensor> copies_;
   std::vector<int64_t> batch_sizes_, offsets_;
 };

@@ -3,20 +3,23 @@
 They are those of torch.nn's modules: a step's input and state times the weights, and twice as much for the gradients.
 """
 
+import math
+
 from seqkernels._ops import ops
 from seqkernels.on_import import when_imported
 
 
 def forward_flops(cell, x_shape, weight_shapes, h_0_shape, *_, **__) -> int:
-    """Every row of the input meets w_ih, w_hh and, where there is one, w_hr of every direction of every layer."""
-    return 2 * x_shape[0] * sum(shape[0] * shape[1] for shape in weight_shapes if len(shape) == 2)
+    """Every row of the input meets w_ih, w_hh and, where there is one, w_hr of every direction of every layer. The rows
+    and weights of an ensemble have its members in front."""
+    return 2 * x_shape[-2] * sum(math.prod(shape) for shape in weight_shapes if len(shape) == len(x_shape))
 
 
 def backward_flops(cell, grad_y, grad_h_n, grad_c_n, x_shape, weight_shapes, h_0_shape, *rest, **_) -> int:
     """The gradients of the states always, those of the input and of the weights where they are wanted."""
     (wants_x, wants_weights), layers = rest[4:6], rest[7] if len(rest) > 7 else 1
     first = weight_shapes[: len(weight_shapes) // layers]
-    of_input = 2 * x_shape[0] * sum(s[0] * s[1] for s in first[:: len(weight_shapes) // h_0_shape[0]])
+    of_input = 2 * x_shape[-2] * sum(map(math.prod, first[:: len(weight_shapes) // h_0_shape[-3]]))
     everything = forward_flops(cell, x_shape, weight_shapes, h_0_shape)
     return everything - (0 if wants_x else of_input) + (everything if wants_weights else 0)
 

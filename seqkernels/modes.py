@@ -17,7 +17,16 @@ def wants_gradients(*tensors: Tensor | None) -> bool:
         for tensor in tensors:  # faster than any(), in every call of a module
             if tensor is not None and tensor.requires_grad:
                 return True
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+            return any(_outside_of_vmap(tensor).requires_grad for tensor in tensors if tensor is not None)
     return False
+
+
+def _outside_of_vmap(tensor: Tensor) -> Tensor:
+    """What torch.vmap took members of: a member itself says that it requires no gradient."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def transformed() -> bool:
@@ -67,9 +76,8 @@ def facts_of(
     compiled = torch.compiler.is_compiling()
     if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
         make = Call if compiled else _call_without_sizes
-        call = make(cell, device.type, x.dtype, transformed, compiled, num_layers, directions)
-        if vmapped or parts:
-            call = call._replace(vmapped=vmapped, bfloat16_parts=parts)
+        facts = cell, device.type, x.dtype, transformed, compiled, num_layers, directions
+        call = make(*facts, bfloat16_parts=parts, vmapped=vmapped) if vmapped or parts else make(*facts)
         return call, training
     sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)

@@ -31,16 +31,22 @@ launch, of all: what the plan of the call (`seqkernels.select`) tells its backen
 or [0] where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
 layers, the last argument of all: L.
 
+``recurrence_forward.cpu_ensemble`` and the others of that name run all members of an ensemble in one call, as
+torch.vmap has them (`seqkernels.batching`). Every tensor but batch_sizes, and every result, has the M members in front:
+x is ``[M, N, I]``. Members may lie anywhere: what they share has a stride of 0 (`expand`), and costs no memory.
+
 The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has an autograd function of its own.
 
 The input projection and the weight gradients belong to the operator, not to torch code around it, because where they
 run decides the speed: on a CPU the projection of a few steps at a time stays in the cache that the sweep reads.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from seqkernels import batching, flops, inplace, ranges
 from seqkernels._ops import add_op_namespace_prefix, ops
@@ -108,6 +114,19 @@ def _fake_recompute(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batc
     return _fake_backward(cell, grad_y, grad_h_n, grad_c_n, *of_stack, None, None, *options)
 
 
+def _of_each_member(function):
+    """A fake kernel or a pass of torch_eager, of all members of an ensemble."""
+
+    def of_ensemble(*args):
+        leaves = pytree.tree_leaves(list(args))
+        dims = [0 if batching.may_be_members(leaf) else None for leaf in leaves]
+        size = next(leaf.shape[0] for leaf in leaves if batching.may_be_members(leaf))
+        results, structure = batching.each_member(function, args, dims, size)
+        return pytree.tree_unflatten(results, structure)
+
+    return of_ensemble
+
+
 def _save_for_backward(ctx, inputs, output):
     cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers = inputs
     y, _, c_n, saved = output
@@ -129,10 +148,7 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
     operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
     if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
-        _, below = stack.SavedLayout.of(ctx.cell, x, weights, h_0, ctx.layers).parts(saved)
-        *_, (of_layer, *states) = stack.each(ctx.layers, weights, h_0, c_0)
-        with torch.no_grad():
-            y = _FORWARD[backend](ctx.cell, [x, *below][-1], of_layer, *states, batch_sizes, False, ctx.launch)[0]
+        y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, saved)
     of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
@@ -141,7 +157,7 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes):
         # Nobody has read h of the last layer, so that its projection w_hr has had no part in anything: no gradient, as
         # in torch.nn.
-        each, first = len(weights) // len(h_0), len(weights) - len(weights) // ctx.layers
+        each, first = len(weights) // h_0.shape[-3], len(weights) - len(weights) // ctx.layers
         grad_weights = [
             None if each % 2 and k % each == each - 1 and k >= first else grad for k, grad in enumerate(grad_weights)
         ]
@@ -153,6 +169,17 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     )
 
 
+def _y_again(ctx, backend: str, x, weights, h_0, c_0, batch_sizes, saved) -> Tensor:
+    """y as it was before it was changed in place."""
+    of_stack = x, weights, h_0, c_0, batch_sizes, False, ctx.launch, ctx.layers
+    if backend not in ENSEMBLES.values():  # the last layer alone
+        _, below = stack.SavedLayout.of(ctx.cell, x, weights, h_0, ctx.layers).parts(saved)
+        *_, (of_layer, *states) = stack.each(ctx.layers, weights, h_0, c_0)
+        of_stack = [x, *below][-1], of_layer, *states, batch_sizes, False, ctx.launch, 1
+    with torch.no_grad():
+        return _FORWARD[backend](ctx.cell, *of_stack)[0]
+
+
 def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
     """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
     return _several_steps(x, h_0, batch_sizes) or not CELLS[cell].saved_blocks
@@ -160,7 +187,7 @@ def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> b
 
 def _several_steps(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
     # Not by len: in a trace it makes a number of what may be any.
-    return x.shape[0] > h_0.shape[1] if batch_sizes is None else batch_sizes.shape[0] > 1
+    return x.shape[-2] > h_0.shape[-2] if batch_sizes is None else batch_sizes.shape[0] > 1
 
 
 def _registered_backward_of(backend: str):
@@ -183,9 +210,9 @@ def _setup_backward(ctx, inputs, output):
     ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
 
 
-def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_grad_c_0):
+def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_grad_c_0):
     """The autograd formula of recurrence_backward and recurrence_recompute, for every backend: differentiate both
-    passes of torch_eager.
+    passes of torch_eager, forward and backward.
 
     y and saved are functions of the other inputs, so all of the derivative is given to those.
     """
@@ -202,9 +229,9 @@ def _double_backward(ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_gr
         ]
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = inputs
         of_stack = x, weights, h_0, c_0, batch_sizes
-        y, _, _, saved = torch_eager.forward(ctx.cell, *of_stack, True, layers=ctx.layers)
+        y, _, _, saved = forward(ctx.cell, *of_stack, True, ctx.launch, ctx.layers)
         wants_x, wants_weights = ctx.wants
-        grad_x, grad_weights, grad_h_0, grad_c_0 = torch_eager.backward(
+        grad_x, grad_weights, grad_h_0, grad_c_0 = backward(
             ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, wants_x, wants_weights, ctx.launch, ctx.layers
         )
     outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
@@ -233,19 +260,22 @@ def _grads_of_options(ctx) -> tuple:
 
 def _register(backend: str) -> None:
     """Everything about a backend's operators that is the same for all backends."""
+    each = _of_each_member if backend in ENSEMBLES.values() else lambda function: function
     formula = _registered_backward_of(backend)
+    twice = functools.partial(_double_backward, each(torch_eager.forward), each(torch_eager.backward))
     for name, fake, derivative, setup in (
         ("recurrence_forward", _fake_forward, formula, _save_for_backward),
-        ("recurrence_backward", _fake_backward, _double_backward, _setup_backward),
-        ("recurrence_recompute", _fake_recompute, _double_backward, _setup_backward),
+        ("recurrence_backward", _fake_backward, twice, _setup_backward),
+        ("recurrence_recompute", _fake_recompute, twice, _setup_backward),
     ):
         full_name = add_op_namespace_prefix(f"{name}.{backend}")
-        torch.library.register_fake(full_name, fake, lib=_library)
+        torch.library.register_fake(full_name, each(fake), lib=_library)
         torch.library.register_autograd(full_name, derivative, setup_context=setup, lib=_library)
         operator = getattr(getattr(ops, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", autocast.cast_arguments(operator, device_type), key)
-        batching.register(f"{name}.{backend}", operator, _library)
+        ensemble = getattr(getattr(ops, name), ENSEMBLES[backend]) if backend in ENSEMBLES else None
+        batching.register(f"{name}.{backend}", batching.Members(operator, ensemble), _library)
 
 
 def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1):
@@ -275,9 +305,11 @@ def _recompute_of(backend: str):
     return recompute
 
 
-_backends = ["torch_eager", "triton", "cuda"] + ([] if THIS_MACHINE.native_missing else ["cpu"])
+# Backends whose operators run all members of an ensemble in one call, and the overloads that do.
+ENSEMBLES = {} if THIS_MACHINE.native_missing else {"cpu": "cpu_ensemble"}
+_backends = ["torch_eager", "triton", "cuda", *ENSEMBLES, *ENSEMBLES.values()]
 for _backend in _backends:
-    if _backend != "cpu":  # csrc/cpu/ops.cpp defines and implements its own
+    if not _backend.startswith("cpu"):  # csrc/cpu/ops.cpp defines and implements its own
         _library.define(f"recurrence_forward.{_backend}{FORWARD_SCHEMA}")
         _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
     _library.define(f"recurrence_recompute.{_backend}{RECOMPUTE_SCHEMA}")
@@ -289,8 +321,6 @@ for _name, _forward, _backward_of in (
 ):
     _library.impl(f"recurrence_forward.{_name}", _forward, "CompositeExplicitAutograd")
     _library.impl(f"recurrence_backward.{_name}", _backward_of, "CompositeExplicitAutograd")
-for _backend in _backends:
-    _register(_backend)
 
 _FORWARD = {backend: getattr(ops.recurrence_forward, backend) for backend in _backends}
 _BACKWARD = {backend: getattr(ops.recurrence_backward, backend) for backend in _backends}
@@ -339,8 +369,8 @@ def recurrence_forward(
 
     wanted: gradients are; recompute: for them the forward pass is to run again, and nothing to be saved.
 
-    Compiled code, autocast and torch.vmap need the operator itself; other transforms, which cannot pass an operator,
-    its plain torch operations.
+    Compiled code and autocast need the operator itself; transforms other than torch.vmap, which cannot pass an
+    operator, its plain torch operations.
     """
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, wanted, recompute, x, h_0, c_0, batch_sizes, weights)
@@ -352,16 +382,34 @@ def recurrence_forward(
     args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers
     if call.transformed:
         return torch_eager.forward(*args)[:3]
-    if torch._C._is_any_autocast_enabled() or torch._C._are_functorch_transforms_active():
-        return _FORWARD[plan.backend](*args)[:3]
-    if wanted:
-        if torch._C._get_tracing_state() is not None:
-            raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
-        options = plan.backend, save, plan.launch, call.layers
-        return _Recurrence.apply(*options, call.cell, x, h_0, c_0, batch_sizes, *weights)[:3]
-    return _below_autograd(_FORWARD[plan.backend], *args)[:3]
+    return _run(plan.backend, wanted, args)[:3]
 
 
+def _run(backend: str, wanted: bool, args: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch._C._is_any_autocast_enabled():
+        return _FORWARD[backend](*args)
+    if torch._C._are_functorch_transforms_active():
+        return batching.forward_of_level(_members_of(backend, wanted), *args)
+    if not wanted:
+        return _below_autograd(_FORWARD[backend], *args)
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers = args
+    return _Recurrence.apply(backend, save, launch, layers, cell, x, h_0, c_0, batch_sizes, *weights)
+
+
+@functools.cache
+def _members_of(backend: str, wanted: bool) -> batching.Members:
+    """What runs members of torch.vmap, one or all."""
+
+    def run(backend):
+        return lambda *args: _run(backend, wanted, args)
+
+    return batching.Members(run(backend), run(ENSEMBLES[backend]) if backend in ENSEMBLES else None)
+
+
+for _backend in _backends:
+    _register(_backend)
 flops.register()
 if ranges.ON:
     _backward = ranges.of_backward(_backward)

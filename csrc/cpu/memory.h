@@ -22,22 +22,25 @@ inline Tensor allocate(ScalarType type, const Shape& shape) {
   return tensor;
 }
 
-// Working memory of one call. The block of the last call is kept for the next, as the system would clear every page of
-// a large new one; blocks of more than kMaxKept bytes are not.
+// Working memory of one call after another. The block of the last is kept for the next, as the system would clear every
+// page of a large new one; blocks of more than kMaxKept bytes are not.
 class WorkingMemory {
  public:
-  explicit WorkingMemory(size_t size) : block_(kept_.exchange(nullptr)) {
+  WorkingMemory() : block_(kept_.exchange(nullptr)) {}
+  ~WorkingMemory() { release(block_ && block_->size <= kMaxKept ? kept_.exchange(block_) : block_); }
+  WorkingMemory(const WorkingMemory&) = delete;
+
+  // Of at least `size` bytes. What was there before is lost.
+  void* data(size_t size) {
     if (!block_ || block_->size < size) {
       release(block_);
+      block_ = nullptr;
       void* data = ::operator new(sizeof(Block) + size, std::align_val_t(alignof(Block)));
       block_ = new (data) Block{size};
     }
-    if (fill_with_nan) memset(data(), 0xff, size);
+    if (fill_with_nan) memset(block_ + 1, 0xff, size);
+    return block_ + 1;
   }
-  ~WorkingMemory() { release(block_->size <= kMaxKept ? kept_.exchange(block_) : block_); }
-  WorkingMemory(const WorkingMemory&) = delete;
-
-  void* data() { return block_ + 1; }
 
   static void release_kept() { release(kept_.exchange(nullptr)); }
 

@@ -11,17 +11,42 @@ namespace {
 
 using namespace seqkernels;
 
-// Run a pass over a layer on as many threads as torch uses.
+// A pass over a layer: one of `Kernels`.
 template <class P>
-void run(const P& p, int64_t (*bytes)(const P&, const Schedule&),
-         void (*pass)(const P&, const Schedule&, int begin, int end, void* memory)) {
-  const OwnSchedule schedule(p, static_cast<int>(torch::stable::get_num_threads()));
-  const size_t size = static_cast<size_t>(bytes(p, schedule));
-  WorkingMemory memory(size);
-  if (schedule.members == 1) return pass(p, schedule, 0, 1, memory.data());
-  torch::stable::parallel_for(0, schedule.members, 1, [&](int64_t begin, int64_t end) {
-    pass(p, schedule, static_cast<int>(begin), static_cast<int>(end), memory.data());
-  });
+struct Pass {
+  int64_t (*bytes)(const P&, const Schedule&);
+  void (*run)(const P&, const Schedule&, int begin, int end, void* memory);
+
+  void operator()(const P& p, int threads, WorkingMemory& working) const {
+    const OwnSchedule schedule(p, threads);
+    void* memory = working.data(static_cast<size_t>(bytes(p, schedule)));
+    if (schedule.members == 1) return run(p, schedule, 0, 1, memory);
+    torch::stable::parallel_for(0, schedule.members, 1, [&](int64_t begin, int64_t end) {
+      run(p, schedule, static_cast<int>(begin), static_cast<int>(end), memory);
+    });
+  }
+};
+
+// A pass over all layers, of every member of an ensemble where there is one, on as many threads as torch uses.
+// set(p, member, i) points p to what the i-th layer that runs takes and gives.
+template <class P, class Set>
+void run(const P& p, int64_t members, int64_t layers, const Pass<P>& pass, const Set& set) {
+  const auto run_members = [&](int64_t begin, int64_t end, int threads) {
+    P own = p;
+    WorkingMemory memory;
+    for (int64_t member = begin; member < end; member++)
+      for (int64_t i = 0; i < layers; i++) {
+        set(own, member, i);
+        if (has_states(own)) pass(own, threads, memory);
+      }
+  };
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  const int64_t alone = members_alone(p, members, layers, threads), at_once = std::min<int64_t>(alone, threads);
+  if (alone)
+    torch::stable::parallel_for(0, at_once, 1, [&](int64_t begin, int64_t end) {
+      run_members(alone * begin / at_once, alone * end / at_once, 1);
+    });
+  if (alone < members) run_members(alone, members, threads);
 }
 
 // Rows that no step uses are zeros; of `rows` rows of `bytes` bytes in all.
@@ -37,70 +62,82 @@ void zero(Tensor& tensor) {
   if (tensor.numel()) memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
 }
 
-// What layers hand to each other, [N, D*P], where nobody keeps it: that of the last two.
+// What the layers of a member hand to each other, [N, D*P], where nobody keeps it: that of the last two.
 class Between {
  public:
-  Between(ScalarType type, int64_t layers, const Layer& p, int64_t rows)
-      : rows_(allocate(type, {std::min<int64_t>(layers - 1, 2), rows * p.directions * p.projected})) {}
+  Between(ScalarType type, int64_t members, int64_t layers, const Layer& p, int64_t rows)
+      : rows_(allocate(type, {members, std::min<int64_t>(layers - 1, 2), rows * p.directions * p.projected})) {}
 
-  void* of(int64_t layer) {
-    const int64_t bytes = rows_.size(1) * static_cast<int64_t>(rows_.element_size());
-    return rows_.numel() ? static_cast<char*>(rows_.mutable_data_ptr()) + layer % rows_.size(0) * bytes : nullptr;
+  void* of(int64_t member, int64_t layer) {
+    const int64_t bytes = rows_.size(2) * static_cast<int64_t>(rows_.element_size()), kept = rows_.size(1);
+    if (!rows_.numel()) return nullptr;
+    return static_cast<char*>(rows_.mutable_data_ptr()) + (member * kept + layer % kept) * bytes;
   }
 
  private:
   Tensor rows_;
 };
 
-// `launch` [1]: Layer::bfloat16_parts (seqkernels/backends/cpu.py).
-std::tuple<Tensor, Tensor, Tensor, Tensor> recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
-                                                              Optional c_0, Optional batch_sizes, bool save,
-                                                              std::vector<int64_t> launch, int64_t layers) {
+// A result of member `member` of `members`, from an element of it on.
+void* of_member(Tensor& tensor, int64_t member, int64_t members, int64_t element = 0) {
+  const int64_t first = member * (static_cast<int64_t>(tensor.numel()) / members) + element;
+  void* data = pointer(tensor);
+  return data ? static_cast<char*>(data) + first * static_cast<int64_t>(tensor.element_size()) : nullptr;
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// `launch` [1], of both passes: Layer::bfloat16_parts (seqkernels/backends/cpu.py).
+using Launch = std::vector<int64_t>;
+
+Forward forward(const StackArguments& given, bool save, const Launch& launch) {
   LayerForward p{};
-  const CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
+  const CheckedArguments arguments(p, given);
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
   p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
-  const ScalarType type = x.scalar_type();
-  const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;
+  const ScalarType type = given.x.scalar_type();
+  const int64_t N = arguments.rows(), D = p.directions, L = given.layers, B = p.sequences, H = p.hidden;
+  const int64_t P = p.projected, M = arguments.members();
   const SavedLayout layout(p, N);
-  Tensor y = allocate(type, Shape{N, D * P});
-  Tensor h_n = allocate(type, Shape{L * D, B, P});
-  Tensor c_n = allocate(type, Shape{L * D, B, c_0 ? H : 0});
-  Tensor saved = allocate(type, save ? layout.shape(L) : Shape{N, D, 0});
-  Between between(type, save ? 1 : L, p, N);
-  const int64_t bytes = x.element_size();
-  layout.each_gap(save ? L : 1, [&](int64_t begin, int64_t end) {
-    memset(arguments.at(pointer(saved), begin), 0, (end - begin) * bytes);
-  });
-  for (int64_t l = 0; l < L; l++) {
-    if (l) arguments.set_layer(p, l, p.y);
-    p.y = l == L - 1 ? pointer(y) : save ? arguments.at(pointer(saved), layout.y_of(l)) : between.of(l);
-    p.h_n = arguments.at(pointer(h_n), l * D * B * P);
-    p.c_n = arguments.at(pointer(c_n), l * D * B * H);
-    p.saved = layout.blocks ? arguments.at(pointer(saved), layout.blocks_of(l)) : nullptr;
+  Tensor y = allocate(type, arguments.of_all({N, D * P}));
+  Tensor h_n = allocate(type, arguments.of_all({L * D, B, P}));
+  Tensor c_n = allocate(type, arguments.of_all({L * D, B, given.c_0 ? H : 0}));
+  Tensor saved = allocate(type, arguments.of_all(save ? layout.shape(L) : Shape{N, D, 0}));
+  Between between(type, M, save ? 1 : L, p, N);
+  const int64_t bytes = given.x.element_size();
+  const auto set = [&](LayerForward& p, int64_t m, int64_t l) {
+    if (!l)
+      layout.each_gap(save ? L : 1, [&](int64_t begin, int64_t end) {
+        memset(of_member(saved, m, M, begin), 0, (end - begin) * bytes);
+      });
+    arguments.set_layer(p, l, p.y, m);
+    p.y = l == L - 1 ? of_member(y, m, M) : save ? of_member(saved, m, M, layout.y_of(l)) : between.of(m, l);
+    p.h_n = of_member(h_n, m, M, l * D * B * P);
+    p.c_n = of_member(c_n, m, M, l * D * B * H);
+    p.saved = layout.blocks ? of_member(saved, m, M, layout.blocks_of(l)) : nullptr;
     zero_rows(p.y, layout.y * bytes, N, p.rows);
     zero_rows(p.saved, layout.blocks * bytes, N, p.rows);
-    const Kernels& kernels = seqkernels::kernels();
-    if (has_states(p)) run(p, kernels.forward_bytes, kernels.forward);
-  }
+  };
+  run<LayerForward>(p, M, L, {kernels().forward_bytes, kernels().forward}, set);
   return {y, h_n, c_n, saved};
 }
 
 // Results for the gradients of the weights of all layers.
-Tensors allocate_grad_weights(const LayerBackward& p, const Tensors& weights, bool wanted) {
+Tensors allocate_grad_weights(const LayerBackward& p, const Tensors& weights, const Shape& unwanted, bool wanted) {
   Tensors grads;
   for (const Tensor& weight : weights) {
     const auto sizes = weight.sizes();
-    grads.push_back(allocate(weight.scalar_type(), wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0}));
+    grads.push_back(allocate(weight.scalar_type(), wanted ? Shape(sizes.begin(), sizes.end()) : unwanted));
     if (!p.wants_weights) zero(grads.back());
   }
   return grads;
 }
 
-// Points the kernel to those of one layer.
-void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& grads) {
-  const auto pointer_if = [](Tensor* tensor) { return tensor ? pointer(*tensor) : nullptr; };
+// Points the kernel to those of one layer of a member.
+void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& grads, int64_t member,
+                      int64_t members) {
+  const auto pointer_if = [&](Tensor* tensor) { return tensor ? of_member(*tensor, member, members) : nullptr; };
   const int all = static_cast<int>(layers) * p.directions, first = static_cast<int>(layer) * p.directions;
   for (int d = 0; p.wants_weights && d < p.directions; d++) {
     const auto of = weights_of_direction(grads.data(), grads.size(), all, first + d);
@@ -109,57 +146,77 @@ void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& 
   }
 }
 
-std::tuple<Tensor, Tensors, Tensor, Tensor> recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h_n,
-                                                                Optional grad_c_n, Tensor x, Tensors weights,
-                                                                Tensor h_0, Optional c_0, Optional batch_sizes,
-                                                                Tensor y, Tensor saved, bool wants_x,
-                                                                bool wants_weights, std::vector<int64_t> launch,
-                                                                int64_t layers) {
+using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
+
+Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
+                  const Launch& launch) {
   LayerBackward p{};
-  CheckedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
-  arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
+  CheckedArguments arguments(p, given);
+  arguments.set_backward(p, of_backward);
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
   p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
   p.wants_weights = wants_weights && p.rows && has_states(p);
-  const ScalarType type = x.scalar_type();
-  const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;
-  Tensor grad_x = allocate(type, wants_x ? Shape{N, p.input} : Shape{0});
-  Tensor grad_h_0 = allocate(type, Shape{L * D, B, P});
-  Tensor grad_c_0 = allocate(type, Shape{L * D, B, c_0 ? H : 0});
-  Tensors grad_weights = allocate_grad_weights(p, weights, wants_weights);
-  Between between(type, L, p, N);
-  for (int64_t l = L; l-- > 0;) {
-    if (l < L - 1) p.grad_y = p.grad_x;
-    arguments.set_layer_backward(p, l);
-    set_grad_weights(p, L, l, grad_weights);
+  const ScalarType type = given.x.scalar_type();
+  const int64_t N = arguments.rows(), D = p.directions, L = given.layers, B = p.sequences, H = p.hidden;
+  const int64_t P = p.projected, M = arguments.members();
+  const Shape unwanted = arguments.of_all({0});
+  Tensor grad_x = allocate(type, wants_x ? arguments.of_all({N, p.input}) : unwanted);
+  Tensor grad_h_0 = allocate(type, arguments.of_all({L * D, B, P}));
+  Tensor grad_c_0 = allocate(type, arguments.of_all({L * D, B, given.c_0 ? H : 0}));
+  Tensors grad_weights = allocate_grad_weights(p, given.weights, unwanted, wants_weights);
+  Between between(type, M, L, p, N);
+  const auto set = [&](LayerBackward& p, int64_t m, int64_t i) {
+    const int64_t l = L - 1 - i;
+    if (i) p.grad_y = p.grad_x;
+    arguments.set_layer_backward(p, l, m);
+    set_grad_weights(p, L, l, grad_weights, m, M);
     p.wants_x = l || wants_x;
-    p.grad_x = l ? between.of(l) : pointer(grad_x);
-    p.grad_h_0 = arguments.at(pointer(grad_h_0), l * D * B * P);
-    p.grad_c_0 = arguments.at(pointer(grad_c_0), l * D * B * H);
-    zero_rows(p.grad_x, N * p.input * x.element_size(), N, has_states(p) ? p.rows : 0);
-    const Kernels& kernels = seqkernels::kernels();
-    if (has_states(p)) run(p, kernels.backward_bytes, kernels.backward);
-  }
+    p.grad_x = l ? between.of(m, l) : of_member(grad_x, m, M);
+    p.grad_h_0 = of_member(grad_h_0, m, M, l * D * B * P);
+    p.grad_c_0 = of_member(grad_c_0, m, M, l * D * B * H);
+    zero_rows(p.grad_x, N * p.input * given.x.element_size(), N, has_states(p) ? p.rows : 0);
+  };
+  run<LayerBackward>(p, M, L, {kernels().backward_bytes, kernels().backward}, set);
   return {grad_x, grad_weights, grad_h_0, grad_c_0};
+}
+
+template <bool ensemble>
+Forward recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
+                           bool save, Launch launch, int64_t layers) {
+  return forward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble}, save, launch);
+}
+
+template <bool ensemble>
+Backward recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
+                             Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
+                             bool wants_x, bool wants_weights, Launch launch, int64_t layers) {
+  return backward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble},
+                  {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch);
 }
 
 }  // namespace
 
 // The schema is that of every backend (seqkernels/ops.py, which explains every argument). That of this one stands here,
 // so that programs without Python find it: they load this library, and run packages of AOTInductor.
+#define SEQKERNELS_FORWARD_SCHEMA                                                                    \
+  "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, " \
+  "int[] launch=[], int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
+#define SEQKERNELS_BACKWARD_SCHEMA                                                                          \
+  "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, " \
+  "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "            \
+  "int[] launch=[], int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
+
 SEQKERNELS_FRAGMENT(m) {
-  m.def(
-      "recurrence_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "bool save, int[] launch=[], int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
-  m.def(
-      "recurrence_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
-      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, "
-      "bool wants_weights, int[] launch=[], int layers=1) "
-      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+  m.def("recurrence_forward.cpu" SEQKERNELS_FORWARD_SCHEMA);
+  m.def("recurrence_backward.cpu" SEQKERNELS_BACKWARD_SCHEMA);
+  m.def("recurrence_forward.cpu_ensemble" SEQKERNELS_FORWARD_SCHEMA);
+  m.def("recurrence_backward.cpu_ensemble" SEQKERNELS_BACKWARD_SCHEMA);
 }
 
 SEQKERNELS_IMPL(CPU, m) {
-  m.impl("recurrence_forward.cpu", TORCH_BOX(&recurrence_forward));
-  m.impl("recurrence_backward.cpu", TORCH_BOX(&recurrence_backward));
+  m.impl("recurrence_forward.cpu", TORCH_BOX(&recurrence_forward<false>));
+  m.impl("recurrence_backward.cpu", TORCH_BOX(&recurrence_backward<false>));
+  m.impl("recurrence_forward.cpu_ensemble", TORCH_BOX(&recurrence_forward<true>));
+  m.impl("recurrence_backward.cpu_ensemble", TORCH_BOX(&recurrence_backward<true>));
 }

@@ -19,13 +19,18 @@ constexpr int64_t kMinSequences = 4;
 constexpr int64_t kMinSequencesOfLargeWeights = 32;
 constexpr double kLargeWeights = 1 << 20;
 
+// Multiplications of a row of one direction.
+double work_per_row(const Layer& p) {
+  const double gates = static_cast<double>(gates_of(p.cell)) * p.hidden;
+  return gates * (p.projected + p.input) + (p.has_projection ? p.hidden * p.projected : 0);
+}
+
 }  // namespace
 
 OwnSchedule::OwnSchedule(const Layer& p, int threads) {
   const int64_t B = p.sequences, D = p.directions;
-  const double gates = static_cast<double>(gates_of(p.cell)) * p.hidden;
-  const double bytes = gates * p.projected * (p.scalar == Scalar::float64 ? 8 : 4);
-  const double per_row = gates * (p.projected + p.input) + (p.has_projection ? p.hidden * p.projected : 0);
+  const double bytes = 1.0 * gates_of(p.cell) * p.hidden * p.projected * (p.scalar == Scalar::float64 ? 8 : 4);
+  const double per_row = work_per_row(p);
   members = p.rows * D * per_row < kSmallCall ? 1 : threads;
 
   // So many tiles of sequences that the tasks of all directions divide evenly among the members.
@@ -61,6 +66,14 @@ OwnSchedule::OwnSchedule(const Layer& p, int threads) {
   barriers_.resize(1 + teams);
   task = tasks_.data();
   barriers = barriers_.data();
+}
+
+int64_t members_alone(const Layer& p, int64_t members, int64_t layers, int threads) {
+  if (members == 1 || threads == 1 || p.rows * p.directions * work_per_row(p) * layers * members < kSmallCall) return 0;
+  // A thread for each member pays where so at least as many of them work as would for one member.
+  const OwnSchedule together(p, threads);
+  const int64_t working = together.teams * together.team_size, left = members % threads;
+  return left >= working ? members : members - left;
 }
 
 }  // namespace seqkernels

@@ -17,4 +17,8 @@ class OwnSchedule : public Schedule {
   std::vector<Barrier> barriers_;
 };
 
+// Of the members of an ensemble, how many run alone on a thread, side by side with others: all or none, or as many as
+// there are threads for, time and again. The others have all threads, one after another.
+int64_t members_alone(const Layer& p, int64_t members, int64_t layers, int threads);
+
 }  // namespace seqkernels

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operators import NO_CPU_KERNELS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 import seqkernels as sk
@@ -120,3 +121,81 @@ def test_batched_gradients(name):
     found = torch.autograd.grad(y, wanted, directions, is_grads_batched=True, retain_graph=True)
     expected = stacked(torch.autograd.grad(y, wanted, one, retain_graph=True) for one in directions)
     torch.testing.assert_close(list(found), expected)
+
+
+def calls_of(run) -> list[str]:
+    """The operators of ours that a function calls."""
+    with torch.profiler.profile() as profile:
+        run()
+    return [event.name for event in profile.events() if event.name.startswith("seqkernels::")]
+
+
+def ensemble_of(layers):
+    parameters, _ = stack_module_state(layers)
+    return parameters, vmap(lambda p, *args: functional_call(layers[0], p, args), (0, None))
+
+
+@pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=NO_CPU_KERNELS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_ensemble_is_one_call_each_way(name, recompute):
+    layers = [layer_of(name, seed) for seed in range(3)]
+    for layer in layers:
+        layer.recompute = recompute
+    (parameters, run), x = ensemble_of(layers), torch.randn(6, 3, 4, **DOUBLE, requires_grad=True)
+    found = []
+    calls = calls_of(lambda: found.append(run(parameters, x)))
+    assert calls == ["seqkernels::recurrence_forward"] * (layers[0].num_layers if recompute else 1)
+    backward = "seqkernels::recurrence_" + ("recompute" if recompute else "backward")
+    assert backward in calls_of(lambda: loss(found[0]).backward())
+    expected = torch.autograd.grad(sum(loss(layer(x)) for layer in layers), [x, *layers[1].parameters()])
+    torch.testing.assert_close([x.grad, *(p.grad[1] for p in parameters.values())], list(expected))
+    with torch.no_grad():
+        assert all(
+            torch.equal(ours[2], own) for ours, own in zip(flat(run(parameters, x)), flat(layers[2](x)), strict=True)
+        )
+
+
+def test_gradients_of_gradients_of_an_ensemble():
+    layers = [layer_of("GRU deep", seed) for seed in range(2)]
+    (parameters, run), x = ensemble_of(layers), torch.randn(6, 3, 4, **DOUBLE, requires_grad=True)
+    found = []
+    for results in (run(parameters, x), stacked(layer(x) for layer in layers)):
+        (gradient,) = torch.autograd.grad(loss(results), x, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_outputs_of_an_ensemble_changed_in_place():
+    layers = [layer_of("GRU", seed) for seed in range(2)]
+    (parameters, _), x = ensemble_of(layers), torch.randn(6, 3, 4, **DOUBLE)
+
+    def changed(p):
+        y, _ = functional_call(layers[0], p, (x,))
+        return y.mul_(2)
+
+    found = torch.autograd.grad(vmap(changed)(parameters).sum(), list(parameters.values()))
+    expected = stacked(torch.autograd.grad(2 * layer(x)[0].sum(), list(layer.parameters())) for layer in layers)
+    torch.testing.assert_close(list(found), expected)
+
+
+def test_ensembles_of_ensembles_under_autocast_and_compiled():
+    layers = [sk.GRU(4, 5) for _ in range(2)]
+    (parameters, run), x = ensemble_of(layers), torch.randn(6, 3, 4)
+    twice = vmap(run, (None, 0))(parameters, torch.stack([x, 2 * x, 3 * x]))
+    torch.testing.assert_close(
+        flat(twice),
+        [torch.stack(each) for each in zip(*(flat(run(parameters, k * x)) for k in (1, 2, 3)), strict=True)],
+    )
+    both = {name: torch.stack([p, 2 * p]) for name, p in parameters.items()}
+    nested = vmap(run, (0, None))(both, x)
+    doubled = run({name: 2 * p for name, p in parameters.items()}, x)
+    torch.testing.assert_close([t[1] for t in flat(nested)], flat(doubled))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = run(parameters, x)
+        assert all(torch.equal(ours[1], own) for ours, own in zip(flat(low), flat(layers[1](x)), strict=True))
+    compiled = torch.compile(lambda p, x: run(p, x)[0], backend="aot_eager", fullgraph=True)
+    wanted = list(parameters.values())
+    found, expected = compiled(parameters, x), run(parameters, x)[0]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in (found, expected)))
