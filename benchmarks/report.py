@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import InputError, calls, kernels, models, plots, record, require, resets
+from benchmarks import InputError, calls, ensembles, kernels, models, plots, record, require, resets
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
@@ -32,8 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
-    file, *others = (options.rows / f"{name}.jsonl" for name in ("kernels", "calls", "steps", "models", "resets"))
-    of_calls, of_steps, of_models, of_resets = others
+    names = "kernels", "calls", "steps", "models", "resets", "ensembles"
+    file, *others = (options.rows / f"{name}.jsonl" for name in names)
+    of_calls, of_steps, of_models, of_resets, of_ensembles = others
     rows = read(file) if file.exists() or not any(path.exists() for path in others) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
     found += step_tables(newest(read(of_steps), step_key)) if of_steps.exists() else []
     found += [Table(*parts) for parts in models.tables(read(of_models))] if of_models.exists() else []
     found += [Table(*parts) for parts in resets.tables(read(of_resets))] if of_resets.exists() else []
+    found += [Table(*parts) for parts in ensembles.tables(read(of_ensembles))] if of_ensembles.exists() else []
     if options.markdown:
         print("\n\n".join(map(markdown, found)))
     else:

@@ -1,0 +1,148 @@
+"""`python -m benchmarks ensembles`: layers of one kind by torch.vmap, beside a call for each of them."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from benchmarks import kernels, record, require
+from benchmarks.cases import CASES, Case
+from benchmarks.contenders import OURS, OWN, data, errors, module_of
+from benchmarks.models import Contender
+from benchmarks.options import add_conditions, check_device, positive
+from benchmarks.problems import Problem
+from benchmarks.record import Row, key, newest
+from benchmarks.resets import TimedOnGpu, said, text
+from benchmarks.timing import paired, speedup, summary
+
+SIZES = {
+    f"{T}x{B}": Problem(T, B, 64, 64) for T, B in ((1, 1), (5, 1), (10, 4), (20, 8), (50, 16))
+}  # steps x sequences
+MEMBERS = 16
+EACH = f"{OURS}, a call each"
+
+
+def layers_of(case: Case, namespace: Any, count: int) -> list[nn.Module]:
+    """The members, of one set of weights in every namespace."""
+    torch.manual_seed(0)
+    states = [module_of(case, nn).state_dict() for _ in range(count)]
+    layers = [module_of(case, namespace).to(case.device, getattr(torch, case.dtype)) for _ in states]
+    for layer, state in zip(layers, states, strict=True):
+        layer.load_state_dict(state)
+    return layers
+
+
+def one_by_one(case: Case, namespace: Any, count: int) -> Callable[[], list[list[Tensor]]]:
+    """A run: for each member the output and, in training, the gradients of its parameters."""
+    layers, x = layers_of(case, namespace, count), input_of(case)
+
+    def infer() -> list[list[Tensor]]:
+        with torch.inference_mode():
+            return [[layer(x)[0]] for layer in layers]
+
+    def train() -> list[list[Tensor]]:
+        results = []
+        for layer in layers:
+            layer.zero_grad()
+            y = layer(x)[0]
+            y.sum().backward()
+            results.append([y, *(p.grad for p in layer.parameters())])
+        return results
+
+    return infer if case.mode == "infer" else train
+
+
+def together(case: Case, count: int) -> Callable[[], list[Tensor]]:
+    """The same of all members side by side."""
+    layers, x = layers_of(case, require("seqkernels"), count), input_of(case)
+    parameters, _ = stack_module_state(layers)
+    run = vmap(lambda parameters: functional_call(layers[0], parameters, (x,)))
+
+    def infer() -> list[Tensor]:
+        with torch.inference_mode():
+            return [run(parameters)[0]]
+
+    def train() -> list[Tensor]:
+        for parameter in parameters.values():
+            parameter.grad = None
+        y = run(parameters)[0]
+        y.sum().backward()
+        return [y, *(p.grad for p in parameters.values())]
+
+    return infer if case.mode == "infer" else train
+
+
+def input_of(case: Case) -> Tensor:
+    return data(case).to(case.device, getattr(torch, case.dtype))
+
+
+def side_by_side(results: list) -> list[Tensor]:
+    if isinstance(results[0], Tensor):
+        return results
+    return [torch.stack(members) for members in zip(*results, strict=True)]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    for option, values in (("--size", tuple(SIZES)), ("--cell", CASES["cell"]), ("--mode", CASES["mode"])):
+        usual = ["GRU", "LSTM"] if option == "--cell" else list(values)
+        parser.add_argument(option, nargs="+", default=usual, choices=values, metavar="NAME", help=", ".join(values))
+    parser.add_argument("--members", type=positive, default=MEMBERS, metavar="N", help="layers (%(default)s)")
+    add_conditions(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure every case asked for; 1 if a result of ours was wrong."""
+    check_device(options.device)
+    torch.set_num_threads(options.threads)
+    file, started, failed = options.out / "ensembles.jsonl", record.environment()["time"], False
+    for mode, cell, size in itertools.product(options.mode, options.cell, options.size):
+        case = Case(size, cell, mode, "padded", "float32", options.threads, options.device, SIZES[size])
+        common = {"benchmark": "ensembles", "run": started, **kernels.facts(case), "members": options.members}
+        rows = [common | row for row in measure(case, options.members, options.rounds)]
+        record.append(file, *rows)
+        failed |= not rows[0]["right"]
+        print(kernels.title(case), "  ".join(map(said, rows)), flush=True)
+    print(f"Rows: {file}")
+    return int(failed)
+
+
+def measure(case: Case, count: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each contender: its errors, whether ours pass the gate, and the times if so."""
+    expected = side_by_side(one_by_one(case._replace(dtype="float64"), nn, count)())
+    runs: dict[str, Callable[[], list]] = {
+        OURS: together(case, count),
+        EACH: one_by_one(case, require("seqkernels"), count),
+        OWN: one_by_one(case, nn, count),
+    }
+    rows: dict[str, dict[str, Any]] = {
+        name: {"contender": name, "errors": errors(side_by_side(run()), expected)} for name, run in runs.items()
+    }
+    right, kind = kernels.gate(rows, case), Contender if case.device == "cpu" else TimedOnGpu
+    times = paired([kind(name, run) for name, run in runs.items()], rounds) if right else {}
+    for name, row in rows.items():
+        row["right"] = right
+        if right:
+            row |= summary(times[name])
+            row |= speedup(times[name], times[OURS]) if name != OURS else {}
+    return list(rows.values())
+
+
+def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
+    """Title, headings, lines and notes, for each processor, number of threads and of members."""
+    of = ("device", "cpu", "gpu", "threads", "members")
+    rows = newest((row for row in rows if row["right"]), lambda row: (*key(row), row["members"]))
+    for group in dict.fromkeys(tuple(row[name] for name in of) for row in rows):
+        by_case: dict[tuple, dict[str, Row]] = {}
+        for row in rows:
+            if tuple(row[name] for name in of) == group:
+                by_case.setdefault((row["problem"], row["cell"], row["mode"]), {})[row["contender"]] = row
+        names = OURS, EACH, OWN
+        lines = [[" ".join(case), *(text(found.get(name)) for name in names)] for case, found in by_case.items()]
+        device, cpu, gpu, threads, members = group
+        where = f"{cpu}, threads: {threads}" if device == "cpu" else gpu
+        notes = ["Median ms: how many times as fast the ensemble in one call is; = within the spread."]
+        yield f"Ensembles of {members} layers, float32, {where}", ["", *names], lines, notes
