@@ -158,10 +158,11 @@ sanitize: $(TESTS_READY)
 	FORCE_CUDA= SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -n $(TEST_JOBS) $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py) -k "not triton"
-	$${CXX:-c++} -std=c++17 -O0 -g1 -Wno-psabi -pthread $(SANITIZERS) -DSEQKERNELS_ISA=emulated \
-	  -DSEQKERNELS_EMULATED_TILES tests/cpu/tiles_check.cpp csrc/cpu/schedule.cpp -o build/sanitize/tiles-check
-	build/sanitize/tiles-check 50
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -n $(TEST_JOBS) $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py) tests/modules/test_quantization.py -k "not triton"
+	for check in tiles quantized; do \
+	  $${CXX:-c++} -std=c++17 -O0 -g1 -Wno-psabi -pthread $(SANITIZERS) -DSEQKERNELS_ISA=emulated \
+	    -DSEQKERNELS_EMULATED_TILES tests/cpu/$${check}_check.cpp csrc/cpu/schedule.cpp -o build/sanitize/$$check-check && \
+	  build/sanitize/$$check-check 50 || exit 1; done
 
 # The kernels for ARM, compiled here and run by an emulator: they compute what this machine's do.
 # Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
@@ -169,8 +170,8 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/cpu/native_check.cpp csrc/cpu/isa.cpp csrc/cpu/schedule.cpp
 arm: $(READY)
 	mkdir -p build/arm
-	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp -o build/arm/check
-	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/temp.*/kernels_*.o -o build/arm/check-here
+	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp csrc/cpu/quantized.cpp -o build/arm/check
+	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/temp.*/kernels_*.o build/temp.*/quantized_*.o -o build/arm/check-here
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt
 	build/arm/check-here > build/arm/check-here.txt
 	build/arm/check-here baseline > build/arm/check-baseline.txt

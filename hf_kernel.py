@@ -43,7 +43,7 @@ BUILD_TOML_KERNELS = """
 [kernel.{name}]
 backend = "cpu"
 depends = ["torch"]
-src = ["csrc/cpu/kernels_{name}.cpp", {headers}]
+src = [{sources}]
 cxx-flags = [{flags}]
 """
 OPS = """\
@@ -89,16 +89,16 @@ def write_sources(target: Path, python: dict[Path, str]) -> None:
 
     shutil.copytree(ROOT / "csrc", target / "csrc")
     objects = libraries.cpu_library("").objects
-    kernels, headers = "csrc/cpu/kernels.cpp", setup.headers()
+    headers, instanced = setup.headers(), [f"csrc/cpu/{source}.cpp" for source in libraries.OF_EACH_SET]
     with_torch = [of.source for of in objects if libraries.STABLE in of.flags]
-    without = [of.source for of in objects if of.source not in (*with_torch, kernels)]
+    without = [of.source for of in objects if of.source not in (*with_torch, *instanced)]
     text = BUILD_TOML.format(torch_sources=words(with_torch + headers), host_sources=words(without + headers))
     for name, flags in libraries.INSTRUCTION_SETS.items():
-        instance = f'#define SEQKERNELS_ISA {name}\n#include "kernels.cpp"\n'
-        (target / f"csrc/cpu/kernels_{name}.cpp").write_text(instance)
-        text += BUILD_TOML_KERNELS.format(
-            name=name, headers=words([kernels, *headers]), flags=words(["-O3", *flags.split()])
-        )
+        instances = [f"csrc/cpu/{source}_{name}.cpp" for source in libraries.OF_EACH_SET]
+        for source, instance in zip(libraries.OF_EACH_SET, instances, strict=True):
+            (target / instance).write_text(f'#define SEQKERNELS_ISA {name}\n#include "{source}.cpp"\n')
+        sources, of_compiler = words([*instances, *instanced, *headers]), words(["-O3", *flags.split()])
+        text += BUILD_TOML_KERNELS.format(name=name, sources=sources, flags=of_compiler)
     (target / "build.toml").write_text(text)
     write_python(target / "torch-ext/seqkernels", python)  # _ops.py comes from kernel-builder
 

@@ -20,7 +20,7 @@ from benchmarks import InputError
 
 # Options that change how far a training goes, where it is written or what is shown, but no step of it.
 FREE = {"checkpoint", "save_every", "epochs", "out", "threads"}
-FREE |= {"interactive", "names", "sample", "prime", "temperature"}
+FREE |= {"quantized", "interactive", "names", "sample", "prime", "temperature"}
 
 
 # What a file begins with, before the SHA-256 of all that follows and a line's end; then comes what torch.save writes.

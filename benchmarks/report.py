@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import InputError, calls, ensembles, kernels, models, plots, record, require, resets
+from benchmarks import InputError, calls, ensembles, kernels, models, plots, quantized, record, require, resets
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
@@ -32,9 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
-    names = "kernels", "calls", "steps", "models", "resets", "ensembles"
+    names = "kernels", "calls", "steps", "models", "resets", "ensembles", "quantized"
     file, *others = (options.rows / f"{name}.jsonl" for name in names)
-    of_calls, of_steps, of_models, of_resets, of_ensembles = others
+    of_calls, of_steps, of_models, of_resets, of_ensembles, of_quantized = others
     rows = read(file) if file.exists() or not any(path.exists() for path in others) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     found += [Table(*parts) for parts in models.tables(read(of_models))] if of_models.exists() else []
     found += [Table(*parts) for parts in resets.tables(read(of_resets))] if of_resets.exists() else []
     found += [Table(*parts) for parts in ensembles.tables(read(of_ensembles))] if of_ensembles.exists() else []
+    found += [Table(*parts) for parts in quantized.tables(read(of_quantized))] if of_quantized.exists() else []
     if options.markdown:
         print("\n\n".join(map(markdown, found)))
     else:

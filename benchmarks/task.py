@@ -112,6 +112,7 @@ class Run:
     layer_share: float = math.nan  # of a step's time, spent in the recurrent layer
     peak_memory: float = math.nan  # bytes of one step
     metric: float = math.nan
+    quantized_metric: float = math.nan  # of a copy whose recurrent layers are quantized to int8
     plan: str | None = None  # which of seqkernels' backends runs, and why
 
     @property
@@ -183,6 +184,9 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (%(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and data (%(default)s)")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast of the forward")
+    parser.add_argument(
+        "--quantized", action="store_true", help="afterwards, the metric with ours quantized to int8 as well (on a CPU)"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--epochs", type=positive, help="passes over the data")
     parser.add_argument("--lr", type=positive_float, metavar="RATE", help="the optimizer's step size")

@@ -214,10 +214,25 @@ def measure(task: Task, run: Run) -> None:
     run.model.eval()
     with torch.no_grad():
         run.metric = task.evaluate(run.model)
+        if task.options.quantized and is_ours(run.rnn):
+            run.quantized_metric = task.evaluate(quantized(run.model))
     run.model.train()
     if not task.options.compile:  # hooks and counters see only what runs as it is written
         profile(task, run)
     run.model.eval()
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """A copy with its recurrent layers quantized to int8.
+
+    Raises:
+        InputError: some are left.
+    """
+    model = copy.deepcopy(model)
+    report = importlib.import_module("seqkernels").quantize_(model)
+    if report.left:
+        raise InputError(f"--quantized: {report.left[0]}.")
+    return model
 
 
 def profile(task: Task, run: Run) -> None:

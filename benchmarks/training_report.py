@@ -57,6 +57,10 @@ def print_table(trainings: list[Training]) -> None:
     for plan in dict.fromkeys(run.plan for training in trainings for run in training.runs if run.plan):
         print(f"seqkernels ran on {plan}")
     for training in trainings:
+        for run in training.runs:
+            if not math.isnan(run.quantized_metric):
+                said, before = map(training.task.format_metric, (run.quantized_metric, run.metric))
+                print(f"With {run.label} quantized to int8, {task.metric}{of(training)}: {said}, before {before}")
         if training.compared:
             print(f"Largest relative gap between the two loss curves{of(training)}: {gap_sentence(training.runs)}")
 
@@ -137,6 +141,7 @@ def figures(task: Task, run: Run) -> dict[str, Any]:
         "samples_per_second": task.samples / run.seconds,
         "train_loss": run.loss,
         "metric": run.metric,
+        "quantized_metric": run.quantized_metric,
     }
 
 

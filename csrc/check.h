@@ -198,6 +198,17 @@ class CheckedArguments {
     return data ? static_cast<Byte>(data) + i * element_size_ : nullptr;
   }
 
+ protected:
+  // For an operator of other arguments, which checks them with what stands below.
+  explicit CheckedArguments(const Tensor& x)
+      : type_(x.scalar_type()),
+        element_size_(x.element_size()),
+        device_(x.device()),
+        layers_(1),
+        ensemble_(false),
+        alignment_(element_size_),
+        has_c_(false) {}
+
  private:
   void set_sizes(Layer& p, const StackArguments& arguments) {
     const auto& [cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble] = arguments;
@@ -250,13 +261,19 @@ class CheckedArguments {
     set_layer(p, 0, nullptr);
   }
 
+ protected:
   MemberArray check_contiguous(const Tensor& tensor, const char* name, const Shape& of_member) {
+    return check_contiguous(tensor, name, of_member, type_);
+  }
+
+  // Of another type than x.
+  MemberArray check_contiguous(const Tensor& tensor, const char* name, const Shape& of_member, ScalarType type) {
     const Shape shape = of_all(of_member);
     const auto sizes = tensor.sizes();
     if (sizes.size() != shape.size() || !std::equal(shape.begin(), shape.end(), sizes.begin()))
       fail(name, " is ", text_of(shape.data(), shape.size()), ", got ", text_of(sizes.data(), sizes.size()));
     check(tensor.device() == device_, name, " is on another device than x");
-    check(tensor.scalar_type() == type_, name, " has another dtype than x");
+    check(tensor.scalar_type() == type, name, type == type_ ? " has another dtype than x" : " has another dtype");
     check_storage(tensor, name);
     const int64_t stride = ensemble_ ? tensor.stride(0) * element_size_ : 0;
     const bool contiguous = ensemble_ ? members_are_contiguous(tensor, of_member) : tensor.is_contiguous();
@@ -273,6 +290,7 @@ class CheckedArguments {
     return {copies_.back().const_data_ptr(), elements * element_size_};
   }
 
+ private:
   // Whatever lies between the members.
   static bool members_are_contiguous(const Tensor& tensor, const Shape& of_member) {
     const Shape strides = contiguous_strides(of_member);
@@ -296,6 +314,7 @@ class CheckedArguments {
           " are out of bounds for storage of size ", available);
   }
 
+ protected:
   void set_steps(Layer& p, int64_t rows, const Optional& batch_sizes, bool read_sizes) {
     if (batch_sizes && !(read_sizes && batch_sizes->is_cpu())) {  // reading them would wait for the GPU
       check(
@@ -333,6 +352,7 @@ class CheckedArguments {
     p.offsets = offsets_.data();
   }
 
+ private:
   ScalarType type_;
   int64_t element_size_;
   torch::stable::Device device_;

@@ -29,6 +29,8 @@ struct Layer {
   bool bfloat16_products;      // the machine multiplies pairs of bfloat16
   bool bfloat16_tiles;         // and tiles of them
   int bfloat16_parts;          // of float32: factors may be sums of so many bfloat16, where that pays; 0: may not
+  bool int8_products;          // fours of int8
+  bool int8_tiles;             // and tiles of them
   const int64_t* batch_sizes;  // [T] running sequences, never rising, none zero
   const int64_t* offsets;      // [T] first row of each step
   const void* x;               // [N, I]

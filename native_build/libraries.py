@@ -19,6 +19,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     # GCC 12 warns about its own AVX-512 header; Clang knows only the first of these.
     INSTRUCTION_SETS["avx512"] += " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
+OF_EACH_SET = ("kernels", "quantized")  # what of csrc/cpu is compiled for each of them
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
@@ -55,7 +56,9 @@ def cpu_library(includes: str) -> Library:
         Object("csrc/older_systems.cpp", "older_systems.o", ""),
     ]
     for name, flags in INSTRUCTION_SETS.items():
-        objects.append(Object("csrc/cpu/kernels.cpp", f"kernels_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}"))
+        for source in OF_EACH_SET:
+            of_isa = f"-DSEQKERNELS_ISA={name} {flags}"
+            objects.append(Object(f"csrc/cpu/{source}.cpp", f"{source}_{name}.o", of_isa))
     return Library(objects)
 
 

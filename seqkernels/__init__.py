@@ -10,15 +10,16 @@ import torch
 if torch.__version__ < "2.10":
     raise ImportError(f"seqkernels needs torch 2.10 or newer, and this is {torch.__version__}: pip install -U torch")
 
-from seqkernels import functional, quantization
+from seqkernels import functional, torch_ao
 from seqkernels.convert import swap_in, swap_out
 from seqkernels.explanation import explain
 from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, is_recurrent
 from seqkernels.patch import patch_torch
+from seqkernels.quantization import quantize_
 
 __version__ = "0.2.0"
 
-quantization.register()
+torch_ao.register()
 
 __all__ = [
     "GRU",
@@ -32,6 +33,7 @@ __all__ = [
     "functional",
     "is_recurrent",
     "patch_torch",
+    "quantize_",
     "swap_in",
     "swap_out",
 ]

@@ -1,37 +1,89 @@
-"""Entries for our modules in the table of torch.ao.quantization.quantize_dynamic: each becomes what torch.nn's becomes.
+"""`quantize_`: a model's layers and cells become quantized ones (`seqkernels.quantized`), in place."""
 
-`quantize_dynamic(model)` asks only for torch.nn's classes, and passes ours over; with ours named it quantizes them:
-`quantize_dynamic(model, {seqkernels.LSTM, torch.nn.Linear})`.
-"""
+import itertools
+from collections.abc import Callable
 
-import copy
-from typing import Any
+import torch
+from torch import Tensor, nn
 
-from torch import nn
-
-from seqkernels.convert import swap_out
-from seqkernels.on_import import when_imported
-from seqkernels.swappable import TORCHS
-
-
-def _through_torchs(quantized: Any) -> type:
-    """A class for the table, whose from_float takes one of ours where that of `quantized` wants torch.nn's."""
-
-    def from_float(cls, mod, *args, **kwargs):
-        holder = nn.Sequential(copy.copy(mod))  # swap_out changes the class of an object: not that of the caller's
-        swap_out(holder)
-        return quantized.from_float(holder[0], *args, **kwargs)
-
-    return type(quantized.__name__, (quantized,), {"from_float": classmethod(from_float), "__module__": __name__})
+from seqkernels import drop_in, modules, quantized
+from seqkernels.convert import Report, Swap
+from seqkernels.hardware import THIS_MACHINE
+from seqkernels.states import INITIAL
+from seqkernels.swappable import reason_against_forward, reason_against_options, torchs_class
 
 
-def _register(mappings) -> None:
-    table = mappings.DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
-    for ours, torchs in TORCHS.items():
-        if torchs in table:  # torch quantizes no nn.RNN
-            table[ours] = _through_torchs(table[torchs])
+def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
+    """Make every RNN, GRU, LSTM, LiGRU and cell of ours in `model`, itself included, a quantized one, for inference on
+    CPUs; returns a report. torch.nn's are left: `swap_in` comes first.
+
+    Objects stay the same, only their class changes, and their parameters become buffers of a quarter of the size:
+    weights of int8 with a scale for each output channel. Rows of x and h are quantized where they are multiplied, each
+    with a scale of its own; gates, activations and states are float32. docs/quantization.md says more.
+
+    Args:
+        model: any module; the quantized ones are in evaluation mode.
+        filter_fn: filter_fn(module, name) says whether to quantize a module, as in torchao's quantize_; name as
+            `model.named_modules()` has it. None: all.
+
+    Left as they are, with the reason in the report: layers that are not float32 on the CPU, with weights that are not
+    finite, of more columns than int32 has room for, or parametrized; with return_all_states or learn_initial_state, or
+    with parameters and buffers of somebody else's; subclasses; and modules whose `forward` somebody has replaced.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: this install has no compiled kernels.
+    """
+    drop_in.check_module(model, "quantize_ takes a model, which is one torch.nn.Module")
+    if THIS_MACHINE.native_missing:
+        raise RuntimeError(f"quantized layers need the CPU's kernels: {THIS_MACHINE.native_missing}")
+    report = Report()
+    for report.seen, (name, module) in enumerate(model.named_modules(), 1):
+        if torchs := torchs_class(module):
+            report.append(Swap(name, f"torch.{torchs.__name__}", None, "it is torch.nn's: swap_in makes it ours"))
+        elif isinstance(type(module), drop_in.DropIn):
+            asked = filter_fn is None or filter_fn(module, name)
+            reason = _reason_against(module) if asked else "filter_fn does not want it"
+            report.append(Swap(name, f"seqkernels.{type(module).__name__}", None, reason or ""))
+    for place, swap in enumerate(report):  # after all questions, whose answers may be exceptions
+        if not swap.reason:
+            module = model.get_submodule(swap.name)
+            weights = dict(zip(itertools.chain(*_names(module)), _weights(module), strict=True))
+            quantized.quantize(module, modules.cell_of(module), _names(module), weights)  # type: ignore[arg-type]
+            report[place] = swap._replace(after=f"seqkernels.{module._get_name()}")
+    return report
 
 
-def register() -> None:
-    """Make the entries as soon as torch.ao's table is imported, which is deprecated and slow to import."""
-    when_imported("torch.ao.quantization.quantization_mappings", _register)
+_LAYERS = (modules.RNN, modules.GRU, modules.LSTM, modules.LiGRU)
+_CELLS = (modules.RNNCell, modules.GRUCell, modules.LSTMCell)
+_MOST_COLUMNS = 1 << 16  # kMaxDepth of csrc/cpu/packed_int8.h
+
+
+def _reason_against(module: nn.Module) -> str | None:
+    if hasattr(module, "parametrizations"):
+        return "its weights are parametrized: torch.nn.utils.parametrize.remove_parametrizations makes them plain"
+    if type(module) not in (*_LAYERS, *_CELLS):
+        return "it is a subclass"
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if more := own - {*itertools.chain(*_names(module)), *INITIAL}:
+        return f"it has more than its weights: {', '.join(sorted(more))}"
+    for weight in _weights(module):
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            return f"its weights are {weight.dtype} on {weight.device}, not torch.float32 on cpu"
+        if not weight.isfinite().all():
+            return "it has a weight that is not finite"
+        if weight.dim() == 2 and weight.shape[1] >= _MOST_COLUMNS:
+            return f"it has a weight of {weight.shape[1]} columns, more than int32 has room for"
+    return reason_against_forward(module) or reason_against_options(module, "a quantized layer")
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, drop_in.Layer):
+        return module._weights()
+    return drop_in.parameters(module, _names(module)[0])
+
+
+def _names(module: nn.Module) -> list[list[str]]:
+    if isinstance(module, drop_in.Layer):
+        return [list(names) for names in module._all_weights]
+    return [["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]]

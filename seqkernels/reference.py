@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 
-def step(
-    cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_ih, w_hh, b_ih, b_hh, w_hr
-) -> tuple[Tensor, Tensor | None]:
-    """One step of one sequence: x ``[I]``, h ``[P]``, c ``[H]`` or None -> the next (h, c)."""
-    gates_x, gates_h = w_ih @ x + b_ih, w_hh @ h + b_hh
+def activate(cell: str, gates_x: Tensor, gates_h: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The next (h, c) from the gates ``[G*H]`` of x and of h; h of an LSTM before its projection."""
     if cell == "rnn_tanh":
         return torch.tanh(gates_x + gates_h), None
     if cell == "rnn_relu":
@@ -34,9 +31,16 @@ def step(
         i, f, g, o = (gates_x + gates_h).chunk(4)
         assert c is not None
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (h if w_hr is None else w_hr @ h), c
+        return torch.sigmoid(o) * torch.tanh(c), c
     raise ValueError(f"unknown cell {cell!r}")
+
+
+def step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, w_ih, w_hh, b_ih, b_hh, w_hr
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one sequence: x ``[I]``, h ``[P]``, c ``[H]`` or None -> the next (h, c)."""
+    h, c = activate(cell, w_ih @ x + b_ih, w_hh @ h + b_hh, h, c)
+    return (h if w_hr is None else w_hr @ h), c
 
 
 def forward(

@@ -46,9 +46,9 @@ def reason_against_forward(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
 
 
-def reason_against_options(module: nn.Module) -> str | None:
+def reason_against_options(module: nn.Module, other: str = "torch.nn") -> str | None:
     options = [name for name in ("return_all_states", "learn_initial_state") if getattr(module, name, False)]
-    return f"torch.nn has no {' and no '.join(options)}" if options else None
+    return f"{other} has no {' and no '.join(options)}" if options else None
 
 
 def reason_against_class(module: nn.Module, torchs: type, subclasses: bool) -> str | None:

@@ -55,7 +55,7 @@ def backend(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["amx", "avx512_bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline"])
 def instruction_set(request):
     if NO_CPU_KERNELS:
         pytest.skip(NO_CPU_KERNELS)

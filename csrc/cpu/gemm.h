@@ -78,7 +78,7 @@ template <int N, class F>
 __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F** a, const F* panel, int64_t stride,
                                               Vec<Sum<F>>* out) {
 #if defined(SEQKERNELS_TILES)
-  if constexpr (std::is_same<F, bfloat16x2>::value)
+  if constexpr (kInTiles<F>)
     if (depth.tiles)
       return with_parts(depth, [&](auto in_parts) {
         multiply_block_by_tiles<N, decltype(in_parts)::value>(rows, depth, a, panel, stride, out);
@@ -135,8 +135,9 @@ template <int N, bool kInParts, class Row, class Panel, class Each>
 SEQKERNELS_INLINE void for_panels_by_tiles(int64_t panels, const Panel& panel, int64_t stride, int64_t rows,
                                            const Depth& depth, const Row& row, const Each& each) {
   const int64_t blocks = (rows + kMaxTileRows - 1) / kMaxTileRows, items = panels * blocks;
-  Vec<float> sums[2][kMaxTileRows * N];
-  TileProducts<N, kInParts> products(depth, stride);
+  using F = std::remove_const_t<std::remove_pointer_t<decltype(panel(0))>>;
+  Vec<Sum<F>> sums[2][kMaxTileRows * N];
+  TileProducts<N, kInParts, F> products(depth, stride);
   const auto first_new = [&](int64_t item) { return item % blocks * kMaxTileRows; };
   const auto first_of = [&](int64_t item) { return min(first_new(item), max(0, rows - kTileRows)); };
   const auto end_of = [&](int64_t item) { return min(rows, first_new(item) + kMaxTileRows); };
@@ -150,7 +151,7 @@ SEQKERNELS_INLINE void for_panels_by_tiles(int64_t panels, const Panel& panel, i
   for (int64_t item = 0; item < items; item++) {
     const int64_t slices = item + 1 < items ? begin(item + 1) : 0, first = first_new(item),
                   count = end_of(item) - first;
-    const Vec<float>* out = sums[item % 2] + (first - first_of(item)) * N;
+    const Vec<Sum<F>>* out = sums[item % 2] + (first - first_of(item)) * N;
     for (int64_t r = 0, due = 0, i = item / blocks; r < count; r++) {
       each(i, first + r, out + r * N);
       for (due += slices; due >= count; due -= count) products.slice();
@@ -177,7 +178,7 @@ inline void product(const Panels<F>& shape, const F* packed, int64_t first, int6
                     const Row& row, const Each& each, bool backwards = false) {
   constexpr int V = kLanes<Sum<F>>;
 #if defined(SEQKERNELS_TILES)
-  if constexpr (std::is_same<F, bfloat16x2>::value)
+  if constexpr (kInTiles<F>)
     if (depth.tiles && shape.width == kMaxVectors) {
       const int64_t begin = (first + kMaxVectors - 1) / kMaxVectors, end = last / kMaxVectors;
       if (begin < end) {

@@ -72,8 +72,9 @@ inline Vec<Sum<F>> broadcast(F x) {
 }
 
 #if defined(__AVX512F__)
-// Functions that may run AVX512-BF16; they do where the machine has it (see Layer::bfloat16_products).
-#define SEQKERNELS_PRODUCT_TARGET __attribute__((target("avx512bf16")))
+// Functions that may run AVX512-BF16 and AVX512-VNNI; they do where the machine has them (see Layer::bfloat16_products
+// and int8_products).
+#define SEQKERNELS_PRODUCT_TARGET __attribute__((target("avx512bf16,avx512vnni")))
 template <>
 SEQKERNELS_PRODUCT_TARGET inline Vec<float> add_product<bfloat16x2>(Vec<float> sum, Vec<float> w, Vec<float> x) {
   return _mm512_dpbf16_ps(sum, bits_of<__m512bh>(w), bits_of<__m512bh>(x));
@@ -179,6 +180,12 @@ struct Parts {
     store_factors(row, at, n, x);
   }
 };
+
+// Whether tiles multiply such factors.
+template <class F>
+constexpr bool kInTiles = false;
+template <>
+constexpr bool kInTiles<bfloat16x2> = true;
 
 // A packed matrix [K, groups, units]: `groups` equal matrices side by side (the gates of a cell). A panel has `width`
 // vectors of units of every group, so that all gates of a unit come out of one pass. Per k its vectors lie together.

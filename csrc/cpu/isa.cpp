@@ -13,21 +13,26 @@ namespace seqkernels {
 #if defined(__x86_64__)
 namespace avx512 {
 extern const Kernels kernels;
-}
+extern const QuantizedKernels quantized_kernels;
+}  // namespace avx512
 namespace avx2 {
 extern const Kernels kernels;
-}
+extern const QuantizedKernels quantized_kernels;
+}  // namespace avx2
 #endif
 namespace baseline {
 extern const Kernels kernels;
-}
+extern const QuantizedKernels quantized_kernels;
+}  // namespace baseline
 
 namespace {
 
 struct Candidate {
   const char* name;
   const Kernels* kernels;
+  const QuantizedKernels* quantized_kernels;
   bool bfloat16_products, bfloat16_tiles;
+  bool int8_products, int8_tiles;
   bool (*runs_here)();
 };
 
@@ -37,7 +42,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
 #if defined(SEQKERNELS_AMX)
 // Linux lends the tiles' registers to processes that ask, once for all threads; other kernels, and some sandboxes,
 // refuse. Without that, the first instruction of theirs would end the process.
@@ -50,9 +56,8 @@ bool may_use_tiles() {
 }
 bool has_amx() {
   unsigned a, b, c, d;
-  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24;
-  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBfloat16) == 0 || (d & kTile) == 0)
-    return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBfloat16 | kTile | kInt8;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
   static const bool may = may_use_tiles();
   return may;
 }
@@ -66,13 +71,14 @@ bool has_avx2() {
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
 #if defined(SEQKERNELS_AMX)
-    {"amx", &avx512::kernels, true, true, has_amx},
+    {"amx", &avx512::kernels, &avx512::quantized_kernels, true, true, true, true, has_amx},
 #endif
-    {"avx512_bf16", &avx512::kernels, true, false, has_avx512_bf16},
-    {"avx512", &avx512::kernels, false, false, has_avx512},
-    {"avx2", &avx2::kernels, false, false, has_avx2},
+    {"avx512_bf16", &avx512::kernels, &avx512::quantized_kernels, true, false, true, false, has_avx512_bf16},
+    {"avx512_vnni", &avx512::kernels, &avx512::quantized_kernels, false, false, true, false, has_avx512_vnni},
+    {"avx512", &avx512::kernels, &avx512::quantized_kernels, false, false, false, false, has_avx512},
+    {"avx2", &avx2::kernels, &avx2::quantized_kernels, false, false, false, false, has_avx2},
 #endif
-    {"baseline", &baseline::kernels, false, false, [] { return true; }},
+    {"baseline", &baseline::kernels, &baseline::quantized_kernels, false, false, false, false, [] { return true; }},
 };
 
 // Intel's VDPBF16PS takes twice as long as the two float32 FMAs that do as much.
@@ -95,15 +101,18 @@ const Candidate* in_use = best();
 }  // namespace
 
 const Kernels& kernels() { return *in_use->kernels; }
+const QuantizedKernels& quantized_kernels() { return *in_use->quantized_kernels; }
 bool bfloat16_products() { return in_use->bfloat16_products; }
 bool bfloat16_tiles() { return in_use->bfloat16_tiles; }
+bool int8_products() { return in_use->int8_products; }
+bool int8_tiles() { return in_use->int8_tiles; }
 const char* kernels_name() { return in_use->name; }
 
 const char* built_kernels() {
 #if defined(SEQKERNELS_AMX)
-  return "amx avx512_bf16 avx512 avx2 baseline";
+  return "amx avx512_bf16 avx512_vnni avx512 avx2 baseline";
 #elif defined(__x86_64__)
-  return "avx512_bf16 avx512 avx2 baseline";
+  return "avx512_bf16 avx512_vnni avx512 avx2 baseline";
 #else
   return "baseline";
 #endif

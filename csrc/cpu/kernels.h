@@ -44,4 +44,11 @@ struct Kernels {
   double (*multiply_and_add)(int64_t rounds);
 };
 
+// What quantized.cpp offers in the same way. Weights are packed (seqkernels/quantized.py), all else is float32;
+// saved is null.
+struct QuantizedKernels {
+  int64_t (*bytes)(const LayerForward&, const Schedule&);
+  void (*forward)(const LayerForward&, const Schedule&, int begin, int end, void* memory);
+};
+
 }  // namespace seqkernels

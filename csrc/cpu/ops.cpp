@@ -5,6 +5,7 @@
 #include "../names.h"
 #include "isa.h"
 #include "memory.h"
+#include "quantized_arguments.h"
 #include "schedule.h"
 
 namespace {
@@ -195,6 +196,32 @@ Backward recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h
                   {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch);
 }
 
+// A stack of quantized layers, for inference: weights are packed int8 (seqkernels/quantized.py), all else float32.
+std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
+                                                        Optional c_0, Optional batch_sizes, int64_t layers) {
+  LayerForward p{};
+  const QuantizedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
+  p.int8_products = int8_products();
+  p.int8_tiles = int8_tiles();
+  const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;
+  Tensor y = allocate(ScalarType::Float, Shape{N, D * P});
+  Tensor h_n = allocate(ScalarType::Float, Shape{L * D, B, P});
+  Tensor c_n = allocate(ScalarType::Float, Shape{L * D, B, c_0 ? H : 0});
+  const auto state = [&](Tensor& of, int64_t layer, int64_t n) {
+    return of.numel() ? static_cast<float*>(of.mutable_data_ptr()) + layer * D * B * n : nullptr;
+  };
+  Between between(ScalarType::Float, 1, L, p, N);
+  const QuantizedKernels& kernels = seqkernels::quantized_kernels();
+  run(p, 1, L, Pass<LayerForward>{kernels.bytes, kernels.forward}, [&](LayerForward& own, int64_t, int64_t l) {
+    arguments.set_layer(own, l, own.y);
+    own.y = l == L - 1 ? pointer(y) : between.of(0, l);
+    own.h_n = state(h_n, l, P);
+    own.c_n = state(c_n, l, H);
+    zero_rows(own.y, N * D * P * static_cast<int64_t>(sizeof(float)), N, p.rows);
+  });
+  return {y, h_n, c_n};
+}
+
 }  // namespace
 
 // The schema is that of every backend (seqkernels/ops.py, which explains every argument). That of this one stands here,
@@ -212,6 +239,10 @@ SEQKERNELS_FRAGMENT(m) {
   m.def("recurrence_backward.cpu" SEQKERNELS_BACKWARD_SCHEMA);
   m.def("recurrence_forward.cpu_ensemble" SEQKERNELS_FORWARD_SCHEMA);
   m.def("recurrence_backward.cpu_ensemble" SEQKERNELS_BACKWARD_SCHEMA);
+  // By seqkernels/quantized.py, which explains its arguments.
+  m.def(
+      "quantized_recurrence(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
+      "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
 }
 
 SEQKERNELS_IMPL(CPU, m) {
@@ -219,4 +250,5 @@ SEQKERNELS_IMPL(CPU, m) {
   m.impl("recurrence_backward.cpu", TORCH_BOX(&recurrence_backward<false>));
   m.impl("recurrence_forward.cpu_ensemble", TORCH_BOX(&recurrence_forward<true>));
   m.impl("recurrence_backward.cpu_ensemble", TORCH_BOX(&recurrence_backward<true>));
+  m.impl("quantized_recurrence", TORCH_BOX(&quantized_recurrence));
 }

@@ -1,7 +1,8 @@
-// Products of bfloat16 by Intel's AMX: eight registers of up to 16 rows of 64 bytes each, the tiles. What is said of
-// the instructions stands in volume 2 of Intel's Software Developer's Manual (LDTILECFG, TILELOADD, TDPBF16PS).
+// Products of bfloat16 and int8 by Intel's AMX: eight registers of up to 16 rows of 64 bytes each, the tiles. What is
+// said of the instructions stands in volume 2 of Intel's Software Developer's Manual (LDTILECFG, TILELOADD, TDPBF16PS,
+// TDPBUSD).
 #pragma once
-#include "gemm_pack.h"
+#include "gemm_int8.h"
 #if defined(SEQKERNELS_EMULATED_TILES)
 #include "../../tests/cpu/tile_emulation.h"
 #define SEQKERNELS_TILES
@@ -43,6 +44,11 @@ template <int kC, int kA, int kB>
 inline void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB) : "memory");
 }
+// The same of fours: A has them of uint8, B of int8, and C of int32.
+template <int kC, int kA, int kB>
+inline void multiply_byte_tiles() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB) : "memory");
+}
 #endif
 
 // The tiles of a thread that runs a pass, released at its end: released ones cost a change of threads nothing. The
@@ -78,7 +84,7 @@ struct Depth {
   int64_t k;
   int segments = 1;
   int64_t gap = 0;
-  Tiles* tiles = nullptr;  // by which to multiply pairs of bfloat16
+  Tiles* tiles = nullptr;  // by which to multiply, where these are factors for tiles
   Parts parts = {};        // of the left factor, and of the panels as many
 };
 
@@ -86,12 +92,13 @@ struct Depth {
 static_assert(kVectorBytes == 64, "a vector of a panel is a row of a tile");
 
 // Rows of the left factor for one tile: where they are, and the bytes from each to the next, 0 if these differ.
+template <class F>
 struct TileRows {
-  const bfloat16x2* const* a = nullptr;
+  const F* const* a = nullptr;
   int64_t count = 0, stride = 0;
 
   TileRows() = default;
-  TileRows(const bfloat16x2* const* a, int64_t count) : a(a), count(count), stride(64) {
+  TileRows(const F* const* a, int64_t count) : a(a), count(count), stride(64) {
     const auto bytes_after = [&](int64_t r) {
       return reinterpret_cast<intptr_t>(a[r]) - reinterpret_cast<intptr_t>(a[r - 1]);
     };
@@ -114,7 +121,7 @@ struct TileRows {
 // two tiles of rows. Two are multiplied with two vectors at once, in as many passes as that takes, so that a tile that
 // is loaded is used twice; one with all vectors. A row's sum is one chain, which errs far less than its rounding to
 // bfloat16.
-template <int N, bool kInParts>
+template <int N, bool kInParts, class F>
 class TileProducts {
  public:
   // Panels' rows are `stride` apart, and their segments padded (Panels::depth).
@@ -124,17 +131,17 @@ class TileProducts {
   // fewer rows would take as long and want another configuration, it takes some of the first again, with the same
   // result.
   template <class Row>
-  void begin(int64_t count, const Row& row, const bfloat16x2* panel, Vec<float>* out) {
+  void begin(int64_t count, const Row& row, const F* panel, Vec<Sum<F>>* out) {
     for (int64_t r = 0; r < count; r++) a_[r] = row(r);
     const int64_t height = min(count, kTileRows);
     second_ = count - height;
-    rows_[0] = TileRows(a_, height), rows_[1] = TileRows(a_ + second_, height);
+    rows_[0] = TileRows<F>(a_, height), rows_[1] = TileRows<F>(a_ + second_, height);
     depth_.tiles->configure(static_cast<int>(height));
     panel_ = panel, out_ = out;
     pass_ = 0, segment_ = 0, k_ = 0;
     const int64_t passes = !second_ ? 1 : kInParts ? N : (N + 1) / 2;
     slices_ = passes * depth_of_panel() / kTileDepth;
-    for (int64_t i = 0; !slices_ && i < count * N; i++) out[i] = Vec<float>{};
+    for (int64_t i = 0; !slices_ && i < count * N; i++) out[i] = Vec<Sum<F>>{};
   }
 
   // So many of these complete the block.
@@ -190,12 +197,19 @@ class TileProducts {
   // sums += the tiles of rows from kRows on times tile kB; which is that of vector v of a panel's next factors.
   template <int M, int v, int kRows, int kB>
   SEQKERNELS_INLINE void multiply_rows_with() const {
-    multiply_tiles<M * v, kRows, kB>();
-    if constexpr (M == 2) multiply_tiles<M * v + 1, kRows + 1, kB>();
+    multiply<M * v, kRows, kB>();
+    if constexpr (M == 2) multiply<M * v + 1, kRows + 1, kB>();
+  }
+  template <int kC, int kA, int kB>
+  SEQKERNELS_INLINE void multiply() const {
+    if constexpr (std::is_same<F, bfloat16x2>::value)
+      multiply_tiles<kC, kA, kB>();
+    else
+      multiply_byte_tiles<kC, kA, kB>();
   }
   template <int M, int v, int kRows, int kB>
-  SEQKERNELS_INLINE void add_products(const bfloat16x2* panel) const {
-    load_tile<kB>(panel + v * kLanes<float>, stride_ * sizeof(bfloat16x2));
+  SEQKERNELS_INLINE void add_products(const F* panel) const {
+    load_tile<kB>(panel + v * kLanes<float>, stride_ * sizeof(F));
     multiply_rows_with<M, v, kRows, kB>();
   }
 
@@ -218,22 +232,22 @@ class TileProducts {
   }
 
   template <int M, int v>
-  SEQKERNELS_INLINE void store_sums(Vec<float>* out) const {
-    store_tile<M * v>(out, N * sizeof(Vec<float>));
-    if constexpr (M == 2) store_tile<M * v + 1>(out + second_ * N, N * sizeof(Vec<float>));
+  SEQKERNELS_INLINE void store_sums(Vec<Sum<F>>* out) const {
+    store_tile<M * v>(out, N * sizeof(*out));
+    if constexpr (M == 2) store_tile<M * v + 1>(out + second_ * N, N * sizeof(*out));
   }
 
   const Depth depth_;
   const int64_t stride_;
   // The block: its rows, of which the second tile has those from second_ on, if that is not 0.
-  const bfloat16x2* a_[kMaxTileRows];
-  TileRows rows_[2];
+  const F* a_[kMaxTileRows];
+  TileRows<F> rows_[2];
   int64_t second_, slices_;
-  const bfloat16x2* panel_;
-  Vec<float>* out_;
+  const F* panel_;
+  Vec<Sum<F>>* out_;
   // Of the next slice.
   int64_t pass_, segment_, k_;
-  const bfloat16x2* next_;
+  const F* next_;
   alignas(64) float copies_[2][kTileRows][kTileDepth];
 };
 
@@ -247,10 +261,10 @@ SEQKERNELS_INLINE void with_parts(const Depth& depth, const Run& run) {
 }
 
 // What the vector code's multiply_block does.
-template <int N, bool kInParts>
-__attribute__((noinline)) void multiply_block_by_tiles(int64_t rows, const Depth& depth, const bfloat16x2* const* a,
-                                                       const bfloat16x2* panel, int64_t stride, Vec<float>* out) {
-  TileProducts<N, kInParts> products(depth, stride);
+template <int N, bool kInParts, class F>
+__attribute__((noinline)) void multiply_block_by_tiles(int64_t rows, const Depth& depth, const F* const* a,
+                                                       const F* panel, int64_t stride, Vec<Sum<F>>* out) {
+  TileProducts<N, kInParts, F> products(depth, stride);
   for (int64_t r = 0; r < rows; r += kMaxTileRows) {
     const int64_t first = min(r, max(0, rows - kTileRows));
     products.begin(

@@ -125,6 +125,11 @@ inline Vec<double> load(const double* p) {
   memcpy(&x, p, sizeof(x));
   return x;
 }
+inline Vec<int32_t> load(const int32_t* p) {
+  Vec<int32_t> x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
 template <class S>
 inline Vec<float> load(const S* p) {
   u16 bits;

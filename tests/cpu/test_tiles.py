@@ -14,8 +14,9 @@ COMPILER = shlex.split(os.environ.get("CXX") or shutil.which("c++") or "")
 
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler")
 @pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="the sources are not beside the tests")
-def test_layers_by_tiles_are_those_by_vectors(tmp_path):
-    sources = [ROOT / "tests/cpu/tiles_check.cpp", ROOT / "csrc/cpu/schedule.cpp"]
+@pytest.mark.parametrize("check", ["tiles_check", "quantized_check"])
+def test_layers_by_tiles_are_those_by_vectors(tmp_path, check):
+    sources = [ROOT / f"tests/cpu/{check}.cpp", ROOT / "csrc/cpu/schedule.cpp"]
     flags = ["-std=c++17", "-Wno-psabi", "-pthread", "-DSEQKERNELS_ISA=emulated", "-DSEQKERNELS_EMULATED_TILES"]
     subprocess.run([*COMPILER, *flags, *sources, "-o", tmp_path / "check"], check=True)
     run = subprocess.run([tmp_path / "check", "120"], capture_output=True, text=True)

@@ -74,26 +74,39 @@ inline float factor(const unsigned char* bytes) {
   return x;
 }
 
-template <int kC, int kA, int kB>
-void multiply_tiles() {
+// add(sum of type Sum, four bytes of A, four bytes of B) for every pair that a product of tiles multiplies.
+template <class Sum, int kC, int kA, int kB, class Add>
+void multiply_all(const Add& add) {
   static_assert(kC != kA && kC != kB && kA != kB, "three tiles");
   demand(state.configured, "configured before use");
   demand(state.rows[kA] == state.rows[kC], "as many rows of A as of C");
   demand(state.row_bytes[kB] == state.row_bytes[kC], "as many columns of B as of C");
-  demand(state.row_bytes[kA] == 4 * state.rows[kB] && state.row_bytes[kC] % 4 == 0, "pairs of A are rows of B");
+  demand(state.row_bytes[kA] == 4 * state.rows[kB] && state.row_bytes[kC] % 4 == 0, "fours of A are rows of B");
   state.products++;
   for (int r = 0; r < state.rows[kC]; r++)
-    for (int k = 0; k < state.rows[kB]; k++) {
-      const float low = factor(state.data[kA][r] + 4 * k), high = factor(state.data[kA][r] + 4 * k + 2);
+    for (int k = 0; k < state.rows[kB]; k++)
       for (int column = 0; column < state.row_bytes[kC] / 4; column++) {
-        const unsigned char* b = state.data[kB][k] + 4 * column;
-        float sum;
+        Sum sum;
         memcpy(&sum, state.data[kC][r] + 4 * column, sizeof(sum));
-        sum += low * factor(b);
-        sum += high * factor(b + 2);
+        add(sum, state.data[kA][r] + 4 * k, state.data[kB][k] + 4 * column);
         memcpy(state.data[kC][r] + 4 * column, &sum, sizeof(sum));
       }
-    }
+}
+
+template <int kC, int kA, int kB>
+void multiply_tiles() {
+  multiply_all<float, kC, kA, kB>([](float& sum, const unsigned char* a, const unsigned char* b) {
+    sum += factor(a) * factor(b);
+    sum += factor(a + 2) * factor(b + 2);
+  });
+}
+
+// Of uint8 in A and int8 in B, without saturation.
+template <int kC, int kA, int kB>
+void multiply_byte_tiles() {
+  multiply_all<uint32_t, kC, kA, kB>([](uint32_t& sum, const unsigned char* a, const unsigned char* b) {
+    for (int i = 0; i < 4; i++) sum += static_cast<uint32_t>(a[i] * static_cast<signed char>(b[i]));
+  });
 }
 
 }  // namespace tile_emulation
