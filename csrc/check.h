@@ -143,23 +143,50 @@ class CheckedArguments {
   }
 
   void set_backward(LayerBackward& p, const BackwardArguments& arguments) {
-    const int64_t D = p.directions, N = rows_, B = p.sequences, H = p.hidden, P = p.projected, L = layers_;
+    const int64_t D = p.directions, N = rows_, C = p.states, H = p.hidden, P = p.projected, L = layers_;
     const auto optional = [&](const Optional& tensor, const char* name, const Shape& shape) {
       return tensor ? check_contiguous(*tensor, name, shape) : MemberArray{};
     };
     grad_y_ = optional(arguments.grad_y, "grad_y", {N, D * P});
-    grad_h_n_ = optional(arguments.grad_h_n, "grad_h_n", {L * D, B, P});
+    grad_h_n_ = optional(arguments.grad_h_n, "grad_h_n", {L * D, C, P});
     check(has_c_ || !arguments.grad_c_n || !arguments.grad_c_n->numel(), "grad_c_n goes with an LSTM only");
-    grad_c_n_ = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {L * D, B, H}) : MemberArray{};
+    grad_c_n_ = has_c_ ? optional(arguments.grad_c_n, "grad_c_n", {L * D, C, H}) : MemberArray{};
     y_ = check_contiguous(arguments.y, "y", {N, D * P});
     saved_ = check_contiguous(arguments.saved, "saved", SavedLayout(p, N).shape(L));
     p.grad_y = grad_y_.of(0);
     set_layer_backward(p, 0);
   }
 
+  // Sequences that consist of pieces, of which the states in h_0 are. None comes twice, so that no two threads write
+  // the same one. Members of an ensemble share them.
+  void set_pieces(Layer& p, const Optional& pieces, bool batch_sizes) {
+    if (!pieces) return;
+    check(batch_sizes, "pieces go with batch_sizes");
+    check(
+        pieces->is_cpu() && pieces->scalar_type() == ScalarType::Long && pieces->dim() == 1 && pieces->size(0) == rows_,
+        "pieces is [rows], int64, on the CPU, one for each of the ", rows_, " rows of x");
+    check_storage(*pieces, "pieces");
+    copies_.push_back(torch::stable::contiguous(*pieces));
+    p.pieces = static_cast<const int64_t*>(copies_.back().const_data_ptr());
+    p.sequences = p.steps ? p.batch_sizes[0] : 0;
+    std::vector<char> begun(p.states);
+    states_used_ = 0;
+    for (int64_t t = 0; t < p.steps; t++)
+      for (int64_t b = 0; b < p.batch_sizes[t]; b++) {
+        const int64_t piece = p.pieces[p.offsets[t] + b];
+        if (t && piece == p.pieces[p.offsets[t - 1] + b]) continue;
+        check(piece >= 0 && piece < p.states, "pieces are numbers of the ", p.states, " states of h_0, got ", piece);
+        check(!begun[piece], "the rows of piece ", piece, " do not follow each other in one sequence");
+        begun[piece] = true;
+        states_used_++;
+      }
+  }
+
   int64_t layers() const { return layers_; }
   int64_t members() const { return members_; }  // 1 where there is no ensemble
   int64_t rows() const { return rows_; }        // of x; steps may use fewer
+  // Of the states in h_0: those that a row has. The others stay as they are.
+  int64_t states_used() const { return states_used_; }
 
   // A shape of each member as that of all.
   Shape of_all(Shape shape) const {
@@ -175,8 +202,8 @@ class CheckedArguments {
       const WeightsOf<MemberArray>& w = weights_[layer * p.directions + d];
       p.weights[d] = {w.w_ih.of(member), w.w_hh.of(member), w.b_ih.of(member), w.b_hh.of(member), w.w_hr.of(member)};
     }
-    p.h_0 = at(h_0_.of(member), layer * p.directions * p.sequences * p.projected);
-    p.c_0 = at(c_0_.of(member), layer * p.directions * p.sequences * p.hidden);
+    p.h_0 = at(h_0_.of(member), layer * p.directions * p.states * p.projected);
+    p.c_0 = at(c_0_.of(member), layer * p.directions * p.states * p.hidden);
   }
 
   // Another layer on the way back, of a member; but for the gradient of its y, which is an argument of the last alone.
@@ -185,8 +212,8 @@ class CheckedArguments {
     const void* saved = saved_.of(member);
     set_layer(p, layer, layer ? at(saved, layout.y_of(layer - 1)) : nullptr, member);
     if (layer == layers_ - 1) p.grad_y = grad_y_.of(member);
-    p.grad_h_n = at(grad_h_n_.of(member), layer * p.directions * p.sequences * p.projected);
-    p.grad_c_n = at(grad_c_n_.of(member), layer * p.directions * p.sequences * p.hidden);
+    p.grad_h_n = at(grad_h_n_.of(member), layer * p.directions * p.states * p.projected);
+    p.grad_c_n = at(grad_c_n_.of(member), layer * p.directions * p.states * p.hidden);
     p.y = layer == layers_ - 1 ? y_.of(member) : at(saved, layout.y_of(layer));
     p.saved = at(saved, layout.blocks_of(layer));
   }
@@ -234,7 +261,7 @@ class CheckedArguments {
     const int64_t gates = gates_of(p.cell), rows = weights[0].size(first);
     rows_ = x.size(first);
     p.input = input_ = x.size(first + 1);
-    p.sequences = h_0.size(first + 1);
+    p.sequences = p.states = h_0.size(first + 1);
     p.projected = h_0.size(first + 2);
     p.hidden = rows / gates;
     check(p.hidden * gates == rows, "w_ih has ", rows, " rows, no multiple of ", gates, " gates");
@@ -243,7 +270,7 @@ class CheckedArguments {
   }
 
   void set_arrays(Layer& p, const StackArguments& arguments) {
-    const int64_t B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
+    const int64_t C = p.states, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
     const int all = static_cast<int>(layers_) * p.directions;
     x_ = check_contiguous(arguments.x, "x", {rows_, p.input});
     for (int d = 0; d < all; d++) {
@@ -256,8 +283,8 @@ class CheckedArguments {
       if (of.w_hr) w.w_hr = check_contiguous(*of.w_hr, "w_hr", {P, H});
       weights_.push_back(w);
     }
-    h_0_ = check_contiguous(arguments.h_0, "h_0", {all, B, P});
-    if (arguments.c_0) c_0_ = check_contiguous(*arguments.c_0, "c_0", {all, B, H});
+    h_0_ = check_contiguous(arguments.h_0, "h_0", {all, C, P});
+    if (arguments.c_0) c_0_ = check_contiguous(*arguments.c_0, "c_0", {all, C, H});
     set_layer(p, 0, nullptr);
   }
 
@@ -348,6 +375,7 @@ class CheckedArguments {
     check(p.rows <= rows, "batch_sizes add up to ", p.rows, " rows, but x has ", rows);
     // Steps in which nothing runs are at the end; the kernels need not see them.
     p.steps = std::find(batch_sizes_.begin(), batch_sizes_.end(), 0) - batch_sizes_.begin();
+    states_used_ = p.steps ? batch_sizes_[0] : 0;
     p.batch_sizes = batch_sizes_.data();
     p.offsets = offsets_.data();
   }
@@ -363,6 +391,7 @@ class CheckedArguments {
   int64_t members_ = 1;
   int64_t rows_ = 0;
   int64_t input_ = 0;
+  int64_t states_used_ = 0;
   // Of all layers.
   std::vector<WeightsOf<MemberArray>> weights_;  // [L*D]
   MemberArray x_, h_0_, c_0_, grad_y_, grad_h_n_, grad_c_n_, y_, saved_;

@@ -18,8 +18,10 @@ struct WeightsOf {
   Pointer w_hr;  // [P, H] or null
 };
 
-// One layer with all its directions. Letters: T steps, B sequences, N rows, I input size, H hidden size, P projected
-// size, G gates, D directions, K saved blocks. All arrays are contiguous; sizes count elements.
+// One layer with all its directions. Letters: T steps, B sequences, N rows, C states, I input size, H hidden size, P
+// projected size, G gates, D directions, K saved blocks. All arrays are contiguous; sizes count elements.
+//
+// A sequence can consist of pieces, each with a first and a last state of its own. Without, C is B.
 struct Layer {
   Cell cell;
   Scalar scalar;
@@ -33,30 +35,32 @@ struct Layer {
   bool int8_tiles;             // and tiles of them
   const int64_t* batch_sizes;  // [T] running sequences, never rising, none zero
   const int64_t* offsets;      // [T] first row of each step
+  const int64_t* pieces;       // [N] the state that is each row's, or null: sequence b has state b
+  int64_t states;              // C
   const void* x;               // [N, I]
   WeightsOf<const void*> weights[2];
-  const void* h_0;  // [D, B, P]
-  const void* c_0;  // [D, B, H] or null
+  const void* h_0;  // [D, C, P]
+  const void* c_0;  // [D, C, H] or null
 };
 
 struct LayerForward : Layer {
   void* y;      // [N, D*P]
-  void* h_n;    // [D, B, P]
-  void* c_n;    // [D, B, H] or null
+  void* h_n;    // [D, C, P]
+  void* c_n;    // [D, C, H] or null
   void* saved;  // [N, D, K*H] or null
 };
 
 struct LayerBackward : Layer {
   const void* grad_y;    // [N, D*P] or null
-  const void* grad_h_n;  // [D, B, P] or null
-  const void* grad_c_n;  // [D, B, H] or null
+  const void* grad_h_n;  // [D, C, P] or null
+  const void* grad_c_n;  // [D, C, H] or null
   const void* y;
   const void* saved;
   bool wants_x, wants_weights;
   void* grad_x;                      // [N, I] if wanted
   WeightsOf<void*> grad_weights[2];  // if wanted
-  void* grad_h_0;                    // [D, B, P]
-  void* grad_c_0;                    // [D, B, H] or null
+  void* grad_h_0;                    // [D, C, P]
+  void* grad_c_0;                    // [D, C, H] or null
 };
 
 }  // namespace seqkernels

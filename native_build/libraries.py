@@ -52,6 +52,7 @@ def cpu_library(includes: str) -> Library:
         Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
+        Object("csrc/cpu/pieces.cpp", "pieces.o", f"{includes} {STABLE}"),
         Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
         Object("csrc/older_systems.cpp", "older_systems.o", ""),
     ]

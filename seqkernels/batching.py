@@ -1,7 +1,8 @@
 """How torch.vmap and batched gradients run the operators.
 
 A batch of inputs for the same weights is one call, of more sequences. Else it is one of the operator for ensembles,
-where the backend has one, and a call for each member where it has not, or where each has its own batch_sizes.
+where the backend has one, and a call for each member where it has not, or where each has its own batch_sizes or
+pieces.
 
 There are two dispatch keys for that. torch.vmap has its rules (`torch.library.register_vmap`). `is_grads_batched`,
 `jacobian(vectorize=True)` and gradcheck's `check_batched_grad` still go by an older one, torch._vmap_internals.
@@ -20,7 +21,7 @@ from seqkernels._ops import add_op_namespace_prefix
 
 class Members(NamedTuple):
     """How an operator runs members of torch.vmap: a function for one, and for all in one call where there is one, with
-    the members in front of every tensor but batch_sizes."""
+    the members in front of every tensor but batch_sizes and pieces."""
 
     one: Callable
     ensemble: Callable | None
@@ -37,10 +38,11 @@ class Members(NamedTuple):
     def forward(self, args: Sequence, in_dims: Sequence, size: int) -> tuple[Tensor, ...]:
         """The results of a forward pass: without pytree, which costs more than small members."""
         cell, x, weights, h_0, c_0, batch_sizes, *options = args
-        _, of_x, of_weights, of_h_0, of_c_0, of_sizes, *_ = in_dims
+        _, of_x, of_weights, of_h_0, of_c_0, of_sizes, _, *of_options = in_dims
         if _is_one_call(in_dims, *args):
             return _folded(self.one, in_dims, size, *args)
-        if self.ensemble is None or of_sizes is not None:
+        of_pieces = of_options[2] if len(of_options) > 2 else None  # behind launch and layers
+        if self.ensemble is None or of_sizes is not None or of_pieces is not None:
             return tuple(each_member(self.one, args, pytree.tree_leaves(list(in_dims), is_leaf=_is_none), size)[0])
         return self.ensemble(
             cell,
@@ -82,7 +84,7 @@ def register(name: str, members: Members, library: torch.library.Library) -> Non
 
 
 def forward_of_level(
-    members: Members, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers
+    members: Members, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A forward pass within torch.vmap, as the rule of its operator does it, without the way through the dispatcher,
     which costs more than small members. What runs the members is outside of this level."""
@@ -90,16 +92,17 @@ def forward_of_level(
     interpreter = functorch.peek_interpreter_stack()
     level = interpreter.level()
     pairs = [
-        (t, None) if t is None else functorch._unwrap_batched(t, level) for t in (x, h_0, c_0, batch_sizes, *weights)
+        (t, None) if t is None else functorch._unwrap_batched(t, level)
+        for t in (x, h_0, c_0, batch_sizes, pieces, *weights)
     ]
-    (x, h_0, c_0, batch_sizes, *weights), dims = zip(*pairs, strict=True)
-    of_x, of_h_0, of_c_0, of_sizes, *of_weights = dims
-    args = cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers
+    (x, h_0, c_0, batch_sizes, pieces, *weights), dims = zip(*pairs, strict=True)
+    of_x, of_h_0, of_c_0, of_sizes, of_pieces, *of_weights = dims
+    args = cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces
     outer = functorch.pop_dynamic_layer_stack()
     try:
         if all(map(_is_none, dims)):
             return members.one(*args)
-        in_dims = None, of_x, of_weights, of_h_0, of_c_0, of_sizes, None, [None] * len(launch), None
+        in_dims = None, of_x, of_weights, of_h_0, of_c_0, of_sizes, None, [None] * len(launch), None, of_pieces
         results = members.forward(args, in_dims, functorch.CVmapInterpreterPtr(interpreter).batchSize())
     finally:
         functorch.push_dynamic_layer_stack(outer)
@@ -112,7 +115,8 @@ def _is_none(dim) -> bool:
 
 
 def may_be_members(leaf) -> bool:
-    """Whether an argument of an operator has the members of an ensemble in front: every tensor but batch_sizes."""
+    """Whether an argument of an operator has the members of an ensemble in front: every tensor but batch_sizes
+    and pieces."""
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
@@ -130,7 +134,7 @@ def _with_gradients(args: Sequence) -> tuple:
     return cell, x, weights, h_0, c_0, batch_sizes, save, *rest
 
 
-def _is_one_call(in_dims, _, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1) -> bool:
+def _is_one_call(in_dims, _, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1, pieces=None) -> bool:
     """Whether members are inputs alone, of padded sequences. What several layers save is no rows that go apart. Nor is
     it an ensemble, which an outer torch.vmap sees."""
     if any(dim is not None for dim in in_dims[2]) or weights[0].dim() > 2:
@@ -139,7 +143,7 @@ def _is_one_call(in_dims, _, x, weights, h_0, c_0, batch_sizes, save, launch=(),
 
 
 def _folded(
-    operator, in_dims, size: int, cell, x, weights, h_0, c_0, _, save, launch=(), layers=1
+    operator, in_dims, size: int, cell, x, weights, h_0, c_0, _, save, launch=(), layers=1, pieces=None
 ) -> tuple[Tensor, ...]:
     """One call for all members, as sequences side by side."""
 
@@ -149,7 +153,7 @@ def _folded(
     h_0, c_0 = states(h_0, in_dims[3]), states(c_0, in_dims[4])
     sequences = h_0.shape[1] // size
     x = _in_front(x, in_dims[1], size).unflatten(1, (-1, sequences)).transpose(0, 1).flatten(0, 2)
-    y, h_n, c_n, saved = operator(cell, x, weights, h_0, c_0, None, save, [], layers)
+    y, h_n, c_n, saved = operator(cell, x, weights, h_0, c_0, None, save, [], layers, None)
     y, saved = (t.unflatten(0, (-1, size, sequences)).transpose(0, 1).flatten(1, 2) for t in (y, saved))
     h_n, c_n = (t.unflatten(1, (size, sequences)).movedim(1, 0) for t in (h_n, c_n))
     return y, h_n, c_n, saved

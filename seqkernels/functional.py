@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, modes, onnx_export, ops, select
+from seqkernels import checks, modes, onnx_export, ops, resets, select
 from seqkernels.backends import stack
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, facts_of_step, prepare, restore_layout
@@ -197,7 +197,8 @@ def recurrent(
         of_export = num_layers, directions, dropout if training else 0.0, batch_first, lengths, cu_seqlens, bias
         return onnx_export.recurrent(cell, input, hx, weights, *of_export)
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias)
+    pieces = resets.in_kernels(backend)
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces)
     plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
     return restore_layout(inputs, *run(plan, inputs, weights, dropout if training else 0.0, recompute))
 
@@ -212,13 +213,14 @@ def run(
     # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
     together = plan.backend == "cudnn" or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
     if layers == 1 or (dropout == 0 and together):
-        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute)
+        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):
         if layer and dropout > 0:
             y = F.dropout(y, dropout, True)
         wanted = modes.wants_gradients(y, begin_h, begin_c, *of_layer)
-        y, h, c = ops.recurrence_forward(plan, of_one, y, of_layer, begin_h, begin_c, batch_sizes, wanted, recompute)
+        of_stack = y, of_layer, begin_h, begin_c, batch_sizes
+        y, h, c = ops.recurrence_forward(plan, of_one, *of_stack, wanted, recompute, rows.pieces)
         h_n.append(h)
         c_n.append(c)
     return y, torch.cat(h_n), torch.cat(c_n)

@@ -39,8 +39,12 @@ def prepare(
     reset: Tensor | PackedSequence | None = None,
     reset_to: State | None = None,
     bias: bool = True,
+    pieces: bool = False,
 ) -> Inputs:
-    """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied."""
+    """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied.
+
+    pieces: what is to run the call goes from piece to piece of sequences that resets have cut.
+    """
     if lengths is None and cu_seqlens is None and not torch.compiler.is_compiling():  # their own checks look as well
         late_checks.look()
     ragged = lengths, cu_seqlens, reset, reset_to
@@ -52,7 +56,9 @@ def prepare(
     given = None if h_0 is None else h_0.shape[1]
     mask = None if reset is None else resets.mask_of(reset, input, cu_seqlens)
     if mask is not None and not resets.marks_nothing(mask):
-        rows = resets.cut(input, mask, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
+        in_place = pieces and resets.may_stay(mask, input, transformed)
+        cut = resets.in_place if in_place else resets.cut
+        rows = cut(input, mask, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
     elif isinstance(input, PackedSequence):
         rows = varlen.from_packed(input, given)
     elif cu_seqlens is not None:

@@ -14,6 +14,10 @@ forward
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step come out as zeros, and have no part in anything. Sequences that never run keep their
     state. batch_sizes on a GPU that are not so are taken as the nearest that are (`seqkernels.late_checks`).
+    pieces ``[N]`` int64, with batch_sizes: a sequence can consist of several pieces, one after another, each with a
+    first and a last state of its own. h_0, c_0, h_n and c_n are ``[L*D, C, *]`` then, and pieces says of each row
+    which of these C its piece has. Both directions run within the pieces. The kernels of the backend cpu go from one
+    piece to the next; others copy all rows (`seqkernels.backends.side_by_side`).
     -> y ``[N, D*P]``, h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]`` (else ``[L*D, B, 0]``), saved
 
 `saved` is part of the contract, so any backend's forward pairs with any backend's backward. Of one layer it is
@@ -29,11 +33,12 @@ the backward pass, and save what it leaves.
 
 launch, of all: what the plan of the call (`seqkernels.select`) tells its backend of the launch of each layer; empty
 or [0] where nothing was planned, as in compiled code: then the backend goes by the sizes that arrive.
-layers, the last argument of all: L.
+layers, of all: L.
 
 ``recurrence_forward.cpu_ensemble`` and the others of that name run all members of an ensemble in one call, as
-torch.vmap has them (`seqkernels.batching`). Every tensor but batch_sizes, and every result, has the M members in front:
-x is ``[M, N, I]``. Members may lie anywhere: what they share has a stride of 0 (`expand`), and costs no memory.
+torch.vmap has them (`seqkernels.batching`). Every tensor but batch_sizes and pieces, and every result, has the M
+members in front: x is ``[M, N, I]``. Members may lie anywhere: what they share has a stride of 0 (`expand`), and costs
+no memory.
 
 The backend cudnn is no such pair, as nobody but cuDNN can read what it saves: it has an autograd function of its own.
 
@@ -50,7 +55,7 @@ from torch.utils import _pytree as pytree
 
 from seqkernels import batching, flops, inplace, ranges
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import arguments, autocast, cuda, cudnn, stack, torch_eager, triton
+from seqkernels.backends import arguments, autocast, cuda, cudnn, side_by_side, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import THIS_MACHINE
@@ -58,18 +63,20 @@ from seqkernels.select import Plan
 
 FORWARD_SCHEMA = (
     "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[], "
-    "int layers=1) "
+    "int layers=1, Tensor? pieces=None) "
     "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 )
 BACKWARD_SCHEMA = (
     "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, "
     "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-    "int[] launch=[], int layers=1) "
+    "int[] launch=[], int layers=1, Tensor? pieces=None) "
     "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 )
 RECOMPUTE_SCHEMA = BACKWARD_SCHEMA.replace("Tensor y, Tensor saved, ", "")
 
 _library = torch.library.Library(ops.name, "FRAGMENT")
+_plain_forward = side_by_side.forward_of(torch_eager.forward)
+_plain_backward = side_by_side.backward_of(torch_eager.backward)
 
 
 def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes: Tensor | None) -> None:
@@ -81,7 +88,7 @@ def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes:
         raise RuntimeError(f"batch_sizes is on the CPU or where x is, found {x.device} (x) and {batch_sizes.device}")
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1):
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1, pieces=None):
     _expect_one_device(x, (*weights, h_0, c_0), batch_sizes)
     layout = stack.SavedLayout.of(cell, x, weights, h_0, layers)
     return (
@@ -94,7 +101,7 @@ def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), laye
 
 def _fake_backward(
     cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=(),
-    layers=1,
+    layers=1, pieces=None,
 ):  # fmt: skip
     _expect_one_device(x, (*weights, h_0, c_0, y, saved, grad_y, grad_h_n, grad_c_n), batch_sizes)
 
@@ -128,11 +135,12 @@ def _of_each_member(function):
 
 
 def _save_for_backward(ctx, inputs, output):
-    cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers = inputs
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces = inputs
     y, _, c_n, saved = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
     ctx.cell, ctx.save, ctx.launch, ctx.layers = cell, save, launch, layers
+    ctx.has_pieces = pieces is not None
     ctx.changes = None
     if not save:
         y = saved = None
@@ -140,17 +148,17 @@ def _save_for_backward(ctx, inputs, output):
         ctx.changes, y = inplace.Changes(y), y.data
     else:  # a compiler's stand-in: what it makes of this copy is one only where y changes
         y = y.clone()
-    ctx.save_for_backward(x, h_0, c_0, batch_sizes, y, saved, *weights)
+    ctx.save_for_backward(x, h_0, c_0, batch_sizes, pieces, y, saved, *weights)
 
 
 def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
-    x, h_0, c_0, batch_sizes, y, saved, *weights = ctx.saved_tensors
+    x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
     operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
     if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
-        y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, saved)
+        y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, pieces, saved)
     of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
-    args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers
+    args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers, pieces
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
@@ -169,13 +177,13 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     )
 
 
-def _y_again(ctx, backend: str, x, weights, h_0, c_0, batch_sizes, saved) -> Tensor:
+def _y_again(ctx, backend: str, x, weights, h_0, c_0, batch_sizes, pieces, saved) -> Tensor:
     """y as it was before it was changed in place."""
-    of_stack = x, weights, h_0, c_0, batch_sizes, False, ctx.launch, ctx.layers
+    of_stack = x, weights, h_0, c_0, batch_sizes, False, ctx.launch, ctx.layers, pieces
     if backend not in ENSEMBLES.values():  # the last layer alone
         _, below = stack.SavedLayout.of(ctx.cell, x, weights, h_0, ctx.layers).parts(saved)
         *_, (of_layer, *states) = stack.each(ctx.layers, weights, h_0, c_0)
-        of_stack = [x, *below][-1], of_layer, *states, batch_sizes, False, ctx.launch, 1
+        of_stack = [x, *below][-1], of_layer, *states, batch_sizes, False, ctx.launch, 1, pieces
     with torch.no_grad():
         return _FORWARD[backend](ctx.cell, *of_stack)[0]
 
@@ -202,12 +210,13 @@ def _registered_backward_of(backend: str):
 
 
 def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *between, launch, layers = inputs
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *between, launch, layers, pieces = inputs
     *results, wants_x, wants_weights = between
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.wants, ctx.launch, ctx.layers = cell, (wants_x, wants_weights), launch, layers
+    ctx.has_pieces = pieces is not None
     ctx.results = len(results)  # y and saved, of recurrence_recompute none
-    ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, *weights)
+    ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, pieces, *weights)
 
 
 def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_grad_c_0):
@@ -216,8 +225,8 @@ def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, gra
 
     y and saved are functions of the other inputs, so all of the derivative is given to those.
     """
-    *first, batch_sizes = ctx.saved_tensors[:7]
-    weights = ctx.saved_tensors[7:]
+    *first, batch_sizes, pieces = ctx.saved_tensors[:8]
+    weights = ctx.saved_tensors[8:]
     needs = ctx.needs_input_grad
     needed = (*needs[1:5], needs[6], needs[7], *needs[5])
     deeper = torch.is_grad_enabled()
@@ -229,10 +238,10 @@ def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, gra
         ]
         grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = inputs
         of_stack = x, weights, h_0, c_0, batch_sizes
-        y, _, _, saved = forward(ctx.cell, *of_stack, True, ctx.launch, ctx.layers)
-        wants_x, wants_weights = ctx.wants
+        y, _, _, saved = forward(ctx.cell, *of_stack, True, ctx.launch, ctx.layers, pieces)
+        options = *ctx.wants, ctx.launch, ctx.layers, pieces
         grad_x, grad_weights, grad_h_0, grad_c_0 = backward(
-            ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, wants_x, wants_weights, ctx.launch, ctx.layers
+            ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *options
         )
     outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
@@ -251,18 +260,17 @@ def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, gra
 
 
 def _grads_of_options(ctx) -> tuple:
-    """Of launch and layers: torch.library leaves last arguments out that have their defaults, and then wants no
+    """Of launch, layers and pieces: torch.library leaves last arguments out that have their defaults, and then wants no
     gradient of them; of an empty list that it has not left out, it wants an empty list."""
-    if ctx.layers > 1:
-        return (None if ctx.launch else []), None
-    return (None,) if ctx.launch else ()
+    count = 3 if ctx.has_pieces else 2 if ctx.layers > 1 else 1 if ctx.launch else 0
+    return (None if ctx.launch else [], None, None)[:count]
 
 
 def _register(backend: str) -> None:
     """Everything about a backend's operators that is the same for all backends."""
     each = _of_each_member if backend in ENSEMBLES.values() else lambda function: function
     formula = _registered_backward_of(backend)
-    twice = functools.partial(_double_backward, each(torch_eager.forward), each(torch_eager.backward))
+    twice = functools.partial(_double_backward, each(_plain_forward), each(_plain_backward))
     for name, fake, derivative, setup in (
         ("recurrence_forward", _fake_forward, formula, _save_for_backward),
         ("recurrence_backward", _fake_backward, twice, _setup_backward),
@@ -278,14 +286,14 @@ def _register(backend: str) -> None:
         batching.register(f"{name}.{backend}", batching.Members(operator, ensemble), _library)
 
 
-def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1):
+def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers):
     arguments.check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
 
 
 def _checked_backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=(),
-    layers=1,
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch,
+    layers,
 ):  # fmt: skip
     arguments.check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     grads = grad_y, grad_h_n, grad_c_n
@@ -296,11 +304,13 @@ def _checked_backward(
 
 def _recompute_of(backend: str):
     def recompute(
-        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, wants_x, wants_weights, launch=(), layers=1
-    ):
-        of_stack, wants = (x, weights, h_0, c_0, batch_sizes), (wants_x, wants_weights)
-        y, _, _, saved = _FORWARD[backend](cell, *of_stack, True, launch, layers)
-        return _BACKWARD[backend](cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *wants, launch, layers)
+        cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, wants_x, wants_weights, launch=(),
+        layers=1, pieces=None,
+    ):  # fmt: skip
+        of_stack, options = (x, weights, h_0, c_0, batch_sizes), (launch, layers, pieces)
+        y, _, _, saved = _FORWARD[backend](cell, *of_stack, True, *options)
+        grads = grad_y, grad_h_n, grad_c_n
+        return _BACKWARD[backend](cell, *grads, *of_stack, y, saved, wants_x, wants_weights, *options)
 
     return recompute
 
@@ -319,8 +329,8 @@ for _name, _forward, _backward_of in (
     ("triton", triton.forward, triton.backward),
     ("cuda", cuda.forward, cuda.backward),
 ):
-    _library.impl(f"recurrence_forward.{_name}", _forward, "CompositeExplicitAutograd")
-    _library.impl(f"recurrence_backward.{_name}", _backward_of, "CompositeExplicitAutograd")
+    _library.impl(f"recurrence_forward.{_name}", side_by_side.forward_of(_forward), "CompositeExplicitAutograd")
+    _library.impl(f"recurrence_backward.{_name}", side_by_side.backward_of(_backward_of), "CompositeExplicitAutograd")
 
 _FORWARD = {backend: getattr(ops.recurrence_forward, backend) for backend in _backends}
 _BACKWARD = {backend: getattr(ops.recurrence_backward, backend) for backend in _backends}
@@ -331,8 +341,8 @@ class _Recurrence(torch.autograd.Function):
     """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
-    def forward(ctx, backend, save, launch, layers, cell, x, h_0, c_0, batch_sizes, *weights):
-        args = cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers
+    def forward(ctx, backend, save, launch, layers, pieces, cell, x, h_0, c_0, batch_sizes, *weights):
+        args = cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces
         output = _below_autograd(_FORWARD[backend], *args)
         _save_for_backward(ctx, args, output)
         ctx.backend = backend
@@ -342,9 +352,9 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
         needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[5], any(needs[9:])
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[6], any(needs[10:])
         )
-        return None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+        return None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
 def _below_autograd(operator, *args):
@@ -364,10 +374,12 @@ def recurrence_forward(
     batch_sizes: Tensor | None,
     wanted: bool,
     recompute: bool = False,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the operator that `plan` says, by the shortest way there is -> y, h_n, c_n.
 
-    wanted: gradients are; recompute: for them the forward pass is to run again, and nothing to be saved.
+    wanted: gradients are; recompute: for them the forward pass is to run again, and nothing to be saved. pieces: the
+    operator's pieces.
 
     Compiled code and autocast need the operator itself; transforms other than torch.vmap, which cannot pass an
     operator, its plain torch operations.
@@ -377,11 +389,11 @@ def recurrence_forward(
     save = wanted and not recompute
     if torch.compiler.is_compiling():
         # [0], as a package of AOTInductor takes no empty list.
-        args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch or [0], call.layers
+        args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch or [0], call.layers, pieces
         return _FORWARD[plan.backend](*args)[:3]
-    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers
+    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers, pieces
     if call.transformed:
-        return torch_eager.forward(*args)[:3]
+        return _plain_forward(*args)[:3]
     return _run(plan.backend, wanted, args)[:3]
 
 
@@ -394,8 +406,8 @@ def _run(backend: str, wanted: bool, args: Sequence) -> tuple[Tensor, Tensor, Te
         return _below_autograd(_FORWARD[backend], *args)
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
-    cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers = args
-    return _Recurrence.apply(backend, save, launch, layers, cell, x, h_0, c_0, batch_sizes, *weights)
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces = args
+    return _Recurrence.apply(backend, save, launch, layers, pieces, cell, x, h_0, c_0, batch_sizes, *weights)
 
 
 @functools.cache

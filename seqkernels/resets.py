@@ -1,10 +1,11 @@
 """Resets inside of sequences: the state before each step that a mask marks begins anew.
 
-Sequences are cut before marked steps, and the pieces run side by side as those of a ragged batch. So every backend has
-resets, forward and backward, and what runs in a step is more than without them.
+Sequences are cut before marked steps, and each piece has a first and a last state of its own. The CPU's kernels go from
+one piece of a sequence to the next, and rows stay where they are. For others the pieces run side by side as those of a
+ragged batch: so every backend has resets, forward and backward, but what runs in a step is more than without them.
 
-Where nobody may read the mask (compiled code, a CUDA graph that is captured, torch.vmap over masks) there are as many
-pieces as there could be, one for each row, and most of them are empty.
+There, where nobody may read the mask (compiled code, a CUDA graph that is captured, torch.vmap over masks) there are as
+many pieces as there could be, one for each row, and most of them are empty.
 """
 
 import functools
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks, modes, varlen
 from seqkernels._ops import ops
+from seqkernels.hardware import THIS_MACHINE
 from seqkernels.varlen import Rows
 
 
@@ -66,6 +68,49 @@ def cut(
         rows = _from_padded(input.unsqueeze(0), mask.unsqueeze(0), True, None, transformed)
         return rows._replace(restore_layout=lambda y: rows.restore_layout(y).squeeze(0))  # type: ignore[union-attr]
     return _from_padded(input, mask, batch_first, lengths, transformed)
+
+
+def in_kernels(backend: str | None) -> bool:
+    """Whether the kernels that run a call on the CPU, by `backend` if it is forced, go from one piece to the next."""
+    return (backend or THIS_MACHINE.forced_backend or "cpu") == "cpu" and not THIS_MACHINE.native_missing
+
+
+def may_stay(mask: Tensor, input: Tensor | PackedSequence, transformed: bool) -> bool:
+    """Whether rows may stay where they are: on the CPU, where the number of pieces may be asked for."""
+    data = input.data if isinstance(input, PackedSequence) else input
+    on_cpu = data.device.type == "cpu" and not late_checks.out_of_sight(mask)
+    return on_cpu and not transformed and not torch.compiler.is_compiling()
+
+
+def in_place(
+    input: Tensor | PackedSequence,
+    mask: Tensor,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    sequences: int | None,
+    transformed: bool,
+) -> Rows:
+    """As `cut`, but of sequences whose rows stay where they are without resets."""
+
+    def of_values(values: Tensor, offsets: Tensor, longest: int | None, transformed: bool) -> Rows:
+        return _numbered(*(varlen.from_cu_seqlens(t, offsets, longest, transformed) for t in (values, marks)))
+
+    def rows_of(input: Tensor) -> Rows:
+        if cu_seqlens is not None:
+            return varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
+        if lengths is not None:
+            return varlen.from_lengths(input, lengths, batch_first, transformed)
+        return varlen.from_unbatched(input) if input.dim() == 2 else varlen.from_padded(input, batch_first)
+
+    marks = mask.unsqueeze(-1)
+    if isinstance(input, PackedSequence):
+        rows = varlen.from_packed(input, sequences)
+        return _numbered(rows, rows._replace(data=marks))
+    if input.is_nested:
+        return varlen.from_nested(input, transformed, of_values)
+    return _numbered(rows_of(input), rows_of(marks))
 
 
 def begin_anew(states: Sequence[Tensor], others: Sequence[Tensor] | None, rows: Rows) -> list[Tensor]:
@@ -192,6 +237,24 @@ def _from_packed(input: PackedSequence, rows: Rows, reset: Tensor, transformed: 
 
 
 # ---- pieces
+
+
+def _numbered(rows: Rows, marks: Rows) -> Rows:
+    """Rows with the number of the piece that each is of; `marks` ``[N, 1]``: the mask of the same layout."""
+    count, batch_sizes = rows.data.shape[0], rows.batch_sizes
+    if batch_sizes is None:
+        batch_sizes = torch.full((count // max(rows.sequences, 1),), rows.sequences)
+    pieces, sequence, anew, last = ops.number_pieces(marks.data.squeeze(1), batch_sizes, rows.sequences)
+    if rows.sorted_indices is not None and rows.unsorted_indices is not None:
+        sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]
+    return rows._replace(
+        batch_sizes=batch_sizes,
+        sequences=anew.shape[0],
+        sorted_indices=sequence,
+        unsorted_indices=last,
+        anew=anew,
+        pieces=pieces,
+    )
 
 
 def _rows(

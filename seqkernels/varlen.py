@@ -28,6 +28,9 @@ class Rows(NamedTuple):
     # Of pieces that resets have cut (`seqkernels.resets`), which are the sequences then: [B] whether one begins anew.
     # sorted_indices are the sequences that they are of, unsorted_indices the last piece of each of those.
     anew: Tensor | None = None
+    # [N] which of the pieces each row is of, where they follow each other in the rows of their sequence; None: the
+    # pieces are those of a ragged batch.
+    pieces: Tensor | None = None
 
 
 def from_padded(input: Tensor, batch_first: bool) -> Rows:

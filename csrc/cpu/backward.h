@@ -54,30 +54,30 @@ class BackwardSweep {
         units(Units::of<C>(work, p.hidden)),
         outputs(Units::of<C>(work, p.projected)) {}
 
-  void load_states() const {
-    const S* h_n = static_cast<const S*>(p.grad_h_n);
-    const S* c_n = static_cast<const S*>(p.grad_c_n);
-    for (int64_t r = 0; r < at.task.count; r++) {
-      load_state(h_n ? at.at_sequence(h_n, r, p.projected) : h_n, mine.grad_h + r * memory.ldp, outputs);
-      if (kHasC) load_state(c_n ? at.at_sequence(c_n, r, p.hidden) : c_n, mine.grad_c + r * memory.ldh, units);
-    }
-  }
-
-  void store_states() const {
-    S* h_0 = static_cast<S*>(p.grad_h_0);
-    S* c_0 = static_cast<S*>(p.grad_c_0);
-    for (int64_t r = 0; r < at.task.count; r++) {
-      store_state(mine.grad_h + r * memory.ldp, at.at_sequence(h_0, r, p.projected), outputs);
-      if (kHasC) store_state(mine.grad_c + r * memory.ldh, at.at_sequence(c_0, r, p.hidden), units);
-    }
-  }
-
   void run(const Chunk& chunk) {
+    if (chunk.last == p.steps) change_states(-1, at.task.direction ? 0 : p.steps - 1);
     for (int64_t i = chunk.first; i < chunk.last; i++)
       run_step(at.task.direction ? i : chunk.first + chunk.last - 1 - i, chunk.row);
   }
 
  private:
+  // Between step t and the one that it started from.
+  void change_states(int64_t t, int64_t before) const {
+    const int64_t H = p.hidden, P = p.projected;
+    at.change_states(
+        t, before,
+        [&](int64_t r, int64_t state) {
+          store_state(mine.grad_h + r * memory.ldp, at.at_state(static_cast<S*>(p.grad_h_0), state, P), outputs);
+          if (kHasC)
+            store_state(mine.grad_c + r * memory.ldh, at.at_state(static_cast<S*>(p.grad_c_0), state, H), units);
+        },
+        [&](int64_t r, int64_t state) {
+          load_state(at.at_state(static_cast<const S*>(p.grad_h_n), state, P), mine.grad_h + r * memory.ldp, outputs);
+          if (kHasC)
+            load_state(at.at_state(static_cast<const S*>(p.grad_c_n), state, H), mine.grad_c + r * memory.ldh, units);
+        });
+  }
+
   number_t<F>* grad_row(int64_t r) const { return grads + r * at.task.stride * p.directions * memory.grad_row; }
 
   void run_step(int64_t t, int64_t chunk_row) {
@@ -93,11 +93,15 @@ class BackwardSweep {
     if constexpr (Traits::can_project) {
       if (p.has_projection) undo_projection(running);
     }
-    for (int64_t r = 0; r < running; r++)
-      for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit);
+    for (int64_t r = 0; r < running; r++) {
+      const int64_t state = at.state(t, r);
+      const bool first = r >= had_before || at.state(before, r) != state;  // this step started from the initial state
+      for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit, first, state);
+    }
     work.wait();
     multiply_gates<S>(memory, static_cast<const S*>(source.w_hh), at.task.direction, outputs, running, grads,
                       grad_row(1) - grads, Traits::needs_h_prev, mine.grad_h, t % 2, slice, tiles);
+    change_states(t, before);
   }
 
   void add_grad_y(int64_t running) const {
@@ -131,10 +135,9 @@ class BackwardSweep {
     product(memory.hr, weights.w_hr, first, last, running, {memory.hr.k, 1, 0, tiles, memory.grad_parts()}, row, put);
   }
 
-  // Gradients of the gates of one vector of units of sequence r.
-  void gates(int64_t r, int64_t unit) const {
+  // Gradients of the gates of one vector of units of sequence r, whose state began with this step if `first`.
+  void gates(int64_t r, int64_t unit, bool first, int64_t state) const {
     const int64_t H = p.hidden, P = p.projected, lanes = min(H - unit, kLane), row = row0 + r * at.task.stride;
-    const bool first = r >= had_before;  // this step started from the initial state
     const int64_t row_before = row0_before + r * at.task.stride;
     const S* y = static_cast<const S*>(p.y);
     const S* saved = static_cast<const S*>(p.saved);
@@ -148,12 +151,12 @@ class BackwardSweep {
     for (int block = 0; block < K - kHasC; block++) blocks[block] = saved_block(block);
     if constexpr (kHasC) {
       const S* c_0 = static_cast<const S*>(p.c_0);
-      const S* c_prev = first ? at.at_sequence(c_0, r, H) : at.at_row(saved, row_before, K * H) + (K - 1) * H;
+      const S* c_prev = first ? at.at_state(c_0, state, H) : at.at_row(saved, row_before, K * H) + (K - 1) * H;
       state_now = saved_block(K - 1);
       state_before = load(c_prev + unit, lanes);
       grad_c = load(mine.grad_c + r * memory.ldh + unit);
     } else if constexpr (Traits::needs_h_prev) {
-      const S* h_prev = first ? at.at_sequence(static_cast<const S*>(p.h_0), r, P) : at.at_row(y, row_before, P);
+      const S* h_prev = first ? at.at_state(static_cast<const S*>(p.h_0), state, P) : at.at_row(y, row_before, P);
       state_before = load(h_prev + unit, lanes);
     } else {
       state_now = load(at.at_row(y, row, P) + unit, lanes);
@@ -209,8 +212,12 @@ void prepare_backward(const LayerBackward& p, const BackwardMemory<S, F>& memory
     for (int64_t t = work.first(p.steps); t < work.last(p.steps); t++) {
       const int64_t before = d ? t + 1 : t - 1;
       const int64_t had_before = before < 0 || before >= p.steps ? 0 : p.batch_sizes[before];
-      for (int64_t b = 0; b < p.batch_sizes[t]; b++)
-        memory.before[d][p.offsets[t] + b] = b < had_before ? p.offsets[before] + b : -1 - b;
+      for (int64_t b = 0; b < p.batch_sizes[t]; b++) {
+        const int64_t row = p.offsets[t] + b, row_before = b < had_before ? p.offsets[before] + b : row;
+        const int64_t state = p.pieces ? p.pieces[row] : b;
+        const bool first = row_before == row || (p.pieces && p.pieces[row_before] != state);
+        memory.before[d][row] = first ? -1 - state : row_before;
+      }
     }
   }
 }
@@ -228,7 +235,6 @@ void backward(const LayerBackward& p, const Schedule& schedule, int begin, int e
     });
   };
   prepare_backward(p, memory, all);
-  sweep([](auto task) { task.load_states(); });
   all.wait();
   for (int64_t end_step = p.steps; end_step > 0; end_step -= memory.chunk_steps) {
     const int64_t first = max(0, end_step - memory.chunk_steps), last = end_step;
@@ -244,7 +250,6 @@ void backward(const LayerBackward& p, const Schedule& schedule, int begin, int e
       for (int d = 0; d < p.directions; d++) weight_gradients(p, memory, all, chunk, d, last < p.steps, tiles);
     all.wait();
   }
-  sweep([](auto task) { task.store_states(); });
   if (memory.wants_weights) finish_weight_gradients(p, memory, all);
 }
 

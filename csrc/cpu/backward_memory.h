@@ -82,7 +82,7 @@ struct BackwardMemory {
   PerDirection direction[2] = {};
   F* w_ih;             // of all directions, one below the other
   number_t<F>* grads;  // [rows of a chunk, D, grad_row]
-  int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - sequence for h_0
+  int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - state for h_0
   F* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
   F* turned;           // [members, kTile, turned_row]: left factors of a tile of it, by tiles
   Arena tasks;

@@ -79,7 +79,7 @@ class ForwardSweep {
         turned(mine.turned + work.begin * memory.turned_size) {}
 
   void run() {
-    load_states();
+    change_states(-1, step(0));
     for (int64_t i = 0; i < p.steps;) {
       int64_t count = 0, end = i;
       do {
@@ -95,24 +95,26 @@ class ForwardSweep {
  private:
   int64_t step(int64_t i) const { return at.task.direction ? p.steps - 1 - i : i; }
 
-  void load_states() const {
-    const int64_t H = p.hidden, P = p.projected, ran = at.running(0);
-    const S* h_0 = static_cast<const S*>(p.h_0);
-    const S* c_0 = static_cast<const S*>(p.c_0);
-    for (int64_t r = 0; r < at.task.count; r++) {
-      C* h = mine.h + r * memory.ldp;
-      load_state(at.at_sequence(h_0, r, P), h, outputs);
-      // Both buffers get it: a sequence that a reverse sweep has not reached yet has its state in either.
-      load_state(at.at_sequence(h_0, r, P), mine.h_next + r * memory.ldp, outputs);
-      for (int64_t unit = outputs.first; kPairs && unit < outputs.last; unit += kLane) {
-        memory.parts_of(memory.hh).store(mine.factors + r * memory.ldf, unit, P, load(h + unit));
-        memory.parts_of(memory.hh).store(mine.factors_next + r * memory.ldf, unit, P, load(h + unit));
-      }
-      if (kHasC) load_state(at.at_sequence(c_0, r, H), mine.c + r * memory.ldh, units);
-      if (r < ran) continue;
-      store_state(h, at.at_sequence(static_cast<S*>(p.h_n), r, P), outputs);  // never runs
-      if (kHasC) store_state(mine.c + r * memory.ldh, at.at_sequence(static_cast<S*>(p.c_n), r, H), units);
-    }
+  static void store_results(const C* from, S* to, Units units) {
+    for (int64_t i = units.first; i < units.last; i += kLane) store_result<F>(to + i, load(from + i), units.last - i);
+  }
+
+  // Between step t and the next: what ended leaves its states, what begins takes them.
+  void change_states(int64_t t, int64_t next) const {
+    const int64_t H = p.hidden, P = p.projected;
+    at.change_states(
+        t, next,
+        [&](int64_t r, int64_t state) {
+          store_results(mine.h + r * memory.ldp, at.at_state(static_cast<S*>(p.h_n), state, P), outputs);
+          if (kHasC) store_results(mine.c + r * memory.ldh, at.at_state(static_cast<S*>(p.c_n), state, H), units);
+        },
+        [&](int64_t r, int64_t state) {
+          C* h = mine.h + r * memory.ldp;
+          load_state(at.at_state(static_cast<const S*>(p.h_0), state, P), h, outputs);
+          for (int64_t unit = outputs.first; kPairs && unit < outputs.last; unit += kLane)
+            memory.parts_of(memory.hh).store(mine.factors + r * memory.ldf, unit, P, load(h + unit));
+          if (kHasC) load_state(at.at_state(static_cast<const S*>(p.c_0), state, H), mine.c + r * memory.ldh, units);
+        });
   }
 
   // W_hh h of the sequences that run, where W_hh lies, and from it their new states.
@@ -145,8 +147,6 @@ class ForwardSweep {
     ahead = at.rows_to(t, later) * p.directions;
     row0 = at.row(t, 0);
     gates = mine.gates + first * memory.ldg;
-    // Sequences from this one on end with this step. Those of a reverse sweep all end with its last step.
-    first_ending = at.task.direction ? (later < 0 ? 0 : running) : at.running(later);
     multiply_states(running, t % 2);
     if constexpr (Traits::can_project) {
       if (p.has_projection) {
@@ -156,6 +156,7 @@ class ForwardSweep {
     }
     swap(mine.h, mine.h_next);
     swap(mine.factors, mine.factors_next);
+    change_states(t, later);
     if (later >= 0 && later < p.steps) work.wait();
   }
 
@@ -232,8 +233,6 @@ class ForwardSweep {
     cell_forward<kCell>(x, recurrent, h, c, blocks);
     if constexpr (kHasC) {
       store(c_of, c);
-      if (r >= first_ending)
-        store_result<F>(at.at_sequence(static_cast<S*>(p.c_n), r, p.hidden) + unit, c, min(p.hidden - unit, kLane));
       blocks[K - 1] = c;
     }
     if (Traits::can_project && p.has_projection)
@@ -250,7 +249,6 @@ class ForwardSweep {
     store_result<F>(y, h, lanes);
     store(mine.h_next + r * memory.ldp + unit, h);
     if (kPairs) memory.parts_of(memory.hh).store(mine.factors_next + r * memory.ldf, unit, P, h);
-    if (r >= first_ending) store_result<F>(at.at_sequence(static_cast<S*>(p.h_n), r, P) + unit, h, lanes);
   }
 
   SEQKERNELS_INLINE void save(int64_t r, int64_t unit, const cell_t<S>* blocks) const {
@@ -277,7 +275,7 @@ class ForwardSweep {
   F* const turned;
   // Of the step that runs.
   const C* gates;
-  int64_t row0, ahead, first_ending;
+  int64_t row0, ahead;
 };
 
 // The biases of direction d: what is added to the projection, and what stays apart.

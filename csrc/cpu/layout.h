@@ -34,14 +34,28 @@ struct Layout {
   T* at_row(T* x, int64_t row, int64_t n) const {
     return x + (row * p.directions + task.direction) * n;
   }
-  // x is [D, B, n]
+  // x is [D, C, n], or null
   template <class T>
-  T* at_sequence(T* x, int64_t r, int64_t n) const {
-    return x + (task.direction * p.sequences + sequence(r)) * n;
+  T* at_state(T* x, int64_t state, int64_t n) const {
+    return x ? x + (task.direction * p.states + state) * n : x;
   }
+  // Which state is that of sequence r at step t.
+  int64_t state(int64_t t, int64_t r) const { return p.pieces ? p.pieces[row(t, r)] : sequence(r); }
   int64_t running(int64_t t) const { return t < 0 || t >= p.steps ? 0 : running_of(task, p.batch_sizes[t]); }
   // From a row of step t to that of the same sequence in step u; 0 if there is no such step.
   int64_t rows_to(int64_t t, int64_t u) const { return u < 0 || u >= p.steps ? 0 : p.offsets[u] - p.offsets[t]; }
+
+  // Between step t and step u, which runs next, or beyond the steps: calls leave(r, state) for what ends with t, and
+  // enter(r, state) for what begins with u.
+  template <class Leave, class Enter>
+  void change_states(int64_t t, int64_t u, const Leave& leave, const Enter& enter) const {
+    const int64_t ran = running(t), run = running(u), both = min(ran, run);
+    for (int64_t r = p.pieces ? 0 : both; r < max(ran, run); r++) {
+      if (r < both && state(t, r) == state(u, r)) continue;
+      if (r < ran) leave(r, state(t, r));
+      if (r < run) enter(r, state(u, r));
+    }
+  }
 };
 
 // Units [first, last) of a state, whole vectors but for the end of the state.

@@ -63,6 +63,17 @@ void zero(Tensor& tensor) {
   if (tensor.numel()) memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
 }
 
+// States that no row uses stay as they are: `to` [D, C, n] from `from`, zeros where that is null.
+void copy_states(const CheckedArguments& arguments, const Layer& p, void* to, const void* from, int64_t n,
+                 int64_t element_size) {
+  const size_t bytes = static_cast<size_t>(p.directions * p.states * n * element_size);
+  if (arguments.states_used() == p.states || !to || !bytes) return;
+  if (from)
+    memcpy(to, from, bytes);
+  else
+    memset(to, 0, bytes);
+}
+
 // What the layers of a member hand to each other, [N, D*P], where nobody keeps it: that of the last two.
 class Between {
  public:
@@ -91,19 +102,20 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // `launch` [1], of both passes: Layer::bfloat16_parts (seqkernels/backends/cpu.py).
 using Launch = std::vector<int64_t>;
 
-Forward forward(const StackArguments& given, bool save, const Launch& launch) {
+Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces) {
   LayerForward p{};
-  const CheckedArguments arguments(p, given);
+  CheckedArguments arguments(p, given);
+  arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
   p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
   const ScalarType type = given.x.scalar_type();
-  const int64_t N = arguments.rows(), D = p.directions, L = given.layers, B = p.sequences, H = p.hidden;
+  const int64_t N = arguments.rows(), D = p.directions, L = given.layers, C = p.states, H = p.hidden;
   const int64_t P = p.projected, M = arguments.members();
   const SavedLayout layout(p, N);
   Tensor y = allocate(type, arguments.of_all({N, D * P}));
-  Tensor h_n = allocate(type, arguments.of_all({L * D, B, P}));
-  Tensor c_n = allocate(type, arguments.of_all({L * D, B, given.c_0 ? H : 0}));
+  Tensor h_n = allocate(type, arguments.of_all({L * D, C, P}));
+  Tensor c_n = allocate(type, arguments.of_all({L * D, C, given.c_0 ? H : 0}));
   Tensor saved = allocate(type, arguments.of_all(save ? layout.shape(L) : Shape{N, D, 0}));
   Between between(type, M, save ? 1 : L, p, N);
   const int64_t bytes = given.x.element_size();
@@ -114,8 +126,10 @@ Forward forward(const StackArguments& given, bool save, const Launch& launch) {
       });
     arguments.set_layer(p, l, p.y, m);
     p.y = l == L - 1 ? of_member(y, m, M) : save ? of_member(saved, m, M, layout.y_of(l)) : between.of(m, l);
-    p.h_n = of_member(h_n, m, M, l * D * B * P);
-    p.c_n = of_member(c_n, m, M, l * D * B * H);
+    p.h_n = of_member(h_n, m, M, l * D * C * P);
+    p.c_n = of_member(c_n, m, M, l * D * C * H);
+    copy_states(arguments, p, p.h_n, p.h_0, P, bytes);
+    copy_states(arguments, p, p.c_n, p.c_0, H, bytes);
     p.saved = layout.blocks ? of_member(saved, m, M, layout.blocks_of(l)) : nullptr;
     zero_rows(p.y, layout.y * bytes, N, p.rows);
     zero_rows(p.saved, layout.blocks * bytes, N, p.rows);
@@ -150,21 +164,22 @@ void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& 
 using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 
 Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
-                  const Launch& launch) {
+                  const Launch& launch, const Optional& pieces) {
   LayerBackward p{};
   CheckedArguments arguments(p, given);
+  arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
   arguments.set_backward(p, of_backward);
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
   p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = given.x.scalar_type();
-  const int64_t N = arguments.rows(), D = p.directions, L = given.layers, B = p.sequences, H = p.hidden;
-  const int64_t P = p.projected, M = arguments.members();
+  const int64_t N = arguments.rows(), D = p.directions, L = given.layers, C = p.states, H = p.hidden;
+  const int64_t P = p.projected, M = arguments.members(), bytes = given.x.element_size();
   const Shape unwanted = arguments.of_all({0});
   Tensor grad_x = allocate(type, wants_x ? arguments.of_all({N, p.input}) : unwanted);
-  Tensor grad_h_0 = allocate(type, arguments.of_all({L * D, B, P}));
-  Tensor grad_c_0 = allocate(type, arguments.of_all({L * D, B, given.c_0 ? H : 0}));
+  Tensor grad_h_0 = allocate(type, arguments.of_all({L * D, C, P}));
+  Tensor grad_c_0 = allocate(type, arguments.of_all({L * D, C, given.c_0 ? H : 0}));
   Tensors grad_weights = allocate_grad_weights(p, given.weights, unwanted, wants_weights);
   Between between(type, M, L, p, N);
   const auto set = [&](LayerBackward& p, int64_t m, int64_t i) {
@@ -174,9 +189,11 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
     set_grad_weights(p, L, l, grad_weights, m, M);
     p.wants_x = l || wants_x;
     p.grad_x = l ? between.of(m, l) : of_member(grad_x, m, M);
-    p.grad_h_0 = of_member(grad_h_0, m, M, l * D * B * P);
-    p.grad_c_0 = of_member(grad_c_0, m, M, l * D * B * H);
-    zero_rows(p.grad_x, N * p.input * given.x.element_size(), N, has_states(p) ? p.rows : 0);
+    p.grad_h_0 = of_member(grad_h_0, m, M, l * D * C * P);
+    p.grad_c_0 = of_member(grad_c_0, m, M, l * D * C * H);
+    copy_states(arguments, p, p.grad_h_0, p.grad_h_n, P, bytes);
+    copy_states(arguments, p, p.grad_c_0, p.grad_c_n, H, bytes);
+    zero_rows(p.grad_x, N * p.input * bytes, N, has_states(p) ? p.rows : 0);
   };
   run<LayerBackward>(p, M, L, {kernels().backward_bytes, kernels().backward}, set);
   return {grad_x, grad_weights, grad_h_0, grad_c_0};
@@ -184,16 +201,16 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
 
 template <bool ensemble>
 Forward recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
-                           bool save, Launch launch, int64_t layers) {
-  return forward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble}, save, launch);
+                           bool save, Launch launch, int64_t layers, Optional pieces) {
+  return forward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble}, save, launch, pieces);
 }
 
 template <bool ensemble>
 Backward recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                              Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
-                             bool wants_x, bool wants_weights, Launch launch, int64_t layers) {
+                             bool wants_x, bool wants_weights, Launch launch, int64_t layers, Optional pieces) {
   return backward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble},
-                  {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch);
+                  {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch, pieces);
 }
 
 // A stack of quantized layers, for inference: weights are packed int8 (seqkernels/quantized.py), all else float32.
@@ -228,11 +245,13 @@ std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tenso
 // so that programs without Python find it: they load this library, and run packages of AOTInductor.
 #define SEQKERNELS_FORWARD_SCHEMA                                                                    \
   "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, " \
-  "int[] launch=[], int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
+  "int[] launch=[], int layers=1, Tensor? pieces=None) "                                             \
+  "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
 #define SEQKERNELS_BACKWARD_SCHEMA                                                                          \
   "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, " \
   "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "            \
-  "int[] launch=[], int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
+  "int[] launch=[], int layers=1, Tensor? pieces=None) "                                                    \
+  "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
 
 SEQKERNELS_FRAGMENT(m) {
   m.def("recurrence_forward.cpu" SEQKERNELS_FORWARD_SCHEMA);

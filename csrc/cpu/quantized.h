@@ -132,15 +132,15 @@ class QuantizedSweep {
       for (int64_t i = lanes.first; i < lanes.last; i += kLane) store(to + i, i < n ? load(from + i, n - i) : V{});
     };
     for (int64_t r = 0; r < at.task.count; r++) {
-      const float* h_0 = at.at_sequence(static_cast<const float*>(p.h_0), r, P);
+      const float* h_0 = at.at_state(static_cast<const float*>(p.h_0), at.sequence(r), P);
       // Both buffers get it: a sequence that a reverse sweep has not reached yet has its state in either.
       load_from(h_0, P, mine.h + r * memory.ldp, lanes_of(outputs));
       load_from(h_0, P, mine.h_next + r * memory.ldp, lanes_of(outputs));
-      const float* c_0 = kHasC ? at.at_sequence(static_cast<const float*>(p.c_0), r, H) : nullptr;
+      const float* c_0 = kHasC ? at.at_state(static_cast<const float*>(p.c_0), at.sequence(r), H) : nullptr;
       if (kHasC) load_from(c_0, H, mine.c + r * memory.ldh, lanes_of(units));
       if (r < ran || work.begin) continue;  // the others never run
-      memcpy(at.at_sequence(static_cast<float*>(p.h_n), r, P), h_0, P * sizeof(float));
-      if (kHasC) memcpy(at.at_sequence(static_cast<float*>(p.c_n), r, H), c_0, H * sizeof(float));
+      memcpy(at.at_state(static_cast<float*>(p.h_n), at.sequence(r), P), h_0, P * sizeof(float));
+      if (kHasC) memcpy(at.at_state(static_cast<float*>(p.c_n), at.sequence(r), H), c_0, H * sizeof(float));
     }
   }
 
@@ -199,7 +199,7 @@ class QuantizedSweep {
     cell_forward<kCell>(x, recurrent, h, c, unused);
     if constexpr (kHasC) {
       store(c_of, c);
-      if (r >= first_ending) put(at.at_sequence(static_cast<float*>(p.c_n), r, p.hidden), unit, p.hidden, c);
+      if (r >= first_ending) put(at.at_state(static_cast<float*>(p.c_n), at.sequence(r), p.hidden), unit, p.hidden, c);
     }
     if (Traits::can_project && p.has_projection)
       store(mine.unprojected + r * memory.ldh + unit, h);
@@ -211,7 +211,7 @@ class QuantizedSweep {
     const int64_t P = p.projected;
     store(mine.h_next + r * memory.ldp + unit, h);
     put(at.at_row(static_cast<float*>(p.y), row0 + r * at.task.stride, P), unit, P, h);
-    if (r >= first_ending) put(at.at_sequence(static_cast<float*>(p.h_n), r, P), unit, P, h);
+    if (r >= first_ending) put(at.at_state(static_cast<float*>(p.h_n), at.sequence(r), P), unit, P, h);
   }
 
   // Numbers [unit, + lanes of a vector) of a row of n.

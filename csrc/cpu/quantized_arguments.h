@@ -28,7 +28,7 @@ class QuantizedArguments : CheckedArguments {
     p.scalar = Scalar::float32;
     p.has_projection = each_ == 3;
     input_ = x.size(1);
-    p.sequences = h_0.size(1);
+    p.sequences = p.states = h_0.size(1);
     p.projected = h_0.size(2);
     p.hidden = c_0 ? c_0->size(2) : p.projected;
     check(p.has_projection || p.projected == p.hidden, "h_0 has ", p.projected, " features, but the hidden size is ",

@@ -156,7 +156,7 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory
   const number_t<F>* grads = memory.grads + d * memory.grad_row;
   const S* x = static_cast<const S*>(p.x);
   const S* y = static_cast<const S*>(p.y) + d * P;
-  const S* h_0 = static_cast<const S*>(p.h_0) + d * p.sequences * P;
+  const S* h_0 = static_cast<const S*>(p.h_0) + d * p.states * P;
 
   add_products(
       memory, work, chunk, add, grads, stride, columns.gates, I, tiles,

@@ -79,7 +79,7 @@ class Case {
     layer_.cell = cell;
     layer_.scalar = scalar;
     layer_.steps = T;
-    layer_.sequences = B;
+    layer_.sequences = layer_.states = B;
     layer_.rows = N;
     layer_.input = I;
     layer_.hidden = H;

@@ -100,7 +100,8 @@ bool check(const Sizes& of) {
   }
   p.cell = of.cell;
   p.scalar = Scalar::float32;
-  p.steps = of.T, p.sequences = of.B, p.input = of.I, p.hidden = of.H, p.projected = of.P, p.directions = of.D;
+  p.steps = of.T, p.sequences = p.states = of.B;
+  p.input = of.I, p.hidden = of.H, p.projected = of.P, p.directions = of.D;
   p.has_projection = of.P != of.H;
   p.int8_products = true;
   p.batch_sizes = batch_sizes.data(), p.offsets = offsets.data();

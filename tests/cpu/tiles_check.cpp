@@ -76,7 +76,7 @@ struct Arguments {
     p.cell = of.cell;
     p.scalar = of.parts ? Scalar::float32 : Scalar::bfloat16;
     p.bfloat16_parts = of.parts;
-    p.steps = of.T, p.sequences = of.B, p.input = of.I, p.hidden = of.H, p.projected = of.P;
+    p.steps = of.T, p.sequences = p.states = of.B, p.input = of.I, p.hidden = of.H, p.projected = of.P;
     p.directions = of.D;
     p.has_projection = of.P != of.H;
     p.bfloat16_products = true;

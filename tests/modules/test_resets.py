@@ -350,6 +350,21 @@ def test_transforms_give_what_a_loop_gives(masks):
     torch.testing.assert_close(grads, torch.stack(of_each))
 
 
+def test_an_ensemble_with_a_mask():
+    layers = [sk.LSTM(4, 5, num_layers=2, bidirectional=True, **DOUBLE) for _ in range(3)]
+    x, mask = torch.randn(STEPS, 2, 4, **DOUBLE), torch.rand(STEPS, 2) < 0.3
+    parameters, _ = torch.func.stack_module_state(layers)
+    run = torch.vmap(lambda p: torch.func.functional_call(layers[0], p, (x,), {"reset": mask})[0])
+    found, expected = run(parameters), torch.stack([layer(x, reset=mask)[0] for layer in layers])
+    torch.testing.assert_close(found, expected)
+    grads = torch.autograd.grad(found.square().sum(), list(parameters.values()))
+    of_each = [
+        torch.autograd.grad(y.square().sum(), list(layer.parameters()), retain_graph=True)
+        for y, layer in zip(expected, layers, strict=True)
+    ]
+    torch.testing.assert_close(list(grads), [torch.stack(of_one) for of_one in zip(*of_each, strict=True)])
+
+
 def test_fx_traces_a_mask():
     model = Masked(sk.GRU(4, 5))
     x, mask = torch.randn(STEPS, 2, 4), torch.rand(STEPS, 2) < 0.3
