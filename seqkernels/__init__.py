@@ -11,6 +11,7 @@ if torch.__version__ < "2.10":
     raise ImportError(f"seqkernels needs torch 2.10 or newer, and this is {torch.__version__}: pip install -U torch")
 
 from seqkernels import functional, torch_ao
+from seqkernels.cell_options import CellOptions
 from seqkernels.convert import swap_in, swap_out
 from seqkernels.explanation import explain
 from seqkernels.modules import GRU, LSTM, RNN, GRUCell, LiGRU, LSTMCell, RNNCell, is_recurrent
@@ -25,6 +26,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "CellOptions",
     "GRUCell",
     "LSTMCell",
     "LiGRU",

@@ -146,7 +146,7 @@ def _check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
     device, dtype = data.device, data.dtype
     for weight in weights:
         if weight.device != device or weight.dtype != dtype:
-            _check_same(weight, data, "parameter")
+            check_same(weight, data, "parameter")
 
 
 def _check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State) -> None:
@@ -159,10 +159,10 @@ def _check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: 
 def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str, name: str = "hidden") -> None:
     if state.shape != size:
         raise RuntimeError(message.format(size, list(state.shape)))
-    _check_same(state, data, name)
+    check_same(state, data, name)
 
 
-def _check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
+def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
     """Device and dtype of a state or a weight are those of the input; autocast makes the dtypes equal by itself."""
     if tensor.device != data.device:
         raise RuntimeError(
@@ -185,5 +185,5 @@ def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.shape[1]}, expected {w_hh.shape[1]}"
             )
-        _check_same(state, input)
+        check_same(state, input)
     _check_weights(weights, input)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from seqkernels import drop_in, inputs, modules, select, trial
+from seqkernels import drop_in, inputs, modules, select, trial, with_options
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 
@@ -72,7 +72,13 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
         ragged = lengths, None, None, reset, reset_to
-        call = inputs.prepare(modules.cell_of(module), input, hx, weights, *sizes, *ragged, bias=module.bias).call
+        cell, options = modules.cell_of(module), getattr(module, "cell_options", None)
+        blocks = options.blocks if options else 1
+        made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, bias=module.bias, blocks=blocks)
+        if options:
+            parts = with_options.Parts(options, (), module.training)
+            return with_options.plan_of(made, parts, getattr(module, "backend", None))
+        call = made.call
     else:
         states = (hx,) if isinstance(hx, torch.Tensor) else hx
         call = inputs.facts_of_step(modules.cell_of(module), *modules.inputs_of_step(module, input, states))[0]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, modes, onnx_export, ops, resets, select
+from seqkernels import checks, modes, onnx_export, ops, resets, select, with_options
 from seqkernels.backends import stack
+from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, facts_of_step, prepare, restore_layout
 
@@ -34,6 +35,8 @@ def gru(
     reset: Tensor | PackedSequence | None = None,
     reset_to: Tensor | None = None,
     recompute: bool = False,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """GRU over whole sequences.
@@ -55,6 +58,9 @@ def gru(
         reset_to: state as hx; None for zeros.
         recompute: True saves the input of each layer alone for the backward pass, which runs the layer again: the same
             bits in less memory and more time (docs/memory.md).
+        cell_options: zoneout, dropout within the recurrence, layer norm and blocks (`seqkernels.CellOptions`).
+        norms: with layer_norm, for each layer, for each direction: scale_ih and scale_hh ``[G*H]``, of LSTM scale_c and
+            with bias shift_c ``[H]``; of "gates" scale ``[G*H]`` alone. See docs/cells.md.
         backend: force one of `seqkernels.select.BACKENDS`.
 
     Returns:
@@ -62,15 +68,15 @@ def gru(
 
     Raises:
         ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit; ValueError for lengths,
-            cu_seqlens or a mask that do not fit, and where no backend can run the call; TypeError for a recompute that
-            is no bool.
+            cu_seqlens, a mask or cell_options that do not fit, and where no backend can run the call; TypeError for a
+            recompute that is no bool.
     """
     checks.check_kind(weights)
     return recurrent(
         "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
-        backend=backend,
+        cell_options=cell_options, norms=norms, backend=backend,
     )  # fmt: skip
 
 
@@ -92,6 +98,8 @@ def rnn(
     reset: Tensor | PackedSequence | None = None,
     reset_to: Tensor | None = None,
     recompute: bool = False,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Elman RNN over whole sequences; arguments, results and errors as `gru`, and nonlinearity "tanh" or "relu"."""
@@ -102,7 +110,7 @@ def rnn(
         "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
         cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
-        backend=backend,
+        cell_options=cell_options, norms=norms, backend=backend,
     )  # fmt: skip
 
 
@@ -123,6 +131,8 @@ def lstm(
     reset: Tensor | PackedSequence | None = None,
     reset_to: tuple[Tensor, Tensor] | None = None,
     recompute: bool = False,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """LSTM over whole sequences; arguments, results and errors as `gru`, but for the states.
@@ -135,7 +145,7 @@ def lstm(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
-        backend=backend,
+        cell_options=cell_options, norms=norms, backend=backend,
     )  # fmt: skip
 
 
@@ -156,6 +166,8 @@ def ligru(
     reset: Tensor | PackedSequence | None = None,
     reset_to: Tensor | None = None,
     recompute: bool = False,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments, results and errors as `gru`, with
@@ -165,7 +177,7 @@ def ligru(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen, reset=reset, reset_to=reset_to, recompute=recompute,
-        backend=backend,
+        cell_options=cell_options, norms=norms, backend=backend,
     )  # fmt: skip
 
 
@@ -187,26 +199,47 @@ def recurrent(
     reset: Tensor | PackedSequence | None = None,
     reset_to: State | None = None,
     recompute: bool = False,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
     backend: str | None = None,
 ):
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
     checks.check_recompute(recompute)
+    parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers * directions, bias)
+    dropout = dropout if training else 0.0
     if onnx_export.exporting():
         onnx_export.check_no_reset(reset)
-        of_export = num_layers, directions, dropout if training else 0.0, batch_first, lengths, cu_seqlens, bias
+        onnx_export.check_no_options(parts)
+        of_export = num_layers, directions, dropout, batch_first, lengths, cu_seqlens, bias
         return onnx_export.recurrent(cell, input, hx, weights, *of_export)
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
-    pieces = resets.in_kernels(backend)
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces)
-    plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
-    return restore_layout(inputs, *run(plan, inputs, weights, dropout if training else 0.0, recompute))
+    blocks = 1 if parts is None else parts.cell_options.blocks
+    pieces = parts is None and resets.in_kernels(backend)
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces, blocks)
+    plan = plan_of(inputs, parts, backend)
+    return restore_layout(inputs, *run(plan, inputs, weights, dropout, recompute, parts))
+
+
+def plan_of(inputs: Inputs, parts: with_options.Parts | None, backend: str | None) -> select.Plan:
+    if parts is not None:
+        return with_options.plan_of(inputs, parts, backend)
+    return select.plan_of(inputs.call, inputs.rows.data.device, backend)
 
 
 def run(
-    plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], dropout: float, recompute: bool = False
+    plan: select.Plan,
+    inputs: Inputs,
+    weights: Sequence[Tensor],
+    dropout: float,
+    recompute: bool = False,
+    parts: with_options.Parts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
+    if parts is not None:
+        weights = with_options.dropped(weights, parts, len(inputs.h_0))
+        if parts.by_layer:
+            return with_options.run(plan, inputs, weights, parts, dropout, recompute)
     rows, h_0, c_0, _, save, call = inputs
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it

@@ -40,6 +40,7 @@ def prepare(
     reset_to: State | None = None,
     bias: bool = True,
     pieces: bool = False,
+    blocks: int = 1,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied.
 
@@ -71,7 +72,9 @@ def prepare(
         rows = varlen.from_nested(input, transformed)
     else:
         rows = varlen.from_padded(input, batch_first)
-    h_0, c_0 = _initial_state(cell, hx, reset_to, rows, weights[1], num_layers * directions, transformed)
+    w_hh = weights[1]
+    features = w_hh.shape[1] * blocks, w_hh.shape[0] // CELLS[cell].gates
+    h_0, c_0 = _initial_state(features[: CELLS[cell].states], hx, reset_to, rows, num_layers * directions, transformed)
     sizes = rows.batch_sizes, transformed, num_layers, directions
     call, save = modes.facts_of(cell, rows.data, weights, h_0, c_0, *sizes)
     return Inputs(rows, h_0, c_0, unbatched, save, call)
@@ -103,16 +106,14 @@ def _with_batch(state: State | None) -> State | None:
 
 
 def _initial_state(
-    cell: str,
+    features: tuple[int, ...],  # of h, and of c
     hx: State | None,
     reset_to: State | None,
     rows: varlen.Rows,
-    w_hh: Tensor,
     count: int,
     transformed: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """(h_0, c_0) in the order of the rows: the given states, checked, or zeros."""
-    features = [w_hh.shape[1], w_hh.shape[0] // CELLS[cell].gates][: CELLS[cell].states]
     if hx is None and reset_to is None:
         h_0, *c_0 = (rows.data.new_zeros(count, rows.sequences, size) for size in features)
         return h_0, c_0[0] if c_0 else None

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from seqkernels import checks, drop_in, functional, hardware, select, states, streaming
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
+from seqkernels.cell_options import CellOptions
 from seqkernels.functional import State
 
 
@@ -26,13 +27,20 @@ class _Recurrent(drop_in.Layer):
             LSTM initial_c, zeros at first; a state dict without them loads all the same.
         recompute: the backward pass runs each layer again, of which nothing but its input is saved: the same bits in
             less memory and more time (docs/memory.md).
+        zoneout, recurrent_dropout, candidate_dropout, input_dropout, weight_dropout, layer_norm, blocks: what
+            `seqkernels.CellOptions` says of them (docs/cells.md). Layer norm has parameters beside torch.nn's, without
+            which a state dict loads all the same; with blocks, weight_hh_l0 and its like are ``[G*H, H/blocks]``.
 
     Attributes:
+        cell_options: the seven above as one `seqkernels.CellOptions`, None where all are off. Another with the same
+            layer_norm and blocks may take its place at any time.
         backend: forces a backend for this module (see `seqkernels.select.BACKENDS`); None lets `select` choose.
     """
 
     backend: str | None = None
     return_all_states = learn_initial_state = recompute = False
+    cell_options: CellOptions | None = None
+    _norm_names: tuple[str, ...] = ()
     _forward_of_torch: ClassVar[Callable | None] = None  # where torch.nn has such a layer
 
     def __init__(
@@ -41,9 +49,18 @@ class _Recurrent(drop_in.Layer):
         return_all_states: bool = False,
         learn_initial_state: bool = False,
         recompute: bool = False,
+        zoneout: float | tuple[float, float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        candidate_dropout: float = 0.0,
+        input_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        layer_norm: bool | str = False,
+        blocks: int = 1,
         **kwargs,
     ) -> None:
         checks.check_recompute(recompute)
+        dropouts = recurrent_dropout, candidate_dropout, input_dropout, weight_dropout
+        options = CellOptions(zoneout, *dropouts, layer_norm, blocks)
         super().__init__(*args, **kwargs)
         # Only what differs from the class is kept.
         if recompute:
@@ -54,16 +71,39 @@ class _Recurrent(drop_in.Layer):
             self.learn_initial_state = True
             weight = next(self.parameters())
             states.learn_initial(self, weight.dtype, weight.device)
+        if options.given():
+            self._take_options(options)
+
+    def _take_options(self, options: CellOptions) -> None:
+        """Check options, and make the parameters they have."""
+        cell, hidden_size = cell_of(self), self.hidden_size
+        options.check_cell(cell, hidden_size, bool(self.proj_size))
+        self.cell_options = options
+        sizes, suffixes = options.norm_sizes(cell, hidden_size, self.bias), ("", "_reverse")[: 1 + self.bidirectional]
+        places = [f"_l{layer}{suffix}" for layer in range(self.num_layers) for suffix in suffixes]
+        for place in places if options.blocks > 1 else ():
+            w_hh = getattr(self, f"weight_hh{place}")
+            shape = CELLS[cell].gates * hidden_size, hidden_size // options.blocks
+            setattr(self, f"weight_hh{place}", nn.Parameter(w_hh.new_empty(shape)))
+        like = next(self.parameters())
+        for name, size in ((name + place, size) for place in places for name, size in sizes.items()):
+            self.register_parameter(name, nn.Parameter(like.new_empty(size)))
+        self._norm_names = tuple(name + place for place in places for name in sizes)
+        states.keep_own_parameters(self)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         for _, parameter in states.initial_parameters(self):
             nn.init.zeros_(parameter)
+        for name in self._norm_names:
+            nn.init.constant_(getattr(self, name), 0.0 if name.startswith("shift") else 1.0)
 
     def extra_repr(self) -> str:
         options = "return_all_states", "learn_initial_state", "recompute"
-        mine = [name for name in options if getattr(self, name)]
-        return ", ".join([super().extra_repr(), *(f"{name}=True" for name in mine)])
+        mine: dict[str, object] = {name: True for name in options if getattr(self, name)}
+        mine |= self.cell_options.given() if self.cell_options else {}
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in mine.items())])
 
     def forward(
         self,
@@ -89,6 +129,7 @@ class _Recurrent(drop_in.Layer):
         weights = self._weights()
         if checks.any_expanded(weights):
             beyond_torch = lengths is not None or reset is not None or all_states or self.learn_initial_state
+            beyond_torch = beyond_torch or self.cell_options is not None
             if self._forward_of_torch and not beyond_torch:
                 return self._forward_of_torch(input, hx)  # call_for_per_sample_grads has rules for torch's operations
             checks.check_kind(weights)
@@ -112,8 +153,13 @@ class _Recurrent(drop_in.Layer):
             reset=reset,
             reset_to=reset_to,
             recompute=self.recompute,
+            cell_options=self.cell_options,
+            norms=self._norms(),
             backend=self.backend,
         )
+
+    def _norms(self) -> Sequence[Tensor]:
+        return drop_in.parameters(self, self._norm_names) if self._norm_names else ()
 
     def step(
         self,
@@ -137,7 +183,8 @@ class _Recurrent(drop_in.Layer):
             y ``[B, H]`` (``[H]``) of the last layer, and the state for the next step.
 
         Raises:
-            ValueError: the module is bidirectional; an input of other dimensions.
+            ValueError: the module is bidirectional; an input of other dimensions; in training, a dropout that has one
+                mask for all steps of a sequence.
             RuntimeError: torch.nn's own for sizes that do not fit; an `out` that does not fit, or with gradients.
         """
         if self.bidirectional:
@@ -151,8 +198,11 @@ class _Recurrent(drop_in.Layer):
             self._weights(),
             bias=self.bias,
             num_layers=self.num_layers,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=self.dropout,
+            training=self.training,
             recompute=self.recompute,
+            cell_options=self.cell_options,
+            norms=self._norms(),
             backend=self.backend,
         )
         return (y, new) if out is None else streaming.write(out, y, new)
@@ -242,6 +292,10 @@ class LiGRU(_Recurrent):
             before = getattr(self, name)
             setattr(self, name, nn.Parameter(before.new_empty(2 * hidden_size, *before.shape[1:])))
         self.reset_parameters()
+
+    def _take_options(self, options: CellOptions) -> None:
+        self.mode = "LIGRU"  # whose options they are
+        super()._take_options(options)
 
 
 class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
@@ -366,7 +420,9 @@ def plan_without_sizes(module: nn.RNNBase | nn.RNNCellBase) -> select.Plan:
         ValueError: no backend runs it.
     """
     weight = next(module.parameters())
-    call = Call(cell_of(module), weight.device.type, weight.dtype)
+    options = getattr(module, "cell_options", None)
+    of_step = options.of_step(module.training) if options else ()
+    call = Call(cell_of(module), weight.device.type, weight.dtype, options=of_step)
     if isinstance(module, nn.RNNCellBase):
         call = call._replace(layout="cell")
     return select.plan(call, hardware.machine_of(weight.device), getattr(module, "backend", None))

@@ -32,6 +32,13 @@ def exporting() -> bool:
     return _flags._is_onnx_exporting
 
 
+def check_no_options(parts) -> None:
+    if parts is not None and parts.cell_options.given():
+        raise ValueError(
+            f"ONNX has no operator with {', '.join(parts.cell_options.given())}: export without cell_options"
+        )
+
+
 def recurrent(
     cell: str,
     input: Tensor | PackedSequence,

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from seqkernels import checks, functional, modes, onnx_export, select
 from seqkernels.backends import arguments, precision, stack, torch_eager
 from seqkernels.backends.cells import CELLS
+from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare, restore_layout
 
@@ -27,14 +28,19 @@ def learn_initial(layer: "Layer", dtype: torch.dtype, device: torch.device) -> N
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     for name, size in zip(INITIAL, sizes, strict=False):
         layer.register_parameter(name, nn.Parameter(torch.zeros(count, size, dtype=dtype, device=device)))
-    layer.register_load_state_dict_pre_hook(_keep_initial)
+    keep_own_parameters(layer)
 
 
-def _keep_initial(layer, state_dict: dict, prefix: str, *_) -> None:
-    """A state dict of torch.nn has no initial states: those that are there stay."""
+def keep_own_parameters(layer: "Layer") -> None:
+    """A state dict of torch.nn has not the parameters that are ours alone: those that are there stay."""
+    layer.register_load_state_dict_pre_hook(_keep_own)
+
+
+def _keep_own(layer, state_dict: dict, prefix: str, *_) -> None:
     if any(prefix + name in state_dict for name in layer._flat_weights_names):
-        for name, parameter in initial_parameters(layer):
-            state_dict.setdefault(prefix + name, parameter.detach())
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name not in layer._flat_weights_names:
+                state_dict.setdefault(prefix + name, parameter.detach())
 
 
 def initial_parameters(layer: "Layer") -> list[tuple[str, Tensor]]:
@@ -71,8 +77,12 @@ def recurrent(
     reset_to: State | None,
     recompute: bool,
     backend: str | None,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
 ) -> tuple[Tensor | PackedSequence, State, State]:
     """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
+    if cell_options is not None and cell_options.given():
+        raise ValueError(f"return_all_states goes with no {' and no '.join(cell_options.given())}")
     if onnx_export.exporting():
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels import checks, functional, onnx_export, select
+from seqkernels import checks, functional, onnx_export, with_options
+from seqkernels.cell_options import DROPOUTS, CellOptions
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare
 
@@ -23,29 +24,47 @@ def step(
     bias: bool,
     num_layers: int,
     dropout: float,
+    training: bool,
     recompute: bool,
-    backend: str | None,
+    cell_options: CellOptions | None = None,
+    norms: Sequence[Tensor] = (),
+    backend: str | None = None,
 ) -> tuple[Tensor, State]:
     """One step of all layers -> y like x with P features, and the new state like the given one."""
     checks.check_kind(weights)
     checks.check_recompute(recompute)
     if x.dim() not in (1, 2):
         raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
+    parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers, bias)
+    dropout = dropout if training else 0.0
+    if parts is not None:
+        _check_masks(parts)
     if onnx_export.exporting():
+        onnx_export.check_no_options(parts)
         y, state = onnx_export.recurrent(
             cell, x.unsqueeze(0), state, weights, num_layers, 1, dropout, False, None, None, bias
         )  # fmt: skip
         return y.squeeze(0), state
-    inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1, bias=bias)
-    plan = select.plan_of(inputs.call, x.device, backend)
+    blocks = 1 if parts is None else parts.cell_options.blocks
+    inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1, bias=bias, blocks=blocks)
+    plan = functional.plan_of(inputs, parts, backend)
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
-    y, h, c = functional.run(plan, inputs, weights, dropout, recompute)
+    y, h, c = functional.run(plan, inputs, weights, dropout, recompute, parts)
     y, h, c = y[:sequences], h[:, :sequences], c[:, :sequences]
     if x.dim() == 1:
         y, h, c = y.squeeze(0), h.squeeze(1), c.squeeze(1)
     return y, h if inputs.c_0 is None else (h, c)
+
+
+def _check_masks(parts: with_options.Parts) -> None:
+    of_sequence = [name for name in DROPOUTS if parts.training and getattr(parts.cell_options, name)]
+    if of_sequence:
+        raise ValueError(
+            f"{of_sequence[0]} has one mask for all steps of a sequence, which steps by themselves have not: call "
+            "eval(), or the layer on the whole sequence"
+        )
 
 
 def _among_others(inputs: Inputs, others: int) -> Inputs:

@@ -1,6 +1,7 @@
 """What can be swapped: which of torch.nn's classes a module is of, and why it is left as it is."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,8 @@ def reason_against_forward(module: nn.Module) -> str | None:
 
 def reason_against_options(module: nn.Module, other: str = "torch.nn") -> str | None:
     options = [name for name in ("return_all_states", "learn_initial_state") if getattr(module, name, False)]
+    cell_options: Any = getattr(module, "cell_options", None)
+    options += cell_options.given() if cell_options else []
     return f"{other} has no {' and no '.join(options)}" if options else None
 
 

@@ -31,6 +31,7 @@ class Call(NamedTuple):
     capturing: bool = False  # a packed batch, into a CUDA graph
     bfloat16_parts: int = 0  # on a CPU torch lets factors of float32 be sums of so many bfloat16; 0: it does not
     vmapped: bool = False  # torch.vmap is at work, and no other transform
+    options: tuple[str, ...] = ()  # of `seqkernels.cell_options`: what its steps compute beside a plain cell's
 
     @property
     def gates(self) -> int:
@@ -49,6 +50,10 @@ def class_of_steps(steps: int) -> int:
     """The power of two above, but for what cuDNN does not take: as exact as costs need it, so that calls that differ in
     their steps alone share a plan."""
     return CUDNN_STEPS + 1 if steps > CUDNN_STEPS else min(1 << max(steps - 1, 0).bit_length(), CUDNN_STEPS)
+
+
+def no_options(call: Call) -> str:
+    return f"it has no kernel with {', '.join(call.options)}"
 
 
 NO_TRANSFORMS = "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"

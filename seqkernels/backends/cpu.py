@@ -1,6 +1,6 @@
 """The operator pair by compiled kernels for the CPU: csrc/cpu, which defines the operators itself."""
 
-from seqkernels.backends.call import NO_TRANSFORMS, Call
+from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
 from seqkernels.backends.precision import NATIVE_DTYPES
 from seqkernels.hardware import Machine
 
@@ -12,6 +12,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return f"the tensors are on {call.device_type}"
     if call.dtype not in NATIVE_DTYPES:
         return f"no CPU kernel for {call.dtype}"
+    if call.options:
+        return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
     return machine.native_missing or None

@@ -37,7 +37,7 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    return ""
+    return f"{', '.join(call.options)}: a step at a time in plain torch operations" if call.options else ""
 
 
 def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,7 +52,7 @@ def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, _) -> tuple[Tensor, 
         y, saved = [], []
         for start, size in reversed(steps) if d else steps:
             gates_h = F.linear(h[:size], w.w_hh, w.b_hh)
-            h_t, c_t, kept = _step(cell, gates_x[start : start + size], gates_h, w.w_hr, h[:size], c[:size])
+            h_t, c_t, kept = step(cell, gates_x[start : start + size], gates_h, w.w_hr, h[:size], c[:size])
             y.append(h_t)
             saved.append(kept)
             # Sequences that have ended, or (backwards in time) not yet begun, keep their state.
@@ -148,22 +148,30 @@ def _sweep_back(cell, grad_y, grad_h, grad_c, w: Weights, h_0, c_0, steps, y, sa
     )
 
 
-def _step(cell, gates_x, gates_h, w_hr, h, c):
-    """One step of all running sequences -> (h, c, what `saved` keeps of it)."""
+def step(cell, gates_x, gates_h, w_hr, h, c, candidate=None, norm_c=None):
+    """One step of all running sequences -> (h, c, what `saved` keeps of it).
+
+    What multiplies the candidate, and the norm of c, are those of cells with options (`torch_steps`).
+    """
+
+    def dropped(new: Tensor) -> Tensor:
+        return new if candidate is None else new * candidate
+
     if cell == "gru":
         (x_r, x_z, x_n), (h_r, h_z, h_n) = gates_x.chunk(3, 1), gates_h.chunk(3, 1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * h_n)
-        return n + z * (h - n), c, torch.cat([r, z, n, h_n], 1)
+        new = dropped(n)
+        return new + z * (h - new), c, torch.cat([r, z, n, h_n], 1)
     if cell == "lstm":
         i, f, g, o = lstm_gates(gates_x + gates_h)
-        c = f * c + i * g
-        h = o * torch.tanh(c)
+        c = f * c + i * dropped(g)
+        h = o * torch.tanh(c if norm_c is None else norm_c(c))
         return (h if w_hr is None else h @ w_hr.T), c, torch.cat([i, f, g, o, c], 1)
     if cell == "ligru":
         a, z = (gates_x + gates_h).chunk(2, 1)
         a, z = torch.relu(a), torch.sigmoid(z)
-        return z * h + (1 - z) * a, c, torch.cat([a, z], 1)
+        return z * h + (1 - z) * dropped(a), c, torch.cat([a, z], 1)
     h = gates_x + gates_h
     return torch.tanh(h) if cell == "rnn_tanh" else torch.relu(h), c, h[:, :0]
 

@@ -11,7 +11,7 @@ cuBLAS multiplies torch.backends.cuda.matmul.
 """
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import NO_TRANSFORMS, Call
+from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
 from seqkernels.backends.cuda.host import backward, forward
 from seqkernels.backends.cuda.launch import cheapest, launch_of
 from seqkernels.backends.precision import NATIVE_DTYPES
@@ -33,6 +33,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return machine.native_missing
     if call.dtype not in NATIVE_DTYPES:
         return f"no CUDA kernel for {call.dtype}"
+    if call.options:
+        return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
     return _reason_against_code(machine.cuda_build, machine.gpu) if machine.gpu else None

@@ -10,7 +10,7 @@ import math
 import torch
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import CUDNN_STEPS, NO_TRANSFORMS, Call
+from seqkernels.backends.call import CUDNN_STEPS, NO_TRANSFORMS, Call, no_options
 from seqkernels.backends.cudnn.autograd import run
 from seqkernels.backends.cudnn.host import MODES, backward, forward
 from seqkernels.backends.precision import NATIVE_DTYPES
@@ -51,6 +51,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return f"cuDNN does not take {call.dtype}"
     if call.dtype == torch.bfloat16 and gpu and (machine.cudnn < 91300 or int(gpu.target.removeprefix("sm_")) < 80):
         return f"bfloat16 needs cuDNN 9.13 and compute capability 8.0, not cuDNN {machine.cudnn} and {gpu.target}"
+    if call.options:
+        return no_options(call)
     if call.transformed or call.vmapped:
         return NO_TRANSFORMS
     if call.compiled:

@@ -5,7 +5,7 @@ products make a pass, `kernels` what they compute, by the formulas of `algebra` 
 """
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import NO_TRANSFORMS, Call
+from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
 from seqkernels.backends.triton.host import backward, forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
 from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
@@ -34,6 +34,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return NO_TRITON
     if call.dtype not in DTYPES:
         return NO_KERNEL.format(call.dtype)
+    if call.options:
+        return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
     gpu = machine.gpu

@@ -1,0 +1,192 @@
+"""A call of a layer with `CellOptions`: masks, and layer by layer the operators or plain torch operations.
+
+What multiplies weights and inputs, and blocks, are calls of the operators as without options, so that every backend
+runs them. What changes a step itself, only the backends run that have it (`Call.options`).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from seqkernels import cell_options, checks, modes, ops, option_ops, select
+from seqkernels.backends import autocast, stack
+from seqkernels.backends.cells import CELLS
+from seqkernels.backends.torch_steps import Variant
+from seqkernels.cell_options import CellOptions, Masks
+from seqkernels.inputs import Inputs
+
+
+class Parts(NamedTuple):
+    """What a call with options is made of."""
+
+    cell_options: CellOptions
+    norms: Sequence[Tensor]  # for each layer, for each direction those of `CellOptions.norm_sizes`, in that order
+    training: bool
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether layers do something else than those without options, but for what their weights are."""
+        options = self.cell_options
+        drops = self.training and options.input_dropout > 0
+        return drops or options.blocks > 1 or bool(options.of_step(self.training))
+
+
+def parts_of(
+    cell: str,
+    weights: Sequence[Tensor],
+    options: CellOptions | None,
+    norms: Sequence[Tensor],
+    training: bool,
+    count: int,
+    bias: bool,
+) -> Parts | None:
+    """The parts of a call of `count` layers and directions, checked; None: no options are given.
+
+    Raises:
+        TypeError, ValueError: options that are none, or that this cell or its sizes cannot have.
+        RuntimeError: weights or norms of other shapes.
+    """
+    if options is None:
+        if norms:
+            raise ValueError("norms are the parameters of layer_norm; give cell_options that have it")
+        return None
+    if not isinstance(options, CellOptions):
+        raise TypeError(f"cell_options are seqkernels.CellOptions, got {type(options).__name__}")
+    if len(weights) >= 2 * count:  # else `checks.check_call` says what is wrong
+        _check_sizes(cell, weights[1], options, norms, count, bias, projected=len(weights) // count % 2 == 1)
+    return Parts(options, norms, training)
+
+
+def _check_sizes(
+    cell: str, w_hh: Tensor, options: CellOptions, norms: Sequence[Tensor], count: int, bias: bool, projected: bool
+) -> None:
+    gates = w_hh.shape[0]
+    hidden_size = gates // CELLS[cell].gates
+    options.check_cell(cell, hidden_size, projected)
+    if options.blocks > 1 and w_hh.shape[1] * options.blocks != hidden_size:
+        columns = hidden_size // options.blocks
+        raise RuntimeError(f"of {options.blocks} blocks w_hh is [{gates}, {columns}], got {list(w_hh.shape)}")
+    sizes = options.norm_sizes(cell, hidden_size, bias)
+    if len(norms) != len(sizes) * count:
+        names = f" ({', '.join(sizes)})" if sizes else ""
+        raise ValueError(
+            f"layer_norm={options.layer_norm!r} has {len(sizes)} norms{names} for each of {count} layers and "
+            f"directions, got {len(norms)} in all"
+        )
+    for (name, size), norm in zip([*sizes.items()] * count, norms, strict=True):
+        if norm.shape != (size,):
+            raise RuntimeError(f"{name} is [{size}], got {list(norm.shape)}")
+        checks.check_same(norm, w_hh, name)
+
+
+def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
+    """The plan of each layer.
+
+    Raises:
+        ValueError: the backend that is forced has no such cells.
+    """
+    options, call = parts.cell_options, inputs.call
+    of_step = options.of_step(parts.training)
+    if of_step:
+        call = call._replace(options=of_step)
+    elif options.blocks > 1:
+        call = call._replace(hidden_size=call.hidden_size // options.blocks, layers=1)
+    plan = select.plan_of(call, inputs.rows.data.device, backend)
+    if of_step or options.blocks == 1:
+        return plan
+    each = f"one after another {options.blocks} blocks of units"
+    return plan._replace(kernel=f"{plan.kernel}, {each}" if plan.kernel else each)
+
+
+def run(
+    plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], parts: Parts, dropout: float, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers, with dropout between them -> y, h_n, c_n, as `seqkernels.functional.run`."""
+    options, training, layers = parts.cell_options, parts.training, inputs.call.layers
+    x, batch_sizes, call = inputs.rows.data, inputs.rows.batch_sizes, inputs.call._replace(layers=1)
+    h_n, c_n = [], []
+    norms = [of_layer for of_layer, *_ in stack.each(layers, parts.norms)]
+    for layer, (of_layer, h_0, c_0) in enumerate(stack.each(layers, weights, inputs.h_0, inputs.c_0)):
+        if layer and dropout > 0:
+            x = F.dropout(x, dropout, True)
+        masks = cell_options.draw(options, training, x, h_0, c_0)
+        if masks.input is not None:
+            x = _masked_rows(x, masks.input, batch_sizes)
+        args = x, of_layer, h_0, c_0, batch_sizes
+        if options.of_step(training):
+            x, h, c = _steps(call.cell, *args, norms[layer], options, masks, recompute)
+        elif options.blocks > 1:
+            x, h, c = _by_blocks(plan, call, options.blocks, *args, recompute)
+        else:
+            x, h, c = _plain(plan, call, *args, recompute)
+        h_n.append(h)
+        c_n.append(c)
+    return x, torch.cat(h_n), torch.cat(c_n)
+
+
+def _plain(plan, call, x, weights, h_0, c_0, batch_sizes, recompute) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = modes.wants_gradients(x, h_0, c_0, *weights)
+    return ops.recurrence_forward(plan, call, x, weights, h_0, c_0, batch_sizes, wanted, recompute)
+
+
+def _by_blocks(plan, call, blocks: int, x, weights, h_0, c_0, batch_sizes, recompute) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer as a recurrence for each block of units, all of the same input."""
+    call = call._replace(hidden_size=call.hidden_size // blocks)
+    units, directions = h_0.shape[2] // blocks, h_0.shape[0]
+    of_blocks = zip(*(_of_blocks(weight, blocks, units) for weight in weights), strict=True)
+    h_0s = h_0.chunk(blocks, 2)
+    c_0s = [None] * blocks if c_0 is None else c_0.chunk(blocks, 2)
+    found = [
+        _plain(plan, call, x, own, h, c, batch_sizes, recompute)
+        for own, h, c in zip(of_blocks, h_0s, c_0s, strict=True)
+    ]
+    ys, h_n, c_n = zip(*found, strict=True)
+    y = torch.cat([y.view(-1, directions, units) for y in ys], 2).flatten(1)
+    return y, torch.cat(h_n, 2), torch.cat(c_n, 2)
+
+
+def _of_blocks(weight: Tensor, blocks: int, units: int) -> tuple[Tensor, ...]:
+    """The rows ``[G*H/k, *]`` of each block of a weight or bias ``[G*H, *]``."""
+    return tuple(block.flatten(0, 1) for block in weight.view(-1, blocks, units, *weight.shape[1:]).unbind(1))
+
+
+def _steps(
+    cell: str, x, weights, h_0, c_0, batch_sizes, norms, options: CellOptions, masks: Masks, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer in plain torch operations, in the dtype that an operator would get."""
+    variant = Variant(options.layer_norm, options.blocks, *masks[1:])
+
+    def compute(x, weights, norms, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
+        return option_ops.forward(cell, x, weights, norms, h_0, c_0, batch_sizes, variant)
+
+    if torch.is_autocast_enabled(x.device.type):
+        compute = autocast.cast_arguments(compute, x.device.type)
+    args = x, list(weights), list(norms), h_0, c_0
+    if recompute and modes.wants_gradients(x, h_0, c_0, *weights, *norms):
+        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
+    return compute(*args)
+
+
+def dropped(weights: Sequence[Tensor], parts: Parts, count: int) -> Sequence[Tensor]:
+    """The weights of `count` layers and directions, in training with masks on every w_hh."""
+    p, each = parts.cell_options.weight_dropout, len(weights) // count
+    if not p or not parts.training:
+        return weights
+    return [
+        (weight * cell_options.keep(p, weight.shape, weight)).to(weight.dtype) if k % each == 1 else weight
+        for k, weight in enumerate(weights)
+    ]
+
+
+def _masked_rows(x: Tensor, mask: Tensor, batch_sizes: Tensor | None) -> Tensor:
+    """Rows ``[N, I]`` times the mask ``[B, I]`` of their sequence; nobody asks a GPU how long sequences are."""
+    if batch_sizes is None:
+        return (x.view(-1, *mask.shape) * mask).view(x.shape).to(x.dtype) if x.numel() else x
+    row, ends = torch.arange(x.shape[0], device=batch_sizes.device), batch_sizes.cumsum(0)
+    step = torch.searchsorted(ends, row, right=True).clamp(max=len(ends) - 1)
+    sequence = (row - (ends - batch_sizes)[step]).clamp(max=mask.shape[0] - 1)  # rows behind the last step have none
+    return (x * mask[sequence.to(mask.device, non_blocking=True)]).to(x.dtype)

@@ -1,0 +1,96 @@
+"""Layers with cell options beside their specification: the masks that were drawn, as the specification takes them."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from seqkernels import cell_options, reference, with_options
+from seqkernels.varlen import Rows
+
+
+class Drawn:
+    """What calls have drawn: masks of each layer, those of weights, and the rows that they are for."""
+
+    def __init__(self) -> None:
+        self.masks: list[cell_options.Masks] = []
+        self.weights: list[Tensor] = []
+        self.rows: Rows | None = None
+
+
+@contextmanager
+def recording():
+    drawn, draw, keep, run = Drawn(), cell_options.draw, cell_options.keep, with_options.run
+
+    def of_layer(*args) -> cell_options.Masks:
+        drawn.masks.append(draw(*args))
+        return drawn.masks[-1]
+
+    def of_weight(p, size, like) -> Tensor:
+        mask = keep(p, size, like)
+        if getattr(like, "dim", int)() == 2 and tuple(size) == tuple(like.shape) and like.requires_grad:
+            drawn.weights.append(mask)
+        return mask
+
+    def of_rows(plan, inputs, *args):
+        drawn.rows = inputs.rows
+        return run(plan, inputs, *args)
+
+    cell_options.draw, cell_options.keep, with_options.run = of_layer, of_weight, of_rows
+    try:
+        yield drawn
+    finally:
+        cell_options.draw, cell_options.keep, with_options.run = draw, keep, run
+
+
+def as_specified(masks: cell_options.Masks, rows: Rows, lengths) -> reference.Masks:
+    """Masks in the user's order of sequences, those of rows by sequence and step."""
+    order = torch.arange(rows.sequences) if rows.unsorted_indices is None else rows.unsorted_indices.cpu()
+
+    def of_sequences(mask: Tensor | None, at: int) -> Tensor | None:
+        return None if mask is None else mask.index_select(at, order)
+
+    def of_rows(mask: Tensor | None) -> Tensor | None:
+        if mask is None:
+            return None
+        steps = max(lengths, default=0)
+        sizes = [rows.sequences] * steps if rows.batch_sizes is None else rows.batch_sizes.tolist()
+        starts = [sum(sizes[:t]) for t in range(steps)]
+        found = mask.new_zeros(mask.shape[1], len(lengths), steps, mask.shape[2])
+        for b, length in enumerate(lengths):
+            for t in range(length):
+                found[:, b, t] = mask[starts[t] + int(order[b])]
+        return found
+
+    return reference.Masks(
+        of_sequences(masks.input, 0),
+        of_sequences(masks.recurrent, 1),
+        of_sequences(masks.candidate, 1),
+        of_rows(masks.zoneout_h),
+        of_rows(masks.zoneout_c),
+    )
+
+
+def specified(layer, sequences, states, drawn: Drawn, lengths):
+    """(outputs, h_n, c_n) of a layer that has drawn its masks; differentiable by its own parameters."""
+    options = layer.cell_options
+    weights = [getattr(layer, name) for name in layer._flat_weights_names]
+    masks = iter(drawn.weights)
+    weights = [
+        w * next(masks) if drawn.weights and name.startswith("weight_hh") else w
+        for name, w in zip(layer._flat_weights_names, weights, strict=True)
+    ]
+    return reference.forward(
+        layer.mode.lower(),
+        sequences,
+        states[0],
+        states[1] if len(states) == 2 else None,
+        weights,
+        bias=layer.bias,
+        num_layers=layer.num_layers,
+        bidirectional=layer.bidirectional,
+        masks=[as_specified(of_layer, drawn.rows, lengths) for of_layer in drawn.masks],
+        layer_norm=options.layer_norm,
+        norms=[getattr(layer, name) for name in layer._norm_names],
+        blocks=options.blocks,
+    )
