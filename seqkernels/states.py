@@ -43,6 +43,9 @@ def _keep_own(layer, state_dict: dict, prefix: str, *_) -> None:
                 state_dict.setdefault(prefix + name, parameter.detach())
 
 
+_keep_initial = _keep_own  # its name in pickles of 0.2.0
+
+
 def initial_parameters(layer: "Layer") -> list[tuple[str, Tensor]]:
     return [(name, getattr(layer, name)) for name in INITIAL if hasattr(layer, name)]
 
