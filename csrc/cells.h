@@ -206,6 +206,12 @@ SEQKERNELS_CELL void lstm_backward(T grad_h, T& grad_c, T c, T c_prev, const Lst
   grad_c *= gates.f;
 }
 
+// The new c from the saved gates i f g and the c before.
+template <class T>
+SEQKERNELS_CELL T lstm_c(const T* saved, T c_prev) {
+  return saved[1] * c_prev + saved[0] * saved[2];
+}
+
 template <class T>
 struct LigruGates {
   T a, z;  // candidate and update gate

@@ -19,7 +19,9 @@ def _through_torchs(quantized: Any) -> type:
 
     def from_float(cls, mod, *args, **kwargs):
         holder = nn.Sequential(copy.copy(mod))  # swap_out changes the class of an object: not that of the caller's
-        swap_out(holder)
+        left = swap_out(holder).left
+        if left:
+            raise ValueError(f"torch.ao quantizes no such {type(mod).__name__}: {left[0].reason}")
         return quantized.from_float(holder[0], *args, **kwargs)
 
     return type(quantized.__name__, (quantized,), {"from_float": classmethod(from_float), "__module__": __name__})

@@ -4,7 +4,7 @@ What multiplies weights and inputs, and blocks, are calls of the operators as wi
 runs them. What changes a step itself, only the backends run that have it (`Call.options`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from seqkernels import cell_options, checks, modes, ops, option_ops, select
+from seqkernels import cell_options, checks, masked_ops, modes, ops, option_ops, select
 from seqkernels.backends import autocast, stack
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.torch_steps import Variant
@@ -92,11 +92,12 @@ def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
     options, call = parts.cell_options, inputs.call
     of_step = options.of_step(parts.training)
     if of_step:
-        call = call._replace(options=of_step)
-    elif options.blocks > 1:
+        projected = inputs.c_0 is not None and inputs.c_0.shape[2] != inputs.h_0.shape[2]
+        call = call._replace(options=(*of_step, "proj_size") if projected else of_step)
+    if options.blocks > 1:
         call = call._replace(hidden_size=call.hidden_size // options.blocks, layers=1)
     plan = select.plan_of(call, inputs.rows.data.device, backend)
-    if of_step or options.blocks == 1:
+    if options.blocks == 1 or (of_step and plan.backend == "torch_eager"):
         return plan
     each = f"one after another {options.blocks} blocks of units"
     return plan._replace(kernel=f"{plan.kernel}, {each}" if plan.kernel else each)
@@ -108,7 +109,7 @@ def run(
     """All layers, with dropout between them -> y, h_n, c_n, as `seqkernels.functional.run`."""
     options, training, layers = parts.cell_options, parts.training, inputs.call.layers
     x, batch_sizes, call = inputs.rows.data, inputs.rows.batch_sizes, inputs.call._replace(layers=1)
-    h_n, c_n = [], []
+    h_n, c_n, of_step = [], [], options.of_step(training)
     norms = [of_layer for of_layer, *_ in stack.each(layers, parts.norms)]
     for layer, (of_layer, h_0, c_0) in enumerate(stack.each(layers, weights, inputs.h_0, inputs.c_0)):
         if layer and dropout > 0:
@@ -117,32 +118,53 @@ def run(
         if masks.input is not None:
             x = _masked_rows(x, masks.input, batch_sizes)
         args = x, of_layer, h_0, c_0, batch_sizes
-        if options.of_step(training):
+        if of_step and plan.backend == "torch_eager":
             x, h, c = _steps(call.cell, *args, norms[layer], options, masks, recompute)
         elif options.blocks > 1:
-            x, h, c = _by_blocks(plan, call, options.blocks, *args, recompute)
+            x, h, c = _by_blocks(plan, call, options.blocks, *args, masks, recompute)
         else:
-            x, h, c = _plain(plan, call, *args, recompute)
+            x, h, c = _by_kernels(plan, call, *args, masks, recompute)
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n)
 
 
-def _plain(plan, call, x, weights, h_0, c_0, batch_sizes, recompute) -> tuple[Tensor, Tensor, Tensor]:
+def _by_kernels(
+    plan, call, x, weights, h_0, c_0, batch_sizes, masks: Masks, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer by the operators of the backend."""
     wanted = modes.wants_gradients(x, h_0, c_0, *weights)
-    return ops.recurrence_forward(plan, call, x, weights, h_0, c_0, batch_sizes, wanted, recompute)
+    if all(mask is None for mask in masks[1:]):
+        return ops.recurrence_forward(plan, call, x, weights, h_0, c_0, batch_sizes, wanted, recompute)
+
+    def compute(x, weights, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
+        # torch.vmap lets nobody see whether gradients are wanted outside of it.
+        save = torch.is_grad_enabled() and (wanted or call.vmapped)
+        return masked_ops.forward(call.cell, x, weights, h_0, c_0, batch_sizes, masks, save)
+
+    return _computed(compute, wanted and recompute, x, list(weights), h_0, c_0)
 
 
-def _by_blocks(plan, call, blocks: int, x, weights, h_0, c_0, batch_sizes, recompute) -> tuple[Tensor, Tensor, Tensor]:
+def _computed(compute: Callable, again: bool, x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of autocast, and of its intermediate results nothing saved if they are to be computed `again`."""
+    if torch.is_autocast_enabled(x.device.type):
+        compute = autocast.cast_arguments(compute, x.device.type)
+    return checkpoint(compute, x, *args, use_reentrant=False, preserve_rng_state=False) if again else compute(x, *args)
+
+
+def _by_blocks(
+    plan, call, blocks: int, x, weights, h_0, c_0, batch_sizes, masks: Masks, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """One layer as a recurrence for each block of units, all of the same input."""
     call = call._replace(hidden_size=call.hidden_size // blocks)
     units, directions = h_0.shape[2] // blocks, h_0.shape[0]
     of_blocks = zip(*(_of_blocks(weight, blocks, units) for weight in weights), strict=True)
     h_0s = h_0.chunk(blocks, 2)
-    c_0s = [None] * blocks if c_0 is None else c_0.chunk(blocks, 2)
+    c_0s, *of_masks = ([None] * blocks if t is None else t.chunk(blocks, 2) for t in (c_0, *masks[1:]))
+    masks_of_blocks = (Masks(None, *own) for own in zip(*of_masks, strict=True))
     found = [
-        _plain(plan, call, x, own, h, c, batch_sizes, recompute)
-        for own, h, c in zip(of_blocks, h_0s, c_0s, strict=True)
+        _by_kernels(plan, call, x, own, h, c, batch_sizes, drawn, recompute)
+        for own, h, c, drawn in zip(of_blocks, h_0s, c_0s, masks_of_blocks, strict=True)
     ]
     ys, h_n, c_n = zip(*found, strict=True)
     y = torch.cat([y.view(-1, directions, units) for y in ys], 2).flatten(1)
@@ -163,12 +185,8 @@ def _steps(
     def compute(x, weights, norms, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
         return option_ops.forward(cell, x, weights, norms, h_0, c_0, batch_sizes, variant)
 
-    if torch.is_autocast_enabled(x.device.type):
-        compute = autocast.cast_arguments(compute, x.device.type)
-    args = x, list(weights), list(norms), h_0, c_0
-    if recompute and modes.wants_gradients(x, h_0, c_0, *weights, *norms):
-        return checkpoint(compute, *args, use_reentrant=False, preserve_rng_state=False)
-    return compute(*args)
+    again = recompute and modes.wants_gradients(x, h_0, c_0, *weights, *norms)
+    return _computed(compute, again, x, list(weights), list(norms), h_0, c_0)
 
 
 def dropped(weights: Sequence[Tensor], parts: Parts, count: int) -> Sequence[Tensor]:

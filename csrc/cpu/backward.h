@@ -6,18 +6,20 @@
 namespace seqkernels::SEQKERNELS_ISA {
 
 // The gradients of h(t-1) of the rows that run, from those of the gates, `units` of it; added to what there is if some
-// of it goes past the gates. No inline: the same for all cells.
-template <class S, class F>
+// of it goes past the gates. `mask` multiplied h in the products. No inline: the same for all cells.
+template <bool kMasked, class S, class F>
 __attribute__((noinline)) void multiply_gates(const BackwardMemory<S, F>& memory, const S* w_hh, int direction,
                                               const Units& units, int64_t rows, const number_t<F>* grads,
                                               int64_t stride, bool added, acc_t<S>* grad_h, bool backwards,
-                                              acc_t<S>* slice, Tiles* tiles) {
+                                              acc_t<S>* slice, Tiles* tiles, const acc_t<S>* mask,
+                                              int64_t mask_stride) {
   using C = acc_t<S>;
   using V = Vec<C>;
   const int64_t first = units.first / kLanes<C>, last = vectors_of<C>(units.last);
   const auto row = [&](int64_t r) { return reinterpret_cast<const F*>(grads + r * stride + memory.columns.recurrent); };
   const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
     C* h = grad_h + r * memory.ldp + unit;
+    if (kMasked && mask) x *= load(mask + r * mask_stride + unit, min(memory.hh.units - unit, kLanes<C>));
     store(h, added ? load(h) + x : x);
   };
   if constexpr (!BackwardMemory<S, F>::kPairs) {
@@ -29,7 +31,7 @@ __attribute__((noinline)) void multiply_gates(const BackwardMemory<S, F>& memory
           {memory.hh.k, 1, 0, tiles, memory.grad_parts()}, row, put, backwards);
 }
 
-template <Cell kCell, class S, class F>
+template <Cell kCell, class S, class F, bool kMasked>
 class BackwardSweep {
   using C = acc_t<S>;
   using Memory = BackwardMemory<S, F>;
@@ -52,7 +54,10 @@ class BackwardSweep {
         source(p.weights[task.direction]),
         slice(mine.slices + work.begin * memory.once_size),
         units(Units::of<C>(work, p.hidden)),
-        outputs(Units::of<C>(work, p.projected)) {}
+        outputs(Units::of<C>(work, p.projected)),
+        recurrent(static_cast<const C*>(p.recurrent)),
+        zoneout_h(static_cast<const C*>(p.zoneout_h)),
+        zoneout_c(static_cast<const C*>(p.zoneout_c)) {}
 
   void run(const Chunk& chunk) {
     if (chunk.last == p.steps) change_states(-1, at.task.direction ? 0 : p.steps - 1);
@@ -99,8 +104,10 @@ class BackwardSweep {
       for (int64_t unit = units.first; unit < units.last; unit += kLane) gates(r, unit, first, state);
     }
     work.wait();
-    multiply_gates<S>(memory, static_cast<const S*>(source.w_hh), at.task.direction, outputs, running, grads,
-                      grad_row(1) - grads, Traits::needs_h_prev, mine.grad_h, t % 2, slice, tiles);
+    multiply_gates<kMasked, S>(memory, static_cast<const S*>(source.w_hh), at.task.direction, outputs, running, grads,
+                               grad_row(1) - grads, Traits::needs_h_prev || (kMasked && zoneout_h), mine.grad_h, t % 2,
+                               slice, tiles, recurrent ? at.at_state(recurrent, at.sequence(0), p.projected) : nullptr,
+                               at.task.stride * p.projected);
     change_states(t, before);
   }
 
@@ -163,10 +170,25 @@ class BackwardSweep {
     }
     C* grad_h = mine.grad_h + r * memory.ldp + unit;
     const bool projected = Traits::can_project && p.has_projection;
-    const V of_h = load(projected ? mine.grad_unprojected + r * memory.ldh + unit : grad_h);
+    V of_h = load(projected ? mine.grad_unprojected + r * memory.ldh + unit : grad_h);
+    // What zoneout passes on to the states before.
+    [[maybe_unused]] V stayed_h{}, stayed_c{};
+    if (kMasked && zoneout_h) {
+      stayed_h = of_h * load(at.at_row(zoneout_h, row, P) + unit, lanes);
+      of_h -= stayed_h;
+    }
+    if constexpr (kHasC)
+      if (kMasked && zoneout_c) {
+        stayed_c = grad_c * load(at.at_row(zoneout_c, row, H) + unit, lanes);
+        grad_c -= stayed_c;
+        state_now = lstm_c(blocks, state_before);  // that h came from
+      }
     [[maybe_unused]] const V past = cell_backward<kCell>(of_h, grad_c, blocks, state_now, state_before, grad);
-    if constexpr (kHasC) store(mine.grad_c + r * memory.ldh + unit, grad_c);
-    if constexpr (Traits::needs_h_prev) store(grad_h, past);
+    if constexpr (kHasC) store(mine.grad_c + r * memory.ldh + unit, kMasked && zoneout_c ? grad_c + stayed_c : grad_c);
+    if constexpr (Traits::needs_h_prev)
+      store(grad_h, kMasked && zoneout_h ? past + stayed_h : past);
+    else if (kMasked && zoneout_h)
+      store(grad_h, stayed_h);
     number_t<F>* grad_gates = grad_row(r) + unit;
 #pragma GCC unroll 8
     for (int g = 0; g < G + A; g++) memory.store_gradient(grad_gates + (g < G ? A + g : g - G) * H, grad[g], lanes);
@@ -182,6 +204,7 @@ class BackwardSweep {
   const WeightsOf<const void*>& source;
   C* const slice;
   const Units units, outputs;  // this range's, of H and of P
+  const C *const recurrent, *const zoneout_h, *const zoneout_c;
   // Of the step that runs.
   int64_t before, had_before, ahead, row0, row0_before;
   number_t<F>* grads;
@@ -218,11 +241,12 @@ void prepare_backward(const LayerBackward& p, const BackwardMemory<S, F>& memory
         const bool first = row_before == row || (p.pieces && p.pieces[row_before] != state);
         memory.before[d][row] = first ? -1 - state : row_before;
       }
+      for (int64_t b = 0; p.recurrent && b < p.batch_sizes[t]; b++) memory.sequence[p.offsets[t] + b] = b;
     }
   }
 }
 
-template <Cell kCell, class S, class F>
+template <Cell kCell, class S, class F, bool kMasked = false>
 void backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* base) {
   using Memory = BackwardMemory<S, F>;
   const Memory memory(p, schedule, base);
@@ -231,7 +255,7 @@ void backward(const LayerBackward& p, const Schedule& schedule, int begin, int e
   Tiles* const tiles = Memory::kPairs ? &own : nullptr;
   const auto sweep = [&](const auto& run) {
     run_tasks(schedule, begin, end, [&](int64_t i, const WorkRange& work) {
-      run(BackwardSweep<kCell, S, F>(p, memory, memory.task(p, schedule, i), schedule.task[i], work, tiles));
+      run(BackwardSweep<kCell, S, F, kMasked>(p, memory, memory.task(p, schedule, i), schedule.task[i], work, tiles));
     });
   };
   prepare_backward(p, memory, all);

@@ -83,6 +83,7 @@ struct BackwardMemory {
   F* w_ih;             // of all directions, one below the other
   number_t<F>* grads;  // [rows of a chunk, D, grad_row]
   int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - state for h_0
+  int64_t* sequence;   // [N] of each row, where their products have masks
   F* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
   F* turned;           // [members, kTile, turned_row]: left factors of a tile of it, by tiles
   Arena tasks;
@@ -121,6 +122,7 @@ struct BackwardMemory {
       one.column_sums = arena.take<C>(ldg);
       before[d] = arena.take<int64_t>(wants_weights ? p.rows : 0);
     }
+    sequence = arena.take<int64_t>(wants_weights && p.recurrent ? p.rows : 0);
     grads = arena.take<number_t<F>>(min(p.rows, chunk_steps * p.sequences) * p.directions * grad_row);
     panels = arena.take<F>(schedule.members * panel_size);
     turned = arena.take<F>(schedule.members * kTile * turned_row);

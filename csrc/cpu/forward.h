@@ -51,7 +51,7 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
                          row, turned, [&](int64_t i, int64_t column, Vec<C> x) { put(i, column, 0, x); });
 }
 
-template <Cell kCell, class S, class F>
+template <Cell kCell, class S, class F, bool kMasked>
 class ForwardSweep {
   using C = acc_t<S>;
   using Memory = ForwardMemory<S, F>;
@@ -75,6 +75,9 @@ class ForwardSweep {
         source(p.weights[task.direction]),
         units(Units::of<C>(work, p.hidden)),
         outputs(Units::of<C>(work, p.projected)),
+        recurrent(static_cast<const C*>(p.recurrent)),
+        zoneout_h(static_cast<const C*>(p.zoneout_h)),
+        zoneout_c(static_cast<const C*>(p.zoneout_c)),
         rows(mine.rows + work.begin * memory.chunk),
         turned(mine.turned + work.begin * memory.turned_size) {}
 
@@ -111,8 +114,8 @@ class ForwardSweep {
         [&](int64_t r, int64_t state) {
           C* h = mine.h + r * memory.ldp;
           load_state(at.at_state(static_cast<const S*>(p.h_0), state, P), h, outputs);
-          for (int64_t unit = outputs.first; kPairs && unit < outputs.last; unit += kLane)
-            memory.parts_of(memory.hh).store(mine.factors + r * memory.ldf, unit, P, load(h + unit));
+          for (int64_t unit = outputs.first; (kPairs || kMasked) && unit < outputs.last; unit += kLane)
+            put_factors(mine.factors, r, unit, load(h + unit));
           if (kHasC) load_state(at.at_state(static_cast<const S*>(p.c_0), state, H), mine.c + r * memory.ldh, units);
         });
   }
@@ -232,6 +235,7 @@ class ForwardSweep {
     if constexpr (kHasC) c = load(c_of);
     cell_forward<kCell>(x, recurrent, h, c, blocks);
     if constexpr (kHasC) {
+      if (kMasked && zoneout_c) c = zoned(zoneout_c, r, unit, p.hidden, load(c_of), c);
       store(c_of, c);
       blocks[K - 1] = c;
     }
@@ -244,11 +248,25 @@ class ForwardSweep {
 
   SEQKERNELS_INLINE void put_h(int64_t r, int64_t unit, V h) const {
     const int64_t P = p.projected, lanes = min(P - unit, kLane);
+    if (kMasked && zoneout_h) h = zoned(zoneout_h, r, unit, P, load(mine.h + r * memory.ldp + unit), h);
     S* y = at.at_row(static_cast<S*>(p.y), row0 + r * at.task.stride, P) + unit;
     prefetch_store(y + ahead * P);
     store_result<F>(y, h, lanes);
     store(mine.h_next + r * memory.ldp + unit, h);
-    if (kPairs) memory.parts_of(memory.hh).store(mine.factors_next + r * memory.ldf, unit, P, h);
+    put_factors(mine.factors_next, r, unit, h);
+  }
+
+  // h of sequence r as products read it.
+  SEQKERNELS_INLINE void put_factors(F* factors, int64_t r, int64_t unit, V h) const {
+    const int64_t P = p.projected;
+    if (kMasked && recurrent) h *= load(at.at_state(recurrent, at.sequence(r), P) + unit, min(P - unit, kLane));
+    if (kPairs || (kMasked && recurrent)) memory.parts_of(memory.hh).store(factors + r * memory.ldf, unit, P, h);
+  }
+
+  // The new state of one vector of n units, of which `stays` [N, D, n] keeps the old one.
+  SEQKERNELS_INLINE V zoned(const C* stays, int64_t r, int64_t unit, int64_t n, V before, V now) const {
+    const C* of_row = at.at_row(stays, row0 + r * at.task.stride, n) + unit;
+    return now + load(of_row, min(n - unit, kLane)) * (before - now);
   }
 
   SEQKERNELS_INLINE void save(int64_t r, int64_t unit, const cell_t<S>* blocks) const {
@@ -271,7 +289,8 @@ class ForwardSweep {
   const typename Memory::PerDirection& weights;
   const WeightsOf<const void*>& source;
   const Units units, outputs;  // this range's, of H and of P
-  int64_t* const rows;         // of the chunk
+  const C *const recurrent, *const zoneout_h, *const zoneout_c;
+  int64_t* const rows;  // of the chunk
   F* const turned;
   // Of the step that runs.
   const C* gates;
@@ -311,7 +330,7 @@ void prepare_forward(const LayerForward& p, const ForwardMemory<S, F>& memory, c
                                        load(static_cast<const S*>(p.x) + row * p.input + i, p.input - i));
 }
 
-template <Cell kCell, class S, class F>
+template <Cell kCell, class S, class F, bool kMasked = false>
 void forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* base) {
   const ForwardMemory<S, F> memory(p, schedule, base);
   const WorkRange all = whole_range(schedule, begin, end);
@@ -320,7 +339,8 @@ void forward(const LayerForward& p, const Schedule& schedule, int begin, int end
   Tiles tiles;
   run_tasks(schedule, begin, end, [&](int64_t i, const WorkRange& work) {
     const auto& mine = memory.task(p, schedule, i);
-    ForwardSweep<kCell, S, F>(p, memory, mine, schedule.task[i], work, memory.by_tiles ? &tiles : nullptr).run();
+    ForwardSweep<kCell, S, F, kMasked>(p, memory, mine, schedule.task[i], work, memory.by_tiles ? &tiles : nullptr)
+        .run();
   });
 }
 

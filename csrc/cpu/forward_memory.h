@@ -44,7 +44,7 @@ struct ForwardMemory {
   };
   struct PerTask {
     C *h, *h_next;              // [count, ldp]
-    F *factors, *factors_next;  // [count, ldf]: h for products: the same memory where the type is the same
+    F *factors, *factors_next;  // [count, ldf]: h for products: the same memory where the numbers are the same
     C* c;                       // [count, ldh]
     F* unprojected;             // [count, ldu]: h before its projection
     C* gates;                   // [chunk, ldg]: W_ih x and bias
@@ -114,7 +114,7 @@ struct ForwardMemory {
     PerTask task;
     task.h = arena.take<C>(count * ldp);
     task.h_next = arena.take<C>(count * ldp);
-    const bool same = std::is_same<C, F>::value;
+    const bool same = std::is_same<C, F>::value && !p.recurrent;
     task.factors = same ? reinterpret_cast<F*>(task.h) : arena.take<F>(count * ldf);
     task.factors_next = same ? reinterpret_cast<F*>(task.h_next) : arena.take<F>(count * ldf);
     task.c = arena.take<C>(p.c_0 ? count * ldh : 0);

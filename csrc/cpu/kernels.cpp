@@ -24,7 +24,7 @@ auto with_scalar(Scalar scalar, const Call& call) {
 template <class Call>
 auto with_factor(const LayerForward& p, const Call& call) {
 #if defined(__AVX512F__)
-  if (p.scalar == Scalar::bfloat16 && p.bfloat16_products) return call(bfloat16{}, bfloat16x2{});
+  if (p.scalar == Scalar::bfloat16 && p.bfloat16_products && !p.masked()) return call(bfloat16{}, bfloat16x2{});
 #endif
 #if defined(SEQKERNELS_TILES)
   if (splits_for_tiles(p)) return call(float{}, bfloat16x2{});
@@ -36,7 +36,7 @@ auto with_factor(const LayerForward& p, const Call& call) {
 template <class Call>
 auto with_factor(const LayerBackward& p, const Call& call) {
 #if defined(SEQKERNELS_TILES)
-  if (multiplies_gradients_by_tiles(p))
+  if (multiplies_gradients_by_tiles(p) && !p.masked())
     return p.scalar == Scalar::float32 ? call(float{}, bfloat16x2{}) : call(bfloat16{}, bfloat16x2{});
 #endif
   return with_scalar(p.scalar, [&](auto s) { return call(s, acc_t<decltype(s)>{}); });
@@ -53,7 +53,22 @@ int64_t backward_bytes(const LayerBackward& p, const Schedule& schedule) {
   });
 }
 
+// call(number of S, traits) for layers with masks, which no cell has that saves nothing.
+template <class Call>
+void with_masked(const Layer& p, const Call& call) {
+  with_scalar(p.scalar, [&](auto s) {
+    with_cell(p.cell, [&](auto traits) {
+      if constexpr (decltype(traits)::saved_blocks > 0) call(s, traits);
+    });
+  });
+}
+
 void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* memory) {
+  if (p.masked())
+    return with_masked(p, [&](auto s, auto traits) {
+      using S = decltype(s);
+      forward<decltype(traits)::cell, S, acc_t<S>, true>(p, schedule, begin, end, memory);
+    });
   with_factor(p, [&](auto s, auto f) {
     with_cell(p.cell, [&](auto traits) {
       forward<decltype(traits)::cell, decltype(s), decltype(f)>(p, schedule, begin, end, memory);
@@ -62,6 +77,11 @@ void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int
 }
 
 void run_backward(const LayerBackward& p, const Schedule& schedule, int begin, int end, void* memory) {
+  if (p.masked())
+    return with_masked(p, [&](auto s, auto traits) {
+      using S = decltype(s);
+      backward<decltype(traits)::cell, S, acc_t<S>, true>(p, schedule, begin, end, memory);
+    });
   with_factor(p, [&](auto s, auto f) {
     with_cell(p.cell, [&](auto traits) {
       backward<decltype(traits)::cell, decltype(s), decltype(f)>(p, schedule, begin, end, memory);

@@ -157,6 +157,8 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory
   const S* x = static_cast<const S*>(p.x);
   const S* y = static_cast<const S*>(p.y) + d * P;
   const S* h_0 = static_cast<const S*>(p.h_0) + d * p.states * P;
+  const acc_t<S>* recurrent = static_cast<const acc_t<S>*>(p.recurrent);
+  if (recurrent) recurrent += d * p.sequences * P;
 
   add_products(
       memory, work, chunk, add, grads, stride, columns.gates, I, tiles,
@@ -166,7 +168,8 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory
       memory, work, chunk, add, grads + columns.recurrent, stride, columns.gates, P, tiles,
       [&](int64_t row, int64_t unit, int64_t lanes) {
         const int64_t before = memory.before[d][row];
-        return load((before < 0 ? h_0 + (-1 - before) * P : y + before * D * P) + unit, lanes);
+        const auto h = load((before < 0 ? h_0 + (-1 - before) * P : y + before * D * P) + unit, lanes);
+        return recurrent ? h * load(recurrent + memory.sequence[row] * P + unit, lanes) : h;
       },
       [&](int64_t column) { return sums.grad_w_hh + column * P; });
   if (p.has_projection) {

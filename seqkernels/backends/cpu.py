@@ -12,11 +12,16 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return f"the tensors are on {call.device_type}"
     if call.dtype not in NATIVE_DTYPES:
         return f"no CPU kernel for {call.dtype}"
-    if call.options:
+    if call.options and not _has_options(call):
         return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
     return machine.native_missing or None
+
+
+def _has_options(call: Call) -> bool:
+    """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
+    return set(call.options) <= {"zoneout", "recurrent_dropout"} and not call.cell.startswith("rnn")
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:
@@ -39,4 +44,4 @@ def kernel(call: Call, machine: Machine) -> str:
 
 
 def _bfloat16_parts(call: Call, machine: Machine) -> int:
-    return call.bfloat16_parts if machine.isa == "amx" else 0
+    return call.bfloat16_parts if machine.isa == "amx" and not call.options else 0

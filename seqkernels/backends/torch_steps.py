@@ -108,7 +108,7 @@ class _Sums:
     def _by_blocks(self, h: Tensor) -> Tensor:
         units = h.shape[1] // self.blocks
         of_blocks = torch.bmm(h.view(-1, self.blocks, units).transpose(0, 1), self.w_hh)  # [k, B, G*H/k]
-        return of_blocks.view(self.blocks, len(h), -1, units).permute(1, 2, 0, 3).flatten(1)
+        return of_blocks.view(self.blocks, len(h), self.w_hh.shape[2] // units, units).permute(1, 2, 0, 3).flatten(1)
 
 
 def _normalized(sums: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
