@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks` kernels, calls, models, resets, report, compare, train, generate, ..."""
+"""The command line: `python -m benchmarks` kernels, calls, models, resets, cells, report, compare, train, ..."""
 
 import argparse
 import io
@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     InputError,
     calls,
+    cells,
     compare,
     distributed,
     ensembles,
@@ -40,6 +41,7 @@ MEASUREMENTS = {
     "resets": resets,
     "ensembles": ensembles,
     "quantized": quantized,
+    "cells": cells,
     "report": report,
     "compare": compare,
     "scaling": scaling,

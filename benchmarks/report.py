@@ -4,9 +4,10 @@ import argparse
 import statistics
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-from benchmarks import InputError, calls, ensembles, kernels, models, plots, quantized, record, require, resets
+from benchmarks import InputError, calls, cells, ensembles, kernels, models, plots, quantized, record, require, resets
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
@@ -14,6 +15,16 @@ from benchmarks.record import Row, cpu_rows, differs, gpu_rows, key, newest, ord
 
 MARKERS = "<!-- kernels: written by `python -m benchmarks report --readme` -->", "<!-- end of kernels -->"
 OLD, DIRTY = "†", "‡"
+
+
+# Whose rows and tables are their own.
+BY_MODULE: dict[str, ModuleType] = {
+    "models": models,
+    "resets": resets,
+    "ensembles": ensembles,
+    "quantized": quantized,
+    "cells": cells,
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +43,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
-    names = "kernels", "calls", "steps", "models", "resets", "ensembles", "quantized"
+    names = "kernels", "calls", "steps", *BY_MODULE
     file, *others = (options.rows / f"{name}.jsonl" for name in names)
-    of_calls, of_steps, of_models, of_resets, of_ensembles, of_quantized = others
+    of_calls, of_steps, *by_module = others
     rows = read(file) if file.exists() or not any(path.exists() for path in others) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
@@ -43,10 +54,8 @@ def run(options: argparse.Namespace) -> int:
     found = tables(rows)
     found += [Table(*parts) for parts in calls.tables(read(of_calls))] if of_calls.exists() else []
     found += step_tables(newest(read(of_steps), step_key)) if of_steps.exists() else []
-    found += [Table(*parts) for parts in models.tables(read(of_models))] if of_models.exists() else []
-    found += [Table(*parts) for parts in resets.tables(read(of_resets))] if of_resets.exists() else []
-    found += [Table(*parts) for parts in ensembles.tables(read(of_ensembles))] if of_ensembles.exists() else []
-    found += [Table(*parts) for parts in quantized.tables(read(of_quantized))] if of_quantized.exists() else []
+    for of_module, module in zip(by_module, BY_MODULE.values(), strict=True):
+        found += [Table(*parts) for parts in module.tables(read(of_module))] if of_module.exists() else []
     if options.markdown:
         print("\n\n".join(map(markdown, found)))
     else:
