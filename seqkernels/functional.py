@@ -222,6 +222,7 @@ def recurrent(
 
 
 def plan_of(inputs: Inputs, parts: with_options.Parts | None, backend: str | None) -> select.Plan:
+    """The plan of a call, with options or without."""
     if parts is not None:
         return with_options.plan_of(inputs, parts, backend)
     return select.plan_of(inputs.call, inputs.rows.data.device, backend)
