@@ -132,7 +132,7 @@ def _register() -> None:
         full_name = add_op_namespace_prefix(f"{name}.cpu")
         torch.library.register_fake(full_name, fake, lib=_library)
         torch.library.register_autograd(full_name, formula, setup_context=setup, lib=_library)
-        batching.register(f"{name}.cpu", getattr(ops, name).cpu, _library)
+        batching.register(f"{name}.cpu", batching.Members(getattr(ops, name).cpu, None), _library)
 
 
 if not THIS_MACHINE.native_missing:

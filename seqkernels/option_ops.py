@@ -110,8 +110,8 @@ torch.library.register_autograd(
     add_op_namespace_prefix("options_forward.torch_eager"), _autograd_formula, setup_context=_save_for_backward,
     lib=_library,
 )  # fmt: skip
-batching.register("options_forward.torch_eager", ops.options_forward.torch_eager, _library)
-batching.register("options_backward.torch_eager", ops.options_backward.torch_eager, _library)
+batching.register("options_forward.torch_eager", batching.Members(ops.options_forward.torch_eager, None), _library)
+batching.register("options_backward.torch_eager", batching.Members(ops.options_backward.torch_eager, None), _library)
 
 
 def forward(
