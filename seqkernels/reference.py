@@ -51,7 +51,9 @@ def step(
         gates_x, gates_h = w_ih @ x + b_ih, w_hh @ h_before + b_hh
     new_h, new_c = activate(cell, gates_x, gates_h, h, c, masks.candidate, norm_c)
     new_h = new_h if w_hr is None else w_hr @ new_h
-    return _zoned(h, new_h, masks.zoneout_h), None if c is None else _zoned(c, new_c, masks.zoneout_c)
+    if c is None or new_c is None:
+        return _zoned(h, new_h, masks.zoneout_h), None
+    return _zoned(h, new_h, masks.zoneout_h), _zoned(c, new_c, masks.zoneout_c)
 
 
 def activate(
