@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks import figures
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
-from benchmarks.problems import GATES, PROBLEMS, Problem
+from benchmarks.problems import PROBLEMS, Problem, gates_of
 from benchmarks.record import Row, gpu_rows, ordered, plotted_rows
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -141,7 +141,7 @@ def name_points(axes: Any, rows: list[Row], colour: str) -> None:
 
 def intensity(row: Row) -> float:
     problem = Problem(*(row[name] for name in Problem._fields))
-    gates = GATES[row["cell"]] * problem.H
+    gates = gates_of(row["cell"]) * problem.H
     weights = gates * (problem.I + problem.H) + (problem.layers - 1) * gates * 2 * problem.H
     rows = row["T"] * row["B"]
     return row["gflops"] * row["median_ms"] * 1e6 / (BYTES[row["dtype"]] * (weights + rows * (problem.I + problem.H)))
