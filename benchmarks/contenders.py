@@ -45,7 +45,6 @@ def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None 
 
     call: what to call on the input in the module's place, with its parameters.
     """
-    case.set_precision()
     call = call or module
     module = module.to(case.device, case.torch_dtype)
     x = data(case)

@@ -171,6 +171,7 @@ def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:
 
 def answer_to(request: Any, case: Case | None, run: Callable[[], list[torch.Tensor]] | None) -> Any:
     assert case is not None and run is not None
+    case.set_precision()  # of all that a process runs: another case may have set it
     device = torch.device(case.device)
     if request == "errors":
         results = [result.detach().double().cpu() for result in run()]

@@ -121,9 +121,12 @@ def test_contenders_run_a_case_in_its_dtype(dtype):
 
 def test_a_case_sets_the_precision_of_float32():
     case = CASE._replace(cell="GRU", shape=Problem(3, 4, 4, 6))
+    worker = timing.InProcess("seqkernels")
     for dtype, precision in (("float32-high", "high"), ("float32-medium", "medium"), ("float32", "highest")):
-        run = contenders.CONTENDERS["seqkernels"](case._replace(dtype=dtype))
-        assert torch.get_float32_matmul_precision() == precision and run()[0].dtype == torch.float32
+        worker.request(case._replace(dtype=dtype))
+        worker.request("errors")  # beside a case in float64
+        worker.request(1)
+        assert torch.get_float32_matmul_precision() == precision and worker.run()[0].dtype == torch.float32
 
 
 def test_every_backend_is_a_contender():
