@@ -51,9 +51,9 @@ struct BackwardMemory {
   static constexpr bool kPairs = !std::is_same<F, C>::value;
   static constexpr bool kSplits = kPairs && std::is_same<S, float>::value;
   // Of a weight gradient: rows that are multiplied at once, columns of a tile of it, and the memory of right factors.
-  static constexpr int64_t kDepth = kPairs ? 512 : kKc;
+  static constexpr int64_t kWeightKc = kPairs ? 512 : kKc;
   static constexpr int64_t kTile = kPairs ? 2 * kTileRows : kMr<kMaxVectors>;
-  static constexpr int64_t kPanelSize = (kPairs ? 16 * kDepth / kPerFactor<F> : kKc) * kMaxVectors * kLanes<C>;
+  static constexpr int64_t kPanelSize = (kPairs ? 16 * kWeightKc / kPerFactor<F> : kKc) * kMaxVectors * kLanes<C>;
   static constexpr bool kSumsApart = !std::is_same<S, C>::value;
   struct PerDirection {
     F *w_hh, *w_hr;
@@ -104,7 +104,7 @@ struct BackwardMemory {
         once(uses_weights_once(p)),
         once_size(once ? kPanelSize + p.rows * max(leading<C>(p.input), max(ldh, ldp)) : 0),
         panel_size(max(p.wants_weights ? kPanelSize : 0, once_size)),
-        turned_part(kPairs && p.wants_weights ? leading<C>(kDepth / kPerFactor<F>) : 0),
+        turned_part(kPairs && p.wants_weights ? leading<C>(kWeightKc / kPerFactor<F>) : 0),
         turned_row(parts * turned_part),
         wants_weights(p.wants_weights) {
     Arena arena{static_cast<char*>(base)};

@@ -68,8 +68,8 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
   if (first == last) return;
   F* panels = memory.panels + work.begin * memory.panel_size;
   F* turned = memory.turned + work.begin * kTile * memory.turned_row;
-  for (int64_t row0 = 0; row0 < chunk.rows; row0 += Memory::kDepth) {
-    const int64_t rows = min(Memory::kDepth, chunk.rows - row0);
+  for (int64_t row0 = 0; row0 < chunk.rows; row0 += Memory::kWeightKc) {
+    const int64_t rows = min(Memory::kWeightKc, chunk.rows - row0);
     const int64_t depth = Panels<F>(factors_of<F>(rows), 0, 1, Memory::kPairs).depth;
     // As many panels as there is room for: of few rows all, so that the sums are written row after row.
     const int64_t strip = Memory::kPanelSize / (memory.parts * depth * kMaxVectors * V) * kMaxVectors * V;
