@@ -27,8 +27,7 @@ class Parts(NamedTuple):
     norms: Sequence[Tensor]  # for each layer, for each direction those of `CellOptions.norm_sizes`, in that order
     training: bool
 
-    @property
-    def by_layer(self) -> bool:
+    def by_layer(self) -> bool:  # no property: torch.compile of 2.10 knows none of a named tuple
         """Whether layers do something else than those without options, but for what their weights are."""
         options = self.cell_options
         drops = self.training and options.input_dropout > 0
