@@ -1,6 +1,7 @@
 """`python -m benchmarks cells`: options of cells (docs/cells.md), beside none and beside loops of torch operations."""
 
 import argparse
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import kernels, record, require
+from benchmarks import beside, kernels, record, require
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import MAX_UNROLLED, OURS, OWN, Unavailable, data, errors, prepared, weights
 from benchmarks.models import Contender
 from benchmarks.options import add_conditions, check_device
 from benchmarks.problems import Problem
-from benchmarks.record import Row, newest, ordered
-from benchmarks.resets import TimedOnGpu, said, text
-from benchmarks.timing import paired, speedup, summary
+from benchmarks.record import Row, newest
 
 SIZES = {
     "charlm": Problem(200, 32, 128, 256),
@@ -122,57 +121,41 @@ def run(options: argparse.Namespace) -> int:
     """Measure every case asked for; 1 if a result of ours was wrong."""
     check_device(options.device)
     torch.set_num_threads(options.threads)
-    file, started, failed = options.out / "cells.jsonl", record.environment()["time"], False
-    for mode, cell, size, option in itertools.product(options.mode, options.cell, options.size, options.option):
-        case = Case(size, cell, mode, "padded", "float32", options.threads, options.device, SIZES[size])
+    return beside.run(
+        options,
+        "cells",
+        cases_of(options),
+        lambda case, more: measure(case, more["option"], options.rounds),
+        lambda case, more: f"{kernels.title(case)} {more['option']:10}",
+    )
+
+
+def cases_of(options: argparse.Namespace) -> Iterator[tuple[Case, Row]]:
+    for case, option in itertools.product(beside.cases(options, SIZES), options.option):
         plan = str(require("seqkernels").explain(layer_of(case, option).to(case.device), data(case).to(case.device)))
-        common = {"benchmark": "cells", "run": started, **kernels.facts(case), "option": option, "plan": plan}
-        rows = [common | row for row in measure(case, option, options.rounds)]
-        record.append(file, *rows)
-        failed |= not rows[0]["right"]
-        print(kernels.title(case), f"{option:10}", "  ".join(map(said, rows)), flush=True)
-    print(f"Rows: {file}")
-    return int(failed)
+        yield case, {"option": option, "plan": plan}
 
 
-def measure(case: Case, option: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its errors, whether ours passes the gate, and the times if so."""
-    rows, able, expected = {}, [], None
-    for name, make in contenders(case, option).items():
-        row: dict[str, Any] = {"contender": name, "absent": None}
-        try:
-            contender = TimedOnGpu(name, make()) if case.device != "cpu" else Contender(name, make())
-            if name not in (WITHOUT, COMPILED):  # others compute something else, or draw other masks
-                expected = expected or ours(case._replace(dtype="float64"), option)()
-                row["errors"] = errors(contender.run(), expected)
-            able.append(contender)
-        except Unavailable as reason:
-            row["absent"] = str(reason)
-        rows[name] = row
-    # The loop stands for torch.nn, which has no such layer.
-    right = kernels.gate(rows | ({OWN: rows[LOOP]} if "errors" in rows[LOOP] else {}), case)
-    times = paired(able, rounds) if right else {}
-    for name, row in rows.items():
-        row["right"] = right
-        if name in times:
-            row |= summary(times[name]) | (speedup(times[name], times[OURS]) if name != OURS else {})
-    return list(rows.values())
+def measure(case: Case, option: str, rounds: int) -> list[Row]:
+    """A row for each contender."""
+    expected = functools.cache(lambda: ours(case._replace(dtype="float64"), option)())
+
+    def errors_of(name: str, contender: Contender) -> list[float] | None:
+        # Others compute something else, or draw other masks.
+        return None if name in (WITHOUT, COMPILED) else errors(contender.run(), expected())
+
+    def is_right(rows: dict[str, Row]) -> bool:
+        # The loop stands for torch.nn, which has no such layer.
+        return kernels.gate(rows | ({OWN: rows[LOOP]} if "errors" in rows[LOOP] else {}), case)
+
+    return beside.measure(case, contenders(case, option), errors_of, is_right, rounds)
 
 
 def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, lines and notes, for each processor and number of threads."""
     known = (row for row in rows if row["right"] and "median_ms" in row)
     rows = newest(known, lambda row: (*record.key(row), row["option"]))
-    of = ("device", "cpu", "gpu", "threads")
-    for group in dict.fromkeys(tuple(row[name] for name in of) for row in rows):
-        by_case: dict[tuple, dict[str, Row]] = {}
-        for row in rows:
-            if tuple(row[name] for name in of) == group:
-                place = row["problem"], row["cell"], row["mode"], row["option"]
-                by_case.setdefault(place, {})[row["contender"]] = row
-        names = ordered((name for found in by_case.values() for name in found), (WITHOUT, OURS, LOOP, COMPILED))
-        lines = [[" ".join(case), *(text(found.get(name)) for name in names)] for case, found in by_case.items()]
-        device, cpu, gpu, threads = group
-        where = f"{cpu}, threads: {threads}" if device == "cpu" else gpu
+    of, place = ("device", "cpu", "gpu", "threads"), ("problem", "cell", "mode", "option")
+    for group, headings, lines in beside.grouped(rows, of, place, (WITHOUT, OURS, LOOP, COMPILED)):
         notes = ["Median ms: how many times as fast ours with the option is; = within the spread."]
-        yield f"Options of cells, float32, {where}", ["", *names], lines, notes
+        yield f"Options of cells, float32, {beside.where(*group)}", headings, lines, notes

@@ -1,7 +1,6 @@
 """`python -m benchmarks ensembles`: layers of one kind by torch.vmap, beside a call for each of them."""
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,15 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from benchmarks import kernels, record, require
+from benchmarks import beside, kernels, require
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import OURS, OWN, data, errors, module_of
 from benchmarks.models import Contender
 from benchmarks.options import add_conditions, check_device, positive
 from benchmarks.problems import Problem
 from benchmarks.record import Row, key, newest
-from benchmarks.resets import TimedOnGpu, said, text
-from benchmarks.timing import paired, speedup, summary
 
 SIZES = {
     f"{T}x{B}": Problem(T, B, 64, 64) for T, B in ((1, 1), (5, 1), (10, 4), (20, 8), (50, 16))
@@ -30,7 +27,7 @@ def layers_of(case: Case, namespace: Any, count: int) -> list[nn.Module]:
     """The members, of one set of weights in every namespace."""
     torch.manual_seed(0)
     states = [module_of(case, nn).state_dict() for _ in range(count)]
-    layers = [module_of(case, namespace).to(case.device, getattr(torch, case.dtype)) for _ in states]
+    layers = [module_of(case, namespace).to(case.device, case.torch_dtype) for _ in states]
     for layer, state in zip(layers, states, strict=True):
         layer.load_state_dict(state)
     return layers
@@ -77,7 +74,7 @@ def together(case: Case, count: int) -> Callable[[], list[Tensor]]:
 
 
 def input_of(case: Case) -> Tensor:
-    return data(case).to(case.device, getattr(torch, case.dtype))
+    return data(case).to(case.device, case.torch_dtype)
 
 
 def side_by_side(results: list) -> list[Tensor]:
@@ -98,51 +95,29 @@ def run(options: argparse.Namespace) -> int:
     """Measure every case asked for; 1 if a result of ours was wrong."""
     check_device(options.device)
     torch.set_num_threads(options.threads)
-    file, started, failed = options.out / "ensembles.jsonl", record.environment()["time"], False
-    for mode, cell, size in itertools.product(options.mode, options.cell, options.size):
-        case = Case(size, cell, mode, "padded", "float32", options.threads, options.device, SIZES[size])
-        common = {"benchmark": "ensembles", "run": started, **kernels.facts(case), "members": options.members}
-        rows = [common | row for row in measure(case, options.members, options.rounds)]
-        record.append(file, *rows)
-        failed |= not rows[0]["right"]
-        print(kernels.title(case), "  ".join(map(said, rows)), flush=True)
-    print(f"Rows: {file}")
-    return int(failed)
+    cases = ((case, {"members": options.members}) for case in beside.cases(options, SIZES))
+    return beside.run(options, "ensembles", cases, lambda case, _: measure(case, options.members, options.rounds))
 
 
-def measure(case: Case, count: int, rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its errors, whether ours pass the gate, and the times if so."""
+def measure(case: Case, count: int, rounds: int) -> list[Row]:
+    """A row for each contender."""
     expected = side_by_side(one_by_one(case._replace(dtype="float64"), nn, count)())
-    runs: dict[str, Callable[[], list]] = {
-        OURS: together(case, count),
-        EACH: one_by_one(case, require("seqkernels"), count),
-        OWN: one_by_one(case, nn, count),
+    made: dict[str, Callable[[], Callable[[], list]]] = {
+        OURS: lambda: together(case, count),
+        EACH: lambda: one_by_one(case, require("seqkernels"), count),
+        OWN: lambda: one_by_one(case, nn, count),
     }
-    rows: dict[str, dict[str, Any]] = {
-        name: {"contender": name, "errors": errors(side_by_side(run()), expected)} for name, run in runs.items()
-    }
-    right, kind = kernels.gate(rows, case), Contender if case.device == "cpu" else TimedOnGpu
-    times = paired([kind(name, run) for name, run in runs.items()], rounds) if right else {}
-    for name, row in rows.items():
-        row["right"] = right
-        if right:
-            row |= summary(times[name])
-            row |= speedup(times[name], times[OURS]) if name != OURS else {}
-    return list(rows.values())
+
+    def errors_of(name: str, contender: Contender) -> list[float]:
+        return errors(side_by_side(contender.run()), expected)
+
+    return beside.measure(case, made, errors_of, lambda rows: kernels.gate(rows, case), rounds)
 
 
 def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, lines and notes, for each processor, number of threads and of members."""
-    of = ("device", "cpu", "gpu", "threads", "members")
     rows = newest((row for row in rows if row["right"]), lambda row: (*key(row), row["members"]))
-    for group in dict.fromkeys(tuple(row[name] for name in of) for row in rows):
-        by_case: dict[tuple, dict[str, Row]] = {}
-        for row in rows:
-            if tuple(row[name] for name in of) == group:
-                by_case.setdefault((row["problem"], row["cell"], row["mode"]), {})[row["contender"]] = row
-        names = OURS, EACH, OWN
-        lines = [[" ".join(case), *(text(found.get(name)) for name in names)] for case, found in by_case.items()]
-        device, cpu, gpu, threads, members = group
-        where = f"{cpu}, threads: {threads}" if device == "cpu" else gpu
+    of = "device", "cpu", "gpu", "threads", "members"
+    for (*place, members), headings, lines in beside.grouped(rows, of, ("problem", "cell", "mode"), (OURS, EACH, OWN)):
         notes = ["Median ms: how many times as fast the ensemble in one call is; = within the spread."]
-        yield f"Ensembles of {members} layers, float32, {where}", ["", *names], lines, notes
+        yield f"Ensembles of {members} layers, float32, {beside.where(*place)}", headings, lines, notes

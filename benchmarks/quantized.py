@@ -1,22 +1,20 @@
 """`python -m benchmarks quantized`: int8 layers on a CPU, beside float32, bfloat16, and torch.ao's quantize_dynamic."""
 
 import argparse
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import kernels, record, require
+from benchmarks import beside, require
 from benchmarks.cases import Case
 from benchmarks.contenders import OURS, OWN, Unavailable, errors, prepared, seqkernels, torch_nn, weights
-from benchmarks.models import Contender
 from benchmarks.options import add_out, round_count, thread_count
 from benchmarks.problems import PROBLEMS, Problem
-from benchmarks.record import Row, newest, ordered
-from benchmarks.timing import paired, speedup, summary
+from benchmarks.record import Row, newest
 
 SIZES = {name: PROBLEMS[name] for name in ("step", "names", "news", "charlm", "charlm1", "big")}
 SIZES["step512"] = Problem(1, 1, 512, 512)
@@ -69,68 +67,36 @@ def run(options: argparse.Namespace) -> int:
     """Measure every case asked for; 1 if a result of ours was wrong."""
     torch.set_num_threads(options.threads)
     require("seqkernels")  # so that the first row knows the instruction set
-    file, started, failed = options.out / "quantized.jsonl", record.environment()["time"], False
-    for cell, size in itertools.product(options.cell, options.size):
-        case = Case(size, cell, "infer", "padded", "float32", options.threads, "cpu", SIZES[size])
-        common = {"benchmark": "quantized", "run": started, **kernels.facts(case)}
-        rows = [common | row for row in measure(case, options.rounds)]
-        record.append(file, *rows)
-        failed |= not rows[0]["right"]
-        print(f"{size:9}{cell:5}", "  ".join(map(said, rows)), flush=True)
-    print(f"Rows: {file}")
-    return int(failed)
+    cases: Iterator[tuple[Case, Row]] = (
+        (Case(size, cell, "infer", "padded", "float32", options.threads, "cpu", SIZES[size]), {})
+        for cell, size in itertools.product(options.cell, options.size)
+    )
+    return beside.run(
+        options,
+        "quantized",
+        cases,
+        lambda case, _: measure(case, options.rounds),
+        lambda case, _: f"{case.problem:9}{case.cell:5}",
+    )
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its errors, whether those of int8 are small enough, and the times if so."""
+def measure(case: Case, rounds: int) -> list[Row]:
+    """A row for each contender; right are those of which int8's errors are small enough."""
     expected = torch_nn(case._replace(dtype="float64"))()
-    rows, able = {}, []
-    for name, make in CONTENDERS.items():
-        row: dict[str, Any] = {"contender": name, "absent": None}
-        try:
-            contender = Contender(name, make(case))
-            row["errors"] = errors(contender.run(), expected)
-            able.append(contender)
-        except Unavailable as reason:
-            row["absent"] = str(reason)
-        rows[name] = row
-    right = max(rows[INT8]["errors"]) < MOST
-    times = paired(able, rounds) if right else {}
-    for name, row in rows.items():
-        row["right"] = right
-        if name in times:
-            row |= summary(times[name]) | (speedup(times[name], times[INT8]) if name != INT8 else {})
-    return list(rows.values())
-
-
-def said(row: Row) -> str:
-    if "median_ms" not in row:
-        return f"{row['contender']} {'absent' if row['right'] else 'WRONG'}"
-    faster = f" ({kernels.verdict(row)})" if "speedup" in row else ""
-    return f"{row['contender']} {row['median_ms']:.3f} ms{faster}"
+    return beside.measure(
+        case,
+        {name: functools.partial(make, case) for name, make in CONTENDERS.items()},
+        lambda name, contender: errors(contender.run(), expected),
+        lambda rows: max(rows[INT8]["errors"]) < MOST,
+        rounds,
+        INT8,
+    )
 
 
 def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, lines and notes, for each processor and number of threads."""
     rows = newest(row for row in rows if row["right"] and "median_ms" in row)
-    for cpu, isa, threads in dict.fromkeys((row["cpu"], row["isa"], row["threads"]) for row in rows):
-        by_case: dict[tuple, dict[str, Row]] = {}
-        for row in rows:
-            if (row["cpu"], row["isa"], row["threads"]) == (cpu, isa, threads):
-                by_case.setdefault((row["problem"], row["cell"]), {})[row["contender"]] = row
-        names = ordered((name for found in by_case.values() for name in found), CONTENDERS)
-        lines = [[" ".join(case), *(text(found.get(name)) for name in names)] for case, found in by_case.items()]
-        notes = ["Median ms: how many times as fast int8 is; = within the spread."]
-        yield (
-            f"Quantized to int8, inference, {threads} thread{'s' * (threads != 1)} of {cpu} ({isa})",
-            ["", *names],
-            lines,
-            notes,
-        )
-
-
-def text(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    faster = f": {kernels.verdict(row).removesuffix('x')}" if "speedup" in row else ""
-    return f"{row['median_ms']:.3g}{faster}"
+    for group, headings, lines in beside.grouped(rows, ("cpu", "isa", "threads"), ("problem", "cell"), CONTENDERS):
+        cpu, isa, threads = group
+        title = f"Quantized to int8, inference, {threads} thread{'s' * (threads != 1)} of {cpu} ({isa})"
+        yield title, headings, lines, ["Median ms: how many times as fast int8 is; = within the spread."]

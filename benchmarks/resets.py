@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import kernels, record, require
+from benchmarks import beside, kernels, record, require
 from benchmarks.cases import CASES, Case
 from benchmarks.contenders import OURS, OWN, Unavailable, errors, module_of, optional, prepared, weights
 from benchmarks.models import Contender
 from benchmarks.options import add_conditions, check_device, probability
 from benchmarks.problems import Problem
-from benchmarks.record import Row, newest, ordered
-from benchmarks.timing import paired, speedup, summary, timed_on_gpu
+from benchmarks.record import Row, newest
 
 SIZES = {  # rollouts
     "rollout": Problem(128, 128, 256, 256),  # of TorchRL's own benchmark
@@ -109,51 +108,18 @@ def run(options: argparse.Namespace) -> int:
     """Measure every case asked for; 1 if a result of ours was wrong."""
     check_device(options.device)
     torch.set_num_threads(options.threads)
-    file, started, failed = options.out / "resets.jsonl", record.environment()["time"], False
-    for mode, cell, size in itertools.product(options.mode, options.cell, options.size):
-        case = Case(size, cell, mode, "padded", "float32", options.threads, options.device, SIZES[size])
-        common = {"benchmark": "resets", "run": started, **kernels.facts(case), "share": options.share}
-        rows = [common | row for row in measure(case, options.share, options.rounds)]
-        record.append(file, *rows)
-        failed |= not rows[0]["right"]
-        print(kernels.title(case), "  ".join(map(said, rows)), flush=True)
-    print(f"Rows: {file}")
-    return int(failed)
+    cases = ((case, {"share": options.share}) for case in beside.cases(options, SIZES))
+    return beside.run(options, "resets", cases, lambda case, _: measure(case, options.share, options.rounds))
 
 
-def measure(case: Case, share: float, rounds: int) -> list[dict[str, Any]]:
-    """A row for each contender: its errors, whether ours passes the gate, and the times if so."""
+def measure(case: Case, share: float, rounds: int) -> list[Row]:
+    """A row for each contender."""
     expected = torch_nn(case._replace(dtype="float64"), mask_of(case, share))()
-    rows, able = {}, []
-    for name, make in contenders(case, share).items():
-        row: dict[str, Any] = {"contender": name, "absent": None}
-        try:
-            contender = TimedOnGpu(name, make()) if case.device != "cpu" else Contender(name, make())
-            if name != WITHOUT:  # which computes something else
-                row["errors"] = errors(contender.run(), expected)
-            able.append(contender)
-        except Unavailable as reason:
-            row["absent"] = str(reason)
-        rows[name] = row
-    right = kernels.gate(rows, case)
-    times = paired(able, rounds) if right else {}
-    for name, row in rows.items():
-        row["right"] = right
-        if name in times:
-            row |= summary(times[name]) | (speedup(times[name], times[OURS]) if name != OURS else {})
-    return list(rows.values())
 
+    def errors_of(name: str, contender: Contender) -> list[float] | None:
+        return None if name == WITHOUT else errors(contender.run(), expected)  # which computes something else
 
-class TimedOnGpu(Contender):
-    def request(self, count: int) -> list[float]:
-        return [timed_on_gpu(self.run) for _ in range(count)]
-
-
-def said(row: Row) -> str:
-    if "median_ms" not in row:
-        return f"{row['contender']} {'WRONG' if not row['right'] else 'absent'}"
-    faster = f" ({kernels.verdict(row)})" if "speedup" in row else ""
-    return f"{row['contender']} {row['median_ms']:.3f} ms{faster}"
+    return beside.measure(case, contenders(case, share), errors_of, lambda rows: kernels.gate(rows, case), rounds)
 
 
 def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
@@ -161,22 +127,7 @@ def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], l
     known = (row for row in rows if row["right"] and "median_ms" in row)
     rows = newest(known, lambda row: (*record.key(row), row["share"]))
     order = (WITHOUT, OURS, OWN, *(f"torchrl {backend}" for backend in TORCHRL))
-    of = ("device", "cpu", "gpu", "threads", "share")
-    for group in dict.fromkeys(tuple(row[name] for name in of) for row in rows):
-        by_case: dict[tuple, dict[str, Row]] = {}
-        for row in rows:
-            if tuple(row[name] for name in of) == group:
-                by_case.setdefault((row["problem"], row["cell"], row["mode"]), {})[row["contender"]] = row
-        names = ordered((name for found in by_case.values() for name in found), order)
-        lines = [[" ".join(case), *(text(found.get(name)) for name in names)] for case, found in by_case.items()]
-        device, cpu, gpu, threads, share = group
-        where = f"{cpu}, threads: {threads}" if device == "cpu" else gpu
+    of = "device", "cpu", "gpu", "threads", "share"
+    for (*place, share), headings, lines in beside.grouped(rows, of, ("problem", "cell", "mode"), order):
         notes = ["Median ms: how many times as fast ours with the mask is; = within the spread."]
-        yield f"Resets at {share:.0%} of the steps, float32, {where}", ["", *names], lines, notes
-
-
-def text(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    faster = f": {kernels.verdict(row).removesuffix('x')}" if "speedup" in row else ""
-    return f"{row['median_ms']:.3g}{faster}"
+        yield f"Resets at {share:.0%} of the steps, float32, {beside.where(*place)}", headings, lines, notes

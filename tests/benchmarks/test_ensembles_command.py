@@ -4,7 +4,7 @@ import pytest
 from kernel_benchmarks import CASE, read
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, ensembles
+from benchmarks import beside, contenders, ensembles
 from benchmarks.problems import Problem
 
 SMALL = Problem(7, 3, 4, 5)
@@ -37,7 +37,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(ensembles, "together", lambda case, count: lambda: contenders_of(case, count))
     rows = ensembles.measure(CASE._replace(shape=SMALL), 2, 2)
     assert not any(row["right"] or "median_ms" in row for row in rows)
-    assert ensembles.said(rows[0]) == "seqkernels WRONG"
+    assert beside.said(rows[0]) == "seqkernels WRONG"
 
 
 def contenders_of(case, count):

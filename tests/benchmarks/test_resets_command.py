@@ -4,7 +4,7 @@ import pytest
 from kernel_benchmarks import CASE, read
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, resets
+from benchmarks import beside, contenders, resets
 from benchmarks.problems import Problem
 
 SMALL = Problem(7, 3, 4, 5)
@@ -64,4 +64,4 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     monkeypatch.setattr(resets, "ours", lambda case, mask: ours(case, None))
     rows = resets.measure(case, 0.5, 2)
     assert not any(row["right"] or "median_ms" in row for row in rows)
-    assert resets.said(rows[1]) == "seqkernels WRONG"
+    assert beside.said(rows[1]) == "seqkernels WRONG"
