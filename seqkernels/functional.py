@@ -215,7 +215,7 @@ def recurrent(
         return onnx_export.recurrent(cell, input, hx, weights, *of_export)
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
     blocks = 1 if parts is None else parts.cell_options.blocks
-    pieces = parts is None and resets.in_kernels(backend)
+    pieces = reset is not None and parts is None and resets.in_kernels(backend)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces, blocks)
     plan = plan_of(inputs, parts, backend)
     return restore_layout(inputs, *run(plan, inputs, weights, dropout, recompute, parts))

@@ -60,18 +60,8 @@ def prepare(
         in_place = pieces and resets.may_stay(mask, input, transformed)
         cut = resets.in_place if in_place else resets.cut
         rows = cut(input, mask, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
-    elif isinstance(input, PackedSequence):
-        rows = varlen.from_packed(input, given)
-    elif cu_seqlens is not None:
-        rows = varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
-    elif lengths is not None:
-        rows = varlen.from_lengths(input, lengths, batch_first, transformed)
-    elif unbatched:
-        rows = varlen.from_unbatched(input)
-    elif input.is_nested:
-        rows = varlen.from_nested(input, transformed)
     else:
-        rows = varlen.from_padded(input, batch_first)
+        rows = varlen.rows_of(input, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
     w_hh = weights[1]
     features = w_hh.shape[1] * blocks, w_hh.shape[0] // CELLS[cell].gates
     h_0, c_0 = _initial_state(features[: CELLS[cell].states], hx, reset_to, rows, num_layers * directions, transformed)

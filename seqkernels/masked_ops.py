@@ -16,10 +16,10 @@ from torch import Tensor
 from seqkernels import batching
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import torch_steps
-from seqkernels.backends.stack import SavedLayout
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
 from seqkernels.hardware import THIS_MACHINE
+from seqkernels.ops import derivatives, fake_backward, fake_forward
 
 _library = torch.library.Library(ops.name, "FRAGMENT")
 
@@ -41,23 +41,13 @@ def forward(
 
 
 def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, recurrent, zoneout_h, zoneout_c, save):
-    layout = SavedLayout.of(cell, x, weights, h_0, 1)
-    return (
-        x.new_empty(layout.rows, layout.directions * layout.projected),
-        torch.empty_like(h_0, memory_format=torch.contiguous_format),
-        h_0.new_empty(*h_0.shape[:2], 0 if c_0 is None else c_0.shape[2]),
-        x.new_empty(layout.shape() if save else (layout.rows, layout.directions, 0)),
-    )
+    return fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save)
 
 
-def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, *rest):
-    *_, wants_x, wants_weights = rest
-
-    def like(tensor: Tensor, wanted: bool = True) -> Tensor:
-        return tensor.new_empty(tensor.shape if wanted else 0)
-
-    grad_c_0 = h_0.new_empty(*h_0.shape[:2], 0 if c_0 is None else c_0.shape[2])
-    return like(x, wants_x), [like(weight, wants_weights) for weight in weights], like(h_0), grad_c_0
+def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *rest):
+    *_, y, saved, wants_x, wants_weights = rest
+    of_layer = x, weights, h_0, c_0, batch_sizes, y, saved
+    return fake_backward(cell, grad_y, grad_h_n, grad_c_n, *of_layer, wants_x, wants_weights)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
@@ -104,24 +94,13 @@ def _double_backward(ctx, *grad_grads):
         grads, (x, h_0, c_0), weights = inputs[:3], inputs[3:6], inputs[6:]
         variant = Variant(recurrent=recurrent, zoneout_h=zoneout_h, zoneout_c=zoneout_c)
         results = torch_steps.forward(ctx.cell, x, weights, (), h_0, c_0, batch_sizes, variant)
-        pairs = [(o, g) for o, g in zip(results, grads, strict=True) if g is not None and o.requires_grad]
         wanted = [x, *weights, h_0, *([] if c_0 is None else [c_0])]
-        outputs = torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
-        )
+        outputs: list = list(derivatives(results, grads, wanted, [True] * len(wanted), True))
     of_x, of_weights, of_h_0, of_c_0 = grad_grads
     given = [of_x if ctx.wants[0] else None, *((of_weights if ctx.wants[1] else None) or [None] * len(weights)), of_h_0]
     given += [] if c_0 is None else [of_c_0]
-    pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if g is not None and o.requires_grad]
-    asked = [t for t, need in zip(inputs, needed, strict=True) if need]
-    if pairs:
-        of, by = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(of, asked, by, create_graph=deeper, materialize_grads=True))
-    else:
-        found = map(torch.zeros_like, asked)
-    *of_first, of_h, of_c = (next(found) if need else None for need in needed[:6])
-    of_own = [next(found) if need else None for need in needed[6:]]
-    return None, *of_first, of_own, of_h, of_c, *[None] * 8
+    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = derivatives(outputs, given, inputs, needed, deeper)
+    return None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, *[None] * 8
 
 
 def _register() -> None:

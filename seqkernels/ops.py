@@ -88,7 +88,7 @@ def _expect_one_device(x: Tensor, tensors: Sequence[Tensor | None], batch_sizes:
         raise RuntimeError(f"batch_sizes is on the CPU or where x is, found {x.device} (x) and {batch_sizes.device}")
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1, pieces=None):
+def fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1, pieces=None):
     _expect_one_device(x, (*weights, h_0, c_0), batch_sizes)
     layout = stack.SavedLayout.of(cell, x, weights, h_0, layers)
     return (
@@ -99,7 +99,7 @@ def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), laye
     )
 
 
-def _fake_backward(
+def fake_backward(
     cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch=(),
     layers=1, pieces=None,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _fake_backward(
 
 def _fake_recompute(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *options):
     of_stack = x, weights, h_0, c_0, batch_sizes
-    return _fake_backward(cell, grad_y, grad_h_n, grad_c_n, *of_stack, None, None, *options)
+    return fake_backward(cell, grad_y, grad_h_n, grad_c_n, *of_stack, None, None, *options)
 
 
 def _of_each_member(function):
@@ -245,18 +245,29 @@ def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, gra
         )
     outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
     grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
+    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = derivatives(outputs, grads, inputs, needed, deeper)
+    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, *[None] * ctx.results, None, None
+    return *grads, *_grads_of_options(ctx)
+
+
+def derivatives(
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    needed: Sequence[bool],
+    create_graph: bool,
+) -> Iterator[Tensor | None]:
+    """The gradients of the inputs that need one, None for the others."""
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     found: Iterator[Tensor]
     wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
     if pairs:
-        outputs, grads = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=deeper, materialize_grads=True))
+        of, by = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(of, wanted, by, create_graph=create_graph, materialize_grads=True))
     else:
         found = map(torch.zeros_like, wanted)
     # Zeros where nothing depends on an input, as the slope of relu does not: torch.nn's graph has that input as well.
-    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = (next(found) if need else None for need in needed)
-    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, *[None] * ctx.results, None, None
-    return *grads, *_grads_of_options(ctx)
+    return (next(found) if need else None for need in needed)
 
 
 def _grads_of_options(ctx) -> tuple:
@@ -272,8 +283,8 @@ def _register(backend: str) -> None:
     formula = _registered_backward_of(backend)
     twice = functools.partial(_double_backward, each(_plain_forward), each(_plain_backward))
     for name, fake, derivative, setup in (
-        ("recurrence_forward", _fake_forward, formula, _save_for_backward),
-        ("recurrence_backward", _fake_backward, twice, _setup_backward),
+        ("recurrence_forward", fake_forward, formula, _save_for_backward),
+        ("recurrence_backward", fake_backward, twice, _setup_backward),
         ("recurrence_recompute", _fake_recompute, twice, _setup_backward),
     ):
         full_name = add_op_namespace_prefix(f"{name}.{backend}")

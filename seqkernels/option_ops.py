@@ -23,6 +23,7 @@ from seqkernels import batching
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.torch_steps import Variant
+from seqkernels.ops import derivatives
 
 _OF_LAYER = (
     "Tensor x, Tensor[] weights, Tensor[] norms, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, "
@@ -52,11 +53,9 @@ def _backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, norms, h_0, c_0, *re
         )
         weights, norms = parameters[: len(weights)], parameters[len(weights) :]
         results = _forward(cell, x, weights, norms, h_0, c_0, *rest)
-    pairs = [(o, g) for o, g in zip(results, (grad_y, grad_h_n, grad_c_n), strict=True) if g is not None]
-    pairs = [(o, g) for o, g in pairs if o.requires_grad]
+    grads = grad_y, grad_h_n, grad_c_n
     wanted = [x, *weights, *norms, h_0, *([] if c_0 is None else [c_0])]
-    outputs, grads = [o for o, _ in pairs], [g for _, g in pairs]
-    grad_x, *found = torch.autograd.grad(outputs, wanted, grads, materialize_grads=True)
+    grad_x, *found = derivatives(results, grads, wanted, [True] * len(wanted), False)
     grad_c_0 = h_0.new_empty(*h_0.shape[:2], 0) if c_0 is None else found.pop()
     grad_h_0 = found.pop()
     return grad_x, found[: len(weights)], found[len(weights) :], grad_h_0, grad_c_0

@@ -97,20 +97,14 @@ def in_place(
     def of_values(values: Tensor, offsets: Tensor, longest: int | None, transformed: bool) -> Rows:
         return _numbered(*(varlen.from_cu_seqlens(t, offsets, longest, transformed) for t in (values, marks)))
 
-    def rows_of(input: Tensor) -> Rows:
-        if cu_seqlens is not None:
-            return varlen.from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
-        if lengths is not None:
-            return varlen.from_lengths(input, lengths, batch_first, transformed)
-        return varlen.from_unbatched(input) if input.dim() == 2 else varlen.from_padded(input, batch_first)
-
     marks = mask.unsqueeze(-1)
     if isinstance(input, PackedSequence):
         rows = varlen.from_packed(input, sequences)
         return _numbered(rows, rows._replace(data=marks))
     if input.is_nested:
         return varlen.from_nested(input, transformed, of_values)
-    return _numbered(rows_of(input), rows_of(marks))
+    layout = batch_first, lengths, cu_seqlens, max_seqlen, sequences, transformed
+    return _numbered(varlen.rows_of(input, *layout), varlen.rows_of(marks, *layout))
 
 
 def begin_anew(states: Sequence[Tensor], others: Sequence[Tensor] | None, rows: Rows) -> list[Tensor]:

@@ -33,6 +33,31 @@ class Rows(NamedTuple):
     pieces: Tensor | None = None
 
 
+def rows_of(
+    input: Tensor | PackedSequence,
+    batch_first: bool,
+    lengths: Tensor | Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    sequences: int | None,
+    transformed: bool,
+) -> Rows:
+    """An input in any layout, checked by `seqkernels.checks.check_call`; `sequences`: as of `from_packed`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as the functions below.
+    """
+    if isinstance(input, PackedSequence):
+        return from_packed(input, sequences)
+    if cu_seqlens is not None:
+        return from_cu_seqlens(input, cu_seqlens, max_seqlen, transformed)
+    if lengths is not None:
+        return from_lengths(input, lengths, batch_first, transformed)
+    if input.is_nested:
+        return from_nested(input, transformed)
+    return from_unbatched(input) if input.dim() == 2 else from_padded(input, batch_first)
+
+
 def from_padded(input: Tensor, batch_first: bool) -> Rows:
     """input ``[T, B, I]`` or, with batch_first, ``[B, T, I]``.
 

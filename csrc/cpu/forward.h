@@ -82,22 +82,16 @@ class ForwardSweep {
         turned(mine.turned + work.begin * memory.turned_size) {}
 
   void run() {
-    change_states(-1, step(0));
+    change_states(-1, at.step(0));
     for (int64_t i = 0; i < p.steps;) {
-      int64_t count = 0, end = i;
-      do {
-        const int64_t t = step(end++), running = at.running(t);
-        for (int64_t r = 0; r < running; r++) rows[count++] = at.row(t, r);
-      } while (end < p.steps && count + at.running(step(end)) <= memory.chunk);
+      const auto [count, end] = at.collect_rows(i, memory.chunk, rows);
       project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates, turned, tiles);
       work.wait();
-      for (int64_t first = 0; i < end; first += at.running(step(i++))) run_step(step(i), first);
+      for (int64_t first = 0; i < end; first += at.running(at.step(i++))) run_step(at.step(i), first);
     }
   }
 
  private:
-  int64_t step(int64_t i) const { return at.task.direction ? p.steps - 1 - i : i; }
-
   static void store_results(const C* from, S* to, Units units) {
     for (int64_t i = units.first; i < units.last; i += kLane) store_result<F>(to + i, load(from + i), units.last - i);
   }

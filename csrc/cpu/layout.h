@@ -45,6 +45,23 @@ struct Layout {
   // From a row of step t to that of the same sequence in step u; 0 if there is no such step.
   int64_t rows_to(int64_t t, int64_t u) const { return u < 0 || u >= p.steps ? 0 : p.offsets[u] - p.offsets[t]; }
 
+  // The i-th step of a sweep.
+  int64_t step(int64_t i) const { return task.direction ? p.steps - 1 - i : i; }
+
+  // A chunk of the sweep: from step i on at least one step, and as many as have up to `max_rows` rows, whose numbers
+  // become rows[].
+  struct ChunkOfSteps {
+    int64_t rows, end;
+  };
+  ChunkOfSteps collect_rows(int64_t i, int64_t max_rows, int64_t* rows) const {
+    ChunkOfSteps chunk{0, i};
+    do {
+      const int64_t t = step(chunk.end++), count = running(t);
+      for (int64_t r = 0; r < count; r++) rows[chunk.rows++] = row(t, r);
+    } while (chunk.end < p.steps && chunk.rows + running(step(chunk.end)) <= max_rows);
+    return chunk;
+  }
+
   // Between step t and step u, which runs next, or beyond the steps: calls leave(r, state) for what ends with t, and
   // enter(r, state) for what begins with u.
   template <class Leave, class Enter>

@@ -102,6 +102,13 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // `launch` [1], of both passes: Layer::bfloat16_parts (seqkernels/backends/cpu.py).
 using Launch = std::vector<int64_t>;
 
+// How products are to be made: as the machine can, and the plan of the call allows.
+void set_products(Layer& p, const Launch& launch) {
+  p.bfloat16_products = bfloat16_products();
+  p.bfloat16_tiles = bfloat16_tiles();
+  p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
+}
+
 // What one layer with options has besides; none of them of a plain one.
 struct Masks {
   Optional recurrent, zoneout_h, zoneout_c;
@@ -134,9 +141,7 @@ Forward forward(const StackArguments& given, bool save, const Launch& launch, co
   CheckedArguments arguments(p, given);
   arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
   masks.set(p, given.x);
-  p.bfloat16_products = bfloat16_products();
-  p.bfloat16_tiles = bfloat16_tiles();
-  p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
+  set_products(p, launch);
   const ScalarType type = given.x.scalar_type();
   const int64_t N = arguments.rows(), D = p.directions, L = given.layers, C = p.states, H = p.hidden;
   const int64_t P = p.projected, M = arguments.members();
@@ -198,9 +203,7 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
   arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
   arguments.set_backward(p, of_backward);
   masks.set(p, given.x);
-  p.bfloat16_products = bfloat16_products();
-  p.bfloat16_tiles = bfloat16_tiles();
-  p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
+  set_products(p, launch);
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = given.x.scalar_type();
   const int64_t N = arguments.rows(), D = p.directions, L = given.layers, C = p.states, H = p.hidden;

@@ -108,19 +108,13 @@ class QuantizedSweep {
   void run() {
     load_states();
     for (int64_t i = 0; i < p.steps;) {
-      int64_t count = 0, end = i;
-      do {
-        const int64_t t = step(end++), running = at.running(t);
-        for (int64_t r = 0; r < running; r++) rows[count++] = at.row(t, r);
-      } while (end < p.steps && count + at.running(step(end)) <= memory.chunk);
+      const auto [count, end] = at.collect_rows(i, memory.chunk, rows);
       project_inputs(count);
-      for (int64_t first = 0; i < end; first += at.running(step(i++))) run_step(step(i), first);
+      for (int64_t first = 0; i < end; first += at.running(at.step(i++))) run_step(at.step(i), first);
     }
   }
 
  private:
-  int64_t step(int64_t i) const { return at.task.direction ? p.steps - 1 - i : i; }
-
   Units share(int64_t panels) const { return {work.first(panels), work.last(panels)}; }
 
   // Of a state of n numbers, what lies in this range's panels; lanes behind the last number are zeros.
