@@ -11,7 +11,10 @@ prediction (free running), or, by the toss of a coin for each step of training, 
 """
 
 import argparse
+import ast
+import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from benchmarks import InputError, checkpoint
+from benchmarks import InputError, checkpoint, require
 from benchmarks.checkpoint import fingerprint
 from benchmarks.data import python_documentation, read_text
 from benchmarks.distributed import World
@@ -29,6 +32,7 @@ from benchmarks.task import Batch, Run, Task, add_data_options, bucketed, cross_
 
 BATCH_SIZE, CHUNK = 4, 100  # small batches learn more from every character
 NO_PRIME = "--prime needs one character or more to begin with."
+NONE, BETWEEN = "none", r",(?![^(]*\))"  # options; commas but for those in parentheses
 HELD_OUT = 0.1  # the share of the text, its tail, that only the metric sees
 
 
@@ -38,7 +42,10 @@ class CharacterModel(nn.Module):
     def __init__(self, rnn_class: type[nn.Module], characters: int, options: argparse.Namespace):
         super().__init__()
         self.embedding = nn.Embedding(characters, options.embedding)
-        self.rnn = rnn_class(options.embedding, options.hidden, num_layers=options.layers, dropout=options.dropout)
+        # Of torch.nn are only the weights that all contenders start from.
+        own = cell_options(options.regularize) if rnn_class.__module__.startswith("seqkernels.") else {}
+        sizes = options.embedding, options.hidden
+        self.rnn = rnn_class(*sizes, num_layers=options.layers, dropout=options.dropout, **own)
         self.linear = nn.Linear(options.hidden, characters)
 
     def forward(self, codes: Tensor | PackedSequence, state: Any) -> tuple[Tensor, Any]:
@@ -47,6 +54,32 @@ class CharacterModel(nn.Module):
             return self.linear(output.data), state
         output, state = self.rnn(self.embedding(codes), state)
         return self.linear(output).flatten(0, 1), state
+
+
+def cell_options(text: str) -> dict[str, Any]:
+    """The arguments of a layer that "zoneout=0.1,layer_norm=True" names, or NONE.
+
+    Raises:
+        InputError: they are none of `seqkernels.CellOptions`.
+    """
+    if text == NONE:
+        return {}
+    options = require("seqkernels").CellOptions
+    try:
+        found = {name: literal(value) for name, _, value in (one.partition("=") for one in re.split(BETWEEN, text))}
+        options(**found)
+    except (TypeError, ValueError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(options))
+        raise InputError(f"--regularize {text}: {error}. It takes NAME=VALUE, of {known}.") from error
+    return found
+
+
+def literal(text: str) -> Any:
+    """A number or True; other text stays text."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def run_freely(model: nn.Module, codes: Tensor | PackedSequence, state: Any) -> tuple[Tensor, Any]:
@@ -123,6 +156,14 @@ class CharacterModelling(Task):
         parser.add_argument("--hidden", type=positive, default=256, metavar="H", help="hidden units (%(default)s)")
         parser.add_argument("--layers", type=positive, default=2, help="(%(default)s)")
         parser.add_argument("--dropout", type=probability, default=0.0, help="between layers (%(default)s)")
+        parser.add_argument(
+            "--regularize",
+            nargs="+",
+            default=NONE,
+            metavar="NAME=VALUE",
+            help="options of seqkernels' cells (docs/cells.md), such as zoneout=0.1,weight_dropout=0.3; each is a "
+            "training of its own (%(default)s)",
+        )
         parser.add_argument("--chunk", type=positive, metavar="T", help=f"characters a step ({CHUNK})")
         parser.add_argument("--lines", action="store_true", help="line by line instead of in chunks")
         parser.add_argument(
@@ -136,6 +177,15 @@ class CharacterModelling(Task):
             "--sample", type=natural, default=200, metavar="N", help="characters to write at the end (200)"
         )
         add_generation_options(parser)
+
+    @staticmethod
+    def variants(options: argparse.Namespace) -> dict[str, argparse.Namespace]:
+        if options.regularize == NONE:
+            return {"": options}
+        texts = dict.fromkeys(options.regularize)
+        if any(cell_options(text) for text in texts) and options.module != "seqkernels":
+            raise InputError("--regularize is of seqkernels' layers alone: give --module seqkernels.")
+        return {text: argparse.Namespace(**{**vars(options), "regularize": text}) for text in texts}
 
     def __init__(self, options: argparse.Namespace, world: World = World()):  # noqa: B008
         super().__init__(options, world)
@@ -270,7 +320,9 @@ def load_model(path: Path, rnn_class: type[nn.Module]) -> tuple[CharacterModel, 
     """The model of a checkpoint of this task (of the last module it trained), and its characters."""
     content = read_checkpoint(path)
     characters = content["facts"]["characters"]
-    options = argparse.Namespace(**content["options"])
+    options = argparse.Namespace(**{"regularize": NONE, **content["options"]})
+    if options.regularize != NONE and not rnn_class.__module__.startswith("seqkernels."):
+        raise InputError(f"{path} was trained with --regularize {options.regularize}, which torch.nn does not have.")
     model = CharacterModel(rnn_class, len(characters), options).to(dtype=getattr(torch, options.dtype))
     model.load_state_dict(content["runs"][-1]["model"])
     return model.eval(), characters

@@ -1,11 +1,12 @@
 """The task charlm: teacher forcing and free running, lines and chunks, and text that is generated."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from training import LINES, QUICK, TEXT, only_row, options, run
+from training import LINES, QUICK, TEXT, only_row, options, rows, run
 
 from benchmarks.tasks import TASKS, charlm
 
@@ -27,6 +28,28 @@ def test_charlm_trains_every_way(more, forcing, text, tmp_path):
     row = only_row(tmp_path)
     assert row["gap"] < 1e-3
     assert all(figures["metric"] < 5 for figures in row["modules"].values())
+
+
+def test_cells_are_regularized_one_training_after_the_other(text, tmp_path):
+    choices = "none", "zoneout=0.3", "layer_norm=gates,weight_dropout=0.5"
+    arguments = "--text", text, *QUICK, "--sample", 0, "--regularize", *choices
+    assert run("train", "charlm", *arguments, "--module", "seqkernels", "--out", tmp_path) == 0
+    found = rows(tmp_path)
+    assert [row["variant"] for row in found] == [row["options"]["regularize"] for row in found] == list(choices)
+    assert len({figures["train_loss"] for row in found for figures in row["modules"].values()}) == len(choices)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--regularize", "zoneout=0.1"), "give --module seqkernels"),
+        (("--regularize", "zone=0.1", "--module", "seqkernels"), "zone=0.1: .*It takes NAME=VALUE, of zoneout, "),
+        (("--regularize", "zoneout=1", "--module", "seqkernels"), r"zoneout=1: zoneout is a probability in \[0, 1\)"),
+    ],
+)
+def test_what_no_cell_has_is_refused(more, message, text, tmp_path, capsys):
+    assert run("train", "charlm", "--text", text, *more, "--out", tmp_path) != 0
+    assert re.search(message, capsys.readouterr().err)
 
 
 def charlm_task(text: Path, *arguments: object):
