@@ -168,10 +168,15 @@ sanitize: $(TESTS_READY)
 # Debian's packages g++-aarch64-linux-gnu and qemu-user bring what it needs.
 ARM_CXX ?= aarch64-linux-gnu-g++
 CHECK := tests/cpu/native_check.cpp csrc/cpu/isa.cpp csrc/cpu/schedule.cpp
+OF_EACH_SET = $(shell PYTHONPATH=. $(PYTHON) -c "from native_build import libraries; print(*libraries.OF_EACH_SET)")
+build/arm/%.o: csrc/cpu/%.cpp $(NATIVE_SOURCES)
+	mkdir -p $(@D)
+	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline -c $< -o $@
+
 arm: $(READY)
-	mkdir -p build/arm
-	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra -DSEQKERNELS_ISA=baseline $(CHECK) csrc/cpu/kernels.cpp csrc/cpu/quantized.cpp -o build/arm/check
-	$${CXX:-c++} -std=c++17 -O2 $(CHECK) build/temp.*/kernels_*.o build/temp.*/quantized_*.o -o build/arm/check-here
+	$(MAKE) -j2 $(OF_EACH_SET:%=build/arm/%.o)
+	$(ARM_CXX) -std=c++17 -O2 -Wall -Wextra $(CHECK) $(OF_EACH_SET:%=build/arm/%.o) -o build/arm/check
+	$${CXX:-c++} -std=c++17 -O2 $(CHECK) $(foreach source,$(OF_EACH_SET),build/temp.*/$(source)_*.o) -o build/arm/check-here
 	qemu-aarch64 -L /usr/aarch64-linux-gnu build/arm/check > build/arm/check.txt
 	build/arm/check-here > build/arm/check-here.txt
 	build/arm/check-here baseline > build/arm/check-baseline.txt

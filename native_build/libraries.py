@@ -19,7 +19,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     # GCC 12 warns about its own AVX-512 header; Clang knows only the first of these.
     INSTRUCTION_SETS["avx512"] += " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
-OF_EACH_SET = ("kernels", "quantized")  # what of csrc/cpu is compiled for each of them
+# What of csrc/cpu is compiled for each of them; what takes longest comes first.
+OF_EACH_SET = ("forward", "masked", "backward", "quantized", "kernels")
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
@@ -48,18 +49,19 @@ def header_flags() -> str:
 
 def cpu_library(includes: str) -> Library:
     objects = [
-        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object(f"csrc/cpu/{source}.cpp", f"{source}_{name}.o", f"-DSEQKERNELS_ISA={name} {flags}")
+        for source in OF_EACH_SET
+        for name, flags in reversed(INSTRUCTION_SETS.items())
+    ]
+    objects += [
         Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
+        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
         Object("csrc/cpu/pieces.cpp", "pieces.o", f"{includes} {STABLE}"),
         Object("csrc/cuda/plan.cpp", "cuda_plan.o", ""),
         Object("csrc/older_systems.cpp", "older_systems.o", ""),
     ]
-    for name, flags in INSTRUCTION_SETS.items():
-        for source in OF_EACH_SET:
-            of_isa = f"-DSEQKERNELS_ISA={name} {flags}"
-            objects.append(Object(f"csrc/cpu/{source}.cpp", f"{source}_{name}.o", of_isa))
     return Library(objects)
 
 
