@@ -98,7 +98,8 @@ def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
     plan = select.plan_of(call, inputs.rows.data.device, backend)
     if options.blocks == 1 or (of_step and plan.backend == "torch_eager"):
         return plan
-    each = f"one after another {options.blocks} blocks of units"
+    order = "side by side" if plan.backend in ops.ENSEMBLES and not of_step else "one after another"
+    each = f"{order} {options.blocks} blocks of units"
     return plan._replace(kernel=f"{plan.kernel}, {each}" if plan.kernel else each)
 
 
@@ -155,24 +156,38 @@ def _by_blocks(
     plan, call, blocks: int, x, weights, h_0, c_0, batch_sizes, masks: Masks, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer as a recurrence for each block of units, all of the same input."""
-    call = call._replace(hidden_size=call.hidden_size // blocks)
-    units, directions = h_0.shape[2] // blocks, h_0.shape[0]
-    of_blocks = zip(*(_of_blocks(weight, blocks, units) for weight in weights), strict=True)
-    h_0s = h_0.chunk(blocks, 2)
-    c_0s, *of_masks = ([None] * blocks if t is None else t.chunk(blocks, 2) for t in (c_0, *masks[1:]))
-    masks_of_blocks = (Masks(None, *own) for own in zip(*of_masks, strict=True))
-    found = [
-        _by_kernels(plan, call, x, own, h, c, batch_sizes, drawn, recompute)
-        for own, h, c, drawn in zip(of_blocks, h_0s, c_0s, masks_of_blocks, strict=True)
-    ]
-    ys, h_n, c_n = zip(*found, strict=True)
-    y = torch.cat([y.view(-1, directions, units) for y in ys], 2).flatten(1)
-    return y, torch.cat(h_n, 2), torch.cat(c_n, 2)
+    call, units = call._replace(hidden_size=call.hidden_size // blocks), h_0.shape[2] // blocks
+    weights = [_weight_by_block(weight, blocks, units) for weight in weights]
+    h_0, c_0, *of_step = (None if t is None else _by_block(t, blocks) for t in (h_0, c_0, *masks[1:]))
+    ensemble = ops.ENSEMBLES.get(plan.backend)
+    if ensemble and not call.transformed and all(mask is None for mask in of_step):
+        plan, x = plan._replace(backend=ensemble), x.expand(blocks, *x.shape)
+        wanted = modes.wants_gradients(x, h_0, c_0, *weights)
+        y, h_n, c_n = ops.recurrence_forward(plan, call, x, weights, h_0, c_0, batch_sizes, wanted, recompute)
+    else:
+        found = []
+        for block in range(blocks):
+            h, c, *drawn = (None if t is None else t[block] for t in (h_0, c_0, *of_step))
+            own = [weight[block] for weight in weights]
+            found.append(_by_kernels(plan, call, x, own, h, c, batch_sizes, Masks(None, *drawn), recompute))
+        y, h_n, c_n = (torch.stack(results) for results in zip(*found, strict=True))
+    y = _of_all_blocks(y.view(*y.shape[:2], -1, units))  # [N, D, H]
+    return y.flatten(1), _of_all_blocks(h_n), _of_all_blocks(c_n)
 
 
-def _of_blocks(weight: Tensor, blocks: int, units: int) -> tuple[Tensor, ...]:
-    """The rows ``[G*H/k, *]`` of each block of a weight or bias ``[G*H, *]``."""
-    return tuple(block.flatten(0, 1) for block in weight.view(-1, blocks, units, *weight.shape[1:]).unbind(1))
+def _weight_by_block(weight: Tensor, blocks: int, units: int) -> Tensor:
+    """A weight or bias ``[G*H, *]`` -> ``[k, G*H/k, *]``"""
+    return weight.view(-1, blocks, units, *weight.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+
+def _by_block(states: Tensor, blocks: int) -> Tensor:
+    """``[*, *, H]`` -> ``[k, *, *, H/k]``"""
+    return states.reshape(*states.shape[:2], blocks, -1).movedim(2, 0)
+
+
+def _of_all_blocks(states: Tensor) -> Tensor:
+    """``[k, *, *, H/k]`` -> ``[*, *, H]``"""
+    return states.movedim(0, 2).flatten(2)
 
 
 def _steps(

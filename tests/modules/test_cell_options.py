@@ -461,7 +461,9 @@ def test_explain_says_which_way_runs():
     assert sk.explain(layer.eval(), x) == plain
     assert sk.explain(sk.LSTM(4, 6, proj_size=3, zoneout=0.1), x).backend == "torch_eager"
     assert sk.explain(sk.RNN(4, 6, zoneout=0.1), x).backend == "torch_eager"
-    assert "one after another 2 blocks of units" in sk.explain(sk.GRU(4, 6, blocks=2), x).kernel
+    assert "side by side 2 blocks of units" in sk.explain(sk.GRU(4, 6, blocks=2), x).kernel
+    of_step = sk.GRU(4, 6, blocks=2, recurrent_dropout=0.5)
+    assert "one after another 2 blocks of units" in sk.explain(of_step, x).kernel
     assert sk.explain(sk.GRU(4, 6, weight_dropout=0.2), x) == sk.explain(sk.GRU(4, 6), x)
 
 
