@@ -1,4 +1,4 @@
-"""What `resets`, `ensembles`, `cells` and `quantized` share: forms of one case in this process, timed in turns."""
+"""What `resets`, `ensembles`, `cells` and `quantized` share: forms of one case in this process, timed in rounds."""
 
 import argparse
 import itertools

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
+from seqkernels import late_checks
 from seqkernels.backends.cells import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -187,3 +188,59 @@ def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor
             )
         check_same(state, input)
     _check_weights(weights, input)
+
+
+def reset_mask(reset: Tensor | PackedSequence, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Tensor:
+    """The mask of an input in any layout of `seqkernels.functional.gru`, checked; of packed and nested ones its rows.
+
+    Raises:
+        TypeError: no mask of torch.bool.
+        ValueError: a mask of another shape, on another device than the input or the CPU, or of other sequences.
+    """
+    if isinstance(input, PackedSequence):
+        return _mask_of_packed(reset, input)
+    if input.is_nested:
+        return _mask_of_nested(reset, input.contiguous())
+    return _check_mask(reset, input.shape[:-1] if cu_seqlens is None else input.shape[:1], input)
+
+
+def _check_mask(reset, shape: Sequence[int], input: Tensor) -> Tensor:
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        what = f"a tensor of {reset.dtype}" if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
+        raise TypeError(f"reset is a mask of torch.bool, got {what}")
+    if reset.is_nested or reset.shape != shape:
+        found = "a nested tensor" if reset.is_nested else f"the shape {list(reset.shape)}"
+        raise ValueError(f"reset is {list(shape)}, one for each step of the input, got {found}")
+    if reset.device.type != "cpu" and reset.device != input.device:
+        raise ValueError(f"reset is on the CPU or where the input is, found {input.device} (input) and {reset.device}")
+    return reset
+
+
+def _mask_of_packed(reset, input: PackedSequence) -> Tensor:
+    if isinstance(reset, PackedSequence):
+        if not torch.compiler.is_compiling():
+            _check_same_sequences("batch_sizes", reset.batch_sizes, input.batch_sizes)
+            _check_same_sequences("sorted_indices", reset.sorted_indices, input.sorted_indices)
+        reset = reset.data
+    return _check_mask(reset, input.data.shape[:1], input.data)
+
+
+def _mask_of_nested(reset, input) -> Tensor:
+    if isinstance(reset, Tensor) and reset.is_nested and reset.layout == torch.jagged:
+        reset = reset.contiguous()
+        if not torch.compiler.is_compiling():
+            _check_same_sequences("offsets", reset.offsets(), input.offsets())
+        reset = reset.values()
+    return _check_mask(reset, input.values().shape[:1], input.values())
+
+
+def _check_same_sequences(name: str, of_reset: Tensor | None, of_input: Tensor | None) -> None:
+    """What says which sequences there are; on a GPU nobody looks."""
+    if of_reset is None or of_input is None or of_reset is of_input:
+        same = of_reset is of_input
+    elif late_checks.out_of_sight(of_reset) or late_checks.out_of_sight(of_input):
+        same = of_reset.shape == of_input.shape
+    else:
+        same = torch.equal(of_reset, of_input)
+    if not same:
+        raise ValueError(f"reset has other {name} than the input")

@@ -55,7 +55,7 @@ def prepare(
         hx, reset_to = _with_batch(hx), _with_batch(reset_to)
     h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
     given = None if h_0 is None else h_0.shape[1]
-    mask = None if reset is None else resets.mask_of(reset, input, cu_seqlens)
+    mask = None if reset is None else checks.reset_mask(reset, input, cu_seqlens)
     if mask is not None and not resets.marks_nothing(mask):
         in_place = pieces and resets.may_stay(mask, input, transformed)
         cut = resets.in_place if in_place else resets.cut

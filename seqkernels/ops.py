@@ -47,17 +47,18 @@ run decides the speed: on a CPU the projection of a few steps at a time stays in
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seqkernels import batching, flops, inplace, ranges
+from seqkernels import batching, double_backward, flops, inplace, ranges
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import arguments, autocast, cuda, cudnn, side_by_side, stack, torch_eager, triton
+from seqkernels.backends import autocast, cuda, cudnn, side_by_side, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
+from seqkernels.double_backward import derivatives as derivatives  # from here for operators of other layers
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
@@ -204,88 +205,20 @@ def _registered_backward_of(backend: str):
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
             ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
-        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *_grads_of_options(ctx)
+        return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *double_backward.grads_of_options(ctx)
 
     return formula
-
-
-def _setup_backward(ctx, inputs, output):
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *between, launch, layers, pieces = inputs
-    *results, wants_x, wants_weights = between
-    ctx.set_materialize_grads(False)
-    ctx.cell, ctx.wants, ctx.launch, ctx.layers = cell, (wants_x, wants_weights), launch, layers
-    ctx.has_pieces = pieces is not None
-    ctx.results = len(results)  # y and saved, of recurrence_recompute none
-    ctx.save_for_backward(grad_y, grad_h_n, grad_c_n, x, h_0, c_0, batch_sizes, pieces, *weights)
-
-
-def _double_backward(forward, backward, ctx, grad_grad_x, grad_grad_weights, grad_grad_h_0, grad_grad_c_0):
-    """The autograd formula of recurrence_backward and recurrence_recompute, for every backend: differentiate both
-    passes of torch_eager, forward and backward.
-
-    y and saved are functions of the other inputs, so all of the derivative is given to those.
-    """
-    *first, batch_sizes, pieces = ctx.saved_tensors[:8]
-    weights = ctx.saved_tensors[8:]
-    needs = ctx.needs_input_grad
-    needed = (*needs[1:5], needs[6], needs[7], *needs[5])
-    deeper = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases cut this graph from the caller's, unless a still higher derivative is wanted.
-        inputs = [
-            t if t is None or not need else t.view_as(t) if deeper else t.detach().requires_grad_()
-            for t, need in zip((*first, *weights), needed, strict=True)
-        ]
-        grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = inputs
-        of_stack = x, weights, h_0, c_0, batch_sizes
-        y, _, _, saved = forward(ctx.cell, *of_stack, True, ctx.launch, ctx.layers, pieces)
-        options = *ctx.wants, ctx.launch, ctx.layers, pieces
-        grad_x, grad_weights, grad_h_0, grad_c_0 = backward(
-            ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *options
-        )
-    outputs = grad_x, *grad_weights, grad_h_0, grad_c_0
-    grads = grad_grad_x, *(grad_grad_weights or [None] * len(weights)), grad_grad_h_0, grad_grad_c_0
-    grad_y, grad_h_n, grad_c_n, x, h_0, c_0, *weights = derivatives(outputs, grads, inputs, needed, deeper)
-    grads = None, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, None, *[None] * ctx.results, None, None
-    return *grads, *_grads_of_options(ctx)
-
-
-def derivatives(
-    outputs: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    create_graph: bool,
-) -> Iterator[Tensor | None]:
-    """The gradients of the inputs that need one, None for the others."""
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    found: Iterator[Tensor]
-    wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
-    if pairs:
-        of, by = zip(*pairs, strict=True)
-        found = iter(torch.autograd.grad(of, wanted, by, create_graph=create_graph, materialize_grads=True))
-    else:
-        found = map(torch.zeros_like, wanted)
-    # Zeros where nothing depends on an input, as the slope of relu does not: torch.nn's graph has that input as well.
-    return (next(found) if need else None for need in needed)
-
-
-def _grads_of_options(ctx) -> tuple:
-    """Of launch, layers and pieces: torch.library leaves last arguments out that have their defaults, and then wants no
-    gradient of them; of an empty list that it has not left out, it wants an empty list."""
-    count = 3 if ctx.has_pieces else 2 if ctx.layers > 1 else 1 if ctx.launch else 0
-    return (None if ctx.launch else [], None, None)[:count]
 
 
 def _register(backend: str) -> None:
     """Everything about a backend's operators that is the same for all backends."""
     each = _of_each_member if backend in ENSEMBLES.values() else lambda function: function
     formula = _registered_backward_of(backend)
-    twice = functools.partial(_double_backward, each(_plain_forward), each(_plain_backward))
+    twice = functools.partial(double_backward.formula, each(_plain_forward), each(_plain_backward))
     for name, fake, derivative, setup in (
         ("recurrence_forward", fake_forward, formula, _save_for_backward),
-        ("recurrence_backward", fake_backward, twice, _setup_backward),
-        ("recurrence_recompute", _fake_recompute, twice, _setup_backward),
+        ("recurrence_backward", fake_backward, twice, double_backward.save_for_formula),
+        ("recurrence_recompute", _fake_recompute, twice, double_backward.save_for_formula),
     ):
         full_name = add_op_namespace_prefix(f"{name}.{backend}")
         torch.library.register_fake(full_name, each(fake), lib=_library)
@@ -295,22 +228,6 @@ def _register(backend: str) -> None:
             _library.impl(f"{name}.{backend}", autocast.cast_arguments(operator, device_type), key)
         ensemble = getattr(getattr(ops, name), ENSEMBLES[backend]) if backend in ENSEMBLES else None
         batching.register(f"{name}.{backend}", batching.Members(operator, ensemble), _library)
-
-
-def _checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers):
-    arguments.check(cell, x, weights, h_0, c_0, batch_sizes, layers)
-    return torch_eager.forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
-
-
-def _checked_backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch,
-    layers,
-):  # fmt: skip
-    arguments.check(cell, x, weights, h_0, c_0, batch_sizes, layers)
-    grads = grad_y, grad_h_n, grad_c_n
-    arguments.check_backward(cell, grads, x, weights, h_0, c_0, y, saved, layers)
-    of_stack = x, weights, h_0, c_0, batch_sizes, y, saved
-    return torch_eager.backward(cell, *grads, *of_stack, wants_x, wants_weights, launch, layers)
 
 
 def _recompute_of(backend: str):
@@ -336,7 +253,7 @@ for _backend in _backends:
     _library.define(f"recurrence_recompute.{_backend}{RECOMPUTE_SCHEMA}")
     _library.impl(f"recurrence_recompute.{_backend}", _recompute_of(_backend), "CompositeExplicitAutograd")
 for _name, _forward, _backward_of in (
-    ("torch_eager", _checked_forward, _checked_backward),
+    ("torch_eager", torch_eager.checked_forward, torch_eager.checked_backward),
     ("triton", triton.forward, triton.backward),
     ("cuda", cuda.forward, cuda.backward),
 ):

@@ -22,20 +22,6 @@ from seqkernels.hardware import THIS_MACHINE
 from seqkernels.varlen import Rows
 
 
-def mask_of(reset: Tensor | PackedSequence, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Tensor:
-    """The mask of an input in any layout of `seqkernels.functional.gru`, checked; of packed and nested ones its rows.
-
-    Raises:
-        TypeError: no mask of torch.bool.
-        ValueError: a mask of another shape, on another device than the input or the CPU, or of other sequences.
-    """
-    if isinstance(input, PackedSequence):
-        return _mask_of_packed(reset, input)
-    if input.is_nested:
-        return _mask_of_nested(reset, input.contiguous())
-    return _mask(reset, input.shape[:-1] if cu_seqlens is None else input.shape[:1], input)
-
-
 def marks_nothing(mask: Tensor) -> bool:
     """Whether that is known without waiting for a GPU."""
     return not late_checks.out_of_sight(mask) and _readable(mask) and not mask.any()
@@ -120,51 +106,6 @@ def begin_anew(states: Sequence[Tensor], others: Sequence[Tensor] | None, rows: 
     indices = rows.sorted_indices
     of_pieces = [other.index_select(1, indices) if on_cpu else other[:, indices] for other in others]
     return [torch.where(anew, *pair) for pair in zip(of_pieces, states, strict=True)]
-
-
-# ---- masks, checked
-
-
-def _mask(reset, shape: Sequence[int], input: Tensor) -> Tensor:
-    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-        what = f"a tensor of {reset.dtype}" if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
-        raise TypeError(f"reset is a mask of torch.bool, got {what}")
-    if reset.is_nested or reset.shape != shape:
-        found = "a nested tensor" if reset.is_nested else f"the shape {list(reset.shape)}"
-        raise ValueError(f"reset is {list(shape)}, one for each step of the input, got {found}")
-    if reset.device.type != "cpu" and reset.device != input.device:
-        raise ValueError(f"reset is on the CPU or where the input is, found {input.device} (input) and {reset.device}")
-    return reset
-
-
-def _mask_of_packed(reset, input: PackedSequence) -> Tensor:
-    if isinstance(reset, PackedSequence):
-        if not torch.compiler.is_compiling():
-            _check_same("batch_sizes", reset.batch_sizes, input.batch_sizes)
-            _check_same("sorted_indices", reset.sorted_indices, input.sorted_indices)
-        reset = reset.data
-    return _mask(reset, input.data.shape[:1], input.data)
-
-
-def _mask_of_nested(reset, input) -> Tensor:
-    if isinstance(reset, Tensor) and reset.is_nested and reset.layout == torch.jagged:
-        reset = reset.contiguous()
-        if not torch.compiler.is_compiling():
-            _check_same("offsets", reset.offsets(), input.offsets())
-        reset = reset.values()
-    return _mask(reset, input.values().shape[:1], input.values())
-
-
-def _check_same(name: str, of_reset: Tensor | None, of_input: Tensor | None) -> None:
-    """What says which sequences there are; on a GPU nobody looks."""
-    if of_reset is None or of_input is None or of_reset is of_input:
-        same = of_reset is of_input
-    elif late_checks.out_of_sight(of_reset) or late_checks.out_of_sight(of_input):
-        same = of_reset.shape == of_input.shape
-    else:
-        same = torch.equal(of_reset, of_input)
-    if not same:
-        raise ValueError(f"reset has other {name} than the input")
 
 
 # ---- layouts: where the rows of the input are if sequences lie one after another, each with a spare place behind it,
@@ -264,7 +205,7 @@ def _rows(
 ) -> Rows:
     """The pieces C of the sequences as rows, and the way back to the input's."""
     total, places, device = reset.shape[0], reset.shape[0] + begins.shape[0], reset.device
-    begins = begins.contiguous()
+    begins, place = begins.contiguous(), place.contiguous()  # of others searchsorted warns
     if not all_used:
         reset = reset & (place < ends[torch.searchsorted(begins, place, right=True) - 1])
     marks = reset.new_zeros(places).scatter(0, place, reset)

@@ -28,7 +28,7 @@ __attribute__((noinline)) void multiply_gates(const BackwardMemory<S, F>& memory
       return product_once<S>(memory.hh, source, first, last, rows, row, put, slice, memory.sums_behind(slice));
   }
   product(memory.hh, memory.direction[direction].w_hh, first, last, rows,
-          {memory.hh.k, 1, 0, tiles, memory.grad_parts()}, row, put, backwards);
+          Depth::of(memory.hh.k, tiles, memory.grad_parts()), row, put, backwards);
 }
 
 template <Cell kCell, class S, class F, bool kMasked>
@@ -139,7 +139,8 @@ class BackwardSweep {
       if (memory.once)
         return product_once<S>(memory.hr, w_hr, first, last, running, row, put, slice, memory.sums_behind(slice));
     }
-    product(memory.hr, weights.w_hr, first, last, running, {memory.hr.k, 1, 0, tiles, memory.grad_parts()}, row, put);
+    product(memory.hr, weights.w_hr, first, last, running, Depth::of(memory.hr.k, tiles, memory.grad_parts()), row,
+            put);
   }
 
   // Gradients of the gates of one vector of units of sequence r, whose state began with this step if `first`.

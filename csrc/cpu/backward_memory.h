@@ -50,9 +50,10 @@ struct BackwardMemory {
   using C = acc_t<S>;
   static constexpr bool kPairs = !std::is_same<F, C>::value;
   static constexpr bool kSplits = kPairs && std::is_same<S, float>::value;
-  // Of a weight gradient: rows that are multiplied at once, columns of a tile of it, and the memory of right factors.
+  // Of a weight gradient, in BLIS's words: rows that are multiplied at once, columns of the microkernel (of which it is
+  // rows), and the memory of right factors.
   static constexpr int64_t kWeightKc = kPairs ? 512 : kKc;
-  static constexpr int64_t kTile = kPairs ? 2 * kTileRows : kMr<kMaxVectors>;
+  static constexpr int64_t kWeightMr = kPairs ? 2 * kTileRows : kMr<kMaxVectors>;
   static constexpr int64_t kPanelSize = (kPairs ? 16 * kWeightKc / kPerFactor<F> : kKc) * kMaxVectors * kLanes<C>;
   static constexpr bool kSumsApart = !std::is_same<S, C>::value;
   struct PerDirection {
@@ -85,9 +86,8 @@ struct BackwardMemory {
   int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - state for h_0
   int64_t* sequence;   // [N] of each row, where their products have masks
   F* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
-  F* turned;           // [members, kTile, turned_row]: left factors of a tile of it, by tiles
-  Arena tasks;
-  int64_t task_bytes;
+  F* turned;           // [members, kWeightMr, turned_row]: left factors of the microkernel, by tiles
+  TaskArenas tasks;
 
   BackwardMemory(const LayerBackward& p, const Schedule& schedule, void* base)
       : columns(p),
@@ -125,11 +125,8 @@ struct BackwardMemory {
     sequence = arena.take<int64_t>(wants_weights && p.recurrent ? p.rows : 0);
     grads = arena.take<number_t<F>>(min(p.rows, chunk_steps * p.sequences) * p.directions * grad_row);
     panels = arena.take<F>(schedule.members * panel_size);
-    turned = arena.take<F>(schedule.members * kTile * turned_row);
-    tasks = arena;
-    Arena one{nullptr};
-    take_task(p, schedule, one);
-    task_bytes = one.used;
+    turned = arena.take<F>(schedule.members * kWeightMr * turned_row);
+    tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });
   }
 
   // Where product_once keeps its sums, behind a slice.
@@ -145,10 +142,10 @@ struct BackwardMemory {
       }
     store_result<F>(to, x, lanes);
   }
-  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+  int64_t bytes(const Schedule& schedule) const { return tasks.end(schedule.tasks); }
 
   PerTask task(const LayerBackward& p, const Schedule& schedule, int64_t i) const {
-    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    Arena arena = tasks.of(i);
     return take_task(p, schedule, arena);
   }
 

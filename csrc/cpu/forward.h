@@ -44,8 +44,7 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
     store(gates + i * ldg + column, x + load(bias + column));
   };
   if (memory.used == WeightsUsed::packed)
-    return product(memory.ih, weights.w_ih, first, last, count, {memory.ih.k, 1, 0, tiles, memory.parts_of(memory.ih)},
-                   row, put);
+    return product(memory.ih, weights.w_ih, first, last, count, memory.depth_of(memory.ih, tiles), row, put);
   const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih);
   multiply_where_it_lies(memory, w_ih, columns, p.input, {first * kLanes<C>, min(last * kLanes<C>, columns)}, count,
                          row, turned, [&](int64_t i, int64_t column, Vec<C> x) { put(i, column, 0, x); });
@@ -157,7 +156,7 @@ class ForwardSweep {
     if (later >= 0 && later < p.steps) work.wait();
   }
 
-  Depth depth_of(const Panels<F>& weights) const { return {weights.k, 1, 0, tiles, memory.parts_of(weights)}; }
+  Depth depth_of(const Panels<F>& weights) const { return memory.depth_of(weights, tiles); }
 
   // W_hh h of the sequences that run, and from it their new states.
   void multiply_states(int64_t running, bool backwards) const {
@@ -173,14 +172,9 @@ class ForwardSweep {
 #if defined(SEQKERNELS_TILES)
       if constexpr (kPairs)
         if (tiles) {
-          const int64_t whole = min(last, p.hidden / kLane), n = whole - first;
-          const auto panel_of = [&](int64_t i) { return backwards ? whole - 1 - i : first + i; };
-          const Depth depth = depth_of(memory.hh);
-          with_parts(depth, [&](auto in_parts) {
-            for_panels_by_tiles<G, decltype(in_parts)::value>(
-                n, [&](int64_t i) { return weights.w_hh + memory.hh.offset(panel_of(i)); }, G * kLane, running, depth,
-                row, [&](int64_t i, int64_t r, const V* out) { finish(r, panel_of(i) * kLane, out); });
-          });
+          const int64_t whole = min(last, p.hidden / kLane);
+          for_packed_by_tiles<G>(memory.hh, weights.w_hh, first, whole, backwards, running, depth_of(memory.hh), row,
+                                 [&](int64_t j, int64_t r, const V* out) { finish(r, j * kLane, out); });
           first = whole;
         }
 #endif

@@ -61,8 +61,7 @@ struct ForwardMemory {
   const int64_t chunk, turned_rows, turned_size;
   PerDirection direction[2] = {};
   F* x;  // [N, ldi] where the user's x cannot be taken as it is, else null
-  Arena tasks;
-  int64_t task_bytes;
+  TaskArenas tasks;
 
   ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
       : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
@@ -93,18 +92,16 @@ struct ForwardMemory {
     const bool aligned = reinterpret_cast<uintptr_t>(p.x) % sizeof(F) == 0 && p.input % kPerFactor<F> == 0;
     const bool as_it_is = sizeof(S) * kPerFactor<F> == sizeof(F) && aligned;
     x = as_it_is ? nullptr : arena.take<F>(p.rows * ldi);
-    tasks = arena;
-    Arena one{nullptr};
-    take_task(p, schedule, one);
-    task_bytes = one.used;
+    tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });
   }
 
   // Of rows that are multiplied with panels of that shape. That bfloat16 has one part is known when it is compiled.
   Parts parts_of(const Panels<F>& shape) const { return {kSplits ? parts : 1, shape.depth}; }
-  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+  Depth depth_of(const Panels<F>& shape, Tiles* tiles) const { return Depth::of(shape.k, tiles, parts_of(shape)); }
+  int64_t bytes(const Schedule& schedule) const { return tasks.end(schedule.tasks); }
 
   PerTask task(const LayerForward& p, const Schedule& schedule, int64_t i) const {
-    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    Arena arena = tasks.of(i);
     return take_task(p, schedule, arena);
   }
 

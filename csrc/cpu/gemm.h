@@ -39,7 +39,7 @@ SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) void multiply(int64_t k, con
   }
 }
 
-// Rows of the microkernel's tile, with N vectors each.
+// Rows of the microkernel, with N vectors each.
 template <int N>
 constexpr int kMr = kAccumulators / N < 8 ? kAccumulators / N : 8;
 
@@ -55,7 +55,7 @@ void multiply_rows(int rows, int64_t k, const F* const* a, int64_t step, const F
 constexpr int64_t kKc = 384;
 constexpr int64_t kMc = 48;
 
-// Which rows are multiplied together: at most kMc, those of some of the microkernel's tiles, or of whole AMX tiles.
+// Which rows are multiplied together: at most kMc, those of some runs of the microkernel, or of whole AMX tiles.
 struct RowBlocks {
   int64_t rows, count;
   bool tiles;
@@ -88,13 +88,13 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F
     for (int64_t i = 0; i < rows * N; i++) out[i] = Vec<Sum<F>>{};
     return;
   }
-  // Tiles have nearly equal heights, as a last tile of one row would not use all multipliers.
-  const int64_t tiles = (rows + kMr<N> - 1) / kMr<N>;
+  // Each run has nearly as many rows, as one row at the end would not use all multipliers.
+  const int64_t runs = (rows + kMr<N> - 1) / kMr<N>;
   for (int segment = 0; segment < depth.segments; segment++) {
     for (int64_t k0 = 0; k0 < depth.k; k0 += kKc) {
       const int64_t k = min(depth.k - k0, kKc);
-      for (int64_t i = 0; i < tiles; i++) {
-        const int64_t r0 = rows * i / tiles, r1 = rows * (i + 1) / tiles;
+      for (int64_t i = 0; i < runs; i++) {
+        const int64_t r0 = rows * i / runs, r1 = rows * (i + 1) / runs;
         multiply_rows<N>(static_cast<int>(r1 - r0), k, a + r0, 1, panel, stride, segment || k0, out + r0 * N);
       }
       panel += k * stride;
@@ -158,6 +158,19 @@ SEQKERNELS_INLINE void for_panels_by_tiles(int64_t panels, const Panel& panel, i
     }
   }
 }
+
+// The same of panels [first, last) of a packed matrix, all of N vectors: each(panel, r, out).
+template <int N, class F, class Row, class Each>
+SEQKERNELS_INLINE void for_packed_by_tiles(const Panels<F>& shape, const F* packed, int64_t first, int64_t last,
+                                           bool backwards, int64_t rows, const Depth& depth, const Row& row,
+                                           const Each& each) {
+  const auto panel_of = [&](int64_t i) { return backwards ? last - 1 - i : first + i; };
+  with_parts(depth, [&](auto in_parts) {
+    for_panels_by_tiles<N, decltype(in_parts)::value>(
+        last - first, [&](int64_t i) { return packed + shape.offset(panel_of(i)); }, N * kLanes<Sum<F>>, rows, depth,
+        row, [&](int64_t i, int64_t r, const Vec<Sum<F>>* out) { each(panel_of(i), r, out); });
+  });
+}
 #endif
 
 // Calls run(constant) with the number of vectors as a compile-time constant.
@@ -182,19 +195,14 @@ inline void product(const Panels<F>& shape, const F* packed, int64_t first, int6
     if (depth.tiles && shape.width == kMaxVectors) {
       const int64_t begin = (first + kMaxVectors - 1) / kMaxVectors, end = last / kMaxVectors;
       if (begin < end) {
-        const auto panel_of = [&](int64_t i) { return backwards ? end - 1 - i : begin + i; };
-        with_parts(depth, [&](auto in_parts) {
-          for_panels_by_tiles<kMaxVectors, decltype(in_parts)::value>(
-              end - begin, [&](int64_t i) { return packed + shape.offset(panel_of(i)); }, kMaxVectors * V, rows, depth,
-              row,
-              [&](int64_t i, int64_t r, const Vec<Sum<F>>* out) {
+        const auto each_vector = [&](int64_t panel, int64_t r, const Vec<Sum<F>>* out) {
 #pragma GCC unroll 4
-                for (int64_t v = 0; v < kMaxVectors; v++) {
-                  const int64_t unit = (panel_of(i) * kMaxVectors + v) * V;
-                  each(r, unit, min(shape.units - unit, V), out[v]);
-                }
-              });
-        });
+          for (int64_t v = 0; v < kMaxVectors; v++) {
+            const int64_t unit = (panel * kMaxVectors + v) * V;
+            each(r, unit, min(shape.units - unit, V), out[v]);
+          }
+        };
+        for_packed_by_tiles<kMaxVectors>(shape, packed, begin, end, backwards, rows, depth, row, each_vector);
         product(shape, packed, first, min(last, begin * kMaxVectors), rows, depth, row, each, backwards);
         first = max(first, end * kMaxVectors);
       }
@@ -285,8 +293,8 @@ __attribute__((noinline)) void dots_of_turned(const S* w, int64_t lanes, int64_t
 }
 
 // As `product`, with a matrix of which row k lies at source(k), read in the order in which it lies, kSlice of its rows
-// after the other. They are packed into `slice` just before they are multiplied with, or if the rows fill but one tile,
-// not at all. sums: [rows, last - first] vectors.
+// after the other. They are packed into `slice` just before they are multiplied with, or if the microkernel takes all
+// rows at once, not at all. sums: [rows, last - first] vectors.
 constexpr int64_t kSlice = 64;
 constexpr int64_t kSliceVectors = kKc * kMaxVectors / kSlice;
 
@@ -314,9 +322,9 @@ inline void product_once(const Panels<acc_t<S>>& shape, const Source& source, in
       for_panels_of(strip, end, [&](int64_t u, auto width, Vec<C>* out) {
         constexpr int N = decltype(width)::value;
         const C* panel = as_it_is ? reinterpret_cast<const C*>(lying) + u * V : slice + (u - strip) * depth * V;
-        const int64_t tiles = (rows + kMr<N> - 1) / kMr<N>, stride = as_it_is ? shape.units : N * V;
-        for (int64_t i = 0; i < tiles; i++) {
-          const int64_t r0 = rows * i / tiles, count = rows * (i + 1) / tiles - r0;
+        const int64_t runs = (rows + kMr<N> - 1) / kMr<N>, stride = as_it_is ? shape.units : N * V;
+        for (int64_t i = 0; i < runs; i++) {
+          const int64_t r0 = rows * i / runs, count = rows * (i + 1) / runs - r0;
           const C* a[kMr<N>];
           for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r) + k0;
           multiply_rows<N>(static_cast<int>(count), depth, a, 1, panel, stride, k0 > 0, out + r0 * N);

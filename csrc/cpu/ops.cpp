@@ -266,6 +266,8 @@ std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tenso
     own.y = l == L - 1 ? pointer(y) : between.of(0, l);
     own.h_n = state(h_n, l, P);
     own.c_n = state(c_n, l, H);
+    copy_states(arguments, own, own.h_n, own.h_0, P, sizeof(float));
+    copy_states(arguments, own, own.c_n, own.c_0, H, sizeof(float));
     zero_rows(own.y, N * D * P * static_cast<int64_t>(sizeof(float)), N, p.rows);
   });
   return {y, h_n, c_n};

@@ -42,7 +42,7 @@ SEQKERNELS_INLINE void product_int8(const Int8Matrix<G, F>& w, int64_t first, in
     dequantize<G>(w.head(panel), lane, sums, row_scale(r), x);
     each(r, panel * kPanelUnits + lane, x);
   };
-  const Depth depth{tiles ? w.depth() : (w.n + 3) / 4, 1, 0, tiles};
+  const Depth depth = Depth::of(tiles ? w.depth() : (w.n + 3) / 4, tiles);
 #if defined(SEQKERNELS_TILES)
   if constexpr (kInTiles<F>)
     if (tiles)
@@ -97,9 +97,9 @@ inline int32_t largest_lane(i32 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epi32(bits_of<__m512i>(x));
 #else
-  int32_t most = x[0];
-  for (int i = 1; i < kLanes<int32_t>; i++) most = most > x[i] ? most : x[i];
-  return most;
+  int32_t largest = x[0];
+  for (int i = 1; i < kLanes<int32_t>; i++) largest = largest > x[i] ? largest : x[i];
+  return largest;
 #endif
 }
 
@@ -126,12 +126,12 @@ inline void store_bytes(uint8_t* to, i32 x) {
 inline float quantize_row(const float* x, int64_t n, uint8_t* to) {
   constexpr int kLane = kLanes<float>;
   constexpr float kLargest = 127, kSmallest = 0x1p-120f;  // whose reciprocal times kLargest is finite
-  i32 most{};  // as integers, the bits of numbers without sign are in the order of the numbers; NaN comes last
+  i32 lanes{};  // as integers, the bits of numbers without sign are in the order of the numbers; NaN comes last
   for (int64_t i = 0; i < n; i += kLane) {
     const i32 bits = bits_of<i32>(load(x + i, n - i)) & 0x7fffffff;
-    most = bits > most ? bits : most;
+    lanes = bits > lanes ? bits : lanes;
   }
-  const int32_t bits = largest_lane(most);
+  const int32_t bits = largest_lane(lanes);
   const float largest = bits_of<float>(bits);
   const bool finite = bits < 0x7f800000, zero = !finite || largest < kSmallest;
   const float factor = zero ? 0 : kLargest / largest;

@@ -29,8 +29,7 @@ struct QuantizedMemory {
 
   const int64_t ldh, ldp, ldg, chunk;
   Rows x;  // [N]
-  Arena tasks;
-  int64_t task_bytes;
+  TaskArenas tasks;
 
   QuantizedMemory(const LayerForward& p, const Schedule& schedule, void* base)
       : ldh(panels_of(p.hidden) * kPanelUnits),
@@ -39,16 +38,13 @@ struct QuantizedMemory {
         chunk(chunk_rows(p, schedule)) {
     Arena arena{static_cast<char*>(base)};
     x = take_rows(arena, p.rows, p.input);
-    tasks = arena;
-    Arena one{nullptr};
-    take_task(p, schedule, one);
-    task_bytes = one.used;
+    tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });
   }
 
-  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+  int64_t bytes(const Schedule& schedule) const { return tasks.end(schedule.tasks); }
 
   PerTask task(const LayerForward& p, const Schedule& schedule, int64_t i) const {
-    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    Arena arena = tasks.of(i);
     return take_task(p, schedule, arena);
   }
 
@@ -106,7 +102,7 @@ class QuantizedSweep {
                mine.states.scales + work.begin * schedule.max_sequences, mine.states.stride} {}
 
   void run() {
-    load_states();
+    change_states(-1, at.step(0));
     for (int64_t i = 0; i < p.steps;) {
       const auto [count, end] = at.collect_rows(i, memory.chunk, rows);
       project_inputs(count);
@@ -120,22 +116,27 @@ class QuantizedSweep {
   // Of a state of n numbers, what lies in this range's panels; lanes behind the last number are zeros.
   static Units lanes_of(Units panels) { return {panels.first * kPanelUnits, panels.last * kPanelUnits}; }
 
-  void load_states() const {
-    const int64_t H = p.hidden, P = p.projected, ran = at.running(0);
-    const auto load_from = [](const float* from, int64_t n, float* to, Units lanes) {
+  // Between step t and the next: what ended leaves its states, what begins takes them.
+  void change_states(int64_t t, int64_t next) const {
+    const int64_t H = p.hidden, P = p.projected;
+    const auto leave = [](const float* from, float* to, int64_t n, Units lanes) {
+      for (int64_t i = lanes.first; i < min(lanes.last, n); i += kLane) store(to + i, load(from + i), n - i);
+    };
+    const auto enter = [](const float* from, float* to, int64_t n, Units lanes) {
       for (int64_t i = lanes.first; i < lanes.last; i += kLane) store(to + i, i < n ? load(from + i, n - i) : V{});
     };
-    for (int64_t r = 0; r < at.task.count; r++) {
-      const float* h_0 = at.at_state(static_cast<const float*>(p.h_0), at.sequence(r), P);
-      // Both buffers get it: a sequence that a reverse sweep has not reached yet has its state in either.
-      load_from(h_0, P, mine.h + r * memory.ldp, lanes_of(outputs));
-      load_from(h_0, P, mine.h_next + r * memory.ldp, lanes_of(outputs));
-      const float* c_0 = kHasC ? at.at_state(static_cast<const float*>(p.c_0), at.sequence(r), H) : nullptr;
-      if (kHasC) load_from(c_0, H, mine.c + r * memory.ldh, lanes_of(units));
-      if (r < ran || work.begin) continue;  // the others never run
-      memcpy(at.at_state(static_cast<float*>(p.h_n), at.sequence(r), P), h_0, P * sizeof(float));
-      if (kHasC) memcpy(at.at_state(static_cast<float*>(p.c_n), at.sequence(r), H), c_0, H * sizeof(float));
-    }
+    at.change_states(
+        t, next,
+        [&](int64_t r, int64_t state) {
+          leave(mine.h + r * memory.ldp, at.at_state(static_cast<float*>(p.h_n), state, P), P, lanes_of(outputs));
+          if (kHasC)
+            leave(mine.c + r * memory.ldh, at.at_state(static_cast<float*>(p.c_n), state, H), H, lanes_of(units));
+        },
+        [&](int64_t r, int64_t state) {
+          enter(at.at_state(static_cast<const float*>(p.h_0), state, P), mine.h + r * memory.ldp, P, lanes_of(outputs));
+          if (kHasC)
+            enter(at.at_state(static_cast<const float*>(p.c_0), state, H), mine.c + r * memory.ldh, H, lanes_of(units));
+        });
   }
 
   // gates = W_ih x + b_ih of the chunk's `count` rows: this range's panels, which it reads itself.
@@ -169,8 +170,6 @@ class QuantizedSweep {
     const int64_t later = at.task.direction ? t - 1 : t + 1;
     row0 = at.row(t, 0);
     gates = mine.gates + first * memory.ldg;
-    // Sequences from this one on end with this step. Those of a reverse sweep all end with its last step.
-    first_ending = at.task.direction ? (later < 0 ? 0 : running) : at.running(later);
     quantize_states(mine.h, memory.ldp, p.projected, running);
     multiply_states(w_hh, units, running, [&](int64_t r, int64_t unit, const V* x) { finish(r, unit, x); });
     if constexpr (Traits::can_project) {
@@ -180,6 +179,7 @@ class QuantizedSweep {
       }
     }
     swap(mine.h, mine.h_next);
+    change_states(t, later);
   }
 
   // The new states of one vector of units of sequence r, from the gates' W_hh h + b_hh.
@@ -191,10 +191,7 @@ class QuantizedSweep {
     if constexpr (Traits::needs_h_prev) h = load(mine.h + r * memory.ldp + unit);
     if constexpr (kHasC) c = load(c_of);
     cell_forward<kCell>(x, recurrent, h, c, unused);
-    if constexpr (kHasC) {
-      store(c_of, c);
-      if (r >= first_ending) put(at.at_state(static_cast<float*>(p.c_n), at.sequence(r), p.hidden), unit, p.hidden, c);
-    }
+    if constexpr (kHasC) store(c_of, c);
     if (Traits::can_project && p.has_projection)
       store(mine.unprojected + r * memory.ldh + unit, h);
     else
@@ -204,13 +201,7 @@ class QuantizedSweep {
   SEQKERNELS_INLINE void put_h(int64_t r, int64_t unit, V h) const {
     const int64_t P = p.projected;
     store(mine.h_next + r * memory.ldp + unit, h);
-    put(at.at_row(static_cast<float*>(p.y), row0 + r * at.task.stride, P), unit, P, h);
-    if (r >= first_ending) put(at.at_state(static_cast<float*>(p.h_n), at.sequence(r), P), unit, P, h);
-  }
-
-  // Numbers [unit, + lanes of a vector) of a row of n.
-  static SEQKERNELS_INLINE void put(float* row, int64_t unit, int64_t n, V x) {
-    if (unit < n) store(row + unit, x, n - unit);
+    if (unit < P) store(at.at_row(static_cast<float*>(p.y), row0 + r * at.task.stride, P) + unit, h, P - unit);
   }
 
   const LayerForward& p;
@@ -226,7 +217,7 @@ class QuantizedSweep {
   const Memory::Rows states;   // this range's
   // Of the step that runs.
   const float* gates;
-  int64_t row0, first_ending;
+  int64_t row0;
 };
 
 template <Cell kCell, class F>

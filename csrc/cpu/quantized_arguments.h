@@ -5,7 +5,7 @@
 
 namespace seqkernels {
 
-class QuantizedArguments : CheckedArguments {
+class QuantizedArguments : public CheckedArguments {
  public:
   // `p` has what all layers have in common. weights: for each layer and direction w_ih, w_hh and, with projection,
   // w_hr.

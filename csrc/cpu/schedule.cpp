@@ -17,7 +17,7 @@ constexpr double kSmallStep = 5e4;
 // second-level cache, so that half of them for each core is worth a barrier in every step.
 constexpr int64_t kMinSequences = 4;
 constexpr int64_t kMinSequencesOfLargeWeights = 32;
-constexpr double kLargeWeights = 1 << 20;
+constexpr double kWeightsOfOneCore = 1 << 20;  // bytes
 
 // Multiplications of a row of one direction.
 double work_per_row(const Layer& p) {
@@ -33,32 +33,33 @@ OwnSchedule::OwnSchedule(const Layer& p, int threads) {
   const double per_row = work_per_row(p);
   members = p.rows * D * per_row < kSmallCall ? 1 : threads;
 
-  // So many tiles of sequences that the tasks of all directions divide evenly among the members.
+  // So many tasks of each direction that all divide evenly among the members.
   const int64_t even = members / std::gcd<int64_t>(members, D);
   const int64_t needed = (B + kMaxSequences - 1) / kMaxSequences;
-  const int64_t min_sequences = bytes > kLargeWeights ? kMinSequencesOfLargeWeights : kMinSequences;
-  int64_t tiles = std::max<int64_t>(needed + even - 1, 1) / even * even;
-  if (B / std::max<int64_t>(tiles, 1) < min_sequences) tiles = std::max<int64_t>(1, std::min(needed, tiles));
-  tasks = D * tiles;
+  const int64_t min_sequences = bytes > kWeightsOfOneCore ? kMinSequencesOfLargeWeights : kMinSequences;
+  int64_t per_direction = std::max<int64_t>(needed + even - 1, 1) / even * even;
+  if (B / std::max<int64_t>(per_direction, 1) < min_sequences)
+    per_direction = std::max<int64_t>(1, std::min(needed, per_direction));
+  tasks = D * per_direction;
 
   // Fewer tasks than members: members divide the units of a task, where a step is worth it.
   const int64_t spare = members % tasks == 0 ? members / tasks : members;
   const int64_t vectors = std::max<int64_t>(1, p.hidden * (p.scalar == Scalar::float64 ? 8 : 4) / 64);
-  const double step = per_row * std::min(B, (B + tiles - 1) / tiles);
+  const double step = per_row * std::min(B, (B + per_direction - 1) / per_direction);
   team_size = static_cast<int>(tasks >= members || step < kSmallStep ? 1 : std::min(spare, vectors));
   teams = static_cast<int>(std::min<int64_t>(tasks, members / team_size));
   if (team_size > 1 && members % tasks) teams = 1;
 
   const bool ragged = p.steps && p.batch_sizes[p.steps - 1] < B;
-  for (int64_t tile = 0; tile < tiles; tile++)
+  for (int64_t i = 0; i < per_direction; i++)
     for (int direction = 0; direction < D; direction++) {
-      const int64_t begin = B * tile / tiles, end = B * (tile + 1) / tiles;
+      const int64_t begin = B * i / per_direction, end = B * (i + 1) / per_direction;
       // Ragged sequences are sorted by length. Interleaved, every task has the same mixture of them.
       Task one;
       one.direction = direction;
-      one.first = ragged ? tile : begin;
-      one.stride = ragged ? tiles : 1;
-      one.count = ragged ? (B - tile + tiles - 1) / tiles : end - begin;
+      one.first = ragged ? i : begin;
+      one.stride = ragged ? per_direction : 1;
+      one.count = ragged ? (B - i + per_direction - 1) / per_direction : end - begin;
       tasks_.push_back(one);
     }
   max_sequences = 0;

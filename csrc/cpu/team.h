@@ -79,4 +79,29 @@ struct Arena {
   }
 };
 
+// The parts of tasks, which are alike, one behind the other at the end of a block.
+class TaskArenas {
+ public:
+  TaskArenas() = default;
+  // take(arena) takes what one task needs.
+  template <class Take>
+  TaskArenas(const Arena& behind, const Take& take) : first_(behind) {
+    Arena one{nullptr};
+    take(one);
+    bytes_ = one.used;
+  }
+
+  Arena of(int64_t task) const {
+    Arena arena = first_;
+    arena.used += task * bytes_;
+    return arena;
+  }
+  // Bytes of the block with so many tasks.
+  int64_t end(int64_t tasks) const { return first_.used + tasks * bytes_; }
+
+ private:
+  Arena first_{nullptr};
+  int64_t bytes_ = 0;
+};
+
 }  // namespace seqkernels::SEQKERNELS_ISA

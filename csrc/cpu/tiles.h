@@ -86,6 +86,13 @@ struct Depth {
   int64_t gap = 0;
   Tiles* tiles = nullptr;  // by which to multiply, where these are factors for tiles
   Parts parts = {};        // of the left factor, and of the panels as many
+
+  // Of one piece.
+  static Depth of(int64_t k, Tiles* tiles, Parts parts = {}) {
+    Depth depth{k};
+    depth.tiles = tiles, depth.parts = parts;
+    return depth;
+  }
 };
 
 #if defined(SEQKERNELS_TILES)

@@ -30,20 +30,20 @@ void input_gradient(const LayerBackward& p, const BackwardMemory<S, F>& memory, 
     return reinterpret_cast<const F*>(memory.grads + (first + r) * p.directions * memory.grad_row);
   };
   S* grad_x = static_cast<S*>(p.grad_x) + (chunk.row + first) * p.input;
-  const Depth depth{factors_of<F>(memory.columns.gates), p.directions, memory.grad_row / kPerFactor<F>, tiles,
-                    memory.grad_parts()};
+  Depth depth = Depth::of(factors_of<F>(memory.columns.gates), tiles, memory.grad_parts());
+  depth.segments = p.directions, depth.gap = memory.grad_row / kPerFactor<F>;
   product(memory.ih, memory.w_ih, 0, memory.ih.vectors(), count, depth, row,
           [&](int64_t r, int64_t unit, int64_t lanes, Vec<C> x) { store(grad_x + r * p.input + unit, x, lanes); });
 }
 
-// The transposed gradients of `count` columns from grads on, `stride` apart: columns [kTile, turned_row] of factors of
-// `rows` rows, with zeros behind them. `count` is at most kTile; what is in the other columns does not matter.
+// The transposed gradients of `count` columns from grads on, `stride` apart: columns [kWeightMr, turned_row] of factors
+// of `rows` rows, with zeros behind them. `count` is at most kWeightMr; what is in the other columns does not matter.
 template <class F, class Memory>
 __attribute__((noinline)) void turn_columns(const Memory& memory, const number_t<F>* grads, int64_t stride,
                                             int64_t rows, int64_t count, F* turned) {
   using C = Sum<F>;
   constexpr int V = kLanes<C>;
-  for (int64_t column = 0; column < Memory::kTile; column += V)
+  for (int64_t column = 0; column < Memory::kWeightMr; column += V)
     for (int64_t k0 = 0; k0 < factors_of<F>(rows); k0 += V) {
       Vec<C> block[V];
       const auto row = [&](int64_t i) { return load(grads + i * stride + column, max(0, count - column)); };
@@ -55,6 +55,20 @@ __attribute__((noinline)) void turn_columns(const Memory& memory, const number_t
     }
 }
 
+// Factors of `rows` rows, of which right(row, v) is vector v of `vectors`, become a panel, with zeros up to `depth`.
+template <class F, class Right>
+void pack_panel(int64_t rows, int64_t depth, int parts, int64_t vectors, F* panel, const Right& right) {
+  using C = Sum<F>;
+  constexpr int V = kLanes<C>;
+  for (int part = 0; part < parts; part++)
+    for (int64_t k = 0; k < depth; k++)
+      for (int64_t v = 0; v < vectors; v++) {
+        const auto row = [&](int64_t i) { return part_of(right(i, v), {part, parts}); };
+        store(reinterpret_cast<C*>(panel) + ((part * depth + k) * vectors + v) * V,
+              k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
+      }
+}
+
 // out[column][unit] (+)= sum over a chunk's rows of grads[row][column] * right(row)[unit], for this range's columns.
 // pack(row, unit, lanes) is a vector of the right factor, out_row(column) the place of a column's sums.
 template <class S, class F, class Pack, class OutRow>
@@ -63,11 +77,11 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
                   const Pack& pack, const OutRow& out_row) {
   using C = acc_t<S>;
   using Memory = BackwardMemory<S, F>;
-  constexpr int V = kLanes<C>, kTile = Memory::kTile;
-  const int64_t tiles = (columns + kTile - 1) / kTile, first = work.first(tiles), last = work.last(tiles);
+  constexpr int V = kLanes<C>, kWeightMr = Memory::kWeightMr;
+  const int64_t blocks = (columns + kWeightMr - 1) / kWeightMr, first = work.first(blocks), last = work.last(blocks);
   if (first == last) return;
   F* panels = memory.panels + work.begin * memory.panel_size;
-  F* turned = memory.turned + work.begin * kTile * memory.turned_row;
+  F* turned = memory.turned + work.begin * kWeightMr * memory.turned_row;
   for (int64_t row0 = 0; row0 < chunk.rows; row0 += Memory::kWeightKc) {
     const int64_t rows = min(Memory::kWeightKc, chunk.rows - row0);
     const int64_t depth = Panels<F>(factors_of<F>(rows), 0, 1, Memory::kPairs).depth;
@@ -78,25 +92,19 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
       const auto vectors_at = [&](int64_t unit) { return min(kMaxVectors, vectors_of<C>(width - unit)); };
       const auto panel_at = [&](int64_t unit) { return panels + (unit - strip0) * memory.parts * depth; };
       for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
-        for (int part = 0; part < memory.parts; part++)
-          for (int64_t k = 0; k < depth; k++)
-            for (int64_t v = 0, vectors = vectors_at(unit0); v < vectors; v++) {
-              const int64_t unit = unit0 + v * V;
-              const auto row = [&](int64_t i) {
-                return part_of(pack(chunk.row + row0 + i, unit, min(width - unit, V)), {part, memory.parts});
-              };
-              store(reinterpret_cast<C*>(panel_at(unit0)) + ((part * depth + k) * vectors + v) * V,
-                    k < factors_of<F>(rows) ? factor_of_rows<F>(k, rows, row) : Vec<C>{});
-            }
-      for (int64_t tile = first; tile < last; tile++) {
-        const int64_t column = tile * kTile;
-        const int count = static_cast<int>(min(kTile, columns - column));
+        pack_panel(rows, depth, memory.parts, vectors_at(unit0), panel_at(unit0), [&](int64_t i, int64_t v) {
+          const int64_t unit = unit0 + v * V;
+          return pack(chunk.row + row0 + i, unit, min(width - unit, V));
+        });
+      for (int64_t block = first; block < last; block++) {
+        const int64_t column = block * kWeightMr;
+        const int count = static_cast<int>(min(kWeightMr, columns - column));
         const number_t<F>* left = grads + row0 * stride + column;
         if constexpr (Memory::kPairs)
           for (int part = 0; part < memory.parts; part++)
             turn_columns<F>(memory, left + part * memory.ldg, stride, rows, count, turned + part * memory.turned_part);
-        const F* a[kTile];
-        for (int r = 0; r < kTile; r++) {
+        const F* a[kWeightMr];
+        for (int r = 0; r < kWeightMr; r++) {
           if constexpr (Memory::kPairs)
             a[r] = turned + r * memory.turned_row;
           else
@@ -105,12 +113,12 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
         for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
           with_width(vectors_at(unit0), [&](auto n) {
             constexpr int N = decltype(n)::value;
-            Vec<C> out[kTile * N];
+            Vec<C> out[kWeightMr * N];
             if constexpr (Memory::kPairs)
-              multiply_block<N>(kTile, {depth, 1, 0, amx_tiles, {memory.parts, memory.turned_part}}, a, panel_at(unit0),
-                                N * V, out);
+              multiply_block<N>(kWeightMr, Depth::of(depth, amx_tiles, {memory.parts, memory.turned_part}), a,
+                                panel_at(unit0), N * V, out);
             else
-              multiply<kTile, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
+              multiply<kWeightMr, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
             for (int r = 0; r < count; r++)
               for (int v = 0; v < N; v++) {
                 const int64_t lanes = min(width - unit0 - v * V, V);

@@ -43,18 +43,21 @@ constexpr bool has_path(Path path, int target) {
 
 constexpr int ceil_div(int64_t n, int divisor) { return static_cast<int>((n + divisor - 1) / divisor); }
 
-constexpr int kMaxTile = 8;      // sequences that a CTA takes at most: the columns of one MMA
-constexpr int kMmaRows = 16;     // rows of a matrix that a warp multiplies at once: hidden units
-constexpr int kWarpSize = 32;    // lanes of a warp
-constexpr int kChunkBytes = 64;  // of a row that a warp multiplies at once: 16 for each of the 4 lanes that share a row
-constexpr int kFragmentBytes = 32;  // what a lane has of 16 rows by a chunk
+constexpr int kMaxTile = 8;    // sequences that a CTA takes at most: the columns of one MMA
+constexpr int kMmaRows = 16;   // rows of a matrix that a warp multiplies at once: hidden units
+constexpr int kWarpSize = 32;  // lanes of a warp
+constexpr int kKBlockBytes =
+    64;  // of a row that a warp multiplies at once: 16 for each of the 4 lanes that share a row
+constexpr int kFragmentBytes = 32;  // what a lane has of 16 rows by a k-block
 
 // Columns of a matrix that are multiplied at once.
-constexpr int chunk_of(Math math) { return kChunkBytes / element_bytes(math); }
+constexpr int k_block_width(Math math) { return kKBlockBytes / element_bytes(math); }
 
-// Factors from one sequence's row to the next in shared memory, for rows of `width`, a multiple of a chunk. Rows begin
-// 64 bytes apart modulo 128, so that 8 lanes read 16 bytes each from different banks.
-constexpr int row_stride(int width, Math math) { return width + (width / chunk_of(math) % 2 ? 0 : chunk_of(math)); }
+// Factors from one sequence's row to the next in shared memory, for rows of `width`, a multiple of a k-block. Rows
+// begin 64 bytes apart modulo 128, so that 8 lanes read 16 bytes each from different banks.
+constexpr int row_stride(int width, Math math) {
+  return width + (width / k_block_width(math) % 2 ? 0 : k_block_width(math));
+}
 
 // Two buffers, so that one barrier or one exchange a step is enough; each has a row of factors for every sequence.
 constexpr int factor_buffer_bytes(int stride, Math math) { return kMaxTile * stride * element_bytes(math); }
@@ -160,13 +163,13 @@ constexpr Arch resident_arch(Path path, const Variant& v, int width) { return re
 // ---- single CTA: a CTA owns up to 8 sequences; its weights lie in registers, then shared memory, then the L2 cache
 
 struct SingleCtaLayout {
-  int width;        // hidden units that the kernel is made for
-  int m_tiles;      // of 16 rows that a warp takes
-  int threads;      // of a CTA
-  int stride;       // of a row of factors
-  int buffers;      // bytes of both buffers of factors, at the beginning of shared memory; weights follow
-  int groups;       // of fragments that a thread needs: one of each gate, for one chunk and one of its tiles of 16 rows
-  int resident;     // of them in registers
+  int width;     // hidden units that the kernel is made for
+  int m_tiles;   // of 16 rows that a warp takes
+  int threads;   // of a CTA
+  int stride;    // of a row of factors
+  int buffers;   // bytes of both buffers of factors, at the beginning of shared memory; weights follow
+  int groups;    // of fragments that a thread needs: one of each gate, for one k-block and one of its tiles of 16 rows
+  int resident;  // of them in registers
   int group_bytes;  // of a group of all threads
 
   // Groups in shared memory, where a CTA may have so many bytes of it; the others are read from L2 in every step.
@@ -200,7 +203,7 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   l.threads = width / kMmaRows / l.m_tiles * kWarpSize;
   l.stride = row_stride(v.backward ? gates * width : width, v.math);
   l.buffers = 2 * factor_buffer_bytes(l.stride, v.math);
-  l.groups = width / chunk_of(v.math) * l.m_tiles;
+  l.groups = width / k_block_width(v.math) * l.m_tiles;
   const int resident = resident_of(Path::single_cta, v, width);
   l.resident = resident < l.groups ? resident : l.groups;
   l.group_bytes = gates * l.threads * kFragmentBytes;
@@ -249,7 +252,7 @@ constexpr int slice_warps(int units, bool backward) { return units == 48 && !bac
 // Warps that own states: two units of one sequence a thread.
 constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarpSize; }
 
-// Forward: warps that share the columns of 16 rows, each having a part of the chunks.
+// Forward: warps that share the columns of 16 rows, each having a part of the k-blocks.
 constexpr int forward_parts(int units) { return slice_warps(units, false) / (units / kMmaRows); }
 // Their sums lie so far apart that 16 lanes store two each to different banks.
 constexpr int sums_stride(int units) { return units + 4; }
@@ -268,8 +271,8 @@ constexpr int backward_sets(const SliceShape& shape) {
 constexpr int backward_states(const SliceShape& shape, int64_t hidden) {
   return shape.path == Path::persistent_grid ? shape.blocks / shape.cluster * shape.units : static_cast<int>(hidden);
 }
-constexpr int backward_chunks(Path path, int gates, int units, Math math) {
-  return ceil_div(gates * backward_set_units(path, units), chunk_of(math));
+constexpr int backward_k_blocks(Path path, int gates, int units, Math math) {
+  return ceil_div(gates * backward_set_units(path, units), k_block_width(math));
 }
 // On the grid all threads add up partial gradients. They are divided into reducers, sets of threads with one for each
 // owner; the first reducer is the owners themselves.
@@ -291,19 +294,19 @@ struct SliceLayout {
 constexpr int kMbarrierBytes = 2 * 8;
 
 constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, int64_t hidden) {
-  const int gates = gates_of(v.cell), chunk = chunk_of(v.math), warps = slice_warps(shape.units, v.backward);
+  const int gates = gates_of(v.cell), k_width = k_block_width(v.math), warps = slice_warps(shape.units, v.backward);
   SliceLayout l{};
   int width = 0, exchange = 0;  // factors of a sequence, bytes
   if (v.backward) {
-    const int chunks = backward_chunks(shape.path, gates, shape.units, v.math), sets = backward_sets(shape);
-    width = sets * chunks * chunk;
+    const int k_blocks = backward_k_blocks(shape.path, gates, shape.units, v.math), sets = backward_sets(shape);
+    width = sets * k_blocks * k_width;
     exchange =
         shape.path == Path::persistent_grid ? grid_reducer_sums() * 4 : 2 * shape.blocks * kMaxTile * shape.units * 4;
-    l.fragments = ceil_div(ceil_div(backward_states(shape, hidden), kBackwardRows), warps) * sets * 2 * chunks;
+    l.fragments = ceil_div(ceil_div(backward_states(shape, hidden), kBackwardRows), warps) * sets * 2 * k_blocks;
   } else {
-    width = ceil_div(shape.blocks * shape.units, chunk) * chunk;
+    width = ceil_div(shape.blocks * shape.units, k_width) * k_width;
     exchange = forward_sums(gates, shape.units) * 4;
-    l.fragments = ceil_div(ceil_div(hidden, chunk), forward_parts(shape.units)) * gates;
+    l.fragments = ceil_div(ceil_div(hidden, k_width), forward_parts(shape.units)) * gates;
   }
   l.threads = warps * kWarpSize;
   l.resident = resident_of(shape.path, v, shape.units);
@@ -316,7 +319,7 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
   return l;
 }
 
-// ---- persistent grid: groups of CTAs that run at the same time and take the tiles of sequences in rounds, and what
+// ---- persistent grid: groups of CTAs that run at the same time and take the tiles of sequences in waves, and what
 // they need in the GPU's memory to exchange
 
 struct GridGroups {

@@ -170,7 +170,7 @@ const char* cluster_backward(const BackwardArgs&, const LaunchShape&, void* stre
 // How many clusters of so many CTAs, of which each takes a multiprocessor, the current GPU runs at the same time.
 const char* clusters_at_once(int cluster, int& count);
 
-// Groups of clusters, which may be the whole grid, take the tiles in rounds. The groups of a pass say what it needs in
+// Groups of clusters, which may be the whole grid, take the tiles in waves. The groups of a pass say what it needs in
 // the GPU's memory: `exchange` of groups.bytes, and `flags`, which begin as zeros.
 const char* persistent_grid_groups(const SweepArgs&, const LaunchShape&, bool backward, GridGroups& groups);
 const char* persistent_grid_forward(const ForwardArgs&, const LaunchShape&, const GridGroups&, void* exchange,

@@ -1,9 +1,9 @@
 // W h + b of one CTA: weights that stay where they are for all steps, times the factors of up to 8 sequences (states,
 // or gradients of gates), by a math policy: Fp32Fma, Tf32 or TensorCore.
 //
-// A warp multiplies 16 rows of a matrix, in chunks of its columns: 16 bytes of a row for each of the 4 lanes that share
-// it. What a lane has of 16 rows by a chunk is a fragment. Of the result, lane l has units 2 (l / 4) and the next, each
-// of sequences 2 (l % 4) and the next: the same for tensor cores and for plain multiply-adds.
+// A warp multiplies 16 rows of a matrix, in k-blocks of its columns: 16 bytes of a row for each of the 4 lanes that
+// share it. What a lane has of 16 rows by a k-block is a fragment. Of the result, lane l has units 2 (l / 4) and the
+// next, each of sequences 2 (l % 4) and the next: the same for tensor cores and for plain multiply-adds.
 #pragma once
 #include "device.cuh"
 #include "kernels.h"
@@ -26,9 +26,9 @@ DEVICE Fragment fragment_of(Vec16 first, Vec16 second) {
   return fragment;
 }
 
-// Which of a chunk's columns a word of a lane's fragment has, and which of the 16 rows; with 16-bit factors a word has
-// a column and the next. Tensor cores take rows and columns in any order, as long as both factors have the same order
-// of columns. In this one a lane has two rows, and all that it needs of a sequence lies side by side.
+// Which of a k-block's columns a word of a lane's fragment has, and which of the 16 rows; with 16-bit factors a word
+// has a column and the next. Tensor cores take rows and columns in any order, as long as both factors have the same
+// order of columns. In this one a lane has two rows, and all that it needs of a sequence lies side by side.
 DEVICE int row_of_word(int lane, int word) { return lane / 4 * 2 + word % 2; }
 template <class T>
 DEVICE int column_of_word(int lane, int word) {

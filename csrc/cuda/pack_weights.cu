@@ -10,17 +10,16 @@ namespace device {
 
 // Writes the recurrent weights in the order in which the threads of a single CTA read them: for each direction,
 // fragment and half of a fragment, 16 bytes of each thread. Threads behind those fold biases. A fragment is `gate` of
-// the `chunk` of columns of the `m_tile` of 16 rows of the thread's warp, and its number (chunk * m_tiles + m_tile) *
-// gates + gate.
+// the `k_block` of columns of the `m_tile` of 16 rows of the thread's warp, and its number (k_block * m_tiles + m_tile)
+// * gates + gate.
 template <class T>
 struct PackWeightsKernel {
   static constexpr int threads = 128;
   using Parameters = PackWeights;
 
   static DEVICE void run(const PackWeights& p) {
-    constexpr int chunk_width = kChunkBytes / static_cast<int>(sizeof(T));
-    const int lanes = p.width / (kMmaRows * p.m_tiles) * kWarpSize,
-              fragments = p.width / chunk_width * p.m_tiles * p.gates;
+    constexpr int k_width = kKBlockBytes / static_cast<int>(sizeof(T));
+    const int lanes = p.width / (kMmaRows * p.m_tiles) * kWarpSize, fragments = p.width / k_width * p.m_tiles * p.gates;
     const int i = static_cast<int>(block()) * threads + thread(), hidden = p.hidden, all = fragments * 2 * lanes;
     if (i >= all) {
       if (i - all < p.fold.size) fold_bias<T>(p.fold, i - all);
@@ -28,7 +27,7 @@ struct PackWeightsKernel {
     }
     const int lane = i % lanes, half = i / lanes % 2, fragment = i / lanes / 2;
     const int gate = fragment % p.gates, m_tile = fragment / p.gates % p.m_tiles,
-              chunk = fragment / p.gates / p.m_tiles;
+              k_block = fragment / p.gates / p.m_tiles;
     const int64_t matrix = int64_t(hidden) * hidden;
     const Global<const T> w_hh(static_cast<const T*>(p.w_hh[block_y()]), p.gates * matrix);
     const auto factor = [&](int row, int column) {
@@ -43,7 +42,7 @@ struct PackWeightsKernel {
     for (int word = 0; word < 4; word++) {
       const int row =
           (lane / kWarpSize * p.m_tiles + m_tile) * kMmaRows + row_of_word(lane % kWarpSize, half * 4 + word);
-      const int column = chunk * chunk_width + column_of_word<T>(lane % kWarpSize, half * 4 + word);
+      const int column = k_block * k_width + column_of_word<T>(lane % kWarpSize, half * 4 + word);
       if constexpr (sizeof(T) == 4)
         words.word[word] = bits(factor(row, column));
       else

@@ -30,7 +30,7 @@ namespace seqkernels::device {
 template <class Pass>
 struct GridArgs : SliceArgs<Pass> {
   int first_direction;  // of the CTAs with second index 0
-  int groups;           // of a direction; they take the tiles in rounds
+  int groups;           // of a direction; they take the tiles in waves
   int blocks;           // CTAs of a group
   void* buffers;        // [D, groups, 2, values]
   int64_t values;       // of an exchange

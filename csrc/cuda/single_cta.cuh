@@ -18,8 +18,8 @@ struct SingleCtaConfig {
   static constexpr Variant variant = variant_of(ARCH, CELL, MathPolicy::math, BACKWARD, EVEN);
   static constexpr SingleCtaLayout layout = single_cta_layout(variant, WIDTH_);
   static constexpr int G = gates_of(CELL), WIDTH = WIDTH_, M_TILES = layout.m_tiles, threads = layout.threads;
-  static constexpr int chunk = chunk_of(MathPolicy::math);
-  static_assert(WIDTH % chunk == 0 && WIDTH % (kMmaRows * M_TILES) == 0 && layout.resident > 0);
+  static constexpr int k_width = k_block_width(MathPolicy::math);
+  static_assert(WIDTH % k_width == 0 && WIDTH % (kMmaRows * M_TILES) == 0 && layout.resident > 0);
 };
 
 template <class Pass>

@@ -94,11 +94,11 @@ struct SingleCtaBackward : C {
                                   float (&sum)[1][kElements]) {
     for_sequences<MathPolicy>(sequences, [&](auto policy) {
       Accumulators<decltype(policy), 1, (G < 2 ? 2 : G)> accumulators(sum);
-      weights.each(m, [&](int chunk, auto of) {
+      weights.each(m, [&](int k_block, auto of) {
 #pragma unroll
         for (int gate = 0; gate < G; gate++)
           accumulators.add([&](int) { return of(gate); }, gradients, ThreadTile<C>::stride,
-                           gate * C::WIDTH + chunk * C::chunk, gate * 2);
+                           gate * C::WIDTH + k_block * C::k_width, gate * 2);
       });
       accumulators.finish(sum);
     });

@@ -107,7 +107,8 @@ struct SingleCtaForward : C {
                                   float (&sum)[G][kElements]) {
     for_sequences<MathPolicy>(sequences, [&](auto policy) {
       Accumulators<decltype(policy), G> accumulators(sum);
-      weights.each(m, [&](int chunk, auto of) { accumulators.add(of, h, ThreadTile<C>::stride, chunk * C::chunk); });
+      weights.each(m,
+                   [&](int k_block, auto of) { accumulators.add(of, h, ThreadTile<C>::stride, k_block * C::k_width); });
       accumulators.finish(sum);
     });
   }

@@ -22,7 +22,7 @@ struct SliceConfig {
   static constexpr int G = gates_of(CELL), UNITS = UNITS_, RESIDENT = resident_of(PATH, variant, UNITS);
   static constexpr int warps = slice_warps(UNITS, BACKWARD), threads = warps * kWarpSize;
   static constexpr int owners = owner_warps(UNITS);  // warps with states
-  static constexpr int chunk = chunk_of(MathPolicy::math);
+  static constexpr int k_width = k_block_width(MathPolicy::math);
   static_assert(UNITS % kMmaRows == 0 && owners <= warps && RESIDENT > 0);
 };
 

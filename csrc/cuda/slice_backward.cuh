@@ -14,9 +14,9 @@ struct SliceBackward : C {
   using Parameters = typename Exchange::template Parameters<BackwardArgs>;
   static constexpr int G = C::G;
   static constexpr int set_units = backward_set_units(C::PATH, C::UNITS);
-  static constexpr int chunks = backward_chunks(C::PATH, G, C::UNITS, MathPolicy::math);  // of a set
-  static constexpr int halves = kBackwardRows / kMmaRows;                                 // of a warp's rows
-  using Weights = SliceWeights<C, halves * chunks>;
+  static constexpr int k_blocks = backward_k_blocks(C::PATH, G, C::UNITS, MathPolicy::math);  // of a set
+  static constexpr int halves = kBackwardRows / kMmaRows;                                     // of a warp's rows
+  using Weights = SliceWeights<C, halves * k_blocks>;
   using Arrays = BackwardArrays<C::CELL, T, C::EVEN>;
   using Step = typename Tile::Step;
   static_assert(halves == 2);
@@ -101,7 +101,7 @@ struct SliceBackward : C {
     return Weights(
         (row_groups - warp + C::warps - 1) / C::warps * sets, s.weights, s.bytes,
         [&](int group, int i, int row, int column) {
-          const int of = i / halves * C::chunk + column, gate = of / set_units;
+          const int of = i / halves * C::k_width + column, gate = of / set_units;
           const int own = exchange.first_of_set(group % sets) + of % set_units;
           const int state = first_row(group, sets) + i % halves * kMmaRows + row;
           const int count = state < exchange.states() && gate < G ? two_of(hidden - own) : 0;
@@ -133,9 +133,9 @@ struct SliceBackward : C {
         const int set = group % sets;
         if (set == 0) accumulators = HalfAccumulators(zero);
 #pragma unroll
-        for (int chunk = 0; chunk < chunks; chunk++)
-          accumulators.add([&](int half) { return of(chunk * halves + half); }, gradients, stride,
-                           (set * chunks + chunk) * C::chunk);
+        for (int k_block = 0; k_block < k_blocks; k_block++)
+          accumulators.add([&](int half) { return of(k_block * halves + half); }, gradients, stride,
+                           (set * k_blocks + k_block) * C::k_width);
         if (set + 1 < sets) return;
         float result[halves][kElements] = {};
         accumulators.finish(result);

@@ -86,11 +86,11 @@ struct SliceForward : C {
 
   static DEVICE Weights load_weights(const Parameters& s, const Exchange& exchange) {
     const int part = part_of_warp(), first_row = first_row_of_warp();
-    const int hidden = static_cast<int>(s.hidden), chunks = (hidden + C::chunk - 1) / C::chunk;
+    const int hidden = static_cast<int>(s.hidden), k_blocks = (hidden + C::k_width - 1) / C::k_width;
     const Global<const T> w_hh(static_cast<const T*>(s.w_hh[exchange.direction()]), G * s.hidden * s.hidden);
     return Weights(
-        (chunks - part + PARTS - 1) / PARTS, s.weights, s.bytes, [&](int group, int gate, int row, int column) {
-          const int unit = exchange.rank() * UNITS + first_row + row, of = (part + group * PARTS) * C::chunk + column;
+        (k_blocks - part + PARTS - 1) / PARTS, s.weights, s.bytes, [&](int group, int gate, int row, int column) {
+          const int unit = exchange.rank() * UNITS + first_row + row, of = (part + group * PARTS) * C::k_width + column;
           const int at = (gate * hidden + unit) * hidden + of;  // of at most 4 matrices of 2112 by 2112
           return MathPolicy::factors(load_units<C::EVEN>(w_hh, at, unit < hidden ? two_of(hidden - of) : 0));
         });
@@ -126,7 +126,7 @@ struct SliceForward : C {
     float result[G][kElements] = {};
     for_sequences<MathPolicy>(sequences, [&](auto policy) {
       Accumulators<decltype(policy), G> accumulators(result);
-      weights.each([&](int group, auto of) { accumulators.add(of, h, stride, (part + group * PARTS) * C::chunk); });
+      weights.each([&](int group, auto of) { accumulators.add(of, h, stride, (part + group * PARTS) * C::k_width); });
       accumulators.finish(result);
     });
 #pragma unroll

@@ -5,10 +5,10 @@
 
 namespace seqkernels::device {
 
-// The fragments of a thread of a single CTA, in groups: one of each gate, for a chunk of columns and one of the tiles
-// of 16 rows that the warp takes; group i is chunk i / M_TILES of tile i % M_TILES. C::layout says how many groups are
-// in registers; so many of the others are in shared memory, and the rest is read again in every step from global memory
-// (in practice from the L2 cache).
+// The fragments of a thread of a single CTA, in groups: one of each gate, for a k-block of columns and one of the tiles
+// of 16 rows that the warp takes; group i is k-block i / M_TILES of tile i % M_TILES. C::layout says how many groups
+// are in registers; so many of the others are in shared memory, and the rest is read again in every step from global
+// memory (in practice from the L2 cache).
 template <class C>
 class PackedWeights {
  public:
@@ -32,7 +32,7 @@ class PackedWeights {
         shared_.store_vec16(((i - resident) * group_vec16s + at) * 4, all_.load(i * group_vec16s + at));
   }
 
-  // use(chunk, of) for all chunks of a tile of 16 rows: of(gate) is a fragment.
+  // use(k_block, of) for all k-blocks of a tile of 16 rows: of(gate) is a fragment.
   template <class Use>
   DEVICE void each(int m_tile, Use use) const {
 #pragma unroll
@@ -73,7 +73,8 @@ class SliceWeights {
   using T = typename C::T;
   static constexpr int RESIDENT = C::RESIDENT;
 
-  // at(group, i, row of 16, column of a chunk) are two elements of fragment i of a group: the column's and the next's.
+  // at(group, i, row of 16, column of a k-block) are two elements of fragment i of a group: the column's and the
+  // next's.
   template <class At>
   DEVICE SliceWeights(int count, int begin, int end, At at) : others_(begin, (end - begin) / 4), count_(count) {
 #pragma unroll

@@ -51,7 +51,6 @@ def check(
     """
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
-    expect_storage(x=x)
     _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
     N, I, (LD, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
     _require(layers > 0 and LD % layers == 0, f"h_0 has {LD} states for {layers} layers")
@@ -76,11 +75,13 @@ def check(
             expect(name, tensor, shape, x)
     expect("h_0", h_0, (LD, B, P), x)
     expect("c_0", c_0, (LD, B, H), x)
+    expect_storage(x=x, h_0=h_0, c_0=c_0, batch_sizes=batch_sizes)
+    for w in directions:
+        expect_storage(**w._asdict())
     if batch_sizes is None:
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
-    expect_storage(batch_sizes=batch_sizes)
     if not late_checks.out_of_sight(batch_sizes):
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
@@ -104,12 +105,13 @@ def check_backward(
     """What the operator of the backward pass takes besides, after `check`."""
     N, (LD, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
     D = LD // layers
+    grad_y, grad_h_n, grad_c_n = grads
     expect("y", y, (N, D * P), x)
     expect("saved", saved, SavedLayout.of(cell, x, weights, h_0, layers).shape(), x)
-    grad_y, grad_h_n, grad_c_n = grads
     expect("grad_y", grad_y, (N, D * P), x)
     expect("grad_h_n", grad_h_n, (LD, B, P), x)
     expect("grad_c_n", grad_c_n, (LD, B, 0 if c_0 is None else H), x)
+    expect_storage(y=y, saved=saved, grad_y=grad_y, grad_h_n=grad_h_n, grad_c_n=grad_c_n)
 
 
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
@@ -118,7 +120,6 @@ def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) 
         _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
         _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
         _require(tensor.device == x.device, f"{name} is on another device than x")
-        expect_storage(**{name: tensor})
 
 
 def _require(holds: bool, sentence: str) -> None:

@@ -103,6 +103,6 @@ def step_product(call: Call, gpu: GPU) -> float:
     return call.directions * max(read, multiplied) / (gpu.multiprocessors * CLOCK)
 
 
-def rounds(call: Call, sequences: int, at_once: int) -> int:
-    """How many rounds tiles of so many sequences take, of which `at_once` run at the same time."""
+def waves(call: Call, sequences: int, at_once: int) -> int:
+    """How many waves tiles of so many sequences take, of which `at_once` run at the same time."""
     return max(1, -(-call.directions * -(-call.sequences // sequences) // at_once))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkernels.backends import stack
-from seqkernels.backends.arguments import Weights, by_direction
+from seqkernels.backends.arguments import Weights, by_direction, check, check_backward
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import NATIVE_DTYPES, to_acc
@@ -113,6 +113,23 @@ def _backward(
 
 forward = functools.partial(stack.forward, _forward)
 backward = functools.partial(stack.backward, _backward)
+
+
+def checked_forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers):
+    """The operator."""
+    check(cell, x, weights, h_0, c_0, batch_sizes, layers)
+    return forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
+
+
+def checked_backward(
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch,
+    layers,
+):  # fmt: skip
+    """The operator."""
+    grads, of_stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0)
+    check(cell, *of_stack, batch_sizes, layers)
+    check_backward(cell, grads, *of_stack, y, saved, layers)
+    return backward(cell, *grads, *of_stack, batch_sizes, y, saved, wants_x, wants_weights, launch, layers)
 
 
 def _sweep_back(cell, grad_y, grad_h, grad_c, w: Weights, h_0, c_0, steps, y, saved, reverse: bool):

@@ -1,24 +1,17 @@
 // Random quantized layers with their products by tiles, which are emulated (tile_emulation.h), beside the same by
 // vectors: sums are exact, so that all bits agree. Knows neither torch nor Python; test_tiles.py compiles and runs it,
 // and so does `make sanitize`, with sanitizers. Arrays are no larger than they have to be, and memory starts as NaN.
-#include <cstdio>
-#include <cstdlib>
 #include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/quantized.h"
 #include "../../csrc/cpu/schedule.h"
+#include "random_layers.h"
 
 using namespace seqkernels;
 namespace kernels = SEQKERNELS_ISA;
 
 namespace {
-
-uint64_t state = 1;
-int64_t random_number(int64_t least, int64_t most) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return least + static_cast<int64_t>(state >> 33) % (most - least + 1);
-}
 
 typedef std::vector<float> Array;
 
@@ -48,13 +41,6 @@ std::vector<char> random_weights(int64_t gates, int64_t units, int64_t n) {
   }
   return packed;
 }
-
-struct Sizes {
-  Cell cell;
-  int64_t T, B, I, H, P;
-  int D, threads;
-  bool ragged;
-};
 
 struct Results {
   Array y, h_n, c_n;
@@ -92,19 +78,9 @@ Results run(const Sizes& of, LayerForward p, bool tiles) {
 
 bool check(const Sizes& of) {
   LayerForward p{};
-  std::vector<int64_t> batch_sizes, offsets;
-  for (int64_t t = 0; t < of.T; t++) {
-    offsets.push_back(p.rows);
-    batch_sizes.push_back(!of.ragged ? of.B : t ? random_number(1, batch_sizes.back()) : of.B);
-    p.rows += batch_sizes.back();
-  }
-  p.cell = of.cell;
+  const Steps steps(of, p);
   p.scalar = Scalar::float32;
-  p.steps = of.T, p.sequences = p.states = of.B;
-  p.input = of.I, p.hidden = of.H, p.projected = of.P, p.directions = of.D;
-  p.has_projection = of.P != of.H;
   p.int8_products = true;
-  p.batch_sizes = batch_sizes.data(), p.offsets = offsets.data();
   const Array x = random_array(p.rows * of.I), h_0 = random_array(of.D * of.B * of.P);
   const Array c_0 = random_array(of.D * of.B * of.H);
   p.x = x.data(), p.h_0 = h_0.data(), p.c_0 = states_of(of.cell) == 2 ? c_0.data() : nullptr;
@@ -115,30 +91,11 @@ bool check(const Sizes& of) {
     w[2] = random_weights(1, of.P, of.H);
     p.weights[d] = {w[0].data(), w[1].data(), nullptr, nullptr, w[2].data()};
   }
-  const bool good = run(of, p, true) == run(of, p, false);
-  if (!good)
-    printf("differs: %s T %ld B %ld I %ld H %ld P %ld D %d threads %d ragged %d\n", name_of(of.cell),
-           static_cast<long>(of.T), static_cast<long>(of.B), static_cast<long>(of.I), static_cast<long>(of.H),
-           static_cast<long>(of.P), of.D, of.threads, of.ragged);
-  return good;
+  return run(of, p, true) == run(of, p, false);
 }
 
 }  // namespace
 
 int main(int, char** arguments) {
-  const int64_t count = arguments[1] ? atoi(arguments[1]) : 100;
-  bool good = true;
-  for (int64_t i = 0; i < count; i++) {
-    Sizes of;
-    of.cell = kCells[i % 5];
-    of.T = random_number(1, 6);
-    of.B = random_number(0, 1) ? random_number(1, 20) : random_number(9, 100);
-    of.I = random_number(0, 150), of.H = random_number(1, 150);
-    of.P = can_project(of.cell) && random_number(0, 1) ? random_number(1, of.H) : of.H;
-    of.D = static_cast<int>(random_number(1, 2)), of.threads = static_cast<int>(random_number(1, 3));
-    of.ragged = random_number(0, 1);
-    good = check(of) && good;
-  }
-  printf("%s\n", good ? "all agree" : "some differ");
-  return !good;
+  return check_random_layers(arguments, 150, [](Sizes& of) { of.T = random_number(1, 6); }, check);
 }

@@ -4,7 +4,6 @@
 // are no larger than they have to be, and memory starts as NaN.
 #include <atomic>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -12,16 +11,11 @@
 #include "../../csrc/cpu/backward.h"
 #include "../../csrc/cpu/forward.h"
 #include "../../csrc/cpu/schedule.h"
+#include "random_layers.h"
 
 using namespace seqkernels;
 
 namespace {
-
-uint64_t state = 1;
-int64_t random_number(int64_t min, int64_t max) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return min + static_cast<int64_t>(state >> 33) % (max - min + 1);
-}
 
 float value(uint16_t bits) {
   const uint32_t float_bits = static_cast<uint32_t>(bits) << 16;
@@ -50,37 +44,19 @@ Array<Number> random_array(int64_t size, float scale) {
   return array;
 }
 
-struct Sizes {
-  Cell cell;
-  int64_t T, B, I, H, P;
-  int D, threads;
-  bool ragged;
-  int parts;  // bfloat16 that factors of float32 are the sum of; 0: the layer is bfloat16
-};
-
-// A layer's arguments, and the offsets and batch sizes of its steps.
+// A layer's arguments. Without parts it is bfloat16.
 template <class Number>
 struct Arguments {
   using Array = ::Array<Number>;
   LayerForward p{};
-  std::vector<int64_t> batch_sizes, offsets;
+  Steps steps;
   Array x, h_0, c_0, weights[10];
 
-  explicit Arguments(const Sizes& of) {
-    for (int64_t t = 0; t < of.T; t++) {
-      offsets.push_back(p.rows);
-      batch_sizes.push_back(!of.ragged ? of.B : t ? random_number(1, batch_sizes.back()) : of.B);
-      p.rows += batch_sizes.back();
-    }
+  explicit Arguments(const Sizes& of) : steps(of, p) {
     const int64_t G = gates_of(of.cell);
-    p.cell = of.cell;
     p.scalar = of.parts ? Scalar::float32 : Scalar::bfloat16;
     p.bfloat16_parts = of.parts;
-    p.steps = of.T, p.sequences = p.states = of.B, p.input = of.I, p.hidden = of.H, p.projected = of.P;
-    p.directions = of.D;
-    p.has_projection = of.P != of.H;
     p.bfloat16_products = true;
-    p.batch_sizes = batch_sizes.data(), p.offsets = offsets.data();
     p.x = (x = random_array<Number>(p.rows * of.I, 1)).data();
     p.h_0 = (h_0 = random_array<Number>(of.D * of.B * of.P, 1)).data();
     if (states_of(of.cell) == 2) p.c_0 = (c_0 = random_array<Number>(of.D * of.B * of.H, 1)).data();
@@ -249,32 +225,17 @@ bool check(const Sizes& of) {
   const float tolerance = of.parts == 2 ? 1e-4f : of.parts == 0 && of.T == 1 && of.P == of.H ? 0 : 0.05f;
   bool good = true;
   for (const auto result : all) good = good && largest_difference(by_tiles.*result, by_vectors.*result) <= tolerance;
-  good = check_backward(of, arguments, by_vectors) && good;
-  if (!good)
-    printf("differs: %s T %ld B %ld I %ld H %ld P %ld D %d threads %d ragged %d parts %d\n", name_of(of.cell),
-           static_cast<long>(of.T), static_cast<long>(of.B), static_cast<long>(of.I), static_cast<long>(of.H),
-           static_cast<long>(of.P), of.D, of.threads, of.ragged, of.parts);
-  return good;
+  return check_backward(of, arguments, by_vectors) && good;
 }
 
 }  // namespace
 
 int main(int, char** arguments) {
-  const int64_t count = arguments[1] ? atoi(arguments[1]) : 100;
-  bool good = true;
-  for (int64_t i = 0; i < count; i++) {
-    Sizes of;
-    of.cell = kCells[i % 5];
+  const auto choose = [](Sizes& of) {
     of.T = random_number(0, 1) ? 1 : random_number(2, 9);
-    of.B = random_number(0, 1) ? random_number(1, 20) : random_number(9, 100);
-    of.I = random_number(0, 90), of.H = random_number(1, 90);
     if (random_number(0, 1)) of.H += of.H % 2;
-    of.P = can_project(of.cell) && random_number(0, 1) ? random_number(1, of.H) : of.H;
-    of.D = static_cast<int>(random_number(1, 2)), of.threads = static_cast<int>(random_number(1, 3));
-    of.ragged = random_number(0, 1);
     of.parts = static_cast<int>(random_number(0, 2));
-    good = (of.parts ? check<float>(of) : check<uint16_t>(of)) && good;
-  }
-  printf("%s\n", good ? "all agree" : "some differ");
-  return !good;
+  };
+  return check_random_layers(arguments, 90, choose,
+                             [](const Sizes& of) { return of.parts ? check<float>(of) : check<uint16_t>(of); });
 }

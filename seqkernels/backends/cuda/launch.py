@@ -137,8 +137,8 @@ def terms(found: dict[str, Any], layer: Call, gpu: GPU, backward: bool) -> costs
         shape.pop()
     elif found["path"] == "cluster":
         shape.append(float(found["units"].bit_count() > 1))  # with 48 units warps have unequal work
-    rounds = costs.rounds(layer, tile, found["at_once"])
-    return costs.Terms(key, tuple(rounds * term for term in (*shape, *(clocks / costs.CLOCK for clocks in of_block))))
+    waves = costs.waves(layer, tile, found["at_once"])
+    return costs.Terms(key, tuple(waves * term for term in (*shape, *(clocks / costs.CLOCK for clocks in of_block))))
 
 
 def _received(layer: Call, sequences: int, backward: bool) -> float:

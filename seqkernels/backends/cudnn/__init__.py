@@ -125,6 +125,6 @@ def terms(call: Call, gpu: GPU, backward: bool) -> costs.Terms:
     together = max(1, _SMALL_WEIGHTS // call.weights)  # blocks on a multiprocessor
     padded = -(-call.hidden_size // 32) * 32
     beyond = max(0, call.gates * padded * padded - _SMALL_WEIGHTS) / 1e4
-    rounds = costs.rounds(call, together, gpu.multiprocessors)
+    waves = costs.waves(call, together, gpu.multiprocessors)
     of_tile = (1.0, beyond, math.log2(max(call.sequences, 1)))
-    return costs.Terms(f"cudnn {chosen} {way}", tuple(rounds * term for term in of_tile))
+    return costs.Terms(f"cudnn {chosen} {way}", tuple(waves * term for term in of_tile))

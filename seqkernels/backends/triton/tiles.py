@@ -93,7 +93,7 @@ def step_cost(call: Call, gpu: GPU, backward: bool) -> float:
     launch = launch_of(call, gpu)
     if not launch.resident:
         return (2 if call.projected else 1) * _THROUGH_PYTHON + costs.step_product(call, gpu)
-    return costs.rounds(call, launch.rows, gpu.multiprocessors) * _RESIDENT[launch.units] * (1.5 if backward else 1)
+    return costs.waves(call, launch.rows, gpu.multiprocessors) * _RESIDENT[launch.units] * (1.5 if backward else 1)
 
 
 def _family(gpu: GPU) -> str:
