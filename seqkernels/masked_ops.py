@@ -6,8 +6,8 @@ float64 for float64 and else in float32, contiguous, None where nothing is maske
 recurrent ``[D, B, P]``, candidate ``[D, B, H]``, zoneout_h ``[N, D, P]``, zoneout_c ``[N, D, H]``:
 `seqkernels.cell_options.Masks`
 
-`saved` is what a plain layer saves; its c is the one that is carried. There is no projection, and no RNN. A backend
-says by `Backend.unsupported` which masks it has.
+`saved` is what a plain layer saves; its c is the one that is carried. There is no projection, and of an RNN's masks
+recurrent alone. A backend says by `Backend.unsupported` which it has.
 """
 
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqkernels import batching
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import torch_steps
+from seqkernels.backends import torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
 from seqkernels.hardware import THIS_MACHINE
@@ -133,7 +133,7 @@ def _register(backend: str) -> None:
 
 
 # Both passes of each backend that has them in Python; csrc/cpu/ops.cpp defines and implements its own.
-_PASSES: dict[str, tuple[Callable, Callable]] = {}
+_PASSES: dict[str, tuple[Callable, Callable]] = {"triton": (triton.masked_forward, triton.masked_backward)}
 for _backend, _both in _PASSES.items():
     for _name, _schema, _run in zip(
         ("masked_forward", "masked_backward"), (FORWARD_SCHEMA, BACKWARD_SCHEMA), _both, strict=True

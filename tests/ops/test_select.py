@@ -46,6 +46,27 @@ def test_plan(row):
     assert all(reason for _, reason in chosen.refusals)
 
 
+MASKS = ("zoneout", "recurrent_dropout", "candidate_dropout")
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "backend"),
+    [
+        ("gru", MASKS, "triton"),
+        ("lstm", MASKS[:1], "triton"),
+        ("rnn_tanh", MASKS[1:2], "triton"),
+        ("rnn_tanh", MASKS[:1], "torch_eager"),  # its backward pass would need the state before zoneout
+        ("lstm", ("zoneout", "proj_size"), "torch_eager"),
+        ("gru", ("zoneout", "layer_norm"), "torch_eager"),
+    ],
+)
+def test_options_run_in_triton(cell, options, backend):
+    chosen = plan(Call(cell, "cuda", torch.float32, hidden_size=64, options=options), TRITON)
+    assert chosen.backend == backend
+    if backend != "triton":
+        assert dict(chosen.refusals)["triton"] == f"it has no kernel with {', '.join(options)}"
+
+
 def test_a_forced_backend_runs_or_is_refused_with_its_reason():
     call = Call("gru", "cpu", torch.float32)
     assert plan(call, THIS_MACHINE, "torch_eager").backend == "torch_eager"
