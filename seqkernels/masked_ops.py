@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqkernels import batching
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import torch_steps, triton
+from seqkernels.backends import cuda, torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
 from seqkernels.hardware import THIS_MACHINE
@@ -133,7 +133,10 @@ def _register(backend: str) -> None:
 
 
 # Both passes of each backend that has them in Python; csrc/cpu/ops.cpp defines and implements its own.
-_PASSES: dict[str, tuple[Callable, Callable]] = {"triton": (triton.masked_forward, triton.masked_backward)}
+_PASSES: dict[str, tuple[Callable, Callable]] = {
+    "cuda": (cuda.masked_forward, cuda.masked_backward),
+    "triton": (triton.masked_forward, triton.masked_backward),
+}
 for _backend, _both in _PASSES.items():
     for _name, _schema, _run in zip(
         ("masked_forward", "masked_backward"), (FORWARD_SCHEMA, BACKWARD_SCHEMA), _both, strict=True

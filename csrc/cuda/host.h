@@ -70,14 +70,16 @@ struct SweepGradients {
 };
 
 void multiply_grad_x(const CallContext&, const Layer&, const SweepGradients&, Tensor& grad_x);
+// `recurrent` [D, B, P] or null: what multiplied h in its products.
 void multiply_grad_weights(const CallContext&, const LayerBackward&, const BackwardArgs&, const SweepGradients&,
-                           const BackwardWorkspace&, Tensors& grad_weights);
+                           const BackwardWorkspace&, const void* recurrent, Tensors& grad_weights);
 
 // ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
 // change in place; c and its gradient in the accumulator type.
 
-void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, Tensor& h, Tensor& c);
-void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const SweepGradients&,
-                       Tensor& grad_h, Tensor& grad_c);
+void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, const StepMasks&,
+                      Tensor& h, Tensor& c);
+void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const StepMasks&,
+                       const SweepGradients&, Tensor& grad_h, Tensor& grad_c);
 
 }  // namespace seqkernels

@@ -1,4 +1,4 @@
-"""The operator pair, by the operators of csrc/cuda/ops.cpp."""
+"""The operator pair, and that of layers with masks, by the operators of csrc/cuda/ops.cpp."""
 
 from collections.abc import Sequence
 
@@ -52,16 +52,70 @@ def backward(
     return ops.cuda_backward(cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers)
 
 
-def _planned(
-    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int
-) -> Sequence[int]:
-    """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
+# Those of seqkernels.masked_ops, which run step by step whatever the launch says.
 
+
+def masked_forward(
+    cell: str,
+    x: Tensor,  # [N, I]
+    weights: list[Tensor],
+    h_0: Tensor,  # [D, B, H]
+    c_0: Tensor | None,  # [D, B, H]
+    batch_sizes: Tensor | None,  # [T]
+    recurrent: Tensor | None,  # [D, B, H]
+    candidate: Tensor | None,  # [D, B, H]
+    zoneout_h: Tensor | None,  # [N, D, H]
+    zoneout_c: Tensor | None,  # [N, D, H]
+    save: bool,
+    launch: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _expect_kernels()
+    masks = recurrent, candidate, zoneout_h, zoneout_c
+    return ops.cuda_masked_forward(cell, x, weights, h_0, c_0, fitting(x, h_0, batch_sizes), *masks, save)
+
+
+def masked_backward(
+    cell: str,
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    recurrent: Tensor | None,
+    candidate: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    wants_x: bool,
+    wants_weights: bool,
+    launch: Sequence[int],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    _expect_kernels()
+    x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
+    grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
+    masks = recurrent, candidate, zoneout_h, zoneout_c
+    return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights)
+
+
+def _expect_kernels() -> None:
+    """
     Raises:
         RuntimeError: no CUDA kernels are installed here.
     """
     if hardware.THIS_MACHINE.cuda_missing:
         raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
+
+
+def _planned(
+    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int
+) -> Sequence[int]:
+    """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that
+    arrive."""
+    _expect_kernels()
     if len(launch) > 1:
         return launch
     known = (

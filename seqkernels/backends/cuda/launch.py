@@ -50,7 +50,7 @@ def launch_of(call: Call, gpu: GPU) -> Launch:
 def cheapest(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
     """The path of one pass, and the microseconds of a step on it."""
     sizes = call.hidden_size, call.projected, call.directions, call.sequences
-    return _cheapest(call.cell, call.dtype, call.tf32, *sizes, gpu, backward)
+    return _cheapest(call.cell, call.dtype, call.tf32, *sizes, bool(call.options), gpu, backward)
 
 
 @functools.lru_cache(1024)
@@ -62,6 +62,7 @@ def _cheapest(
     projected: bool,
     directions: int,
     sequences: int,
+    masked: bool,  # for which there are kernels of one path
     gpu: GPU,
     backward: bool,
 ) -> tuple[PassLaunch, float]:
@@ -82,7 +83,7 @@ def _cheapest(
             costs.cost(terms(found, layer, gpu, backward), gpu),
         )
         for found in candidates(layer, gpu, backward)
-        if not found["reason"]
+        if not found["reason"] and (not masked or found["path"] == "stepwise")
     ]
     return min(choices, key=lambda choice: choice[1])
 
