@@ -13,6 +13,7 @@ CUDA_SOURCES = {
     "masked_stepwise": 70,
     "pack_weights": 80,
     "single_cta": 80,
+    "masked_single_cta": 80,
     "occupancy": 90,
     "cluster": 90,
     "persistent_grid": 90,

@@ -12,12 +12,12 @@ namespace seqkernels {
 
 struct SweepLaunch {
   Path path;
-  bool backward;
+  bool backward, masked;
   LaunchShape shape{};
   int64_t packed_bytes = 0;  // of the weights of a single CTA, all directions
   GridGroups groups{};       // of the persistent grid
 
-  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, bool backward);
+  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, const StepMasks&, bool backward);
 };
 
 struct SweepWorkspace {
@@ -30,8 +30,9 @@ struct SweepWorkspace {
 void prepare_weights(const CallContext&, const SweepArgs&, const void* const (&w_hh)[2], const SweepLaunch&,
                      const SweepWorkspace&, const FoldBiases&);
 
-void sweep_forward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const ForwardArgs&);
-void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const BackwardArgs&);
+void sweep_forward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const ForwardArgs&, const StepMasks&);
+void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const BackwardArgs&,
+                    const StepMasks&);
 
 // ---- products over all rows: weight_grads.cpp
 

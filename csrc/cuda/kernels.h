@@ -44,6 +44,23 @@ struct BackwardArgs : SweepArgs {
   void* grad_c_0;    // [D, B, H] or null
 };
 
+// What multiplies what in the steps of a layer with options (seqkernels/cell_options.py), in float (double); null where
+// nothing does.
+struct StepMasks {
+  const void *recurrent, *candidate;  // [D, B, H] of h in its products, and of what a step adds to the state
+  const void *zoneout_h, *zoneout_c;  // [N, D, H] how much of the state before stays
+
+  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c; }
+};
+
+struct MaskedForwardArgs : ForwardArgs {
+  StepMasks masks;
+};
+
+struct MaskedBackwardArgs : BackwardArgs {
+  StepMasks masks;
+};
+
 // ---- stepwise: what one of its kernels takes
 
 struct StepForward {
@@ -63,15 +80,6 @@ struct StepBackward {
   void* grad_c;         // [D, B, H] in float (double), changed in place
   void* grad_step;      // [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
   bool has_projection;  // then grad_h belongs to this step alone
-};
-
-// What multiplies what in the steps of a layer with options (seqkernels/cell_options.py), in float (double); null where
-// nothing does.
-struct StepMasks {
-  const void *recurrent, *candidate;  // [D, B, H] of h in its products, and of what a step adds to the state
-  const void *zoneout_h, *zoneout_c;  // [N, D, H] how much of the state before stays
-
-  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c; }
 };
 
 struct MaskedStepForward : StepForward {
@@ -196,6 +204,8 @@ const char* pack_weights(const PackWeights&, Scalar, int directions, void* strea
 // A CTA takes a tile. The weights are in `packed`, as pack_weights() writes them.
 const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, const void* packed, void* stream);
 const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, const void* packed, void* stream);
+const char* single_cta_forward(const MaskedForwardArgs&, const LaunchShape&, const void* packed, void* stream);
+const char* single_cta_backward(const MaskedBackwardArgs&, const LaunchShape&, const void* packed, void* stream);
 
 // A cluster takes a tile.
 const char* cluster_forward(const ForwardArgs&, const LaunchShape&, void* stream);

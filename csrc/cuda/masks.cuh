@@ -14,22 +14,22 @@ class MaskedStep {
  public:
   // `row`: of y, where the sequence runs.
   DEVICE MaskedStep(const StepMasks& masks, const SweepArgs& s, int direction, int64_t sequence, int64_t row, int unit)
-      : states_(s.directions * s.sequences * s.hidden),
-        recurrent_(static_cast<const A*>(masks.recurrent), states_),
-        candidate_(static_cast<const A*>(masks.candidate), states_),
+      : recurrent_(static_cast<const A*>(masks.recurrent), s.directions * s.sequences * s.hidden),
+        candidate_(static_cast<const A*>(masks.candidate), s.directions * s.sequences * s.hidden),
         zoneout_h_(static_cast<const A*>(masks.zoneout_h), s.rows * s.directions * s.hidden),
         zoneout_c_(static_cast<const A*>(masks.zoneout_c), s.rows * s.directions * s.hidden),
         in_states_((direction * s.sequences + sequence) * s.hidden + unit),
         in_rows_((row * s.directions + direction) * s.hidden + unit) {}
 
-  // The states of unit i after the step, from what cell_forward() gave for those before. factors [D, B, H] or null: h
-  // as products read it.
-  DEVICE void forward(int i, const A* saved, A h_before, A c_before, A& h, A& c, T* factors) const {
+  // h of unit i, or a gradient of it, where it goes through the products.
+  DEVICE A in_products(int i, A h) const { return recurrent_ ? h * recurrent_.load(in_states_ + i) : h; }
+
+  // The states of unit i after the step, from what cell_forward() gave for those before.
+  DEVICE void forward(int i, const A* saved, A h_before, A c_before, A& h, A& c) const {
     if constexpr (kHasCandidate)
       if (candidate_) drop_candidate<CELL>(candidate_.load(in_states_ + i), saved, h_before, c_before, h, c);
     if (zoneout_h_) h += zoneout_h_.load(in_rows_ + i) * (h_before - h);
     if (kHasC<CELL> && zoneout_c_) c += zoneout_c_.load(in_rows_ + i) * (c_before - c);
-    if (factors) Global<T>(factors, states_).store(in_states_ + i, from_acc<T>(h * recurrent_.load(in_states_ + i)));
   }
 
   // As BackwardArrays::step().
@@ -63,7 +63,6 @@ class MaskedStep {
     grad_c += stays_c;
   }
 
-  int64_t states_;
   Global<const A> recurrent_, candidate_, zoneout_h_, zoneout_c_;
   int64_t in_states_, in_rows_;
 };

@@ -154,7 +154,7 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
   const int64_t rows = results.y.size(0), L = arguments.layers();
   ForwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, false);
+  const SweepLaunch launch(context, p, plan, sweep, masks, false);
   const Workspace<ForwardWorkspace> memory(context, context, p, rows, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
@@ -171,7 +171,7 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
     prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
     project_input(context, p, rows, *memory);
     if (plan.path != Path::stepwise) {
-      sweep_forward(context, launch, memory->sweep, sweep);
+      sweep_forward(context, launch, memory->sweep, sweep, masks);
       continue;
     }
     Tensor h = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
@@ -207,12 +207,12 @@ Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, O
   return forward({known, x, weights, h_0, c_0, batch_sizes, layers}, save, tf32, plan_of(path, tile, units));
 }
 
-// One layer with masks, step by step.
+// One layer with masks.
 Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0,
                             Optional batch_sizes, Optional recurrent, Optional candidate, Optional zoneout_h,
-                            Optional zoneout_c, bool save) {
+                            Optional zoneout_c, bool save, int64_t path, int64_t tile, int64_t units) {
   const Cell known = take_cell(cell);
-  return forward({known, x, weights, h_0, c_0, batch_sizes, 1}, save, false, Plan{},
+  return forward({known, x, weights, h_0, c_0, batch_sizes, 1}, save, false, plan_of(path, tile, units),
                  {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
@@ -290,7 +290,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
   const int64_t L = arguments.layers();
   BackwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, true);
+  const SweepLaunch launch(context, p, plan, sweep, masks, true);
   const Workspace<BackwardWorkspace> memory(context, context, p, rows, results.wants_weights, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
@@ -304,7 +304,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
     set_layer(sweep, p, own);
     if (plan.path != Path::stepwise) {
       prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
-      sweep_backward(context, launch, memory->sweep, sweep);
+      sweep_backward(context, launch, memory->sweep, sweep, masks);
     } else {
       begin_as(context, own.grad_h_0, p.grad_h_n);
       Tensor grad_c = in_accumulator_type(context, own.grad_c_0);
@@ -347,10 +347,10 @@ Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Op
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                               Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
                               Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
-                              bool wants_x, bool wants_weights) {
+                              bool wants_x, bool wants_weights, int64_t path, int64_t tile, int64_t units) {
   const Cell known = take_cell(cell);
   return backward({known, x, weights, h_0, c_0, batch_sizes, 1}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
-                  wants_weights, false, Plan{}, {recurrent, candidate, zoneout_h, zoneout_c});
+                  wants_weights, false, plan_of(path, tile, units), {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 // Of clusters of 1, 2, ... 16 blocks, how many the current GPU runs at the same time: 0 where it has no code for them.
@@ -377,15 +377,16 @@ SEQKERNELS_FRAGMENT(m) {
       "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor "
       "grad_h_0, "
       "Tensor grad_c_0)");
-  // By the masked_forward and masked_backward of seqkernels/masked_ops.py, without a launch: there is one way.
+  // By the masked_forward and masked_backward of seqkernels/masked_ops.py. float32 is multiplied as it is.
   m.def(
       "cuda_masked_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save) "
+      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save, "
+      "int path, int tile, int units) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "cuda_masked_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, "
-      "Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights) "
+      "Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int path, int tile, int units) "
       "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
   m.def("cuda_clusters() -> int[]");
 }

@@ -36,6 +36,7 @@ DEVICE bool two_units(int64_t rows, int64_t hidden, TwoUnits& found) {
   return true;
 }
 
+// A thread has one element.
 template <class T>
 struct MaskStatesKernel {
   static constexpr int threads = kThreads;
@@ -99,9 +100,12 @@ struct StepForwardKernel {
       [[maybe_unused]] const acc_t<T> h_before = h_now[i], c_before = c_now[i];
       cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
       if constexpr (MASKED)
-        if (i < at.count)
-          MaskedStep<CELL, T>(p.masks, s, d, at.row, row, at.unit)
-              .forward(i, saved[i], h_before, c_before, h_now[i], c_now[i], static_cast<T*>(p.factors));
+        if (i < at.count) {
+          const MaskedStep<CELL, T> masked(p.masks, s, d, at.row, row, at.unit);
+          masked.forward(i, saved[i], h_before, c_before, h_now[i], c_now[i]);
+          const Global<T> factors(static_cast<T*>(p.factors), states);
+          if (factors) factors.store(place + i, from_acc<T>(masked.in_products(i, h_now[i])));
+        }
       if (kHasC<CELL> && i < at.count) c.store(place + i, c_now[i]);
     }
     store_units<EVEN>(h, place, from_acc<T>(h_now), at.count);

@@ -69,7 +69,8 @@ def modules(cell: str) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]
     for hidden, kind in itertools.product(options.hidden, [{}, *others]):
         yield getattr(sk, cell)(7, hidden, bidirectional=True, **kind), small
     masks = {"recurrent_dropout": 0.3} | ({} if cell == "RNN" else {"candidate_dropout": 0.3, "zoneout": 0.2})
-    yield getattr(sk, cell)(7, 31, bidirectional=True, **masks), small
+    for hidden in (31, 300):
+        yield getattr(sk, cell)(7, hidden, bidirectional=True, **masks), small
 
 
 def main() -> None:

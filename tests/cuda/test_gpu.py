@@ -155,9 +155,10 @@ MASKS = {"zoneout": 0.1, "recurrent_dropout": 0.3, "candidate_dropout": 0.3}
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cell", ["GRU", "LSTM"])
-def test_masks_within_the_recurrence(cell, form):
+@pytest.mark.parametrize("hidden", [64, 300], ids=["single CTA", "stepwise"])
+def test_masks_within_the_recurrence(hidden, cell, form):
     """Right, without waiting, and others in each replay."""
-    module, x = layer(cell, 64, num_layers=2, bidirectional=True, **MASKS), batch()
+    module, x = layer(cell, hidden, num_layers=2, bidirectional=True, **MASKS), batch()
     call, found = caller(module, form), []
     for backend, mode in (("torch_eager", "default"), ("cuda", "default"), ("cuda", "error")):
         module.backend = backend

@@ -1,11 +1,13 @@
 """The CUDA kernels of layers with masks (zoneout, dropout of h in products and of candidates), as they run on a GPU or
 in the emulator: against plain torch operations in float64, which test_cell_options judges by the specification."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import WITH_RELU
+from cuda_paths import SINGLE_CTA, STEPWISE, path
 from operators import BACKENDS, SHAPES, Call, to_float64
 from torch import Tensor
 
@@ -58,12 +60,12 @@ def gradients_of(call: Call, results) -> list[Tensor | None]:
     return found if call.cell == "lstm" else [*found[:2], None]
 
 
-def both_passes(call: Call, masks) -> list[Tensor]:
+def both_passes(call: Call, masks, launch=STEPWISE) -> list[Tensor]:
     """Results and gradients, but for what is saved."""
     cell, *layer, save = call.arguments()
-    *results, saved = OPERATORS.cuda_masked_forward(cell, *layer, *masks, save)
+    *results, saved = OPERATORS.cuda_masked_forward(cell, *layer, *masks, save, *launch)
     grads = gradients_of(call, results)
-    backward = OPERATORS.cuda_masked_backward(cell, *grads, *layer, *masks, results[0], saved, True, True)
+    backward = OPERATORS.cuda_masked_backward(cell, *grads, *layer, *masks, results[0], saved, True, True, *launch)
     grad_x, grad_weights, *grad_states = backward
     return [*results, grad_x, *grad_weights, *grad_states]
 
@@ -79,8 +81,8 @@ def in_float64(call: Call, masks) -> list[Tensor]:
     return found if call.cell == "lstm" else [*found, x.new_zeros(*h_0.shape[:2], 0)]
 
 
-def assert_rounding_alone(call: Call, masks) -> None:
-    found, expected = both_passes(call, masks), in_float64(call, masks)
+def assert_rounding_alone(call: Call, masks, launch=STEPWISE) -> None:
+    found, expected = both_passes(call, masks, launch), in_float64(call, masks)
     # In 16 bits a relu that rounds across zero has another gradient, which is no error.
     judged = slice(3) if call.cell in WITH_RELU and call.dtype.itemsize == 2 else slice(None)
     for ours, right in list(zip(found, expected, strict=True))[judged]:
@@ -95,6 +97,39 @@ def assert_rounding_alone(call: Call, masks) -> None:
 def test_masks_err_by_rounding_alone(cell, shape, name, dtype):
     call = Call(cell, dtype=dtype, **SHAPES[shape])
     assert_rounding_alone(call, masks_of(call, MASKS[name]))
+
+
+# Those of which a single CTA has kernels with masks.
+IN_ONE_LAUNCH = pytest.mark.parametrize(
+    ("cell", "dtype"), list(itertools.product(["gru", "lstm"], [torch.float32, torch.bfloat16])), ids=str
+)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("shape", ["two directions", "ragged both ways", "spare rows", "one row off the vectors"])
+@IN_ONE_LAUNCH
+def test_a_single_cta_with_masks_errs_by_rounding_alone(cell, dtype, shape, name):
+    call = Call(cell, dtype=dtype, **SHAPES[shape])
+    assert_rounding_alone(call, masks_of(call, MASKS[name]), SINGLE_CTA)
+
+
+@pytest.mark.parametrize("hidden", [31, 64, 65, 128, 130, 256])
+@IN_ONE_LAUNCH
+def test_every_width_of_a_single_cta_with_masks(cell, dtype, hidden):
+    if hidden > 128 and dtype == torch.float32:
+        pytest.skip("there is no single CTA kernel for it")
+    call = Call(cell, 2, 5, 3, hidden, batch_sizes=(5, 3, 1), bias=False, dtype=dtype)
+    assert_rounding_alone(call, masks_of(call, MASKS["all"]), SINGLE_CTA._replace(tile=3))
+
+
+def test_where_no_single_cta_has_masks_layers_say_so():
+    for call, launch, sentence in (
+        (Call("ligru", dtype=torch.float32), SINGLE_CTA, "no single CTA kernel with masks for the cell ligru in float"),
+        (Call("gru", dtype=torch.float16), SINGLE_CTA, "no single CTA kernel with masks for the cell gru in float16"),
+        (Call("gru", hidden=70, dtype=torch.float32), path("cluster", units=64), "for several blocks has masks"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            both_passes(call, masks_of(call, MASKS["all"]), launch)
 
 
 @pytest.mark.parametrize("shape", ["ragged both ways", "spare rows"])
@@ -114,23 +149,28 @@ def test_every_shape_has_masks(cell, shape):
     assert_rounding_alone(call, masks_of(call, MASKS["all"]))
 
 
+BY_EITHER = pytest.mark.parametrize(
+    ("cell", "launch"), [*((cell, STEPWISE) for cell in CELLS), ("gru", SINGLE_CTA), ("lstm", SINGLE_CTA)], ids=str
+)
+
+
 @pytest.mark.parametrize(
     "shape", ["ragged", "ragged both ways", "empty sequences", "steps in which nothing runs", "spare rows"]
 )
-@pytest.mark.parametrize("cell", CELLS)
-def test_masks_of_sizes_that_only_the_gpu_knows(cell, shape, sizes_on_gpu):
-    call = Call(cell, **SHAPES[shape])
-    assert_rounding_alone(call, masks_of(call, MASKS["all"]))
+@BY_EITHER
+def test_masks_of_sizes_that_only_the_gpu_knows(cell, launch, shape, sizes_on_gpu):
+    call = Call(cell, dtype=torch.float32, **SHAPES[shape])
+    assert_rounding_alone(call, masks_of(call, MASKS["all"]), launch)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_no_order_of_threads_changes_a_bit_of_masked_layers(cell, emulator):
+@BY_EITHER
+def test_no_order_of_threads_changes_a_bit_of_masked_layers(cell, launch, emulator):
     call = Call(cell, 2, 11, 4, 33, batch_sizes=(11, 9, 9, 2), dtype=torch.float32)
     masks = masks_of(call, MASKS["all"])
-    expected = both_passes(call, masks)
+    expected = both_passes(call, masks, launch)
     for seed in range(3):
         emulator.seed(seed)
-        for ours, first in zip(both_passes(call, masks), expected, strict=True):
+        for ours, first in zip(both_passes(call, masks, launch), expected, strict=True):
             assert torch.equal(ours, first)
 
 
@@ -208,6 +248,8 @@ def test_explain_says_how_layers_with_options_run():
     layer, x = layer_of("lstm", OPTIONS["all, in blocks"]), torch.randn(7, 3, 5, dtype=torch.float64)
     layer.backend = "cuda"
     assert str(sk.explain(layer, x)).startswith("cuda: forced; stepwise, one after another 2 blocks of units")
+    layer, x = layer.float(), x.float()
+    assert str(sk.explain(layer, x)).startswith("cuda: forced; single CTA, one after another 2 blocks of units")
     for options, more, reason in (
         ({"layer_norm": True, "zoneout": 0.1}, {}, "it has no kernel with zoneout, layer_norm"),
         ({"zoneout": 0.1}, {"proj_size": 2}, "it has no kernel with zoneout, proj_size"),
@@ -215,4 +257,4 @@ def test_explain_says_how_layers_with_options_run():
         refused = layer_of("lstm", options, **more)
         refused.backend = "cuda"
         with pytest.raises(ValueError, match=reason):
-            refused(x)
+            refused(x.double())

@@ -233,6 +233,23 @@ def test_a_plan_names_the_paths_of_both_passes():
     assert chosen.kernel in str(chosen)
 
 
+@pytest.mark.parametrize(
+    ("cell", "hidden", "dtype", "kernel"),
+    [
+        ("gru", 128, SINGLE, "single CTA"),
+        ("lstm", 256, HALF, "single CTA"),
+        ("lstm", 129, SINGLE, "stepwise"),
+        ("lstm", 64, torch.float16, "stepwise"),
+        ("ligru", 64, SINGLE, "stepwise"),
+        ("gru", 64, DOUBLE, "stepwise"),
+    ],
+)
+def test_a_layer_with_masks_runs_by_a_single_cta_or_step_by_step(cell, hidden, dtype, kernel):
+    call = call_of(cell, hidden, 64, 50, 32, dtype, "padded", True, ON_H200)._replace(options=("zoneout",))
+    assert plan(call, FULL._replace(gpu=ON_H200), "cuda").kernel == kernel
+    assert "us a step forward and backward without zoneout, " in plan(call, FULL._replace(gpu=ON_H200)).reason
+
+
 def test_a_plan_says_what_it_weighed():
     gpu = GPUS["NVIDIA H200"]
     said = str(plan(call_of("gru", 128, 128, 50, 32, HALF, "padded", True, gpu), FULL._replace(gpu=gpu)))

@@ -4,8 +4,8 @@ Four paths, of which each pass takes the cheapest that fits (`launch`): *single 
 threads takes up to 8 sequences through all steps with the recurrent weights in its registers and shared memory;
 *cluster*, the same by up to 16 blocks that share the hidden units and push new states to each other; *persistent grid*,
 the same by as many blocks as run at the same time, which exchange through the L2 cache; and *stepwise*, for each step a
-cuBLAS product and a kernel, which alone has masks (`seqkernels.masked_ops`). Nothing waits for the GPU, so all of them
-can be captured in a CUDA graph.
+cuBLAS product and a kernel. The first, in part, and the last have masks (`seqkernels.masked_ops`). Nothing waits for
+the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
 cuBLAS multiplies torch.backends.cuda.matmul.

@@ -52,7 +52,7 @@ def backward(
     return ops.cuda_backward(cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers)
 
 
-# Those of seqkernels.masked_ops, which run step by step whatever the launch says.
+# Those of seqkernels.masked_ops.
 
 
 def masked_forward(
@@ -69,9 +69,9 @@ def masked_forward(
     save: bool,
     launch: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _expect_kernels()
-    masks = recurrent, candidate, zoneout_h, zoneout_c
-    return ops.cuda_masked_forward(cell, x, weights, h_0, c_0, fitting(x, h_0, batch_sizes), *masks, save)
+    _, *passes = _planned(launch, cell, x, weights, h_0, 1, masked=True)
+    batch_sizes, masks = fitting(x, h_0, batch_sizes), (recurrent, candidate, zoneout_h, zoneout_c)
+    return ops.cuda_masked_forward(cell, x, weights, h_0, c_0, batch_sizes, *masks, save, *passes[:3])
 
 
 def masked_backward(
@@ -94,28 +94,23 @@ def masked_backward(
     wants_weights: bool,
     launch: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    _expect_kernels()
+    _, *passes = _planned(launch, cell, x, weights, h_0, 1, masked=True)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     masks = recurrent, candidate, zoneout_h, zoneout_c
-    return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights)
+    return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights, *passes[3:])
 
 
-def _expect_kernels() -> None:
-    """
+def _planned(
+    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int, masked: bool = False
+) -> Sequence[int]:
+    """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
+
     Raises:
         RuntimeError: no CUDA kernels are installed here.
     """
     if hardware.THIS_MACHINE.cuda_missing:
         raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
-
-
-def _planned(
-    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int
-) -> Sequence[int]:
-    """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that
-    arrive."""
-    _expect_kernels()
     if len(launch) > 1:
         return launch
     known = (
@@ -134,5 +129,6 @@ def _planned(
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
         directions=all_directions // layers,
         sequences=sequences,
+        options=("masks",) if masked else (),
     )
     return launch_of(call, hardware.gpu_of(x.device)).to_ints()

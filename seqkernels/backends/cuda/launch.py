@@ -50,7 +50,8 @@ def launch_of(call: Call, gpu: GPU) -> Launch:
 def cheapest(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
     """The path of one pass, and the microseconds of a step on it."""
     sizes = call.hidden_size, call.projected, call.directions, call.sequences
-    return _cheapest(call.cell, call.dtype, call.tf32, *sizes, bool(call.options), gpu, backward)
+    tf32 = call.tf32 and not call.options  # one launch with masks multiplies float32 as it is
+    return _cheapest(call.cell, call.dtype, tf32, *sizes, call.options, gpu, backward)
 
 
 @functools.lru_cache(1024)
@@ -62,7 +63,7 @@ def _cheapest(
     projected: bool,
     directions: int,
     sequences: int,
-    masked: bool,  # for which there are kernels of one path
+    options: tuple[str, ...],
     gpu: GPU,
     backward: bool,
 ) -> tuple[PassLaunch, float]:
@@ -75,6 +76,7 @@ def _cheapest(
         tf32=tf32,
         directions=directions,
         sequences=sequences,
+        options=options,
     )
     paths = path_names()
     choices = [
@@ -83,7 +85,7 @@ def _cheapest(
             costs.cost(terms(found, layer, gpu, backward), gpu),
         )
         for found in candidates(layer, gpu, backward)
-        if not found["reason"] and (not masked or found["path"] == "stepwise")
+        if not found["reason"]
     ]
     return min(choices, key=lambda choice: choice[1])
 
@@ -104,6 +106,7 @@ def candidates(layer: Call, gpu: GPU, backward: bool) -> list[dict[str, Any]]:
         multiprocessors=gpu.multiprocessors,
         clusters=gpu.clusters,
         backward=backward,
+        masked=bool(layer.options),
     )
 
 
