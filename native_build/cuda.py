@@ -10,8 +10,10 @@ from native_build.toolchain import Nvcc, dotted
 # The lowest compute capability that a file's kernels can be compiled for.
 CUDA_SOURCES = {
     "stepwise": 70,
+    "masked_stepwise": 70,
     "pack_weights": 80,
     "single_cta": 80,
+    "masked_single_cta": 80,
     "occupancy": 90,
     "cluster": 90,
     "persistent_grid": 90,

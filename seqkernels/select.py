@@ -111,7 +111,8 @@ def _why_not(name: str, us: float | None, chosen: str, call: Call, machine: Mach
 
 def _in_words(us: float, backend: str, call: Call, machine: Machine) -> str:
     passes = " forward and backward" if call.training else ""
-    return f"about {us:.1f} us a step{passes}, {costs.source(backend, machine.gpu)}"
+    without = f" without {', '.join(call.options)}" if call.options else ""
+    return f"about {us:.1f} us a step{passes}{without}, {costs.source(backend, machine.gpu)}"
 
 
 def _nothing_runs(call: Call, against: dict[str, str]) -> ValueError:

@@ -1,7 +1,7 @@
 // The operators of the CPU backend: checks, allocation, sharing the work among threads.
 #include <tuple>
 
-#include "../check.h"
+#include "../mask_arguments.h"
 #include "../names.h"
 #include "isa.h"
 #include "memory.h"
@@ -110,37 +110,21 @@ void set_products(Layer& p, const Launch& launch) {
 }
 
 // What one layer with options has besides; none of them of a plain one.
-struct Masks {
-  Optional recurrent, zoneout_h, zoneout_c;
-
-  void set(Layer& p, const Tensor& x) const {
-    const int64_t D = p.directions, N = x.size(0);
-    p.recurrent = checked(recurrent, "recurrent", {D, p.sequences, p.projected}, x);
-    p.zoneout_h = checked(zoneout_h, "zoneout_h", {N, D, p.projected}, x);
-    p.zoneout_c = checked(zoneout_c, "zoneout_c", {N, D, p.hidden}, x);
-    check(!p.masked() || !p.has_projection, "there are no kernels with masks and a projection");
-    check(!p.masked() || saved_blocks_of(p.cell), "there are no kernels with masks of ", name_of(p.cell));
-    check(!p.zoneout_c || states_of(p.cell) == 2, "zoneout_c goes with an LSTM only");
-  }
-
- private:
-  static const void* checked(const Optional& mask, const char* name, const Shape& shape, const Tensor& x) {
-    if (!mask) return nullptr;
-    const auto sizes = mask->sizes();
-    check(Shape(sizes.begin(), sizes.end()) == shape, name, " has another shape than ", text_of(shape.data(), 3));
-    check(mask->is_contiguous() && mask->device() == x.device(), name, " is contiguous, and where x is");
-    const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    check(mask->scalar_type() == type, name, " has not the type of computation");
-    return mask->numel() ? mask->const_data_ptr() : nullptr;
-  }
-};
+void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
+  masks.check_for(p, x);
+  check(!masks.any() || saved_blocks_of(p.cell), "there are no CPU kernels with masks of ", name_of(p.cell));
+  check(!masks.candidate, "there are no CPU kernels with a mask of candidates");
+  p.recurrent = masks.pointer(masks.recurrent);
+  p.zoneout_h = masks.pointer(masks.zoneout_h);
+  p.zoneout_c = masks.pointer(masks.zoneout_c);
+}
 
 Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,
-                const Masks& masks = {}) {
+                const MaskArguments& masks = {}) {
   LayerForward p{};
   CheckedArguments arguments(p, given);
   arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
-  masks.set(p, given.x);
+  set_masks(p, masks, given.x);
   set_products(p, launch);
   const ScalarType type = given.x.scalar_type();
   const int64_t N = arguments.rows(), D = p.directions, L = given.layers, C = p.states, H = p.hidden;
@@ -197,12 +181,12 @@ void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& 
 using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 
 Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
-                  const Launch& launch, const Optional& pieces, const Masks& masks = {}) {
+                  const Launch& launch, const Optional& pieces, const MaskArguments& masks = {}) {
   LayerBackward p{};
   CheckedArguments arguments(p, given);
   arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
   arguments.set_backward(p, of_backward);
-  masks.set(p, given.x);
+  set_masks(p, masks, given.x);
   set_products(p, launch);
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = given.x.scalar_type();
@@ -274,18 +258,19 @@ std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tenso
 }
 
 Forward masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
-                       Optional recurrent, Optional zoneout_h, Optional zoneout_c, bool save) {
+                       Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool save,
+                       Launch launch) {
   const StackArguments given{take_cell(cell), x, weights, h_0, c_0, batch_sizes, 1, false};
-  return forward(given, save, {}, std::nullopt, {recurrent, zoneout_h, zoneout_c});
+  return forward(given, save, launch, std::nullopt, {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 Backward masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                          Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
-                         Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved, bool wants_x,
-                         bool wants_weights) {
+                         Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
+                         bool wants_x, bool wants_weights, Launch launch) {
   const StackArguments given{take_cell(cell), x, weights, h_0, c_0, batch_sizes, 1, false};
-  return backward(given, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, {}, std::nullopt,
-                  {recurrent, zoneout_h, zoneout_c});
+  return backward(given, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch, std::nullopt,
+                  {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 }  // namespace
@@ -311,15 +296,15 @@ SEQKERNELS_FRAGMENT(m) {
   m.def(
       "quantized_recurrence(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
       "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
-  // One layer with masks (seqkernels/masked_ops.py).
+  // One layer with masks (seqkernels/masked_ops.py, whose schema this is).
   m.def(
       "masked_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "Tensor? recurrent, Tensor? zoneout_h, Tensor? zoneout_c, bool save) "
+      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save, int[] launch) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "masked_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
-      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? zoneout_h, "
-      "Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights) "
+      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, "
+      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int[] launch) "
       "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
 }
 

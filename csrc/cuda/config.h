@@ -210,6 +210,18 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   return l;
 }
 
+// Of layers with masks there are few kernels: for these, and for even numbers of units those for odd ones, with one
+// group of fragments in registers, so that there is space for all else.
+constexpr bool has_masked_single_cta(Cell cell, Scalar scalar) {
+  return (cell == Cell::gru || cell == Cell::lstm) && (scalar == Scalar::float32 || scalar == Scalar::bfloat16);
+}
+constexpr int64_t as_odd(int64_t hidden) { return hidden - (hidden % 2 == 0); }
+constexpr SingleCtaLayout masked_single_cta_layout(const Variant& v, int width) {
+  SingleCtaLayout l = single_cta_layout(v, width);
+  l.resident = 1;
+  return l;
+}
+
 // Bytes of one direction's weights in the order that a kernel reads; 0: there is no kernel.
 constexpr int64_t single_cta_packed_bytes(Cell cell, Scalar scalar, int64_t hidden) {
   if (scalar == Scalar::float64) return 0;

@@ -12,12 +12,12 @@ namespace seqkernels {
 
 struct SweepLaunch {
   Path path;
-  bool backward;
+  bool backward, masked;
   LaunchShape shape{};
   int64_t packed_bytes = 0;  // of the weights of a single CTA, all directions
   GridGroups groups{};       // of the persistent grid
 
-  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, bool backward);
+  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, const StepMasks&, bool backward);
 };
 
 struct SweepWorkspace {
@@ -30,8 +30,9 @@ struct SweepWorkspace {
 void prepare_weights(const CallContext&, const SweepArgs&, const void* const (&w_hh)[2], const SweepLaunch&,
                      const SweepWorkspace&, const FoldBiases&);
 
-void sweep_forward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const ForwardArgs&);
-void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const BackwardArgs&);
+void sweep_forward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const ForwardArgs&, const StepMasks&);
+void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const BackwardArgs&,
+                    const StepMasks&);
 
 // ---- products over all rows: weight_grads.cpp
 
@@ -70,14 +71,16 @@ struct SweepGradients {
 };
 
 void multiply_grad_x(const CallContext&, const Layer&, const SweepGradients&, Tensor& grad_x);
+// `recurrent` [D, B, P] or null: what multiplied h in its products.
 void multiply_grad_weights(const CallContext&, const LayerBackward&, const BackwardArgs&, const SweepGradients&,
-                           const BackwardWorkspace&, Tensors& grad_weights);
+                           const BackwardWorkspace&, const void* recurrent, Tensors& grad_weights);
 
 // ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
 // change in place; c and its gradient in the accumulator type.
 
-void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, Tensor& h, Tensor& c);
-void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const SweepGradients&,
-                       Tensor& grad_h, Tensor& grad_c);
+void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, const StepMasks&,
+                      Tensor& h, Tensor& c);
+void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const StepMasks&,
+                       const SweepGradients&, Tensor& grad_h, Tensor& grad_c);
 
 }  // namespace seqkernels

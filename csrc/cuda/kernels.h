@@ -44,6 +44,23 @@ struct BackwardArgs : SweepArgs {
   void* grad_c_0;    // [D, B, H] or null
 };
 
+// What multiplies what in the steps of a layer with options (seqkernels/cell_options.py), in float (double); null where
+// nothing does.
+struct StepMasks {
+  const void *recurrent, *candidate;  // [D, B, H] of h in its products, and of what a step adds to the state
+  const void *zoneout_h, *zoneout_c;  // [N, D, H] how much of the state before stays
+
+  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c; }
+};
+
+struct MaskedForwardArgs : ForwardArgs {
+  StepMasks masks;
+};
+
+struct MaskedBackwardArgs : BackwardArgs {
+  StepMasks masks;
+};
+
 // ---- stepwise: what one of its kernels takes
 
 struct StepForward {
@@ -63,6 +80,23 @@ struct StepBackward {
   void* grad_c;         // [D, B, H] in float (double), changed in place
   void* grad_step;      // [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
   bool has_projection;  // then grad_h belongs to this step alone
+};
+
+struct MaskedStepForward : StepForward {
+  StepMasks masks;
+  void* factors;  // [D, B, H] h as products read it, if there is a mask for that
+};
+
+struct MaskedStepBackward : StepBackward {
+  StepMasks masks;
+  const void* grad_factors;  // [D, B, H] gradients of these that are still to be added to grad_h
+};
+
+// result = added + mask * states, each [D, B, H]; added is null for nothing.
+struct MaskStates {
+  SweepArgs layer;
+  const void *mask, *states, *added;
+  void* result;
 };
 
 // With a projection P is the width of h and y. Copies the projected h of the sequences that run to their state and to
@@ -96,6 +130,10 @@ struct FinishSweep {
   const void* sums;                   // [D, F*H]
   void *grad_b_ih[2], *grad_b_hh[2];  // [G*H]
   int64_t biases, folded;             // G*H, and how many of them have the same gradient in both
+};
+
+struct MaskedFinishSweep : FinishSweep {
+  const void* mask;  // [D, B, P] of the states in `previous`
 };
 
 // o tanh(c) of every row: what an LSTM projects.
@@ -151,9 +189,13 @@ struct LaunchShape {
 
 const char* step_forward(const StepForward&, void* stream);
 const char* step_backward(const StepBackward&, void* stream);
+const char* step_forward(const MaskedStepForward&, void* stream);
+const char* step_backward(const MaskedStepBackward&, void* stream);
+const char* mask_states(const MaskStates&, void* stream);
 const char* step_project(const StepProject&, void* stream);
 const char* step_project_backward(const StepProjectBackward&, void* stream);
 const char* finish_sweep(const FinishSweep&, void* stream);
+const char* finish_sweep(const MaskedFinishSweep&, void* stream);
 const char* unprojected(const Unprojected&, void* stream);
 const char* fold_biases(const FoldBiases&, Scalar, int directions, void* stream);
 const char* write_steps(const WriteSteps&, void* stream);
@@ -162,6 +204,8 @@ const char* pack_weights(const PackWeights&, Scalar, int directions, void* strea
 // A CTA takes a tile. The weights are in `packed`, as pack_weights() writes them.
 const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, const void* packed, void* stream);
 const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, const void* packed, void* stream);
+const char* single_cta_forward(const MaskedForwardArgs&, const LaunchShape&, const void* packed, void* stream);
+const char* single_cta_backward(const MaskedBackwardArgs&, const LaunchShape&, const void* packed, void* stream);
 
 // A cluster takes a tile.
 const char* cluster_forward(const ForwardArgs&, const LaunchShape&, void* stream);

@@ -2,6 +2,7 @@
 // and nothing is read again from the host's memory, so that all of it can be captured in a CUDA graph.
 #include <tuple>
 
+#include "../mask_arguments.h"
 #include "../names.h"
 #include "host.h"
 
@@ -30,6 +31,12 @@ Plan plan_of(int64_t path, int64_t tile, int64_t units) {
   plan.tile = static_cast<int>(tile);
   plan.units = static_cast<int>(units);
   return plan;
+}
+
+StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor& x) {
+  masks.check_for(p, x);
+  return {masks.pointer(masks.recurrent), masks.pointer(masks.candidate), masks.pointer(masks.zoneout_h),
+          masks.pointer(masks.zoneout_c)};
 }
 
 // Rows that no step uses are zeros; where only the GPU knows which these are, all rows are.
@@ -143,11 +150,11 @@ void set_layer(const CallContext& context, ForwardArgs& sweep, const LayerForwar
 }
 
 void run_forward(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, const Plan& plan,
-                 bool tf32, const Optional& batch_sizes, ForwardResults& results) {
+                 bool tf32, const Optional& batch_sizes, const StepMasks& masks, ForwardResults& results) {
   const int64_t rows = results.y.size(0), L = arguments.layers();
   ForwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, false);
+  const SweepLaunch launch(context, p, plan, sweep, masks, false);
   const Workspace<ForwardWorkspace> memory(context, context, p, rows, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
@@ -164,35 +171,49 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
     prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
     project_input(context, p, rows, *memory);
     if (plan.path != Path::stepwise) {
-      sweep_forward(context, launch, memory->sweep, sweep);
+      sweep_forward(context, launch, memory->sweep, sweep, masks);
       continue;
     }
     Tensor h = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
     Tensor c = in_accumulator_type(context, c_n);
     begin_as(context, h, p.h_0);
     begin_as(context, c, p.c_0);
-    stepwise_forward(context, p, steps, sweep, h, c);
+    stepwise_forward(context, p, steps, sweep, masks, h, c);
     if (c.numel()) copy(c_n, c);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
-                                                        Optional c_0, Optional batch_sizes, bool save, bool tf32,
-                                                        int64_t path, int64_t tile, int64_t units, int64_t layers) {
-  const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
-  const Plan plan = plan_of(path, tile, units);
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& plan, const MaskArguments& masks = {}) {
   LayerForward p{};
-  const CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
-  const CallContext context(x);
-  ForwardResults results(context, p, layers, x.size(0), save);
+  const CheckedArguments arguments(p, given, check_options());
+  const CallContext context(given.x);
+  const StepMasks of_steps = checked_masks(masks, p, given.x);
+  ForwardResults results(context, p, given.layers, given.x.size(0), save);
   if (p.steps && p.rows && has_states(p)) {
-    run_forward(context, p, arguments, plan, tf32, batch_sizes, results);
+    run_forward(context, p, arguments, plan, tf32, given.batch_sizes, of_steps, results);
   } else {
     zero(results.y);
     zero(results.saved);
-    if (has_states(p)) copy_states(results, h_0, c_0);
+    if (has_states(p)) copy_states(results, given.h_0, given.c_0);
   }
   return {results.y, results.h_n, results.c_n, results.saved};
+}
+
+Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
+                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers) {
+  const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
+  return forward({known, x, weights, h_0, c_0, batch_sizes, layers}, save, tf32, plan_of(path, tile, units));
+}
+
+// One layer with masks.
+Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0,
+                            Optional batch_sizes, Optional recurrent, Optional candidate, Optional zoneout_h,
+                            Optional zoneout_c, bool save, int64_t path, int64_t tile, int64_t units) {
+  const Cell known = take_cell(cell);
+  return forward({known, x, weights, h_0, c_0, batch_sizes, 1}, save, false, plan_of(path, tile, units),
+                 {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 // ---- backward
@@ -264,11 +285,12 @@ void set_layer(BackwardArgs& sweep, const LayerBackward& p, BackwardResults& res
 }
 
 void run_backward(const CallContext& context, LayerBackward& p, const CheckedArguments& arguments, const Plan& plan,
-                  bool tf32, int64_t rows, const Optional& batch_sizes, BackwardResults& results) {
+                  bool tf32, int64_t rows, const Optional& batch_sizes, const StepMasks& masks,
+                  BackwardResults& results) {
   const int64_t L = arguments.layers();
   BackwardArgs sweep{};
   set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, true);
+  const SweepLaunch launch(context, p, plan, sweep, masks, true);
   const Workspace<BackwardWorkspace> memory(context, context, p, rows, results.wants_weights, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
@@ -282,37 +304,53 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
     set_layer(sweep, p, own);
     if (plan.path != Path::stepwise) {
       prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
-      sweep_backward(context, launch, memory->sweep, sweep);
+      sweep_backward(context, launch, memory->sweep, sweep, masks);
     } else {
       begin_as(context, own.grad_h_0, p.grad_h_n);
       Tensor grad_c = in_accumulator_type(context, own.grad_c_0);
       begin_as(context, grad_c, p.grad_c_n);
-      stepwise_backward(context, p, steps, sweep, grads, own.grad_h_0, grad_c);
+      stepwise_backward(context, p, steps, sweep, masks, grads, own.grad_h_0, grad_c);
       if (grad_c.numel()) copy(own.grad_c_0, grad_c);
     }
     if (own.wants_x) multiply_grad_x(context, p, grads, own.grad_x);
-    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, own.grad_weights);
+    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks.recurrent, own.grad_weights);
     if (l) p.grad_y = own.grad_x.const_data_ptr();
   }
 }
 
-std::tuple<Tensor, Tensors, Tensor, Tensor> cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n,
-                                                          Optional grad_c_n, Tensor x, Tensors weights, Tensor h_0,
-                                                          Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
-                                                          bool wants_x, bool wants_weights, bool tf32, int64_t path,
-                                                          int64_t tile, int64_t units, int64_t layers) {
-  const Cell known = take_cell(cell);
-  const Plan plan = plan_of(path, tile, units);
+using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
+
+Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
+                  bool tf32, const Plan& plan, const MaskArguments& masks = {}) {
   LayerBackward p{};
-  CheckedArguments arguments(p, {known, x, weights, h_0, c_0, batch_sizes, layers}, check_options());
-  const CallContext context(x);
-  arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved});
-  BackwardResults results(context, p, layers, x, weights, wants_x, wants_weights);
+  CheckedArguments arguments(p, given, check_options());
+  const CallContext context(given.x);
+  arguments.set_backward(p, of_backward);
+  const StepMasks of_steps = checked_masks(masks, p, given.x);
+  BackwardResults results(context, p, given.layers, given.x, given.weights, wants_x, wants_weights);
   if (p.steps && p.rows && has_states(p))
-    run_backward(context, p, arguments, plan, tf32, x.size(0), batch_sizes, results);
+    run_backward(context, p, arguments, plan, tf32, given.x.size(0), given.batch_sizes, of_steps, results);
   else
     pass_gradients(context, p, results);
   return {results.grad_x, results.grad_weights, results.grad_h_0, results.grad_c_0};
+}
+
+Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
+                       Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
+                       bool wants_x, bool wants_weights, bool tf32, int64_t path, int64_t tile, int64_t units,
+                       int64_t layers) {
+  const Cell known = take_cell(cell);
+  return backward({known, x, weights, h_0, c_0, batch_sizes, layers}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
+                  wants_weights, tf32, plan_of(path, tile, units));
+}
+
+Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
+                              Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
+                              Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
+                              bool wants_x, bool wants_weights, int64_t path, int64_t tile, int64_t units) {
+  const Cell known = take_cell(cell);
+  return backward({known, x, weights, h_0, c_0, batch_sizes, 1}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
+                  wants_weights, false, plan_of(path, tile, units), {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 // Of clusters of 1, 2, ... 16 blocks, how many the current GPU runs at the same time: 0 where it has no code for them.
@@ -339,6 +377,17 @@ SEQKERNELS_FRAGMENT(m) {
       "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor "
       "grad_h_0, "
       "Tensor grad_c_0)");
+  // By the masked_forward and masked_backward of seqkernels/masked_ops.py. float32 is multiplied as it is.
+  m.def(
+      "cuda_masked_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
+      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save, "
+      "int path, int tile, int units) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+  m.def(
+      "cuda_masked_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
+      "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, "
+      "Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int path, int tile, int units) "
+      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
   m.def("cuda_clusters() -> int[]");
 }
 
@@ -373,4 +422,6 @@ SEQKERNELS_IMPL(CUDA, m) {
 #endif
   m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
   m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+  m.impl("cuda_masked_forward", TORCH_BOX(&cuda_masked_forward));
+  m.impl("cuda_masked_backward", TORCH_BOX(&cuda_masked_backward));
 }

@@ -3,6 +3,7 @@
 // (the second index of a CTA). A thread has the same units and sequences in all steps, and their states in registers.
 // What the other threads need of them goes through shared memory, in two buffers, so that one barrier a step is enough.
 #pragma once
+#include "masks.cuh"
 #include "tile.cuh"
 #include "weights.cuh"
 
@@ -14,12 +15,20 @@ struct SingleCtaConfig {
   using MathPolicy = MathPolicy_;
   using T = typename MathPolicy::T;
   static constexpr Cell CELL = CELL_;
-  static constexpr bool EVEN = EVEN_;
+  static constexpr bool EVEN = EVEN_, MASKED = false;
   static constexpr Variant variant = variant_of(ARCH, CELL, MathPolicy::math, BACKWARD, EVEN);
   static constexpr SingleCtaLayout layout = single_cta_layout(variant, WIDTH_);
   static constexpr int G = gates_of(CELL), WIDTH = WIDTH_, M_TILES = layout.m_tiles, threads = layout.threads;
   static constexpr int k_width = k_block_width(MathPolicy::math);
   static_assert(WIDTH % k_width == 0 && WIDTH % (kMmaRows * M_TILES) == 0 && layout.resident > 0);
+};
+
+// The same for layers with masks.
+template <Arch ARCH, Cell CELL, class MathPolicy, bool BACKWARD, int WIDTH>
+struct MaskedConfig : SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, false> {
+  using Plain = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, false>;
+  static constexpr bool MASKED = true;
+  static constexpr SingleCtaLayout layout = masked_single_cta_layout(Plain::variant, WIDTH);
 };
 
 template <class Pass>
@@ -64,6 +73,16 @@ struct ThreadTile {
     for (int m = 0; m < C::M_TILES; m++)
 #pragma unroll
       for (int s = 0; s < 2; s++) act(m, s);
+  }
+
+  // Of the sequences whose first one has this row.
+  DEVICE MaskedStep<C::CELL, T> masks(const StepMasks& masks, const SweepArgs& s, int64_t row, int m, int s_) const {
+    return {masks,
+            s,
+            tile.direction(),
+            tile.first() + lane.sequence + s_,
+            row + lane.sequence + s_,
+            lane.unit + m * kMmaRows};
   }
 
   // How many of the two units take part, if `sequences` of the tile do.

@@ -8,7 +8,7 @@ template <class C>
 struct SingleCtaBackward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
-  using Parameters = SingleCtaArgs<BackwardArgs>;
+  using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedBackwardArgs, BackwardArgs>>;
   static constexpr int G = C::G, M_TILES = C::M_TILES;
 
   static DEVICE void run(const Parameters& s) {
@@ -44,7 +44,11 @@ struct SingleCtaBackward : C {
         float grad[2][kMaxBlocks] = {}, h_new[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
         float c_new[2] = {grad_c[m][s_][0], grad_c[m][s_][1]};
         zero_absent(h_new, mine.present[m]);
-        arrays.step(inputs[m][s_], h_new, c_new, grad);
+        if constexpr (C::MASKED)
+          mine.masks(s.masks, s, now.row, m, s_)
+              .backward(inputs[m][s_], mine.count(m, s_, now.running), h_new, c_new, grad);
+        else
+          arrays.step(inputs[m][s_], h_new, c_new, grad);
         if (running) {
 #pragma unroll
           for (int i = 0; i < 2; i++) grad_h[m][0][i * 2 + s_] = h_new[i], grad_c[m][s_][i] = c_new[i];
@@ -59,7 +63,12 @@ struct SingleCtaBackward : C {
       load();
       // The gradient of the previous h: W^T times those of the gates; zeros for a sequence that does not run.
 #pragma unroll
-      for (int m = 0; m < M_TILES; m++) multiply_all(weights, m, gradients, running, grad_h[m]);
+      for (int m = 0; m < M_TILES; m++) {
+        if constexpr (C::MASKED)
+          multiply_masked(s, mine, weights, m, gradients, running, grad_h[m]);
+        else
+          multiply_all(weights, m, gradients, running, grad_h[m]);
+      }
     }
 
     mine.each([&](int m, int s_) {
@@ -86,6 +95,20 @@ struct SingleCtaBackward : C {
     for (int gate = 0; gate < G; gate++) {
       const Pair<T> factors = runs ? MathPolicy::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};
       gradients.store_pair(at + gate * C::WIDTH, factors);
+    }
+  }
+
+  // The same where a mask multiplied h in the products.
+  static DEVICE void multiply_masked(const Parameters& s, const ThreadTile<C>& mine, const PackedWeights<C>& weights,
+                                     int m, Shared<T> gradients, int sequences, float (&grad_h)[1][kElements]) {
+    float products[1][kElements] = {};
+    multiply_all(weights, m, gradients, sequences, products);
+#pragma unroll
+    for (int s_ = 0; s_ < 2; s_++) {
+      const auto masked = mine.masks(s.masks, s, 0, m, s_);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (i < mine.count(m, s_, sequences)) grad_h[0][i * 2 + s_] += masked.in_products(i, products[0][i * 2 + s_]);
     }
   }
 

@@ -8,7 +8,7 @@ template <class C>
 struct SingleCtaForward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
-  using Parameters = SingleCtaArgs<ForwardArgs>;
+  using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedForwardArgs, ForwardArgs>>;
   using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
   static constexpr int G = C::G, M_TILES = C::M_TILES;
 
@@ -51,6 +51,7 @@ struct SingleCtaForward : C {
           float saved[2][kMaxBlocks], h_new[2], c_new[2] = {c[m][s_][0], c[m][s_][1]};
           to_acc(h[m][s_], h_new);
           activate(sum, x_apart, s_, h_new, c_new, saved);
+          if constexpr (C::MASKED) apply_masks(s, mine, now, m, s_, saved, h[m][s_], c[m][s_], h_new, c_new);
           // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
           if (mine.lane.sequence + s_ < now.running) {
             const int present = mine.present[m];
@@ -59,7 +60,7 @@ struct SingleCtaForward : C {
             arrays.store_y(now.row + s_, m * kMmaRows, mine.lane, present, h[m][s_]);
             arrays.store_saved(now.row + s_, m * kMmaRows, mine.lane, present, saved, c_new);
           }
-          after.store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+          after.store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
         }
       }
       now = next, next = tile.step(after_next);
@@ -80,8 +81,35 @@ struct SingleCtaForward : C {
       h[m][s_] = mine.load_state(s.h_0, m, s_);
       to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
       if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
-      mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+      mine.factors(0).store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
     });
+  }
+
+  // h of two units as products read it.
+  static DEVICE Pair<T> factors(const Parameters& s, const ThreadTile<C>& mine, int m, int s_, Pair<T> h) {
+    if constexpr (C::MASKED) {
+      float units[2];
+      to_acc(h, units);
+      const auto masked = mine.masks(s.masks, s, 0, m, s_);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (i < mine.count(m, s_, mine.tile.sequences())) units[i] = masked.in_products(i, units[i]);
+      return MathPolicy::factors(from_acc<T>(units));
+    } else {
+      return MathPolicy::factors(h);
+    }
+  }
+
+  // What masks change about the states that a step gave two units of a sequence, if it runs.
+  static DEVICE void apply_masks(const Parameters& s, const ThreadTile<C>& mine, const typename Tile::Step& now, int m,
+                                 int s_, const float (&saved)[2][kMaxBlocks], Pair<T> h, const float (&c)[2],
+                                 float (&h_new)[2], float (&c_new)[2]) {
+    float h_before[2];
+    to_acc(h, h_before);
+    const auto masked = mine.masks(s.masks, s, now.row, m, s_);
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (i < mine.count(m, s_, now.running)) masked.forward(i, saved[i], h_before[i], c[i], h_new[i], c_new[i]);
   }
 
   // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.

@@ -1,20 +1,11 @@
 // Launches of the stepwise kernels.
-#include "stepwise.cuh"
-//
-#include "dispatch.h"
-#include "launch.cuh"
+#include "stepwise_launch.cuh"
 
 namespace seqkernels {
 
 using namespace device;
 
 namespace {
-
-// Calls with a number of the dtype's type.
-template <class Call>
-const char* by_element(Scalar scalar, Call call) {
-  return by_scalar(scalar, [&](auto scalar) { return call(element_t<decltype(scalar)::value>{}); });
-}
 
 // Calls with the traits of the cell, a number of the dtype's type, and whether the number of hidden units is even.
 template <class Call>
@@ -24,13 +15,6 @@ const char* by_layer(const SweepArgs& s, Call call) {
       return s.hidden % 2 ? call(cell, zero, std::false_type{}) : call(cell, zero, std::true_type{});
     });
   });
-}
-
-// One thread for each of so many elements.
-template <class Kernel>
-const char* launch_for(int64_t elements, int directions, const typename Kernel::Parameters& p, void* stream) {
-  if (!elements) return nullptr;
-  return launch<Kernel>((elements + kThreads - 1) / kThreads, directions, 0, stream, p);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 // units side by side.
 #pragma once
 #include "fold_biases.cuh"
-#include "layer.cuh"
+#include "masks.cuh"
 
 namespace seqkernels::device {
 
@@ -36,12 +36,32 @@ DEVICE bool two_units(int64_t rows, int64_t hidden, TwoUnits& found) {
   return true;
 }
 
-template <Cell CELL, class T, bool EVEN>
+// A thread has one element.
+template <class T>
+struct MaskStatesKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = MaskStates;
+
+  static DEVICE void run(const MaskStates& p) {
+    const int64_t i = block() * kThreads + thread();
+    if (i < p.layer.directions * p.layer.sequences * p.layer.hidden) run(p, i);
+  }
+
+  static DEVICE void run(const MaskStates& p, int64_t i) {
+    const int64_t states = p.layer.directions * p.layer.sequences * p.layer.hidden;
+    const Global<const T> added(static_cast<const T*>(p.added), states);
+    const acc_t<T> masked = Global<const acc_t<T>>(static_cast<const acc_t<T>*>(p.mask), states).load(i) *
+                            to_acc(Global<const T>(static_cast<const T*>(p.states), states).load(i));
+    Global<T>(static_cast<T*>(p.result), states).store(i, from_acc<T>(added ? to_acc(added.load(i)) + masked : masked));
+  }
+};
+
+template <Cell CELL, class T, bool EVEN, bool MASKED = false>
 struct StepForwardKernel {
   static constexpr int threads = kThreads, G = gates_of(CELL);
-  using Parameters = StepForward;
+  using Parameters = std::conditional_t<MASKED, MaskedStepForward, StepForward>;
 
-  static DEVICE void run(const StepForward& p) {
+  static DEVICE void run(const Parameters& p) {
     const ForwardArgs& s = p.layer;
     TwoUnits at;
     if (!two_units(p.running, s.hidden, at)) return;
@@ -71,13 +91,21 @@ struct StepForwardKernel {
       arrays.load_b_apart(at.unit, at.count, b_apart);
       of_h[0][G - 1] += b_apart[0], of_h[1][G - 1] += b_apart[1];
     }
-    if (CellTraits<CELL>::needs_h_prev) {
+    if (MASKED || CellTraits<CELL>::needs_h_prev) {
       to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if (kHasC<CELL> && i < at.count) c_now[i] = c.load(place + i);
+      [[maybe_unused]] const acc_t<T> h_before = h_now[i], c_before = c_now[i];
       cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
+      if constexpr (MASKED)
+        if (i < at.count) {
+          const MaskedStep<CELL, T> masked(p.masks, s, d, at.row, row, at.unit);
+          masked.forward(i, saved[i], h_before, c_before, h_now[i], c_now[i]);
+          const Global<T> factors(static_cast<T*>(p.factors), states);
+          if (factors) factors.store(place + i, from_acc<T>(masked.in_products(i, h_now[i])));
+        }
       if (kHasC<CELL> && i < at.count) c.store(place + i, c_now[i]);
     }
     store_units<EVEN>(h, place, from_acc<T>(h_now), at.count);
@@ -86,12 +114,12 @@ struct StepForwardKernel {
   }
 };
 
-template <Cell CELL, class T, bool EVEN>
+template <Cell CELL, class T, bool EVEN, bool MASKED = false>
 struct StepBackwardKernel {
   static constexpr int threads = kThreads, G = gates_of(CELL);
-  using Parameters = StepBackward;
+  using Parameters = std::conditional_t<MASKED, MaskedStepBackward, StepBackward>;
 
-  static DEVICE void run(const StepBackward& p) {
+  static DEVICE void run(const Parameters& p) {
     const BackwardArgs& s = p.layer;
     TwoUnits at;
     if (!two_units(p.running, s.hidden, at)) return;
@@ -102,6 +130,7 @@ struct StepBackwardKernel {
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
     const Global<acc_t<T>> grad_c(static_cast<acc_t<T>*>(p.grad_c), states);
+    if constexpr (MASKED) add_factors(p, place, at.count);
     acc_t<T> grad[2][kMaxBlocks] = {};
     if (at.row < steps.size(t)) {
       const BackwardArrays<CELL, T, EVEN> arrays(s, d);
@@ -114,7 +143,10 @@ struct StepBackwardKernel {
 #pragma unroll
       for (int i = 0; i < 2; i++)
         if (kHasC<CELL> && i < at.count) of_c[i] = grad_c.load(place + i);
-      arrays.step(inputs, of_h, of_c, grad);
+      if constexpr (MASKED)
+        MaskedStep<CELL, T>(p.masks, s, d, at.row, row, at.unit).backward(inputs, at.count, of_h, of_c, grad);
+      else
+        arrays.step(inputs, of_h, of_c, grad);
       arrays.store_gates(row, at.unit, {}, at.count, grad);
       if (!p.has_projection) store_units<EVEN>(grad_h, place, from_acc<T>(of_h), at.count);
 #pragma unroll
@@ -126,6 +158,15 @@ struct StepBackwardKernel {
       const acc_t<T> units[2] = {grad[0][gate], grad[1][gate]};
       store_units<EVEN>(grad_step, (state * G + gate) * s.hidden + at.unit, from_acc<T>(units), at.count);
     }
+  }
+
+ private:
+  // Adds to grad_h what the last product gave, which the next one overwrites; also where a sequence does not run now.
+  static DEVICE void add_factors(const MaskedStepBackward& p, int64_t place, int count) {
+    MaskStates of_h{};
+    of_h.layer = p.layer;
+    of_h.mask = p.masks.recurrent, of_h.states = p.grad_factors, of_h.added = of_h.result = p.grad_h;
+    for (int i = 0; p.grad_factors && i < count; i++) MaskStatesKernel<T>::run(of_h, place + i);
   }
 };
 
@@ -179,12 +220,12 @@ struct StepProjectBackwardKernel {
 };
 
 // The first threads gather states, the others write gradients of biases; a direction is the second index of a CTA.
-template <class T>
+template <class T, bool MASKED = false>
 struct FinishSweepKernel {
   static constexpr int threads = kThreads;
-  using Parameters = FinishSweep;
+  using Parameters = std::conditional_t<MASKED, MaskedFinishSweep, FinishSweep>;
 
-  static DEVICE void run(const FinishSweep& p) {
+  static DEVICE void run(const Parameters& p) {
     const SweepArgs& s = p.layer;
     const int d = block_y();
     Element at;
@@ -202,7 +243,7 @@ struct FinishSweepKernel {
     Global<T>(static_cast<T*>(p.grad_b_ih[d]), p.biases).store(i, sums.load(i < p.folded ? i : i + apart));
   }
 
-  static DEVICE void gather(const FinishSweep& p, Element at, int d) {
+  static DEVICE void gather(const Parameters& p, Element at, int d) {
     const SweepArgs& s = p.layer;
     const Steps steps(s);
     int64_t low = 0, high = s.steps;  // the last step that begins at this row or before
@@ -218,6 +259,11 @@ struct FinishSweepKernel {
       h = sequence < steps.size(before)
               ? y.load(((steps.start(before) + sequence) * s.directions + d) * s.projected + at.column)
               : h_0.load((d * s.sequences + sequence) * s.projected + at.column);
+      if constexpr (MASKED) {
+        const Global<const acc_t<T>> mask(static_cast<const acc_t<T>*>(p.mask),
+                                          s.directions * s.sequences * s.projected);
+        h = from_acc<T>(to_acc(h) * mask.load((d * s.sequences + sequence) * s.projected + at.column));
+      }
     }
     Global<T>(static_cast<T*>(p.previous), s.directions * s.rows * s.projected)
         .store((d * s.rows + at.row) * s.projected + at.column, h);

@@ -43,22 +43,39 @@ class FirstRows {
   Optional view_;
 };
 
+void multiply_by_mask(const CallContext& context, const SweepArgs& sweep, const void* mask, const Tensor& states,
+                      const Tensor* added, Tensor& result) {
+  MaskStates p{};
+  p.layer = sweep;
+  p.mask = mask;
+  p.states = states.const_data_ptr();
+  p.added = added ? added->const_data_ptr() : nullptr;
+  p.result = result.mutable_data_ptr();
+  check_launch(mask_states(p, context.stream()));
+}
+
 }  // namespace
 
 void stepwise_forward(const CallContext& context, const Layer& p, const StepOffsets& steps, const ForwardArgs& sweep,
-                      Tensor& h, Tensor& c) {
+                      const StepMasks& masks, Tensor& h, Tensor& c) {
   const int64_t D = p.directions, B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
   const Tensor w_hh = all_directions(context, p, &WeightsOf<const void*>::w_hh, GH, P);
   const Tensor w_hh_t = transposed(context, p, w_hh, GH, P);
-  Tensor gates_h = context.allocate({D, B, GH}), unprojected = h, projected = h, w_hr = h, w_hr_t = h;
+  Tensor gates_h = context.allocate({D, B, GH}), factors = h, unprojected = h, projected = h, w_hr = h, w_hr_t = h;
   if (p.has_projection) {
     unprojected = context.allocate({D, B, H}), projected = context.allocate({D, B, P});
     w_hr = all_directions(context, p, &WeightsOf<const void*>::w_hr, P, H);
     w_hr_t = transposed(context, p, w_hr, P, H);
   }
-  FirstRows rows_of_gates(context, p, gates_h, GH), rows_of_h(context, p, h, P);
+  if (masks.recurrent) {
+    factors = context.allocate({D, B, P});
+    multiply_by_mask(context, sweep, masks.recurrent, h, nullptr, factors);
+  }
+  FirstRows rows_of_gates(context, p, gates_h, GH), rows_of_factors(context, p, factors, P);
   FirstRows rows_of_unprojected(context, p, unprojected, H), rows_of_projected(context, p, projected, P);
-  StepForward step{};
+  MaskedStepForward step{};
+  step.masks = masks;
+  step.factors = masks.recurrent ? factors.mutable_data_ptr() : nullptr;
   step.layer = sweep;
   step.gates_h = gates_h.const_data_ptr();
   step.h = unprojected.mutable_data_ptr();
@@ -72,8 +89,9 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
   for (int64_t k = 0; k < p.steps; k++) {
     step.k = projection.k = k;
     step.running = projection.running = steps.running(k);
-    multiply_each(rows_of_gates(step.running), rows_of_h(step.running), w_hh_t);
-    check_launch(step_forward(step, context.stream()));
+    multiply_each(rows_of_gates(step.running), rows_of_factors(step.running), w_hh_t);
+    check_launch(masks.any() ? step_forward(step, context.stream())
+                             : step_forward(static_cast<const StepForward&>(step), context.stream()));
     if (!p.has_projection) continue;
     multiply_each(rows_of_projected(step.running), rows_of_unprojected(step.running), w_hr_t);
     check_launch(step_project(projection, context.stream()));
@@ -81,7 +99,7 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
 }
 
 void stepwise_backward(const CallContext& context, const Layer& p, const StepOffsets& steps, const BackwardArgs& sweep,
-                       const SweepGradients& grads, Tensor& grad_h, Tensor& grad_c) {
+                       const StepMasks& masks, const SweepGradients& grads, Tensor& grad_h, Tensor& grad_c) {
   const int64_t D = p.directions, B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
   const Tensor w_hh = all_directions(context, p, &WeightsOf<const void*>::w_hh, GH, P);
   Tensor grad_step = context.allocate({D, B, GH}), unprojected = grad_h, projected = grad_h, w_hr = grad_h;
@@ -89,9 +107,16 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
     unprojected = context.allocate({D, B, H}), projected = context.allocate({D, B, P});
     w_hr = all_directions(context, p, &WeightsOf<const void*>::w_hr, P, H);
   }
-  FirstRows rows_of_gates(context, p, grad_step, GH), rows_of_grad_h(context, p, grad_h, P);
+  Tensor grad_factors = grad_h;  // what the products with w_hh give: added to grad_h, but for a mask by themselves
+  if (masks.recurrent) {
+    grad_factors = context.allocate({D, B, P});
+    zero(grad_factors);
+  }
+  FirstRows rows_of_gates(context, p, grad_step, GH), rows_of_grad_factors(context, p, grad_factors, P);
   FirstRows rows_of_projected(context, p, projected, P), rows_of_unprojected(context, p, unprojected, H);
-  StepBackward step{};
+  MaskedStepBackward step{};
+  step.masks = masks;
+  step.grad_factors = masks.recurrent ? grad_factors.const_data_ptr() : nullptr;
   step.layer = sweep;
   if (p.has_projection) step.layer.grad_y = nullptr;
   step.grad_h = unprojected.mutable_data_ptr();
@@ -111,9 +136,11 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
       check_launch(step_project_backward(projection, context.stream()));
       multiply_each(rows_of_unprojected(step.running), rows_of_projected(step.running), w_hr);
     }
-    check_launch(step_backward(step, context.stream()));
-    multiply_each(rows_of_grad_h(step.running), rows_of_gates(step.running), w_hh, true);
+    check_launch(masks.any() ? step_backward(step, context.stream())
+                             : step_backward(static_cast<const StepBackward&>(step), context.stream()));
+    multiply_each(rows_of_grad_factors(step.running), rows_of_gates(step.running), w_hh, !masks.recurrent);
   }
+  if (masks.recurrent) multiply_by_mask(context, sweep, masks.recurrent, grad_factors, &grad_h, grad_h);
 }
 
 }  // namespace seqkernels

@@ -6,7 +6,8 @@ namespace seqkernels {
 namespace {
 
 // Raises an error if the plan does not fit the layer or the GPU.
-LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool backward) {
+LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool masked,
+                          bool backward) {
   const Gpu gpu = context.gpu();
   LayerFacts facts{};
   facts.cell = p.cell;
@@ -16,6 +17,7 @@ LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan
   facts.directions = p.directions;
   facts.hidden = p.hidden;
   facts.sequences = p.sequences;
+  facts.masked = masked;
   const std::string reason = reason_against(plan, facts, gpu, backward);
   if (!reason.empty()) check_launch(reason.c_str());
   LaunchShape shape{};
@@ -32,14 +34,23 @@ void clear_flags(const CallContext& context, const SweepLaunch& launch, const Sw
   zero(flags);
 }
 
+template <class Masked, class Args>
+Masked with_masks(const Args& sweep, const StepMasks& masks) {
+  Masked masked{};
+  static_cast<Args&>(masked) = sweep;
+  masked.masks = masks;
+  return masked;
+}
+
 }  // namespace
 
 SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan& plan, const SweepArgs& sweep,
-                         bool backward)
-    : path(plan.path), backward(backward) {
+                         const StepMasks& masks, bool backward)
+    : path(plan.path), backward(backward), masked(masks.any()) {
   if (path == Path::stepwise) return;
-  shape = checked_shape(context, p, plan, sweep.tf32, backward);
-  if (path == Path::single_cta) packed_bytes = p.directions * single_cta_packed_bytes(p.cell, p.scalar, p.hidden);
+  shape = checked_shape(context, p, plan, sweep.tf32, masked, backward);
+  const int64_t hidden = masked ? as_odd(p.hidden) : p.hidden;
+  if (path == Path::single_cta) packed_bytes = p.directions * single_cta_packed_bytes(p.cell, p.scalar, hidden);
   if (path == Path::persistent_grid) check_launch(persistent_grid_groups(sweep, shape, backward, groups));
 }
 
@@ -54,7 +65,8 @@ void prepare_weights(const CallContext& context, const SweepArgs& sweep, const v
     return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
   const Math math = math_of(sweep.scalar, sweep.tf32);
   const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0);
-  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, sweep.hidden));
+  const int64_t hidden = launch.masked ? as_odd(sweep.hidden) : sweep.hidden;
+  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, hidden));
   PackWeights pack{};
   pack.fold = fold;
   std::copy_n(w_hh, 2, pack.w_hh);
@@ -69,8 +81,11 @@ void prepare_weights(const CallContext& context, const SweepArgs& sweep, const v
 }
 
 void sweep_forward(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory,
-                   const ForwardArgs& sweep) {
-  if (launch.path == Path::single_cta) {
+                   const ForwardArgs& sweep, const StepMasks& masks) {
+  if (launch.masked) {
+    const auto masked = with_masks<MaskedForwardArgs>(sweep, masks);
+    check_launch(single_cta_forward(masked, launch.shape, memory.packed, context.stream()));
+  } else if (launch.path == Path::single_cta) {
     check_launch(single_cta_forward(sweep, launch.shape, memory.packed, context.stream()));
   } else if (launch.path == Path::cluster) {
     check_launch(cluster_forward(sweep, launch.shape, context.stream()));
@@ -82,8 +97,11 @@ void sweep_forward(const CallContext& context, const SweepLaunch& launch, const 
 }
 
 void sweep_backward(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory,
-                    const BackwardArgs& sweep) {
-  if (launch.path == Path::single_cta) {
+                    const BackwardArgs& sweep, const StepMasks& masks) {
+  if (launch.masked) {
+    const auto masked = with_masks<MaskedBackwardArgs>(sweep, masks);
+    check_launch(single_cta_backward(masked, launch.shape, memory.packed, context.stream()));
+  } else if (launch.path == Path::single_cta) {
     check_launch(single_cta_backward(sweep, launch.shape, memory.packed, context.stream()));
   } else if (launch.path == Path::cluster) {
     check_launch(cluster_backward(sweep, launch.shape, context.stream()));

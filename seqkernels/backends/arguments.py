@@ -22,6 +22,39 @@ class Weights(NamedTuple):
     w_hr: Tensor | None  # [P, H]
 
 
+class StepMasks(NamedTuple):
+    """What one layer with options has besides (`seqkernels.masked_ops`), None where nothing is masked."""
+
+    recurrent: Tensor | None = None  # [D, B, P]
+    candidate: Tensor | None = None  # [D, B, H]
+    zoneout_h: Tensor | None = None  # [N, D, P]
+    zoneout_c: Tensor | None = None  # [N, D, H]
+
+    def check(self, cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor) -> None:
+        """After `check`; csrc says the same in C++.
+
+        Raises:
+            RuntimeError: masks that do not fit, or of layers that have no kernels with them.
+        """
+        (D, B, P), N, facts = h_0.shape, x.shape[0], CELLS[cell]
+        H = weights[0].shape[0] // facts.gates
+        shapes = (D, B, P), (D, B, H), (N, D, P), (N, D, H)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for name, mask, shape in zip(self._fields, self, shapes, strict=True):
+            if mask is not None:
+                _require(mask.shape == shape, f"{name} is {list(shape)}, got {list(mask.shape)}")
+                _require(mask.dtype == dtype, f"{name} is {dtype}, got {mask.dtype}")
+                _require(mask.device == x.device and mask.is_contiguous(), f"{name} is contiguous, and where x is")
+                expect_storage(**{name: mask})
+        saves = facts.saved_blocks > 0
+        _require(P == H or self == NO_MASKS, "there are no kernels with masks and a projection")
+        _require(saves or self[1:] == (None,) * 3, f"of the masks a kernel of {facts.display_name} has recurrent alone")
+        _require(facts.states == 2 or self.zoneout_c is None, "zoneout_c goes with an LSTM only")
+
+
+NO_MASKS = StepMasks()
+
+
 def by_direction(weights: Sequence[Tensor], directions: int) -> list[Weights]:
     """Flat weights: w_ih, w_hh, then with bias b_ih, b_hh, then with projection w_hr, for each direction of each
     layer."""

@@ -68,6 +68,9 @@ def modules(cell: str) -> Iterator[tuple[nn.Module, Callable[[nn.Module], None]]
     others = {"RNN": [{"nonlinearity": "relu"}], "LSTM": [{"proj_size": 9}]}.get(cell, [])
     for hidden, kind in itertools.product(options.hidden, [{}, *others]):
         yield getattr(sk, cell)(7, hidden, bidirectional=True, **kind), small
+    masks = {"recurrent_dropout": 0.3} | ({} if cell == "RNN" else {"candidate_dropout": 0.3, "zoneout": 0.2})
+    for hidden in (31, 300):
+        yield getattr(sk, cell)(7, hidden, bidirectional=True, **masks), small
 
 
 def main() -> None:

@@ -150,6 +150,36 @@ def test_a_graph_replays_on_new_data(cell, form, hidden):
         assert_same_bits([result.clone() for result in results], both_passes(call, module, x))
 
 
+MASKS = {"zoneout": 0.1, "recurrent_dropout": 0.3, "candidate_dropout": 0.3}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+@pytest.mark.parametrize("hidden", [64, 300], ids=["single CTA", "stepwise"])
+def test_masks_within_the_recurrence(hidden, cell, form):
+    """Right, without waiting, and others in each replay."""
+    module, x = layer(cell, hidden, num_layers=2, bidirectional=True, **MASKS), batch()
+    call, found = caller(module, form), []
+    for backend, mode in (("torch_eager", "default"), ("cuda", "default"), ("cuda", "error")):
+        module.backend = backend
+        torch.manual_seed(0)
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            found.append(both_passes(call, module, x))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected, ours, again = found
+    assert_same_bits(ours, again)
+    for name, value, right in zip(("y", "x", *dict(module.named_parameters())), ours, expected, strict=True):
+        assert relative_error(value, right) < 1e-4, name
+    graph, (y, *_) = captured(lambda: both_passes(call, module, x))
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(y.clone())
+    assert not torch.equal(*replays)
+
+
 def mask_of(seed: int = 0, device: str = "cuda") -> Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     return (torch.rand(STEPS, SEQUENCES, generator=generator, device="cpu") < 0.3).to(device)

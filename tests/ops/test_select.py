@@ -46,6 +46,27 @@ def test_plan(row):
     assert all(reason for _, reason in chosen.refusals)
 
 
+MASKS = ("zoneout", "recurrent_dropout", "candidate_dropout")
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "backend"),
+    [
+        ("gru", MASKS, "triton"),
+        ("lstm", MASKS[:1], "triton"),
+        ("rnn_tanh", MASKS[1:2], "triton"),
+        ("rnn_tanh", MASKS[:1], "torch_eager"),  # its backward pass would need the state before zoneout
+        ("lstm", ("zoneout", "proj_size"), "torch_eager"),
+        ("gru", ("zoneout", "layer_norm"), "torch_eager"),
+    ],
+)
+def test_options_run_in_triton(cell, options, backend):
+    chosen = plan(Call(cell, "cuda", torch.float32, hidden_size=64, options=options), TRITON)
+    assert chosen.backend == backend
+    if backend != "triton":
+        assert dict(chosen.refusals)["triton"] == f"it has no kernel with {', '.join(options)}"
+
+
 def test_a_forced_backend_runs_or_is_refused_with_its_reason():
     call = Call("gru", "cpu", torch.float32)
     assert plan(call, THIS_MACHINE, "torch_eager").backend == "torch_eager"
@@ -210,6 +231,23 @@ def test_a_plan_names_the_paths_of_both_passes():
     chosen = plan(call, FULL._replace(gpu=ON_H200))
     assert chosen.kernel == "forward stepwise, backward persistent grid with 32 units a cluster"
     assert chosen.kernel in str(chosen)
+
+
+@pytest.mark.parametrize(
+    ("cell", "hidden", "dtype", "kernel"),
+    [
+        ("gru", 128, SINGLE, "single CTA"),
+        ("lstm", 256, HALF, "single CTA"),
+        ("lstm", 129, SINGLE, "stepwise"),
+        ("lstm", 64, torch.float16, "stepwise"),
+        ("ligru", 64, SINGLE, "stepwise"),
+        ("gru", 64, DOUBLE, "stepwise"),
+    ],
+)
+def test_a_layer_with_masks_runs_by_a_single_cta_or_step_by_step(cell, hidden, dtype, kernel):
+    call = call_of(cell, hidden, 64, 50, 32, dtype, "padded", True, ON_H200)._replace(options=("zoneout",))
+    assert plan(call, FULL._replace(gpu=ON_H200), "cuda").kernel == kernel
+    assert "us a step forward and backward without zoneout, " in plan(call, FULL._replace(gpu=ON_H200)).reason
 
 
 def test_a_plan_says_what_it_weighed():

@@ -61,41 +61,48 @@ def launches(gpu: hardware.GPU) -> list[dict]:
             units *= 2
         for hidden, projected in ((units, 0), (units + 1, 0), *([(units, 24)] if cell == "lstm" else [])):
             run(cell, dtype, hidden, projected)
+    # With masks the cell that has most to keep: of the widest tile, and of single steps.
+    call = Call("lstm", "cuda", torch.bfloat16, options=("zoneout",))
+    widest = max(units for units in (32, 64, 128) if launch_of(call._replace(hidden_size=units), gpu).resident)
+    for hidden in (widest, 256):
+        run("lstm", torch.bfloat16, hidden, 0, masked=True)
     return list(noted.values())
 
 
-def run(cell: str, dtype: torch.dtype, hidden: int, projected: int) -> None:
+def run(cell: str, dtype: torch.dtype, hidden: int, projected: int, masked: bool = False) -> None:
     """Both passes: ragged both ways and saving, as the most that a kernel can be asked to do; and padded inference."""
     gates, out = CELLS[cell].gates * hidden, projected or hidden
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
 
-    for directions, batch_sizes in ((2, torch.tensor([2, 1])), (1, None)):
+    for directions, batch_sizes in ((2, torch.tensor([2, 1])), *([] if masked else [(1, None)])):
         rows = 3 if batch_sizes is not None else 2
         weight = [zeros(gates, 4), zeros(gates, out), zeros(gates), zeros(gates)]
         weight += [zeros(out, hidden)] if projected else []
         c_0 = zeros(directions, 2, hidden) if cell == "lstm" else None
         arguments = zeros(rows, 4), weight * directions, zeros(directions, 2, out), c_0, batch_sizes
         save = batch_sizes is not None
-        y, h_n, c_n, saved = host.forward(cell, *arguments, save)
+        if masked:
+            of_sequences, of_rows = torch.zeros(directions, 2, hidden), torch.zeros(rows, directions, hidden)
+            arguments += of_sequences, of_sequences, of_rows, of_rows
+        forward, backward = (host.masked_forward, host.masked_backward) if masked else (host.forward, host.backward)
+        y, h_n, c_n, saved = forward(cell, *arguments, save, [])
         if save:
-            host.backward(cell, y, h_n, c_n if cell == "lstm" else None, *arguments, y, saved, True, True)
+            backward(cell, y, h_n, c_n if cell == "lstm" else None, *arguments, y, saved, True, True, [])
 
 
 def compiled(launch: dict, gpu: hardware.GPU) -> dict:
     """What the kernel takes of the GPU: registers a thread, bytes spilled, shared memory; and its tensor core
     instructions."""
-    from seqkernels.backends.triton import kernels
-
-    function = getattr(kernels, launch["name"])
+    function = layer.kernel_of(launch["name"])
     names = function.arg_names
     signature, constants, aligned = {}, {}, {}
     for place, (name, parameter) in enumerate(zip(names, function.params, strict=True)):
         if name in launch["types"]:
             signature[name] = launch["types"][name]
             aligned[(place,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr:
+        elif parameter.is_constexpr or launch["values"].get(name, 0) is None:
             signature[name], constants[(place,)] = "constexpr", launch["values"][name]
         else:
             signature[name] = "i32"

@@ -1,4 +1,4 @@
-"""The operator pair, by the operators of csrc/cuda/ops.cpp."""
+"""The operator pair, and that of layers with masks, by the operators of csrc/cuda/ops.cpp."""
 
 from collections.abc import Sequence
 
@@ -52,8 +52,57 @@ def backward(
     return ops.cuda_backward(cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers)
 
 
+# Those of seqkernels.masked_ops.
+
+
+def masked_forward(
+    cell: str,
+    x: Tensor,  # [N, I]
+    weights: list[Tensor],
+    h_0: Tensor,  # [D, B, H]
+    c_0: Tensor | None,  # [D, B, H]
+    batch_sizes: Tensor | None,  # [T]
+    recurrent: Tensor | None,  # [D, B, H]
+    candidate: Tensor | None,  # [D, B, H]
+    zoneout_h: Tensor | None,  # [N, D, H]
+    zoneout_c: Tensor | None,  # [N, D, H]
+    save: bool,
+    launch: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, *passes = _planned(launch, cell, x, weights, h_0, 1, masked=True)
+    batch_sizes, masks = fitting(x, h_0, batch_sizes), (recurrent, candidate, zoneout_h, zoneout_c)
+    return ops.cuda_masked_forward(cell, x, weights, h_0, c_0, batch_sizes, *masks, save, *passes[:3])
+
+
+def masked_backward(
+    cell: str,
+    grad_y: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    batch_sizes: Tensor | None,
+    recurrent: Tensor | None,
+    candidate: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    wants_x: bool,
+    wants_weights: bool,
+    launch: Sequence[int],
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    _, *passes = _planned(launch, cell, x, weights, h_0, 1, masked=True)
+    x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
+    grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
+    masks = recurrent, candidate, zoneout_h, zoneout_c
+    return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights, *passes[3:])
+
+
 def _planned(
-    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int
+    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int, masked: bool = False
 ) -> Sequence[int]:
     """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
 
@@ -80,5 +129,6 @@ def _planned(
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
         directions=all_directions // layers,
         sequences=sequences,
+        options=("masks",) if masked else (),
     )
     return launch_of(call, hardware.gpu_of(x.device)).to_ints()

@@ -50,7 +50,8 @@ def launch_of(call: Call, gpu: GPU) -> Launch:
 def cheapest(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
     """The path of one pass, and the microseconds of a step on it."""
     sizes = call.hidden_size, call.projected, call.directions, call.sequences
-    return _cheapest(call.cell, call.dtype, call.tf32, *sizes, gpu, backward)
+    tf32 = call.tf32 and not call.options  # one launch with masks multiplies float32 as it is
+    return _cheapest(call.cell, call.dtype, tf32, *sizes, call.options, gpu, backward)
 
 
 @functools.lru_cache(1024)
@@ -62,6 +63,7 @@ def _cheapest(
     projected: bool,
     directions: int,
     sequences: int,
+    options: tuple[str, ...],
     gpu: GPU,
     backward: bool,
 ) -> tuple[PassLaunch, float]:
@@ -74,6 +76,7 @@ def _cheapest(
         tf32=tf32,
         directions=directions,
         sequences=sequences,
+        options=options,
     )
     paths = path_names()
     choices = [
@@ -103,6 +106,7 @@ def candidates(layer: Call, gpu: GPU, backward: bool) -> list[dict[str, Any]]:
         multiprocessors=gpu.multiprocessors,
         clusters=gpu.clusters,
         backward=backward,
+        masked=bool(layer.options),
     )
 
 

@@ -1,12 +1,13 @@
 """The operator pair by Triton kernels: any GPU that Triton reaches, or its interpreter on the CPU, for tests.
 
 This file says when it runs, `tiles` how a layer is cut, `layer` what a launch needs of it, `host` which kernels and
-products make a pass, `kernels` what they compute, by the formulas of `algebra` and the loads of `memory`.
+products make a pass, `kernels` and `stepwise` what these compute, by the formulas of `algebra` and the loads of
+`memory`.
 """
 
 from seqkernels.backends import costs
 from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
-from seqkernels.backends.triton.host import backward, forward
+from seqkernels.backends.triton.host import backward, forward, masked_backward, masked_forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
 from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
 
@@ -17,6 +18,8 @@ __all__ = [
     "estimate",
     "forward",
     "kernel",
+    "masked_backward",
+    "masked_forward",
     "plan_launch",
     "reason_not_default",
     "unsupported",
@@ -34,7 +37,7 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return NO_TRITON
     if call.dtype not in DTYPES:
         return NO_KERNEL.format(call.dtype)
-    if call.options:
+    if call.options and not _has_options(call):
         return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
@@ -42,6 +45,12 @@ def unsupported(call: Call, machine: Machine) -> str | None:
     if gpu and not gpu.amd and int(gpu.target.removeprefix("sm_")) < 80:
         return f"Triton needs compute capability 8.0, {gpu.name} has {gpu.target}"
     return None
+
+
+def _has_options(call: Call) -> bool:
+    """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
+    masks = "recurrent_dropout", "candidate_dropout", "zoneout"
+    return set(call.options) <= set(masks[:1] if call.cell.startswith("rnn") else masks)
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:

@@ -56,19 +56,37 @@ def relu(x):
 
 
 @triton.jit
-def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexpr):
-    """One step from its gates -> (h, c, four blocks of `saved`); cells with fewer gates ignore the others."""
+def masked(x, mask):
+    return x if mask is None else x * mask
+
+
+@triton.jit
+def zoned(before, new, stays):
+    """A new state, of which `stays` keeps the one before; None: nothing."""
+    return new if stays is None else new + stays * (before - new)
+
+
+@triton.jit
+def lstm_c(i, f, g, before, candidate):
+    return f * before + i * masked(g, candidate)
+
+
+@triton.jit
+def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, candidate, CELL: tl.constexpr):
+    """One step from its gates -> (h, c, four blocks of `saved`); cells with fewer gates ignore the others. `candidate`
+    masks what is added to the state, before its gate; it may be None."""
     if CELL == "gru":
         r, z = tl.sigmoid(x_0 + h_0), tl.sigmoid(x_1 + h_1)
         n = tanh(x_2 + r * h_2)
-        return n + z * (h - n), c, r, z, n, h_2
+        new = masked(n, candidate)
+        return new + z * (h - new), c, r, z, n, h_2
     elif CELL == "lstm":
         i, f, g, o = tl.sigmoid(x_0 + h_0), tl.sigmoid(x_1 + h_1), tanh(x_2 + h_2), tl.sigmoid(x_3 + h_3)
-        c = f * c + i * g
+        c = lstm_c(i, f, g, c, candidate)
         return o * tanh(c), c, i, f, g, o
     elif CELL == "ligru":
         a, z = relu(x_0 + h_0), tl.sigmoid(x_1 + h_1)
-        return z * h + (1 - z) * a, c, a, z, z, z
+        return z * h + (1 - z) * masked(a, candidate), c, a, z, z, z
     elif CELL == "rnn_tanh":
         h = tanh(x_0 + h_0)
         return h, c, h, h, h, h
@@ -78,7 +96,7 @@ def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, CELL: tl.constexp
 
 
 @triton.jit
-def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.constexpr):
+def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, candidate, CELL: tl.constexpr):
     """Gradients of one step -> (four blocks of gates, that of h_prev past the gates, that of c_prev).
 
     s_0..s_3 are the blocks of `saved`; now and before are the states that the formulas name: GRU and LiGRU h_prev
@@ -86,21 +104,21 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.cons
     are the first three, those of x all but the third."""
     if CELL == "gru":
         r, z, n, h_n = s_0, s_1, s_2, s_3
-        grad_n = grad_h * (1 - z) * (1 - n * n)
+        grad_n = masked(grad_h, candidate) * (1 - z) * (1 - n * n)
         grad_r = grad_n * h_n * r * (1 - r)
-        grad_z = grad_h * (before - n) * z * (1 - z)
+        grad_z = grad_h * (before - masked(n, candidate)) * z * (1 - z)
         return grad_r, grad_z, grad_n * r, grad_n, grad_h * z, grad_c
     elif CELL == "lstm":
         i, f, g, o = s_0, s_1, s_2, s_3
         tanh_c = tanh(now)
         grad_c += grad_h * o * (1 - tanh_c * tanh_c)
-        grad_i, grad_f = grad_c * g * i * (1 - i), grad_c * before * f * (1 - f)
-        grad_g, grad_o = grad_c * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
+        grad_i, grad_f = grad_c * masked(g, candidate) * i * (1 - i), grad_c * before * f * (1 - f)
+        grad_g, grad_o = masked(grad_c, candidate) * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
         return grad_i, grad_f, grad_g, grad_o, tl.zeros_like(grad_h), grad_c * f
     elif CELL == "ligru":
         a, z = s_0, s_1
-        grad_a = tl.where(a <= 0, 0.0, grad_h * (1 - z))
-        grad_z = grad_h * (before - a) * z * (1 - z)
+        grad_a = tl.where(a <= 0, 0.0, masked(grad_h, candidate) * (1 - z))
+        grad_z = grad_h * (before - masked(a, candidate)) * z * (1 - z)
         return grad_a, grad_z, grad_z, grad_z, grad_h * z, grad_c
     elif CELL == "rnn_tanh":
         grad = grad_h * (1 - now * now)
@@ -108,6 +126,25 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, CELL: tl.cons
     else:
         grad = tl.where(now <= 0, 0.0, grad_h)
         return grad, grad, grad, grad, tl.zeros_like(grad_h), grad_c
+
+
+@triton.jit
+def masked_backward(
+    grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, candidate, stays_h, stays_c, CELL: tl.constexpr
+):  # fmt: skip
+    """cell_backward of a step behind which states are zoned; grad_h and grad_c are those of the zoned states."""
+    of_h, of_c = grad_h, grad_c
+    if stays_h is not None:
+        of_h -= grad_h * stays_h
+    if stays_c is not None:
+        of_c -= grad_c * stays_c
+        now = lstm_c(s_0, s_1, s_2, before, candidate)  # that h came from
+    g_0, g_1, g_2, g_3, past, of_c = cell_backward(of_h, of_c, s_0, s_1, s_2, s_3, now, before, candidate, CELL)
+    if stays_h is not None:
+        past += grad_h * stays_h
+    if stays_c is not None:
+        of_c += grad_c * stays_c
+    return g_0, g_1, g_2, g_3, past, of_c
 
 
 @triton.jit

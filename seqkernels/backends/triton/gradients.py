@@ -27,7 +27,7 @@ def grad_weights(layer: Layer, x, h_0, y, saved, grad_gates, grad_projected) -> 
         grad_w_ih = torch.empty_like(w.w_ih, memory_format=torch.contiguous_format)
         for columns, rows in _blocks_of_x(layer):
             torch.mm(grads[:, columns].t(), x[:used], out=grad_w_ih[rows])
-        h_prev = _previous(layer, y[:, d * P : (d + 1) * P], h_0[d], reverse=d == 1)[:used]
+        h_prev = _factors(layer, y[:, d * P : (d + 1) * P], h_0[d], d)[:used]
         found += [grad_w_ih, grads[:, of_h].t() @ h_prev]
         if layer.bias:
             found.append(torch.cat([grads[:, columns].sum(0) for columns, _ in _blocks_of_x(layer)]))
@@ -46,12 +46,16 @@ def _blocks_of_x(layer: Layer) -> list[tuple[slice, slice]]:
     return [(together, together), *own]
 
 
-def _previous(layer: Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
-    """For every row ``[N]`` the h that it started from; zeros for rows that no step uses, which have no gradient."""
+def _factors(layer: Layer, y: Tensor, h_0: Tensor, direction: int) -> Tensor:
+    """For every row ``[N]`` the h that it started from, as its products had it; zeros for rows that no step uses, which
+    have no gradient."""
+    reverse = direction == 1
+    mask = None if layer.masks.recurrent is None else layer.masks.recurrent[direction]
     if y.numel() == 0:
         return y
     if not layer.ragged:
-        return torch.cat([y[layer.B :], h_0] if reverse else [h_0, y[: -layer.B]])
+        h = torch.cat([y[layer.B :], h_0] if reverse else [h_0, y[: -layer.B]])
+        return h if mask is None else (h.view(-1, *h_0.shape) * mask).view_as(h).to(h.dtype)
     starts, sizes = layer.starts, layer.sizes
     row = torch.arange(layer.N, device=y.device)
     t = torch.searchsorted(starts + sizes, row, right=True).clamp(max=layer.T - 1)
@@ -61,4 +65,5 @@ def _previous(layer: Layer, y: Tensor, h_0: Tensor, reverse: bool) -> Tensor:
     ran = (before == there) & (sequence < sizes[there])
     source = torch.where(ran, layer.B + starts[there] + sequence, sequence)
     source = torch.where(row < starts[-1] + sizes[-1], source, layer.B + layer.N)
-    return torch.cat([h_0, y, y.new_zeros(1, layer.P)])[source]
+    h = torch.cat([h_0, y, y.new_zeros(1, layer.P)])[source]
+    return h if mask is None else (h * mask[sequence]).to(h.dtype)

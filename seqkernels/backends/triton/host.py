@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seqkernels.backends import stack
-from seqkernels.backends.arguments import check, check_backward
+from seqkernels.backends.arguments import NO_MASKS, StepMasks, check, check_backward
 from seqkernels.backends.triton import gradients
 from seqkernels.backends.triton.layer import Layer
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL
@@ -38,9 +38,21 @@ def forward(
     return stack.forward(_forward, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
 
 
-def _forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def masked_forward(
+    cell, x, weights, h_0, c_0, batch_sizes, recurrent, candidate, zoneout_h, zoneout_c, save, launch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer with masks: `seqkernels.masked_ops`."""
+    masks = StepMasks(recurrent, candidate, zoneout_h, zoneout_c)
+    _check(cell, x, weights, h_0, c_0, batch_sizes, 1)
+    masks.check(cell, x, weights, h_0)
+    return _forward(cell, x, weights, h_0, c_0, fitting(x, h_0, batch_sizes), save, launch, masks)
+
+
+def _forward(
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch, masks=NO_MASKS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer."""
-    layer = Layer(cell, x, weights, h_0, batch_sizes, launch)
+    layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks)
     # Rows that no step uses come out as zeros.
     new = x.new_empty if batch_sizes is None else x.new_zeros
     y = new(layer.N, layer.D * layer.P)
@@ -83,11 +95,26 @@ def backward(
     )  # fmt: skip
 
 
+def masked_backward(
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, recurrent, candidate, zoneout_h, zoneout_c, y,
+    saved, wants_x, wants_weights, launch,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
+    grads, masks = (grad_y, grad_h_n, grad_c_n), StepMasks(recurrent, candidate, zoneout_h, zoneout_c)
+    _check(cell, x, weights, h_0, c_0, batch_sizes, 1)
+    masks.check(cell, x, weights, h_0)
+    check_backward(cell, grads, x, weights, h_0, c_0, y, saved)
+    x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
+    return _backward(
+        cell, *grads, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch, masks
+    )  # fmt: skip
+
+
 def _backward(
-    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch,
+    masks=NO_MASKS,
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     """One layer."""
-    layer = Layer(cell, x, weights, h_0, batch_sizes, launch)
+    layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
     carried = torch.float32 if layer.tile.resident else x.dtype  # the stepwise path multiplies into it
     grad_h = _given_or_zeros(grad_h_n, (D, B, P), x, carried)
@@ -137,14 +164,16 @@ def _stepwise_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
     w_hh, b_hh = layer.stacked("w_hh").mT, layer.stacked("b_hh") if layer.bias else gates_x
     gates_h = y.new_empty(D, B, layer.G * H)
     h = h_n
+    recurrent = layer.masks.recurrent
+    factors = h_n if recurrent is None else (h_n * recurrent).to(y.dtype)
     if layer.projected:
         h, projected, w_hr = y.new_empty(D, B, H), y.new_empty(D, B, P), layer.stacked("w_hr").mT
     for k, rows in layer.steps():
-        torch.bmm(h_n[:, :rows], w_hh, out=gates_h[:, :rows])
+        torch.bmm(factors[:, :rows], w_hh, out=gates_h[:, :rows])
         layer.launch(
             "step_forward", layer.grid(rows, H), gates_x=gates_x, gates_h=gates_h, b_hh=b_hh, h=h, c=c_n, y=y,
-            saved=saved, k=k, BIAS=layer.bias, SAVE=save, PROJECTED=layer.projected,
-            NEEDS_H_PREV=layer.cell.needs_h_prev,
+            saved=saved, factors=None if recurrent is None else factors, k=k, BIAS=layer.bias, SAVE=save,
+            PROJECTED=layer.projected, NEEDS_H_PREV=layer.cell.needs_h_prev,
         )  # fmt: skip
         if layer.projected:
             torch.bmm(h[:, :rows], w_hr, out=projected[:, :rows])
@@ -165,6 +194,8 @@ def _stepwise_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved,
     w_hh, given = layer.stacked("w_hh"), grad_y is not None
     grad_y = grad_y if given else y
     grad_step = y.new_empty(D, B, layer.G * H)
+    recurrent = layer.masks.recurrent
+    grad_factors = grad_h if recurrent is None else torch.zeros_like(grad_h)
     grad_before_projection = grad_h
     if projected:
         grad_before_projection, grad_p, w_hr = y.new_empty(D, B, H), y.new_empty(D, B, P), layer.stacked("w_hr")
@@ -177,11 +208,14 @@ def _stepwise_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved,
             torch.bmm(grad_p[:, :rows], w_hr, out=grad_before_projection[:, :rows])
         layer.launch(
             "step_backward", layer.grid(rows, H), grad_y=grad_y, grad_h=grad_before_projection, grad_c=grad_c, h_0=h_0,
-            c_0=c_0, y=y, saved=saved, grad_gates=grad_gates, grad_step=grad_step, k=k,
+            c_0=c_0, y=y, saved=saved, grad_factors=None if recurrent is None else grad_factors,
+            grad_gates=grad_gates, grad_step=grad_step, k=k,
             GRADS=layer.F, HAS_GRAD_Y=given and not projected, PROJECTED=projected,
             NEEDS_H_PREV=layer.cell.needs_h_prev,
         )  # fmt: skip
-        grad_h[:, :rows].baddbmm_(grad_step[:, :rows], w_hh)
+        grad_factors[:, :rows].baddbmm_(grad_step[:, :rows], w_hh)
+    if recurrent is not None:
+        grad_h.addcmul_(grad_factors, recurrent)
 
 
 # ---- small things

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seqkernels import hardware, late_checks
-from seqkernels.backends.arguments import Weights, by_direction
+from seqkernels.backends.arguments import NO_MASKS, StepMasks, Weights, by_direction
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.triton.tiles import Launch, launch_of
@@ -27,8 +27,9 @@ class Layer:
         h_0: Tensor,
         batch_sizes: Tensor | None,
         launch: Sequence[int],
+        masks: StepMasks = NO_MASKS,
     ):
-        self.cell, self.device = CELLS[cell], x.device
+        self.cell, self.device, self.masks = CELLS[cell], x.device, masks
         self.D, self.B, self.P = h_0.shape
         self.weights: list[Weights] = by_direction(weights, self.D)
         self.N, self.G, self.K = x.shape[0], self.cell.gates, self.cell.saved_blocks
@@ -72,7 +73,7 @@ class Layer:
         every |= {"RAGGED": self.ragged, "ROWS": self.tile.rows, "UNITS": self.tile.units}
         if "P" not in arguments:
             every |= {"N": self.N, "CELL": self.cell.name, "HAS_C": self.cell.states == 2, "H": self.H}
-            every |= {"GATES": self.G, "SAVED": self.K}
+            every |= {"GATES": self.G, "SAVED": self.K, **self.masks._asdict()}
         _run(name, grid, {**every, **arguments}, self.tile.warps)
 
     def grid(self, rows: int, units: int) -> tuple[int, int, int]:
@@ -92,6 +93,7 @@ def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
         hidden_size=layer.H,
         projected=layer.projected,
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
+        options=tuple(name for name, mask in layer.masks._asdict().items() if mask is not None),
     )
     return launch_of(call, hardware.gpu_of(x.device))
 
@@ -99,15 +101,15 @@ def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
 def _run(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int) -> None:
     if arguments["starts"].device.type == "cpu" and not hardware.THIS_MACHINE.interpreter:
         raise RuntimeError("Triton's kernels take tensors on a GPU (TRITON_INTERPRET=1 lets them run on the CPU)")
-    getattr(_kernels(), name)[grid](**arguments, num_warps=warps, num_stages=1)
+    kernel_of(name)[grid](**arguments, num_warps=warps, num_stages=1)
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The kernels, whose import needs Triton."""
-    from seqkernels.backends.triton import kernels
+def kernel_of(name: str) -> Any:
+    """A kernel, whose import needs Triton."""
+    from seqkernels.backends.triton import kernels, stepwise
 
-    return kernels
+    return getattr(kernels if name.startswith("resident") else stepwise, name)
 
 
 def _starts_and_sizes(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

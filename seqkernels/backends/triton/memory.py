@@ -5,6 +5,9 @@ import triton.language as tl
 
 from seqkernels.backends.triton.algebra import store
 
+# Sizes change from call to call: no kernel is compiled again because one is a multiple of 16, or 1.
+kernel = triton.jit(do_not_specialize=["T", "B", "N", "k"])
+
 
 @triton.jit
 def step_of(k, steps, direction):
@@ -66,6 +69,18 @@ def load_weights(w_hh, UNITS: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr
     out, of = tl.arange(0, UNITS)[:, None], tl.arange(0, UNITS)[None, :]
     at = of * H + out if TRANSPOSED else out * H + of
     return load_blocks(w_hh, at, (out < H) & (of < H), H * H, GATES)
+
+
+@triton.jit
+def load_mask(mask, state, there):
+    """A mask ``[D, B, H]`` of states; None where there is none."""
+    return None if mask is None else tl.load(mask + state, there, 0.0)
+
+
+@triton.jit
+def load_rows(mask, at, direction, lane, unit, running, H: tl.constexpr, D: tl.constexpr):
+    """A mask ``[N, D, H]`` of a step; None where there is none."""
+    return None if mask is None else tl.load(mask + (at * D + direction) * H + (lane * D * H + unit), running, 0.0)
 
 
 @triton.jit

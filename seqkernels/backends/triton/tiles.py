@@ -73,7 +73,11 @@ def launch_of(call: Call, gpu: GPU) -> Launch:
     size = call.dtype.itemsize
     units = max(MIN_UNITS, 1 << (call.hidden_size - 1).bit_length())
     precision = 0 if size == 2 else 1 if call.tf32 or gpu.amd else 2
-    widest = _WIDEST[_family(gpu)][CELLS[call.cell].display_name][call.hidden_size % 16 != 0][precision]
+    family, odd = _family(gpu), call.hidden_size % 16 != 0
+    widest = _WIDEST[family][CELLS[call.cell].display_name][odd][precision]
+    # Masks take registers, too, of which there are enough on Hopper, but for an LSTM that needs more to address.
+    if call.options and (family != "hopper" or (odd and call.gates == 4)):
+        widest //= 2
     # What AMD's compiler keeps in registers passes through shared memory gate by gate.
     weights = (1 if gpu.amd else call.gates) * units * units * size
     if call.projected or units > widest or weights + SCRATCH * units > gpu.shared_memory:
