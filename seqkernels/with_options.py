@@ -139,7 +139,7 @@ def _by_kernels(
     def compute(x, weights, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
         # torch.vmap lets nobody see whether gradients are wanted outside of it.
         save = torch.is_grad_enabled() and (wanted or call.vmapped)
-        return masked_ops.forward(call.cell, x, weights, h_0, c_0, batch_sizes, masks, save)
+        return masked_ops.forward(plan, call.cell, x, weights, h_0, c_0, batch_sizes, masks, save)
 
     return _computed(compute, wanted and recompute, x, list(weights), h_0, c_0)
 

@@ -111,10 +111,11 @@ void set_products(Layer& p, const Launch& launch) {
 
 // What one layer with options has besides; none of them of a plain one.
 struct Masks {
-  Optional recurrent, zoneout_h, zoneout_c;
+  Optional recurrent, candidate, zoneout_h, zoneout_c;
 
   void set(Layer& p, const Tensor& x) const {
     const int64_t D = p.directions, N = x.size(0);
+    check(!candidate, "there are no CPU kernels with a mask of candidates");
     p.recurrent = checked(recurrent, "recurrent", {D, p.sequences, p.projected}, x);
     p.zoneout_h = checked(zoneout_h, "zoneout_h", {N, D, p.projected}, x);
     p.zoneout_c = checked(zoneout_c, "zoneout_c", {N, D, p.hidden}, x);
@@ -272,18 +273,19 @@ std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tenso
 }
 
 Forward masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
-                       Optional recurrent, Optional zoneout_h, Optional zoneout_c, bool save) {
+                       Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool save,
+                       Launch launch) {
   const StackArguments given{take_cell(cell), x, weights, h_0, c_0, batch_sizes, 1, false};
-  return forward(given, save, {}, std::nullopt, {recurrent, zoneout_h, zoneout_c});
+  return forward(given, save, launch, std::nullopt, {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 Backward masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                          Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
-                         Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved, bool wants_x,
-                         bool wants_weights) {
+                         Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
+                         bool wants_x, bool wants_weights, Launch launch) {
   const StackArguments given{take_cell(cell), x, weights, h_0, c_0, batch_sizes, 1, false};
-  return backward(given, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, {}, std::nullopt,
-                  {recurrent, zoneout_h, zoneout_c});
+  return backward(given, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch, std::nullopt,
+                  {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 }  // namespace
@@ -309,15 +311,15 @@ SEQKERNELS_FRAGMENT(m) {
   m.def(
       "quantized_recurrence(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
       "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
-  // One layer with masks (seqkernels/masked_ops.py).
+  // One layer with masks (seqkernels/masked_ops.py, whose schema this is).
   m.def(
       "masked_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "Tensor? recurrent, Tensor? zoneout_h, Tensor? zoneout_c, bool save) "
+      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save, int[] launch) "
       "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "masked_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
-      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? zoneout_h, "
-      "Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights) "
+      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, "
+      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int[] launch) "
       "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
 }
 
