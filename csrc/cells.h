@@ -211,6 +211,11 @@ template <class T>
 SEQKERNELS_CELL T lstm_c(const T* saved, T c_prev) {
   return saved[1] * c_prev + saved[0] * saved[2];
 }
+// And with dropout of g.
+template <class T>
+SEQKERNELS_CELL T lstm_c(const T* saved, T c_prev, T mask) {
+  return saved[1] * c_prev + saved[0] * (mask * saved[2]);
+}
 
 template <class T>
 struct LigruGates {
@@ -286,6 +291,33 @@ SEQKERNELS_CELL T cell_backward(T grad_h, T& grad_c, const T* saved, T now, T be
     grad[0] = of.a, grad[1] = of.z;
     return past;
   }
+}
+
+// ---- the same with dropout of the candidate, which is what a step adds to the state: g of LSTM, n of GRU, a of LiGRU
+
+template <Cell kCell>
+constexpr int kCandidate = kCell == Cell::ligru ? 0 : 2;  // its block of what is saved; z is block 1 where there is one
+
+// From the states before a step, and what cell_forward() has saved, the states after it.
+template <Cell kCell, class T>
+SEQKERNELS_CELL void drop_candidate(T mask, const T* saved, T h_before, T c_before, T& h, T& c) {
+  if constexpr (kCell == Cell::lstm) {
+    c = lstm_c(saved, c_before, mask);
+    h = saved[3] * tanh(c);
+  } else {
+    h = saved[1] * h_before + (1 - saved[1]) * (mask * saved[kCandidate<kCell>]);
+  }
+}
+
+// As cell_backward(), which lacks the mask in the gradients of all gates that come through the candidate, and in z's.
+template <Cell kCell, class T>
+SEQKERNELS_CELL T dropped_backward(T mask, T grad_h, T& grad_c, const T* saved, T now, T before, T* grad) {
+  if constexpr (kCell != Cell::lstm) before += (1 - mask) * saved[kCandidate<kCell>];
+  const T past = cell_backward<kCell>(grad_h, grad_c, saved, now, before, grad);
+  grad[0] *= mask;  // of GRU r, of LSTM i, of LiGRU a
+  if constexpr (kCell != Cell::ligru) grad[2] *= mask;
+  if constexpr (kCell == Cell::gru) grad[3] *= mask;
+  return past;
 }
 
 }  // namespace seqkernels::SEQKERNELS_ISA

@@ -43,10 +43,11 @@ struct Layer {
   const void* c_0;  // [D, C, H] or null
   // Of cells with options (seqkernels/option_ops.py), in the type of computation; each null where there is none.
   const void* recurrent;  // [D, B, P] what multiplies h in its products
+  const void* candidate;  // [D, B, H] what multiplies what a step adds to the state
   const void* zoneout_h;  // [N, D, P] how much of the state before stays
   const void* zoneout_c;  // [N, D, H]
 
-  bool masked() const { return recurrent || zoneout_h || zoneout_c; }
+  bool masked() const { return recurrent || candidate || zoneout_h || zoneout_c; }
 };
 
 struct LayerForward : Layer {

@@ -115,8 +115,8 @@ struct Masks {
 
   void set(Layer& p, const Tensor& x) const {
     const int64_t D = p.directions, N = x.size(0);
-    check(!candidate, "there are no CPU kernels with a mask of candidates");
     p.recurrent = checked(recurrent, "recurrent", {D, p.sequences, p.projected}, x);
+    p.candidate = checked(candidate, "candidate", {D, p.sequences, p.hidden}, x);
     p.zoneout_h = checked(zoneout_h, "zoneout_h", {N, D, p.projected}, x);
     p.zoneout_c = checked(zoneout_c, "zoneout_c", {N, D, p.hidden}, x);
     check(!p.masked() || !p.has_projection, "there are no kernels with masks and a projection");

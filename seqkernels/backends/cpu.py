@@ -21,7 +21,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
 
 def _has_options(call: Call) -> bool:
     """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
-    return set(call.options) <= {"zoneout", "recurrent_dropout"} and not call.cell.startswith("rnn")
+    masks = {"zoneout", "recurrent_dropout", "candidate_dropout"}
+    return set(call.options) <= masks and not call.cell.startswith("rnn")
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:
