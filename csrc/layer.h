@@ -70,4 +70,31 @@ struct LayerBackward : Layer {
   void* grad_c_0;                    // [D, C, H] or null
 };
 
+// A layer with layer norm (seqkernels/layer_norm_ops.py, which says what is what). Of the weights it has w_hh, and a
+// row of `saved` is [(G+S-1)*H]: the normalized sums, and c.
+struct Norms {
+  bool of_sum;            // of both products, else of W_hh h alone
+  int statistics_of_row;  // 1, of a layer that normalizes c 3
+  const void* gates_x;    // [N, D, G*H]
+  const void* scale;      // [D, G*H]
+  const void* shift;      // [D, G*H] or null
+  const void* scale_c;    // [D, H] or null: c is not normalized
+  const void* shift_c;    // [D, H] or null
+};
+
+struct LayerNormForward : LayerForward {
+  Norms norms;
+  void* statistics;  // [N, D, 1 or 3] or null
+};
+
+struct LayerNormBackward : LayerBackward {
+  Norms norms;
+  const void* statistics;
+  void* grad_gates_x;                 // [N, D, G*H], null of_sum
+  void* grad_sums;                    // [N, D, G*H]: of what is normalized, of_sum the gradient of gates_x as well
+  void* factors;                      // [N, D, H]: h before each step, as the products have it
+  void *grad_scale, *grad_shift;      // [D, G*H]
+  void *grad_scale_c, *grad_shift_c;  // [D, H] or null
+};
+
 }  // namespace seqkernels

@@ -196,6 +196,8 @@ IN_KERNELS = {
     "recurrent": {"recurrent_dropout": 0.4},
     "candidate": {"candidate_dropout": 0.4},
     "masks": {"zoneout": 0.2, "recurrent_dropout": 0.3, "candidate_dropout": 0.3, "blocks": 2},
+    "norm": {"layer_norm": True},
+    "norm and masks": {"zoneout": 0.2, "recurrent_dropout": 0.3, "candidate_dropout": 0.3, "layer_norm": "gates"},
 }
 
 
@@ -214,8 +216,11 @@ def run_by(backend, cell: str, options: dict, dtype, sequences: int, exact=False
 
 
 @pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=str(NO_CPU_KERNELS))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", IN_KERNELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # What a loop of torch's errs by in float64 is the error of the specification itself, which norms enlarge.
+    [(name, dtype) for name in IN_KERNELS for dtype in DTYPES if not (dtype == torch.float64 and "norm" in name)],
+)
 @pytest.mark.parametrize("cell", ["gru", "lstm", "ligru"])
 def test_kernels_are_as_close_as_torch(cell, name, dtype, instruction_set, monkeypatch):
     """As a loop of torch's operations in that dtype; torch_eager in float64 is as specified (test_as_specified)."""
@@ -457,16 +462,20 @@ def test_explain_says_which_way_runs():
     plain = sk.explain(sk.LSTM(4, 6), x)
     assert sk.explain(sk.LSTM(4, 6, recurrent_dropout=0.1, zoneout=0.1), x).backend == plain.backend
     masks = {"zoneout": 0.1, "recurrent_dropout": 0.1, "candidate_dropout": 0.1}
-    assert sk.explain(sk.LSTM(4, 6, **masks), x).backend == plain.backend
-    layer = sk.LSTM(4, 6, candidate_dropout=0.1, layer_norm=True)
+    for options in (masks, {"layer_norm": True}, {"layer_norm": "gates", **masks}):
+        assert sk.explain(sk.LSTM(4, 6, **options), x).backend == plain.backend
+    assert sk.explain(sk.RNN(4, 6, layer_norm=True, zoneout=0.1), x).backend == plain.backend
+    layer = sk.LSTM(4, 6, candidate_dropout=0.1, layer_norm=True, blocks=2)
     plan = sk.explain(layer, x)
     assert plan.backend == "torch_eager"
-    assert plan.kernel == "candidate_dropout, layer_norm: a step at a time in plain torch operations"
-    assert NO_CPU_KERNELS or dict(plan.refusals)["cpu"] == "it has no kernel with candidate_dropout, layer_norm"
-    assert "candidate_dropout, layer_norm: a step" in str(sk.explain(layer))
+    options = "candidate_dropout, layer_norm, blocks"
+    assert plan.kernel == f"{options}: a step at a time in plain torch operations"
+    assert NO_CPU_KERNELS or dict(plan.refusals)["cpu"] == f"it has no kernel with {options}"
+    assert f"{options}: a step" in str(sk.explain(layer))
     layer.cell_options = sk.CellOptions(candidate_dropout=0.1)
     assert sk.explain(layer.eval(), x) == plain
-    assert sk.explain(sk.LSTM(4, 6, proj_size=3, zoneout=0.1), x).backend == "torch_eager"
+    for option in ({"zoneout": 0.1}, {"layer_norm": True}):
+        assert sk.explain(sk.LSTM(4, 6, proj_size=3, **option), x).backend == "torch_eager"
     assert sk.explain(sk.RNN(4, 6, zoneout=0.1), x).backend == "torch_eager"
     assert "one after another 2 blocks of units" in sk.explain(sk.GRU(4, 6, blocks=2), x).kernel
     assert sk.explain(sk.GRU(4, 6, weight_dropout=0.2), x) == sk.explain(sk.GRU(4, 6), x)
