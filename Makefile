@@ -159,7 +159,7 @@ sanitize: $(TESTS_READY)
 	FORCE_CUDA= SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize --build-temp build/sanitize-objects
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -n $(TEST_JOBS) $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py) tests/modules/test_quantization.py -k "not triton and not cuda"
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q -n $(TEST_JOBS) $(addprefix tests/ops/,test_ops.py test_few_rows.py test_zero_sizes.py test_storage.py test_layer_norm.py) tests/modules/test_quantization.py -k "not triton and not cuda"
 	for check in tiles quantized; do \
 	  $${CXX:-c++} -std=c++17 -O0 -g1 -Wno-psabi -pthread $(SANITIZERS) -DSEQKERNELS_ISA=emulated \
 	    -DSEQKERNELS_EMULATED_TILES tests/cpu/$${check}_check.cpp csrc/cpu/schedule.cpp -o build/sanitize/$$check-check && \

@@ -43,10 +43,11 @@ struct Layer {
   const void* c_0;  // [D, C, H] or null
   // Of cells with options (seqkernels/option_ops.py), in the type of computation; each null where there is none.
   const void* recurrent;  // [D, B, P] what multiplies h in its products
+  const void* candidate;  // [D, B, H] what multiplies what a step adds to the state
   const void* zoneout_h;  // [N, D, P] how much of the state before stays
   const void* zoneout_c;  // [N, D, H]
 
-  bool masked() const { return recurrent || zoneout_h || zoneout_c; }
+  bool masked() const { return recurrent || candidate || zoneout_h || zoneout_c; }
 };
 
 struct LayerForward : Layer {
@@ -67,6 +68,33 @@ struct LayerBackward : Layer {
   WeightsOf<void*> grad_weights[2];  // if wanted
   void* grad_h_0;                    // [D, C, P]
   void* grad_c_0;                    // [D, C, H] or null
+};
+
+// A layer with layer norm (seqkernels/layer_norm_ops.py, which says what is what). Of the weights it has w_hh, and a
+// row of `saved` is [(G+S-1)*H]: the normalized sums, and c.
+struct Norms {
+  bool of_sum;            // of both products, else of W_hh h alone
+  int statistics_of_row;  // 1, of a layer that normalizes c 3
+  const void* gates_x;    // [N, D, G*H]
+  const void* scale;      // [D, G*H]
+  const void* shift;      // [D, G*H] or null
+  const void* scale_c;    // [D, H] or null: c is not normalized
+  const void* shift_c;    // [D, H] or null
+};
+
+struct LayerNormForward : LayerForward {
+  Norms norms;
+  void* statistics;  // [N, D, 1 or 3] or null
+};
+
+struct LayerNormBackward : LayerBackward {
+  Norms norms;
+  const void* statistics;
+  void* grad_gates_x;                 // [N, D, G*H], null of_sum
+  void* grad_sums;                    // [N, D, G*H]: of what is normalized, of_sum the gradient of gates_x as well
+  void* factors;                      // [N, D, H]: h before each step, as the products have it
+  void *grad_scale, *grad_shift;      // [D, G*H]
+  void *grad_scale_c, *grad_shift_c;  // [D, H] or null
 };
 
 }  // namespace seqkernels

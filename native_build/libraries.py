@@ -20,7 +20,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     # GCC 12 warns about its own AVX-512 header; Clang knows only the first of these.
     INSTRUCTION_SETS["avx512"] += " -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option"
 # What of csrc/cpu is compiled for each of them; what takes longest comes first.
-OF_EACH_SET = ("forward", "masked", "backward", "quantized", "kernels")
+OF_EACH_SET = ("forward", "masked", "backward", "layer_norm", "quantized", "kernels")
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
@@ -55,6 +55,7 @@ def cpu_library(includes: str) -> Library:
     ]
     objects += [
         Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
+        Object("csrc/cpu/ops_layer_norm.cpp", "ops_layer_norm.o", f"{includes} {STABLE}"),
         Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),

@@ -68,11 +68,14 @@ class CellOptions:
         default = CellOptions()
         return {name: value for name, value in vars(self).items() if value != getattr(default, name)}
 
-    def of_step(self, training: bool) -> tuple[str, ...]:
-        """Those for which a step computes something else, so that a backend has to have them itself."""
+    def of_step(self, training: bool, projected: bool = False) -> tuple[str, ...]:
+        """Those for which a step computes something else, so that a backend has to have them itself, and what it has
+        to have beside them."""
         names = ["zoneout"] if any(self.zoneouts) else []
         names += [name for name in ("recurrent_dropout", "candidate_dropout") if training and getattr(self, name)]
-        return (*names, *(["layer_norm"] if self.layer_norm else []))
+        names += ["layer_norm"] if self.layer_norm else []
+        names += ["proj_size"] if names and projected else []
+        return (*names, *(["blocks"] if self.layer_norm and self.blocks > 1 else []))
 
     @property
     def zoneouts(self) -> tuple[float, float]:

@@ -421,7 +421,7 @@ def plan_without_sizes(module: nn.RNNBase | nn.RNNCellBase) -> select.Plan:
     """
     weight = next(module.parameters())
     options = getattr(module, "cell_options", None)
-    of_step = options.of_step(module.training) if options else ()
+    of_step = options.of_step(module.training, bool(module.proj_size)) if options else ()
     call = Call(cell_of(module), weight.device.type, weight.dtype, options=of_step)
     if isinstance(module, nn.RNNCellBase):
         call = call._replace(layout="cell")

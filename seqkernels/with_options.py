@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from seqkernels import cell_options, checks, masked_ops, modes, ops, option_ops, select
+from seqkernels import cell_options, checks, layer_norm_ops, masked_ops, modes, ops, option_ops, select
 from seqkernels.backends import autocast, stack
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.torch_steps import Variant
@@ -89,10 +89,10 @@ def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
         ValueError: the backend that is forced has no such cells.
     """
     options, call = parts.cell_options, inputs.call
-    of_step = options.of_step(parts.training)
+    projected = inputs.c_0 is not None and inputs.c_0.shape[2] != inputs.h_0.shape[2]
+    of_step = options.of_step(parts.training, projected)
     if of_step:
-        projected = inputs.c_0 is not None and inputs.c_0.shape[2] != inputs.h_0.shape[2]
-        call = call._replace(options=(*of_step, "proj_size") if projected else of_step)
+        call = call._replace(options=of_step)
     if options.blocks > 1:
         call = call._replace(hidden_size=call.hidden_size // options.blocks, layers=1)
     plan = select.plan_of(call, inputs.rows.data.device, backend)
@@ -123,26 +123,29 @@ def run(
         elif options.blocks > 1:
             x, h, c = _by_blocks(plan, call, options.blocks, *args, masks, recompute)
         else:
-            x, h, c = _by_kernels(plan, call, *args, masks, recompute)
+            x, h, c = _by_kernels(plan, call, *args, masks, recompute, norms[layer], options.layer_norm)
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n)
 
 
 def _by_kernels(
-    plan, call, x, weights, h_0, c_0, batch_sizes, masks: Masks, recompute: bool
+    plan, call, x, weights, h_0, c_0, batch_sizes, masks: Masks, recompute: bool, norms=(), layer_norm=False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer by the operators of the backend."""
-    wanted = modes.wants_gradients(x, h_0, c_0, *weights)
-    if all(mask is None for mask in masks[1:]):
+    wanted = modes.wants_gradients(x, h_0, c_0, *weights, *norms)
+    if all(mask is None for mask in masks[1:]) and not layer_norm:
         return ops.recurrence_forward(plan, call, x, weights, h_0, c_0, batch_sizes, wanted, recompute)
 
-    def compute(x, weights, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
+    def compute(x, weights, norms, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
         # torch.vmap lets nobody see whether gradients are wanted outside of it.
         save = torch.is_grad_enabled() and (wanted or call.vmapped)
-        return masked_ops.forward(plan, call.cell, x, weights, h_0, c_0, batch_sizes, masks, save)
+        if not layer_norm:
+            return masked_ops.forward(plan, call.cell, x, weights, h_0, c_0, batch_sizes, masks, save)
+        of_layer = x, weights, norms, h_0, c_0, batch_sizes
+        return layer_norm_ops.forward(plan, call.cell, *of_layer, layer_norm, masks, save)
 
-    return _computed(compute, wanted and recompute, x, list(weights), h_0, c_0)
+    return _computed(compute, wanted and recompute, x, list(weights), list(norms), h_0, c_0)
 
 
 def _computed(compute: Callable, again: bool, x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,6 +56,7 @@ class BackwardSweep {
         units(Units::of<C>(work, p.hidden)),
         outputs(Units::of<C>(work, p.projected)),
         recurrent(static_cast<const C*>(p.recurrent)),
+        candidate(static_cast<const C*>(p.candidate)),
         zoneout_h(static_cast<const C*>(p.zoneout_h)),
         zoneout_c(static_cast<const C*>(p.zoneout_c)) {}
 
@@ -178,13 +179,18 @@ class BackwardSweep {
       stayed_h = of_h * load(at.at_row(zoneout_h, row, P) + unit, lanes);
       of_h -= stayed_h;
     }
+    const V keep = kMasked && candidate ? load(at.at_state(candidate, at.sequence(r), H) + unit, lanes) : V{} + 1;
     if constexpr (kHasC)
       if (kMasked && zoneout_c) {
         stayed_c = grad_c * load(at.at_row(zoneout_c, row, H) + unit, lanes);
         grad_c -= stayed_c;
-        state_now = lstm_c(blocks, state_before);  // that h came from
+        state_now = lstm_c(blocks, state_before, keep);  // that h came from
       }
-    [[maybe_unused]] const V past = cell_backward<kCell>(of_h, grad_c, blocks, state_now, state_before, grad);
+    [[maybe_unused]] V past;
+    if constexpr (kMasked)
+      past = dropped_backward<kCell>(keep, of_h, grad_c, blocks, state_now, state_before, grad);
+    else
+      past = cell_backward<kCell>(of_h, grad_c, blocks, state_now, state_before, grad);
     if constexpr (kHasC) store(mine.grad_c + r * memory.ldh + unit, kMasked && zoneout_c ? grad_c + stayed_c : grad_c);
     if constexpr (Traits::needs_h_prev)
       store(grad_h, kMasked && zoneout_h ? past + stayed_h : past);
@@ -205,7 +211,7 @@ class BackwardSweep {
   const WeightsOf<const void*>& source;
   C* const slice;
   const Units units, outputs;  // this range's, of H and of P
-  const C *const recurrent, *const zoneout_h, *const zoneout_c;
+  const C *const recurrent, *const candidate, *const zoneout_h, *const zoneout_c;
   // Of the step that runs.
   int64_t before, had_before, ahead, row0, row0_before;
   number_t<F>* grads;

@@ -75,6 +75,7 @@ class ForwardSweep {
         units(Units::of<C>(work, p.hidden)),
         outputs(Units::of<C>(work, p.projected)),
         recurrent(static_cast<const C*>(p.recurrent)),
+        candidate(static_cast<const C*>(p.candidate)),
         zoneout_h(static_cast<const C*>(p.zoneout_h)),
         zoneout_c(static_cast<const C*>(p.zoneout_c)),
         rows(mine.rows + work.begin * memory.chunk),
@@ -221,7 +222,14 @@ class ForwardSweep {
     C* const c_of = mine.c + r * memory.ldh + unit;
     if constexpr (Traits::needs_h_prev) h = load(mine.h + r * memory.ldp + unit);
     if constexpr (kHasC) c = load(c_of);
+    [[maybe_unused]] const cell_t<S> h_before = h, c_before = c;
     cell_forward<kCell>(x, recurrent, h, c, blocks);
+    if constexpr (kMasked)
+      if (candidate) {
+        const C* of_sequence = at.at_state(candidate, at.sequence(r), p.hidden) + unit;
+        const cell_t<S> mask = load(of_sequence, min(p.hidden - unit, kLane));
+        drop_candidate<kCell>(mask, blocks, h_before, c_before, h, c);
+      }
     if constexpr (kHasC) {
       if (kMasked && zoneout_c) c = zoned(zoneout_c, r, unit, p.hidden, load(c_of), c);
       store(c_of, c);
@@ -277,7 +285,7 @@ class ForwardSweep {
   const typename Memory::PerDirection& weights;
   const WeightsOf<const void*>& source;
   const Units units, outputs;  // this range's, of H and of P
-  const C *const recurrent, *const zoneout_h, *const zoneout_c;
+  const C *const recurrent, *const candidate, *const zoneout_h, *const zoneout_c;
   int64_t* const rows;  // of the chunk
   F* const turned;
   // Of the step that runs.

@@ -14,23 +14,37 @@ namespace seqkernels {
 namespace avx512 {
 extern const Kernels kernels;
 extern const QuantizedKernels quantized_kernels;
+extern const LayerNormKernels layer_norm_kernels;
 }  // namespace avx512
 namespace avx2 {
 extern const Kernels kernels;
 extern const QuantizedKernels quantized_kernels;
+extern const LayerNormKernels layer_norm_kernels;
 }  // namespace avx2
 #endif
 namespace baseline {
 extern const Kernels kernels;
 extern const QuantizedKernels quantized_kernels;
+extern const LayerNormKernels layer_norm_kernels;
 }  // namespace baseline
 
 namespace {
 
+// What is compiled for one instruction set.
+struct Compiled {
+  const Kernels& kernels;
+  const QuantizedKernels& quantized_kernels;
+  const LayerNormKernels& layer_norm_kernels;
+};
+#if defined(__x86_64__)
+const Compiled kAvx512{avx512::kernels, avx512::quantized_kernels, avx512::layer_norm_kernels};
+const Compiled kAvx2{avx2::kernels, avx2::quantized_kernels, avx2::layer_norm_kernels};
+#endif
+const Compiled kBaseline{baseline::kernels, baseline::quantized_kernels, baseline::layer_norm_kernels};
+
 struct Candidate {
   const char* name;
-  const Kernels* kernels;
-  const QuantizedKernels* quantized_kernels;
+  const Compiled* compiled;
   bool bfloat16_products, bfloat16_tiles;
   bool int8_products, int8_tiles;
   bool (*runs_here)();
@@ -71,14 +85,14 @@ bool has_avx2() {
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
 #if defined(SEQKERNELS_AMX)
-    {"amx", &avx512::kernels, &avx512::quantized_kernels, true, true, true, true, has_amx},
+    {"amx", &kAvx512, true, true, true, true, has_amx},
 #endif
-    {"avx512_bf16", &avx512::kernels, &avx512::quantized_kernels, true, false, true, false, has_avx512_bf16},
-    {"avx512_vnni", &avx512::kernels, &avx512::quantized_kernels, false, false, true, false, has_avx512_vnni},
-    {"avx512", &avx512::kernels, &avx512::quantized_kernels, false, false, false, false, has_avx512},
-    {"avx2", &avx2::kernels, &avx2::quantized_kernels, false, false, false, false, has_avx2},
+    {"avx512_bf16", &kAvx512, true, false, true, false, has_avx512_bf16},
+    {"avx512_vnni", &kAvx512, false, false, true, false, has_avx512_vnni},
+    {"avx512", &kAvx512, false, false, false, false, has_avx512},
+    {"avx2", &kAvx2, false, false, false, false, has_avx2},
 #endif
-    {"baseline", &baseline::kernels, &baseline::quantized_kernels, false, false, false, false, [] { return true; }},
+    {"baseline", &kBaseline, false, false, false, false, [] { return true; }},
 };
 
 // Intel's VDPBF16PS takes twice as long as the two float32 FMAs that do as much.
@@ -100,8 +114,9 @@ const Candidate* in_use = best();
 
 }  // namespace
 
-const Kernels& kernels() { return *in_use->kernels; }
-const QuantizedKernels& quantized_kernels() { return *in_use->quantized_kernels; }
+const Kernels& kernels() { return in_use->compiled->kernels; }
+const QuantizedKernels& quantized_kernels() { return in_use->compiled->quantized_kernels; }
+const LayerNormKernels& layer_norm_kernels() { return in_use->compiled->layer_norm_kernels; }
 bool bfloat16_products() { return in_use->bfloat16_products; }
 bool bfloat16_tiles() { return in_use->bfloat16_tiles; }
 bool int8_products() { return in_use->int8_products; }

@@ -6,6 +6,7 @@ namespace seqkernels {
 
 const Kernels& kernels();  // those in use
 const QuantizedKernels& quantized_kernels();
+const LayerNormKernels& layer_norm_kernels();
 bool bfloat16_products();  // whether they may multiply pairs of bfloat16
 bool bfloat16_tiles();     // and tiles of them
 bool int8_products();      // whether they may multiply fours of int8

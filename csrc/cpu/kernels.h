@@ -51,4 +51,12 @@ struct QuantizedKernels {
   void (*forward)(const LayerForward&, const Schedule&, int begin, int end, void* memory);
 };
 
+// What layer_norm.cpp offers, of float32 and float64.
+struct LayerNormKernels {
+  int64_t (*forward_bytes)(const LayerNormForward&, const Schedule&);
+  int64_t (*backward_bytes)(const LayerNormBackward&, const Schedule&);
+  void (*forward)(const LayerNormForward&, const Schedule&, int begin, int end, void* memory);
+  void (*backward)(const LayerNormBackward&, const Schedule&, int begin, int end, void* memory);
+};
+
 }  // namespace seqkernels

@@ -4,29 +4,12 @@
 #include "../mask_arguments.h"
 #include "../names.h"
 #include "isa.h"
-#include "memory.h"
+#include "passes.h"
 #include "quantized_arguments.h"
-#include "schedule.h"
 
 namespace {
 
 using namespace seqkernels;
-
-// A pass over a layer: one of `Kernels`.
-template <class P>
-struct Pass {
-  int64_t (*bytes)(const P&, const Schedule&);
-  void (*run)(const P&, const Schedule&, int begin, int end, void* memory);
-
-  void operator()(const P& p, int threads, WorkingMemory& working) const {
-    const OwnSchedule schedule(p, threads);
-    void* memory = working.data(static_cast<size_t>(bytes(p, schedule)));
-    if (schedule.members == 1) return run(p, schedule, 0, 1, memory);
-    torch::stable::parallel_for(0, schedule.members, 1, [&](int64_t begin, int64_t end) {
-      run(p, schedule, static_cast<int>(begin), static_cast<int>(end), memory);
-    });
-  }
-};
 
 // A pass over all layers, of every member of an ensemble where there is one, on as many threads as torch uses.
 // set(p, member, i) points p to what the i-th layer that runs takes and gives.
@@ -48,30 +31,6 @@ void run(const P& p, int64_t members, int64_t layers, const Pass<P>& pass, const
       run_members(alone * begin / at_once, alone * end / at_once, 1);
     });
   if (alone < members) run_members(alone, members, threads);
-}
-
-// Rows that no step uses are zeros; of `rows` rows of `bytes` bytes in all.
-void zero_rows(void* data, int64_t bytes, int64_t rows, int64_t from) {
-  if (!data || !bytes || rows == from) return;
-  const int64_t row = bytes / rows;
-  memset(static_cast<char*>(data) + from * row, 0, (rows - from) * row);
-}
-
-void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
-
-void zero(Tensor& tensor) {
-  if (tensor.numel()) memset(tensor.mutable_data_ptr(), 0, tensor.numel() * tensor.element_size());
-}
-
-// States that no row uses stay as they are: `to` [D, C, n] from `from`, zeros where that is null.
-void copy_states(const CheckedArguments& arguments, const Layer& p, void* to, const void* from, int64_t n,
-                 int64_t element_size) {
-  const size_t bytes = static_cast<size_t>(p.directions * p.states * n * element_size);
-  if (arguments.states_used() == p.states || !to || !bytes) return;
-  if (from)
-    memcpy(to, from, bytes);
-  else
-    memset(to, 0, bytes);
 }
 
 // What the layers of a member hand to each other, [N, D*P], where nobody keeps it: that of the last two.
@@ -113,8 +72,8 @@ void set_products(Layer& p, const Launch& launch) {
 void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
   masks.check_for(p, x);
   check(!masks.any() || saved_blocks_of(p.cell), "there are no CPU kernels with masks of ", name_of(p.cell));
-  check(!masks.candidate, "there are no CPU kernels with a mask of candidates");
   p.recurrent = masks.pointer(masks.recurrent);
+  p.candidate = masks.pointer(masks.candidate);
   p.zoneout_h = masks.pointer(masks.zoneout_h);
   p.zoneout_c = masks.pointer(masks.zoneout_c);
 }

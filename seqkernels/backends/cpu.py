@@ -20,8 +20,9 @@ def unsupported(call: Call, machine: Machine) -> str | None:
 
 
 def _has_options(call: Call) -> bool:
-    """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
-    return set(call.options) <= {"zoneout", "recurrent_dropout"} and not call.cell.startswith("rnn")
+    others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
+    # An RNN without norms saves its state alone, and its backward pass would need the one that zoneout has replaced.
+    return others == {"layer_norm"} or (not others and not call.cell.startswith("rnn"))
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:

@@ -29,33 +29,74 @@ class Variant(NamedTuple):
     zoneout_c: Tensor | None = None  # [N, D, H]
 
 
+class Direction(NamedTuple):
+    """What the steps of one direction need: the sums of the input, and what they become gates by."""
+
+    of_x: Tensor  # [N, G*H]
+    w_hh: Tensor
+    scale: Tensor | None  # [G*H] of the norm of W_hh h or, of "gates", of both products' sum
+    shift: Tensor | None  # [G*H] that is added behind it, and behind W_hh h where nothing is normalized
+    scale_c: Tensor | None = None  # [H]
+    shift_c: Tensor | None = None  # [H]
+    w_hr: Tensor | None = None
+
+
+def direction_of(x: Tensor, w: Weights, norms: Sequence[Tensor], layer_norm: bool | str) -> Direction:
+    """`norms`: those of `CellOptions.norm_sizes`, in that order."""
+    scale, shift = None, w.b_hh
+    if layer_norm == "gates":
+        of_x, scale = F.linear(x, w.w_ih), norms[0]
+        shift = None if w.b_ih is None or w.b_hh is None else w.b_ih + w.b_hh
+    elif layer_norm:
+        of_x, scale = _normalized(F.linear(x, w.w_ih), norms[0], w.b_ih), norms[1]
+    else:
+        of_x = F.linear(x, w.w_ih, w.b_ih)
+    scale_c, shift_c = (*norms[2:], None, None)[:2]
+    return Direction(of_x, w.w_hh, scale, shift, scale_c, shift_c, w.w_hr)
+
+
 def forward(
     cell: str,
     x: Tensor,  # [N, I]
     weights: Sequence[Tensor],
-    norms: Sequence[Tensor],  # for each direction those of `CellOptions.norm_sizes`, in that order
+    norms: Sequence[Tensor],  # of each direction
     h_0: Tensor,  # [D, B, P]
     c_0: Tensor | None,  # [D, B, H]
     batch_sizes: Tensor | None,  # [T]
     variant: Variant,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer -> y ``[N, D*P]``, h_n and c_n."""
-    dtype, rows, directions = x.dtype, x.shape[0], h_0.shape[0]
+    dtype, count = x.dtype, h_0.shape[0]
     x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
-    norms = to_acc(*norms)
-    steps, each = steps_of(batch_sizes, rows, h_0.shape[1]), len(norms) // directions
+    of_directions = zip(by_direction(weights, count), norms_by_direction(to_acc(*norms), count), strict=True)
+    directions = [direction_of(x, w, of_direction, variant.layer_norm) for w, of_direction in of_directions]
+    y, h_n, c_n = sweep(cell, directions, h_0, c_0, batch_sizes, variant)
+    return y.to(dtype), h_n.to(dtype), c_n.to(dtype)
+
+
+def norms_by_direction(norms: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
+    each = len(norms) // directions
+    return [norms[d * each : (d + 1) * each] for d in range(directions)]
+
+
+def sweep(
+    cell: str, directions: Sequence[Direction], h_0: Tensor, c_0: Tensor | None, batch_sizes: Tensor | None,
+    variant: Variant,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The steps of a layer -> y ``[N, D*P]``, h_n and c_n."""
+    rows = directions[0].of_x.shape[0]
+    steps = steps_of(batch_sizes, rows, h_0.shape[1])
     ys, h_n, c_n = [], [], []
-    for d, w in enumerate(by_direction(weights, directions)):
-        sums = _Sums(w, norms[d * each : (d + 1) * each], variant)
-        of_x = sums.of_input(x)
+    for d, of in enumerate(directions):
+        sums = _Sums(of, variant)
         h, c = h_0[d], h_0.new_zeros(h_0.shape[1], 0) if c_0 is None else c_0[d]
         y = []
         for start, size in reversed(steps) if d else steps:
             now = slice(start, start + size)
             h_before, c_before = h[:size], c[:size]
-            gates = sums.gates(of_x[now], _times(h_before, variant.recurrent, (d, slice(size))))
+            gates = sums.gates(of.of_x[now], _times(h_before, variant.recurrent, (d, slice(size))))
             candidate = None if variant.candidate is None else variant.candidate[d, :size]
-            h_t, c_t, _ = step(cell, *gates, w.w_hr, h_before, c_before, candidate, sums.of_c)
+            h_t, c_t, _ = step(cell, *gates, of.w_hr, h_before, c_before, candidate, sums.of_c)
             h_t = _zoned(h_before, h_t, variant.zoneout_h, (now, d))
             c_t = _zoned(c_before, c_t, variant.zoneout_c, (now, d))
             y.append(h_t)
@@ -63,7 +104,7 @@ def forward(
         ys.append(in_rows(y[::-1] if d else y, rows, h_0.shape[2], h_0))
         h_n.append(h)
         c_n.append(c)
-    return torch.cat(ys, 1).to(dtype), torch.stack(h_n).to(dtype), torch.stack(c_n).to(dtype)
+    return torch.cat(ys, 1), torch.stack(h_n), torch.stack(c_n)
 
 
 def _times(state: Tensor, mask: Tensor | None, at: tuple) -> Tensor:
@@ -77,33 +118,24 @@ def _zoned(before: Tensor, new: Tensor, stays: Tensor | None, at: tuple) -> Tens
 class _Sums:
     """The sums of one direction that go into its gates, and the norm of its c."""
 
-    def __init__(self, w: Weights, norms: Sequence[Tensor], variant: Variant) -> None:
-        self.w, self.kind, self.blocks = w, variant.layer_norm, variant.blocks
-        self.scales = norms[:2] if self.kind is True else norms[:1]
-        self.biases = None if w.b_ih is None or w.b_hh is None else w.b_ih + w.b_hh
-        self.norm_c = norms[2:]
-        self.w_hh = w.w_hh
+    def __init__(self, of: Direction, variant: Variant) -> None:
+        self.of, self.kind, self.blocks = of, variant.layer_norm, variant.blocks
+        self.w_hh = of.w_hh
         if self.blocks > 1:  # [k, H/k of h, G*H/k]
-            units = w.w_hh.shape[1]
-            self.w_hh = w.w_hh.view(-1, self.blocks, units, units).permute(1, 3, 0, 2).flatten(2)
-
-    def of_input(self, x: Tensor) -> Tensor:
-        """W_ih x of all rows, normalized and shifted where it is so by itself."""
-        if self.kind == "gates":
-            return F.linear(x, self.w.w_ih)
-        if self.kind:
-            return _shifted(_normalized(F.linear(x, self.w.w_ih), self.scales[0]), self.w.b_ih)
-        return F.linear(x, self.w.w_ih, self.w.b_ih)
+            units = of.w_hh.shape[1]
+            self.w_hh = of.w_hh.view(-1, self.blocks, units, units).permute(1, 3, 0, 2).flatten(2)
 
     def gates(self, of_x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """What a cell adds up to its gates: that of the input and that of h."""
         of_h = F.linear(h, self.w_hh) if self.blocks == 1 else self._by_blocks(h)
         if self.kind == "gates":
-            return torch.zeros_like(of_x), _shifted(_normalized(of_x + of_h, self.scales[0]), self.biases)
-        return of_x, _shifted(_normalized(of_h, self.scales[1]) if self.kind else of_h, self.w.b_hh)
+            return torch.zeros_like(of_x), _normalized(of_x + of_h, self.of.scale, self.of.shift)
+        if self.kind:
+            return of_x, _normalized(of_h, self.of.scale, self.of.shift)
+        return of_x, of_h if self.of.shift is None else of_h + self.of.shift
 
     def of_c(self, c: Tensor) -> Tensor:
-        return _normalized(c, *self.norm_c) if self.norm_c else c
+        return c if self.of.scale_c is None else _normalized(c, self.of.scale_c, self.of.shift_c)
 
     def _by_blocks(self, h: Tensor) -> Tensor:
         units = h.shape[1] // self.blocks
@@ -111,9 +143,5 @@ class _Sums:
         return of_blocks.view(self.blocks, len(h), self.w_hh.shape[2] // units, units).permute(1, 2, 0, 3).flatten(1)
 
 
-def _normalized(sums: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+def _normalized(sums: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return F.layer_norm(sums, sums.shape[1:], scale, shift, EPS)
-
-
-def _shifted(sums: Tensor, bias: Tensor | None) -> Tensor:
-    return sums if bias is None else sums + bias
