@@ -30,15 +30,14 @@ class StepMasks(NamedTuple):
     zoneout_h: Tensor | None = None  # [N, D, P]
     zoneout_c: Tensor | None = None  # [N, D, H]
 
-    def check(self, cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor) -> None:
-        """After `check`; csrc says the same in C++.
+    def check(self, cell: str, x: Tensor, h_0: Tensor, hidden_size: int) -> None:
+        """csrc says the same in C++.
 
         Raises:
-            RuntimeError: masks that do not fit, or of layers that have no kernels with them.
+            RuntimeError: masks that do not fit.
         """
         (D, B, P), N, facts = h_0.shape, x.shape[0], CELLS[cell]
-        H = weights[0].shape[0] // facts.gates
-        shapes = (D, B, P), (D, B, H), (N, D, P), (N, D, H)
+        shapes = (D, B, P), (D, B, hidden_size), (N, D, P), (N, D, hidden_size)
         dtype = torch.promote_types(x.dtype, torch.float32)
         for name, mask, shape in zip(self._fields, self, shapes, strict=True):
             if mask is not None:
@@ -46,10 +45,14 @@ class StepMasks(NamedTuple):
                 _require(mask.dtype == dtype, f"{name} is {dtype}, got {mask.dtype}")
                 _require(mask.device == x.device and mask.is_contiguous(), f"{name} is contiguous, and where x is")
                 expect_storage(**{name: mask})
-        saves = facts.saved_blocks > 0
-        _require(P == H or self == NO_MASKS, "there are no kernels with masks and a projection")
-        _require(saves or self[1:] == (None,) * 3, f"of the masks a kernel of {facts.display_name} has recurrent alone")
+        _require(facts.saved_blocks > 0 or self.candidate is None, "candidate goes with gated cells only")
         _require(facts.states == 2 or self.zoneout_c is None, "zoneout_c goes with an LSTM only")
+
+    def check_without_norm(self, cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor) -> None:
+        """The same of a layer that has no layer norm, after `check`."""
+        self.check(cell, x, h_0, hidden_size := weights[0].shape[0] // CELLS[cell].gates)
+        _require(self == NO_MASKS or h_0.shape[2] == hidden_size, "there are no kernels with masks and a projection")
+        _require(CELLS[cell].saved_blocks > 0 or self.zoneout_h is None, "there are no kernels with zoneout of an RNN")
 
 
 NO_MASKS = StepMasks()
@@ -85,7 +88,7 @@ def check(
     _require(cell in CELLS, f"unknown cell '{cell}'; the cells are {', '.join(CELLS)}")
     _require(x.dim() == 2, f"x is [rows, input size], got {x.dim()} dimensions")
     _require(h_0.dim() == 3, f"h_0 is [directions, sequences, hidden size], got {h_0.dim()} dimensions")
-    N, I, (LD, B, P), G = *x.shape, h_0.shape, CELLS[cell].gates  # noqa: E741
+    I, (LD, B, P), G = x.shape[1], h_0.shape, CELLS[cell].gates  # noqa: E741
     _require(layers > 0 and LD % layers == 0, f"h_0 has {LD} states for {layers} layers")
     D = LD // layers
     _require(D in (1, 2), f"an RNN has one or two directions, got {D}")
@@ -111,6 +114,12 @@ def check(
     expect_storage(x=x, h_0=h_0, c_0=c_0, batch_sizes=batch_sizes)
     for w in directions:
         expect_storage(**w._asdict())
+    check_steps(batch_sizes, x, B)
+
+
+def check_steps(batch_sizes: Tensor | None, x: Tensor, sequences: int) -> None:
+    """batch_sizes, or without them a batch size of all sequences, fit the rows of x; raises RuntimeError."""
+    N, B = x.shape[0], sequences
     if batch_sizes is None:
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return

@@ -57,7 +57,9 @@ MASKS = ("zoneout", "recurrent_dropout", "candidate_dropout")
         ("rnn_tanh", MASKS[1:2], "triton"),
         ("rnn_tanh", MASKS[:1], "torch_eager"),  # its backward pass would need the state before zoneout
         ("lstm", ("zoneout", "proj_size"), "torch_eager"),
-        ("gru", ("zoneout", "layer_norm"), "torch_eager"),
+        ("gru", ("zoneout", "layer_norm"), "triton"),
+        ("rnn_relu", ("layer_norm",), "triton"),
+        ("gru", ("layer_norm", "blocks"), "torch_eager"),
     ],
 )
 def test_options_run_in_triton(cell, options, backend):

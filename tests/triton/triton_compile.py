@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from seqkernels import hardware
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
-from seqkernels.backends.triton import host, layer
+from seqkernels.backends.triton import host, layer, norm_host
 from seqkernels.backends.triton.tiles import MIN_UNITS, launch_of
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
@@ -66,6 +66,8 @@ def launches(gpu: hardware.GPU) -> list[dict]:
     widest = max(units for units in (32, 64, 128) if launch_of(call._replace(hidden_size=units), gpu).resident)
     for hidden in (widest, 256):
         run("lstm", torch.bfloat16, hidden, 0, masked=True)
+    for hidden, masked in ((64, False), (256, True)):
+        run_norms(hidden, masked)
     return list(noted.values())
 
 
@@ -90,6 +92,18 @@ def run(cell: str, dtype: torch.dtype, hidden: int, projected: int, masked: bool
         y, h_n, c_n, saved = forward(cell, *arguments, save, [])
         if save:
             backward(cell, y, h_n, c_n if cell == "lstm" else None, *arguments, y, saved, True, True, [])
+
+
+def run_norms(H: int, masked: bool) -> None:
+    """Both passes of an LSTM with layer norm: of 64 units resident on Hopper, of 256 single steps with all masks."""
+    hardware.tf32 = lambda device: True
+    D, B, N, of_gates, of_c = 2, 2, 3, torch.zeros(2, 4 * H), torch.zeros(2, H)
+    states, rows = torch.zeros(D, B, H), torch.zeros(N, D, H)
+    masks = (states, states, rows, rows) if masked else (None,) * 4
+    layer = torch.zeros(N, D, 4 * H), torch.zeros(D, 4 * H, H), of_gates, of_gates, of_c, of_c, states, states
+    layer += torch.tensor([2, 1]), *masks, False
+    y, h_n, c_n, *saved = norm_host.layer_norm_forward("lstm", *layer, True, [])
+    norm_host.layer_norm_backward("lstm", y, h_n, c_n, *layer, y, *saved, True, [])
 
 
 def compiled(launch: dict, gpu: hardware.GPU) -> dict:

@@ -2,12 +2,13 @@
 
 This file says when it runs, `tiles` how a layer is cut, `layer` what a launch needs of it, `host` which kernels and
 products make a pass, `kernels` and `stepwise` what these compute, by the formulas of `algebra` and the loads of
-`memory`.
+`memory`; `norm_host`, `norms` and `resident_norms` are the same of layers with layer norm.
 """
 
 from seqkernels.backends import costs
 from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
 from seqkernels.backends.triton.host import backward, forward, masked_backward, masked_forward
+from seqkernels.backends.triton.norm_host import layer_norm_backward, layer_norm_forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
 from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
 
@@ -18,6 +19,8 @@ __all__ = [
     "estimate",
     "forward",
     "kernel",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "masked_backward",
     "masked_forward",
     "plan_launch",
@@ -48,9 +51,9 @@ def unsupported(call: Call, machine: Machine) -> str | None:
 
 
 def _has_options(call: Call) -> bool:
-    """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
-    masks = "recurrent_dropout", "candidate_dropout", "zoneout"
-    return set(call.options) <= set(masks[:1] if call.cell.startswith("rnn") else masks)
+    others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
+    # An RNN without norms saves its state alone, and its backward pass would need the one that zoneout has replaced.
+    return others == {"layer_norm"} or (not others and not (call.cell.startswith("rnn") and "zoneout" in call.options))
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:

@@ -96,6 +96,14 @@ def cell_forward(x_0, x_1, x_2, x_3, h_0, h_1, h_2, h_3, h, c, candidate, CELL: 
 
 
 @triton.jit
+def lstm_backward(grad_h, grad_c, i, f, g, o, tanh_c, before, candidate):
+    """What cell_backward gives, from the gradient of c that has that of h in it."""
+    grad_i, grad_f = grad_c * masked(g, candidate) * i * (1 - i), grad_c * before * f * (1 - f)
+    grad_g, grad_o = masked(grad_c, candidate) * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
+    return grad_i, grad_f, grad_g, grad_o, tl.zeros_like(grad_h), grad_c * f
+
+
+@triton.jit
 def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, candidate, CELL: tl.constexpr):
     """Gradients of one step -> (four blocks of gates, that of h_prev past the gates, that of c_prev).
 
@@ -112,9 +120,7 @@ def cell_backward(grad_h, grad_c, s_0, s_1, s_2, s_3, now, before, candidate, CE
         i, f, g, o = s_0, s_1, s_2, s_3
         tanh_c = tanh(now)
         grad_c += grad_h * o * (1 - tanh_c * tanh_c)
-        grad_i, grad_f = grad_c * masked(g, candidate) * i * (1 - i), grad_c * before * f * (1 - f)
-        grad_g, grad_o = masked(grad_c, candidate) * i * (1 - g * g), grad_h * tanh_c * o * (1 - o)
-        return grad_i, grad_f, grad_g, grad_o, tl.zeros_like(grad_h), grad_c * f
+        return lstm_backward(grad_h, grad_c, i, f, g, o, tanh_c, before, candidate)
     elif CELL == "ligru":
         a, z = s_0, s_1
         grad_a = tl.where(a <= 0, 0.0, masked(grad_h, candidate) * (1 - z))

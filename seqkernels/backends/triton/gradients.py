@@ -27,7 +27,7 @@ def grad_weights(layer: Layer, x, h_0, y, saved, grad_gates, grad_projected) -> 
         grad_w_ih = torch.empty_like(w.w_ih, memory_format=torch.contiguous_format)
         for columns, rows in _blocks_of_x(layer):
             torch.mm(grads[:, columns].t(), x[:used], out=grad_w_ih[rows])
-        h_prev = _factors(layer, y[:, d * P : (d + 1) * P], h_0[d], d)[:used]
+        h_prev = factors(layer, y[:, d * P : (d + 1) * P], h_0[d], d)[:used]
         found += [grad_w_ih, grads[:, of_h].t() @ h_prev]
         if layer.bias:
             found.append(torch.cat([grads[:, columns].sum(0) for columns, _ in _blocks_of_x(layer)]))
@@ -46,7 +46,7 @@ def _blocks_of_x(layer: Layer) -> list[tuple[slice, slice]]:
     return [(together, together), *own]
 
 
-def _factors(layer: Layer, y: Tensor, h_0: Tensor, direction: int) -> Tensor:
+def factors(layer: Layer, y: Tensor, h_0: Tensor, direction: int) -> Tensor:
     """For every row ``[N]`` the h that it started from, as its products had it; zeros for rows that no step uses, which
     have no gradient."""
     reverse = direction == 1

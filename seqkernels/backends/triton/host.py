@@ -44,7 +44,7 @@ def masked_forward(
     """One layer with masks: `seqkernels.masked_ops`."""
     masks = StepMasks(recurrent, candidate, zoneout_h, zoneout_c)
     _check(cell, x, weights, h_0, c_0, batch_sizes, 1)
-    masks.check(cell, x, weights, h_0)
+    masks.check_without_norm(cell, x, weights, h_0)
     return _forward(cell, x, weights, h_0, c_0, fitting(x, h_0, batch_sizes), save, launch, masks)
 
 
@@ -101,7 +101,7 @@ def masked_backward(
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     grads, masks = (grad_y, grad_h_n, grad_c_n), StepMasks(recurrent, candidate, zoneout_h, zoneout_c)
     _check(cell, x, weights, h_0, c_0, batch_sizes, 1)
-    masks.check(cell, x, weights, h_0)
+    masks.check_without_norm(cell, x, weights, h_0)
     check_backward(cell, grads, x, weights, h_0, c_0, y, saved)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     return _backward(
@@ -117,8 +117,8 @@ def _backward(
     layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks)
     D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
     carried = torch.float32 if layer.tile.resident else x.dtype  # the stepwise path multiplies into it
-    grad_h = _given_or_zeros(grad_h_n, (D, B, P), x, carried)
-    grad_c = _given_or_zeros(grad_c_n, (D, B, 0 if c_0 is None else H), x, torch.float32)
+    grad_h = given_or_zeros(grad_h_n, (D, B, P), x, carried)
+    grad_c = given_or_zeros(grad_c_n, (D, B, 0 if c_0 is None else H), x, torch.float32)
     # Rows that no step uses have no gradient.
     new = x.new_empty if batch_sizes is None else x.new_zeros
     grad_gates = new(D, N, layer.F * H)
@@ -232,5 +232,5 @@ def _copy(state: Tensor, dtype: torch.dtype) -> Tensor:
     return state.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _given_or_zeros(grad: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+def given_or_zeros(grad: Tensor | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_zeros(shape, dtype=dtype) if grad is None else _copy(grad, dtype)

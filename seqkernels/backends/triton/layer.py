@@ -107,9 +107,10 @@ def _run(name: str, grid: tuple[int, ...], arguments: dict[str, Any], warps: int
 @functools.cache
 def kernel_of(name: str) -> Any:
     """A kernel, whose import needs Triton."""
-    from seqkernels.backends.triton import kernels, stepwise
+    from seqkernels.backends.triton import kernels, norms, resident_norms, stepwise
 
-    return getattr(kernels if name.startswith("resident") else stepwise, name)
+    files = kernels, stepwise, resident_norms, norms
+    return next(getattr(file, name) for file in files if hasattr(file, name))
 
 
 def _starts_and_sizes(batch_sizes: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

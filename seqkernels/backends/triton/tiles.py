@@ -70,26 +70,38 @@ _RESIDENT = {32: 1.4, 64: 2.0, 128: 3.2}
 
 def launch_of(call: Call, gpu: GPU) -> Launch:
     """From facts alone: no trial launches, nothing that depends on the batch."""
-    size = call.dtype.itemsize
+    masks, norms = set(call.options) - {"layer_norm"}, "layer_norm" in call.options
+    size = 4 if norms else call.dtype.itemsize  # layers with norms compute in float32
     units = max(MIN_UNITS, 1 << (call.hidden_size - 1).bit_length())
     precision = 0 if size == 2 else 1 if call.tf32 or gpu.amd else 2
     family, odd = _family(gpu), call.hidden_size % 16 != 0
     widest = _WIDEST[family][CELLS[call.cell].display_name][odd][precision]
-    # Masks take registers, too, of which there are enough on Hopper, but for an LSTM that needs more to address.
-    if call.options and (family != "hopper" or (odd and call.gates == 4)):
+    # Options take registers, too. Hopper has enough for norms, or for masks but of an LSTM that needs more to address.
+    if norms and (masks or family != "hopper"):
+        widest = 0
+    elif masks and family != "hopper":
         widest //= 2
+    elif masks and odd and call.gates == 4:
+        widest //= 4
     # What AMD's compiler keeps in registers passes through shared memory gate by gate.
     weights = (1 if gpu.amd else call.gates) * units * units * size
     if call.projected or units > widest or weights + SCRATCH * units > gpu.shared_memory:
-        return Launch(call.tf32, False, 4, 128, 4)
+        return _with_all_units(call.tf32, units) if norms else Launch(call.tf32, False, 4, 128, 4)
     # Of four and eight warps those by which the compiler spills nothing.
     if gpu.amd:
         few_warps = units < 128
     elif precision == 2:
-        few_warps = call.gates == 1
+        few_warps = call.gates == 1 and not norms
     else:
-        few_warps = call.gates == 2 and units == 32
+        of_32_units = {2} | ({3} if norms else {4} if masks and precision == 1 else set())
+        few_warps = units == 32 and call.gates in of_32_units
     return Launch(call.tf32, True, ROWS, units, 4 if few_warps else 8)
+
+
+def _with_all_units(tf32: bool, units: int) -> Launch:
+    """Single steps of which a program has all units, as norms need them: a thread has 8 numbers of a tile, but for
+    layers of more than 4,096 units."""
+    return Launch(tf32, False, max(1, min(4, 1024 // units)), units, min(16, max(4, units // 256)))
 
 
 def step_cost(call: Call, gpu: GPU, backward: bool) -> float:
