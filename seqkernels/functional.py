@@ -245,7 +245,8 @@ def run(
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
     # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
-    together = plan.backend == "cudnn" or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
+    together = layers == 1 or plan.backend == "cudnn"
+    together = together or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
     if layers == 1 or (dropout == 0 and together):
         return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces)
     of_one, h_n, c_n = call._replace(layers=1), [], []
