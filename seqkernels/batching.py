@@ -153,7 +153,8 @@ def _folded(
     h_0, c_0 = states(h_0, in_dims[3]), states(c_0, in_dims[4])
     sequences = h_0.shape[1] // size
     x = _in_front(x, in_dims[1], size).unflatten(1, (-1, sequences)).transpose(0, 1).flatten(0, 2)
-    y, h_n, c_n, saved = operator(cell, x, weights, h_0, c_0, None, save, [], layers, None)
+    # Of the launch what is true of any number of sequences: its first number, how products are rounded.
+    y, h_n, c_n, saved = operator(cell, x, weights, h_0, c_0, None, save, launch[:1], layers, None)
     y, saved = (t.unflatten(0, (-1, size, sequences)).transpose(0, 1).flatten(1, 2) for t in (y, saved))
     h_n, c_n = (t.unflatten(1, (size, sequences)).movedim(1, 0) for t in (h_n, c_n))
     return y, h_n, c_n, saved

@@ -6,6 +6,7 @@ from operators import NO_CPU_KERNELS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 import seqkernels as sk
+from seqkernels import batching
 
 LAYERS = {
     "RNN": {"batch_first": True},
@@ -53,6 +54,16 @@ def test_inputs_of_the_same_layer_are_one_call(monkeypatch):
     layer.backend = "torch_eager"
     vmap(layer)(torch.randn(5, 6, 3, 4, **DOUBLE))
     assert [args[1].shape for args in called] == [(5 * 6 * 3, 4)]
+
+
+def test_one_call_of_many_inputs_rounds_as_planned():
+    """Of a launch's numbers the first, whatever the backend, says how products are rounded; others are of sizes."""
+    told, layer = [], layer_of("LiGRU")
+    members = batching.Members(lambda *args: told.append(args[7]) or sk.ops.torch_eager.forward(*args[:9]), None)
+    x, h_0 = torch.randn(5, 6 * 3, 4, **DOUBLE), torch.zeros(5, 1, 3, 5, **DOUBLE)
+    args = "ligru", x, list(layer.parameters()), h_0, None, None, False, [2, 7, 7], 1, None
+    members.forward(args, (None, 0, [None] * 4, 0, None, None, None, [None] * 3, None, None), 5)
+    assert told == [[2]]
 
 
 def test_inputs_and_states_and_lengths():
