@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, modes, onnx_export, ops, resets, select, with_options
+from seqkernels import checks, ensembles, modes, onnx_export, ops, resets, select, with_options
 from seqkernels.backends import stack
 from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
@@ -214,6 +214,10 @@ def recurrent(
         of_export = num_layers, directions, dropout, batch_first, lengths, cu_seqlens, bias
         return onnx_export.recurrent(cell, input, hx, weights, *of_export)
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
+    if parts is None and not dropout and modes.transformed() and all(option is None for option in ragged):
+        of_layers = num_layers, directions, batch_first, bias, recompute, backend
+        if results := ensembles.recurrent(cell, input, hx, weights, *of_layers):
+            return results
     blocks = 1 if parts is None else parts.cell_options.blocks
     pieces = reset is not None and parts is None and resets.in_kernels(backend)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces, blocks)

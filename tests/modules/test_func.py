@@ -90,6 +90,36 @@ def test_an_ensemble_and_its_gradients(name):
     torch.testing.assert_close(list(grads), expected)
 
 
+def test_an_ensemble_that_shares_a_state_and_some_weights():
+    layers, x, h_0 = (
+        [layer_of("GRU", seed) for seed in range(3)],
+        torch.randn(6, 3, 4, **DOUBLE),
+        torch.randn(1, 3, 5, **DOUBLE),
+    )
+    parameters, _ = stack_module_state(layers)
+    shared = {"weight_ih_l0": layers[0].weight_ih_l0, "weight_hh_l0": parameters["weight_hh_l0"].movedim(0, 2)}
+    run = vmap(lambda p, h: functional_call(layers[0], p, (x, h)), ({"weight_ih_l0": None, "weight_hh_l0": 2}, None))
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight_ih_l0.copy_(layers[0].weight_ih_l0)
+    found, expected = flat(run(shared, h_0)), stacked(layer(x, h_0) for layer in layers)
+    torch.testing.assert_close(found, expected)
+    of_each = torch.autograd.grad(loss(expected), [layer.weight_hh_l0 for layer in layers])
+    torch.testing.assert_close(torch.autograd.grad(loss(found), parameters["weight_hh_l0"])[0], torch.stack(of_each))
+
+
+def test_an_error_in_an_ensemble_leaves_torch_as_it_was():
+    layers, x = [layer_of("GRU", seed) for seed in range(3)], torch.randn(6, 3, 4, **DOUBLE)
+    parameters, _ = stack_module_state(layers)
+
+    def member(parameters):
+        with pytest.raises(RuntimeError, match="Expected 4, got 3"):
+            functional_call(layers[0], parameters, (x[..., :3],))
+        return functional_call(layers[0], parameters, (x,))
+
+    torch.testing.assert_close(flat(vmap(member)(parameters)), stacked(layer(x) for layer in layers))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_each_sample(name):
     layer, xs = layer_of(name), torch.randn(3, 6, 4, **DOUBLE)
