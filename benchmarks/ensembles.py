@@ -21,6 +21,7 @@ SIZES = {
 }  # steps x sequences
 MEMBERS = 16
 EACH = f"{OURS}, a call each"
+FUNCTION = f"{OURS}, the function"  # without functional_call
 
 
 def layers_of(case: Case, namespace: Any, count: int) -> list[nn.Module]:
@@ -53,22 +54,28 @@ def one_by_one(case: Case, namespace: Any, count: int) -> Callable[[], list[list
     return infer if case.mode == "infer" else train
 
 
-def together(case: Case, count: int) -> Callable[[], list[Tensor]]:
-    """The same of all members side by side."""
+def together(case: Case, count: int, of_function: bool = False) -> Callable[[], list[Tensor]]:
+    """The same of all members side by side, by the layer or by its function."""
     layers, x = layers_of(case, require("seqkernels"), count), input_of(case)
     parameters, _ = stack_module_state(layers)
-    run = vmap(lambda parameters: functional_call(layers[0], parameters, (x,)))
+    weights = list(parameters.values())
+    function = getattr(require("seqkernels").functional, case.cell.lower())
+    of_layer = vmap(lambda parameters: functional_call(layers[0], parameters, (x,)))
+    of_weights = vmap(lambda weights: function(x, None, weights))
+
+    def run() -> Tensor:
+        return (of_weights(weights) if of_function else of_layer(parameters))[0]
 
     def infer() -> list[Tensor]:
         with torch.inference_mode():
-            return [run(parameters)[0]]
+            return [run()]
 
     def train() -> list[Tensor]:
-        for parameter in parameters.values():
-            parameter.grad = None
-        y = run(parameters)[0]
+        for weight in weights:
+            weight.grad = None
+        y = run()
         y.sum().backward()
-        return [y, *(p.grad for p in parameters.values())]
+        return [y, *(weight.grad for weight in weights)]
 
     return infer if case.mode == "infer" else train
 
@@ -104,6 +111,7 @@ def measure(case: Case, count: int, rounds: int) -> list[Row]:
     expected = side_by_side(one_by_one(case._replace(dtype="float64"), nn, count)())
     made: dict[str, Callable[[], Callable[[], list]]] = {
         OURS: lambda: together(case, count),
+        FUNCTION: lambda: together(case, count, True),
         EACH: lambda: one_by_one(case, require("seqkernels"), count),
         OWN: lambda: one_by_one(case, nn, count),
     }
@@ -117,7 +125,7 @@ def measure(case: Case, count: int, rounds: int) -> list[Row]:
 def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, headings, lines and notes, for each processor, number of threads and of members."""
     rows = newest((row for row in rows if row["right"]), lambda row: (*key(row), row["members"]))
-    of = "device", "cpu", "gpu", "threads", "members"
-    for (*place, members), headings, lines in beside.grouped(rows, of, ("problem", "cell", "mode"), (OURS, EACH, OWN)):
+    of, order = ("device", "cpu", "gpu", "threads", "members"), (OURS, FUNCTION, EACH, OWN)
+    for (*place, members), headings, lines in beside.grouped(rows, of, ("problem", "cell", "mode"), order):
         notes = ["Median ms: how many times as fast the ensemble in one call is; = within the spread."]
         yield f"Ensembles of {members} layers, float32, {beside.where(*place)}", headings, lines, notes

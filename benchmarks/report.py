@@ -25,6 +25,7 @@ BY_MODULE: dict[str, ModuleType] = {
     "quantized": quantized,
     "cells": cells,
 }
+IN_README = ("resets", "ensembles")  # of those; others are in pages of their own
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--readme",
         type=Path,
         metavar="FILE",
-        help="write the tables of CPUs with all their threads, and of GPUs, into FILE, between its two markers",
+        help="write the tables of CPUs with all their threads, of GPUs, of resets and of ensembles into FILE, between "
+        "its two markers",
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into DIR, as PNG and SVG")
 
@@ -45,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     """Print, write and draw what is asked for; 1 if rows had to be refused."""
     names = "kernels", "calls", "steps", *BY_MODULE
     file, *others = (options.rows / f"{name}.jsonl" for name in names)
-    of_calls, of_steps, *by_module = others
+    of_calls, of_steps, *_ = others
     rows = read(file) if file.exists() or not any(path.exists() for path in others) else []
     refused = {key(row) for row in rows if row.get("right") is not True}
     for case in sorted(refused, key=str):
@@ -54,15 +56,15 @@ def run(options: argparse.Namespace) -> int:
     found = tables(rows)
     found += [Table(*parts) for parts in calls.tables(read(of_calls))] if of_calls.exists() else []
     found += step_tables(newest(read(of_steps), step_key)) if of_steps.exists() else []
-    for of_module, module in zip(by_module, BY_MODULE.values(), strict=True):
-        found += [Table(*parts) for parts in module.tables(read(of_module))] if of_module.exists() else []
+    for name in BY_MODULE:
+        found += tables_of(name, options.rows)
     if options.markdown:
         print("\n\n".join(map(markdown, found)))
     else:
         for table in found:
             show(table)
     if options.readme:
-        write_between(options.readme, "\n\n".join(map(markdown, readme_tables(rows))))
+        write_between(options.readme, "\n\n".join(map(markdown, readme_tables(rows, options.rows))))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
         scaling = options.rows / "scaling.jsonl"
@@ -78,8 +80,15 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-def readme_tables(rows: list[Row]) -> list[Table]:
-    return tables(cpu_rows(rows)) + tables(gpu_rows(rows))
+def readme_tables(rows: list[Row], folder: Path) -> list[Table]:
+    found = tables(cpu_rows(rows)) + tables(gpu_rows(rows))
+    return found + [table for name in IN_README for table in tables_of(name, folder)]
+
+
+def tables_of(name: str, folder: Path) -> list[Table]:
+    """Those of a command of `BY_MODULE`, if it has rows."""
+    file = folder / f"{name}.jsonl"
+    return [Table(*parts) for parts in BY_MODULE[name].tables(read(file))] if file.exists() else []
 
 
 def tables(rows: list[Row]) -> list[Table]:

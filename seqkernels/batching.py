@@ -32,7 +32,7 @@ class Members(NamedTuple):
         pairs = list(zip(leaves, dims, strict=True))
         if self.ensemble is None or any(dim is not None and not may_be_members(leaf) for leaf, dim in pairs):
             return each_member(self.one, args, dims, size)
-        own = [_in_front(leaf, dim, size) if may_be_members(leaf) else leaf for leaf, dim in pairs]
+        own = [in_front(leaf, dim, size) if may_be_members(leaf) else leaf for leaf, dim in pairs]
         return pytree.tree_flatten(self.ensemble(*pytree.tree_unflatten(own, structure)))
 
     def forward(self, args: Sequence, in_dims: Sequence, size: int) -> tuple[Tensor, ...]:
@@ -46,10 +46,10 @@ class Members(NamedTuple):
             return tuple(each_member(self.one, args, pytree.tree_leaves(list(in_dims), is_leaf=_is_none), size)[0])
         return self.ensemble(
             cell,
-            _in_front(x, of_x, size),
-            [_in_front(weight, dim, size) for weight, dim in zip(weights, of_weights, strict=True)],
-            _in_front(h_0, of_h_0, size),
-            None if c_0 is None else _in_front(c_0, of_c_0, size),
+            in_front(x, of_x, size),
+            [in_front(weight, dim, size) for weight, dim in zip(weights, of_weights, strict=True)],
+            in_front(h_0, of_h_0, size),
+            None if c_0 is None else in_front(c_0, of_c_0, size),
             batch_sizes,
             *options,
         )
@@ -120,7 +120,7 @@ def may_be_members(leaf) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def in_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     if dim is None:
         return tensor.expand(size, *tensor.shape)
     return tensor.movedim(dim, 0) if dim else tensor
@@ -148,12 +148,13 @@ def _folded(
     """One call for all members, as sequences side by side."""
 
     def states(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        return None if tensor is None else _in_front(tensor, dim, size).transpose(0, 1).flatten(1, 2)
+        return None if tensor is None else in_front(tensor, dim, size).transpose(0, 1).flatten(1, 2)
 
     h_0, c_0 = states(h_0, in_dims[3]), states(c_0, in_dims[4])
     sequences = h_0.shape[1] // size
-    x = _in_front(x, in_dims[1], size).unflatten(1, (-1, sequences)).transpose(0, 1).flatten(0, 2)
-    y, h_n, c_n, saved = operator(cell, x, weights, h_0, c_0, None, save, [], layers, None)
+    x = in_front(x, in_dims[1], size).unflatten(1, (-1, sequences)).transpose(0, 1).flatten(0, 2)
+    # Of the launch what is true of any number of sequences: its first number, how products are rounded.
+    y, h_n, c_n, saved = operator(cell, x, weights, h_0, c_0, None, save, launch[:1], layers, None)
     y, saved = (t.unflatten(0, (-1, size, sequences)).transpose(0, 1).flatten(1, 2) for t in (y, saved))
     h_n, c_n = (t.unflatten(1, (size, sequences)).movedim(1, 0) for t in (h_n, c_n))
     return y, h_n, c_n, saved

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, modes, onnx_export, ops, resets, select, with_options
+from seqkernels import checks, ensembles, modes, onnx_export, ops, resets, select, with_options
 from seqkernels.backends import stack
 from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
@@ -214,6 +214,10 @@ def recurrent(
         of_export = num_layers, directions, dropout, batch_first, lengths, cu_seqlens, bias
         return onnx_export.recurrent(cell, input, hx, weights, *of_export)
     ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
+    if parts is None and not dropout and modes.transformed() and all(option is None for option in ragged):
+        of_layers = num_layers, directions, batch_first, bias, recompute, backend
+        if results := ensembles.recurrent(cell, input, hx, weights, *of_layers):
+            return results
     blocks = 1 if parts is None else parts.cell_options.blocks
     pieces = reset is not None and parts is None and resets.in_kernels(backend)
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces, blocks)
@@ -245,7 +249,8 @@ def run(
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
     # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
-    together = plan.backend == "cudnn" or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
+    together = layers == 1 or plan.backend == "cudnn"
+    together = together or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
     if layers == 1 or (dropout == 0 and together):
         return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces)
     of_one, h_n, c_n = call._replace(layers=1), [], []

@@ -55,6 +55,11 @@ class Machine(NamedTuple):
     interpreter: bool = False  # TRITON_INTERPRET: its kernels run step by step on the CPU
     gpu: GPU | None = None  # the one that the tensors are on
 
+    @property
+    def splits_float32(self) -> bool:
+        """Whether kernels for the CPU can take float32 as sums of bfloat16."""
+        return self.isa == "amx"
+
 
 # In a Hugging Face kernel the library has the unique name of its operators' namespace.
 NATIVE = f"{__package__}.{'_C' if ops.name == 'seqkernels' else ops.name}"

@@ -112,10 +112,10 @@ def _initial_state(
     sizes = [(count, sequences, size) for size in features]
     begin = _given_state(hx, sizes, rows.data, "hidden", transformed)
     others = None if reset_to is None else _given_state(reset_to, sizes, rows.data, "reset_to", transformed)
-    if rows.sorted_indices is not None:
-        begin = [state.index_select(1, rows.sorted_indices) for state in begin]
     if rows.anew is not None:
         begin = resets.begin_anew(begin, others, rows)
+    elif rows.sorted_indices is not None:
+        begin = [state.index_select(1, rows.sorted_indices) for state in begin]
     return begin[0], begin[1] if len(begin) == 2 else None
 
 

@@ -68,7 +68,7 @@ def facts_of(
     """A call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or one step of a cell, as `select` sees it; and whether
     gradients are wanted."""
     device, training = x.device, wants_gradients(x, h_0, c_0, *weights)
-    parts = hardware.bfloat16_parts(device, x.dtype)
+    parts = hardware.bfloat16_parts(device, x.dtype) if hardware.THIS_MACHINE.splits_float32 else 0
     vmapped = transformed and only_vmap()
     transformed = transformed and not vmapped
     # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import drop_in
+from seqkernels import drop_in, onnx_export
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -111,6 +111,8 @@ class _Quantized(nn.Module):
         hx: State | None,
         lengths: Tensor | Sequence[int] | None,
         batch_first: bool,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: State | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         data = input.data if isinstance(input, PackedSequence) else input
         if self.training:
@@ -119,15 +121,16 @@ class _Quantized(nn.Module):
             raise RuntimeError(f"{self._get_name()} runs on the CPU: its input is on {data.device}")
         if data.dtype != torch.float32:
             raise ValueError(f"{self._get_name()} takes float32 and quantizes by itself, got {data.dtype}")
+        if onnx_export.exporting():
+            raise ValueError("ONNX has no operator of quantized layers: export the model before quantize_")
         gates, projected = CELLS[self.cell].gates, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
         # What `prepare` checks of weights are shapes, dtypes and devices: one number is enough.
         one, rows = data.new_empty(1), gates * self.hidden_size
         weights = [one.expand(rows, self.input_size), one.expand(rows, projected)]
         weights += [one] * (sum(map(len, self.names)) - 2)
-        inputs = prepare(
-            self.cell, input, hx, weights, self.num_layers, directions, batch_first, lengths, bias=self.bias
-        )
+        ragged = lengths, None, None, reset, reset_to
+        inputs = prepare(self.cell, input, hx, weights, self.num_layers, directions, batch_first, *ragged, self.bias)
         if inputs.save:
             raise RuntimeError(f"{self._get_name()} has no gradients: call it under torch.no_grad()")
         (rows_of, h_0, c_0, *_), packed = inputs, list(self._buffers.values())
@@ -201,17 +204,20 @@ class QuantizedLayer(_Quantized):
         hx: State | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: State | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
-        """As that of the layer in floating point, in float32.
+        """As that of the layer in floating point, in float32. What resets have cut runs side by side.
 
         Raises:
             RuntimeError: gradients are wanted, the layer is in training mode, or the input on another device.
-            ValueError: the input is not float32.
+            ValueError: the input is not float32; ONNX, which has no such operator.
             ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit.
         """
-        if tracer := drop_in.tracer_of(input, hx, lengths):
-            return drop_in.traced(tracer, self, input, hx, lengths=lengths)  # type: ignore[return-value]
-        return self._run(input, hx, lengths, self.batch_first)
+        if tracer := drop_in.tracer_of(input, hx, lengths, reset, reset_to):
+            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to}
+            return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]
+        return self._run(input, hx, lengths, self.batch_first, reset, reset_to)
 
 
 class QuantizedCell(_Quantized):

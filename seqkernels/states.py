@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
-from seqkernels import checks, functional, modes, onnx_export, select
+from seqkernels import checks, functional, modes, onnx_export, with_options
 from seqkernels.backends import arguments, precision, stack, torch_eager
 from seqkernels.backends.cells import CELLS
 from seqkernels.cell_options import CellOptions
@@ -84,15 +84,20 @@ def recurrent(
     norms: Sequence[Tensor] = (),
 ) -> tuple[Tensor | PackedSequence, State, State]:
     """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
-    if cell_options is not None and cell_options.given():
-        raise ValueError(f"return_all_states goes with no {' and no '.join(cell_options.given())}")
-    if onnx_export.exporting():
-        raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     directions = 2 if bidirectional else 1
     checks.check_recompute(recompute)
+    parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers * directions, bias)
+    if parts is not None and CELLS[cell].states == 2 and parts.cell_options.given():
+        raise ValueError(f"return_all_states of an LSTM goes with no {' and no '.join(parts.cell_options.given())}")
+    if onnx_export.exporting():
+        raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     ragged = lengths, None, None, reset, reset_to
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias)
-    plan = select.plan_of(inputs.call, inputs.rows.data.device, backend)
+    blocks = 1 if parts is None else parts.cell_options.blocks
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, False, blocks)
+    plan = functional.plan_of(inputs, parts, backend)
+    of_layers: Sequence[with_options.Parts | None] = [None] * num_layers
+    if parts is not None:
+        weights, of_layers = with_options.of_layers(weights, parts, num_layers, num_layers * directions)
     x, ys, cs, ends = inputs.rows.data, [], [], []
     for layer, (of_layer, h_0, c_0) in enumerate(stack.each(num_layers, weights, inputs.h_0, inputs.c_0)):
         if layer and training and dropout > 0:
@@ -100,7 +105,7 @@ def recurrent(
         rows, call = inputs.rows._replace(data=x), inputs.call._replace(layers=1)
         save = modes.wants_gradients(x, h_0, c_0, *of_layer)
         one = inputs._replace(rows=rows, h_0=h_0, c_0=c_0, save=save, call=call)
-        y, *end = functional.run(plan, one, of_layer, 0.0, recompute)
+        y, *end = functional.run(plan, one, of_layer, 0.0, recompute, of_layers[layer])
         if inputs.c_0 is not None:
             wanted = recompute and modes.wants_gradients(y, c_0, *of_layer)
             cs.append(_recomputed(one, y, of_layer) if wanted else _cell_states(one, y, of_layer))

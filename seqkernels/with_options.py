@@ -5,6 +5,7 @@ runs them. What changes a step itself, only the backends run that have it (`Call
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -204,6 +205,13 @@ def _steps(
 
     again = recompute and modes.wants_gradients(x, h_0, c_0, *weights, *norms)
     return _computed(compute, again, x, list(weights), list(norms), h_0, c_0)
+
+
+def of_layers(weights: Sequence[Tensor], parts: Parts, layers: int, count: int) -> tuple[Sequence[Tensor], list[Parts]]:
+    """The weights of `count` layers and directions as `dropped`, and the parts of each layer's call with its own."""
+    options = replace(parts.cell_options, weight_dropout=0.0)  # they are dropped once
+    norms = [of_layer for of_layer, *_ in stack.each(layers, parts.norms)]
+    return dropped(weights, parts, count), [Parts(options, of_layer, parts.training) for of_layer in norms]
 
 
 def dropped(weights: Sequence[Tensor], parts: Parts, count: int) -> Sequence[Tensor]:

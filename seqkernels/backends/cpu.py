@@ -45,4 +45,4 @@ def kernel(call: Call, machine: Machine) -> str:
 
 
 def _bfloat16_parts(call: Call, machine: Machine) -> int:
-    return call.bfloat16_parts if machine.isa == "amx" and not call.options else 0
+    return call.bfloat16_parts if machine.splits_float32 and not call.options else 0

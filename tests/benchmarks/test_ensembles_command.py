@@ -16,7 +16,8 @@ def test_every_contender_has_a_row_and_a_column(tmp_path, capsys, monkeypatch):
     arguments = [word for option in {**options, "--out": str(tmp_path)}.items() for word in option]
     assert command.main(["ensembles", *arguments]) == 0
     found = read(tmp_path / "ensembles.jsonl")
-    assert [row["contender"] for row in found] == 2 * ["seqkernels", "seqkernels, a call each", "torch.nn"]
+    names = ["seqkernels", "seqkernels, the function", "seqkernels, a call each", "torch.nn"]
+    assert [row["contender"] for row in found] == 2 * names
     for row in found:
         assert {"run", "machine", "cpu", "torch", "commit", "dirty", "plan", "median_ms"} <= set(row)
         assert row["right"] and row["members"] == 3 and row["T"] == 7 and row["problem"] == "1x1"
@@ -34,7 +35,7 @@ def test_contenders_compute_the_same(cell, mode):
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
-    monkeypatch.setattr(ensembles, "together", lambda case, count: lambda: contenders_of(case, count))
+    monkeypatch.setattr(ensembles, "together", lambda case, count, *_: lambda: contenders_of(case, count))
     rows = ensembles.measure(CASE._replace(shape=SMALL), 2, 2)
     assert not any(row["right"] or "median_ms" in row for row in rows)
     assert beside.said(rows[0]) == "seqkernels WRONG"

@@ -89,7 +89,7 @@ def test_the_documents_say_what_the_rows_say():
     page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     between = page.split(report.MARKERS[0])[1].split(report.MARKERS[1])[0]
     rows = record.newest(record.read(record.RESULTS / "kernels.jsonl"))
-    expected = "\n\n".join(map(report.markdown, report.readme_tables(rows)))
+    expected = "\n\n".join(map(report.markdown, report.readme_tables(rows, record.RESULTS)))
 
     def numbers(text: str) -> list[str]:
         """Whatever the history of this checkout, which decides about marks, may say."""

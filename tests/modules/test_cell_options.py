@@ -528,10 +528,36 @@ def test_what_does_not_fit_is_refused(make, error, sentence):
         make()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, name in EACH if cell in ("gru", "ligru")])
+def test_all_states_are_those_of_the_same_call(cell, name, recompute):
+    layer, found = layer_of(cell, name, dropout=0.2, recompute=recompute), []
+    x, h_0 = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(4, 3, 6, dtype=torch.float64)
+    for all_states in (False, True):
+        torch.manual_seed(1)
+        y, h_n, *h = layer(x, h_0, lengths=LENGTHS, return_all_states=all_states)
+        found.append((y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), list(layer.parameters()))))
+    torch.testing.assert_close(*found)
+    (h,) = h
+    assert h.shape == (2, *y.shape) and torch.equal(h[1], y)
+    for b, length in enumerate(LENGTHS):
+        for layer_h, ends in zip(h, h_n.unflatten(0, (2, 2)), strict=True):
+            forward, backward = layer_h[:, b].chunk(2, 1)
+            if length:
+                torch.testing.assert_close(ends[:, b], torch.stack([forward[length - 1], backward[0]]))
+
+
+def test_all_states_compile_with_options():
+    layer = layer_of("gru", "norm", return_all_states=True).eval()
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
 def test_calls_that_do_not_fit_are_refused():
     x = torch.randn(5, 3, 4)
-    with pytest.raises(ValueError, match="return_all_states goes with no zoneout"):
-        sk.GRU(4, 6, zoneout=0.1)(x, return_all_states=True)
+    with pytest.raises(ValueError, match="return_all_states of an LSTM goes with no zoneout"):
+        sk.LSTM(4, 6, zoneout=0.1)(x, return_all_states=True)
     layer = sk.GRU(4, 6, layer_norm=True)
     layer.backend = "cudnn"
     with pytest.raises(ValueError, match=r"no backend runs gru.*cudnn: "):

@@ -6,6 +6,7 @@ from operators import NO_CPU_KERNELS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 import seqkernels as sk
+from seqkernels import batching
 
 LAYERS = {
     "RNN": {"batch_first": True},
@@ -55,6 +56,16 @@ def test_inputs_of_the_same_layer_are_one_call(monkeypatch):
     assert [args[1].shape for args in called] == [(5 * 6 * 3, 4)]
 
 
+def test_one_call_of_many_inputs_rounds_as_planned():
+    """Of a launch's numbers the first, whatever the backend, says how products are rounded; others are of sizes."""
+    told, layer = [], layer_of("LiGRU")
+    members = batching.Members(lambda *args: told.append(args[7]) or sk.ops.torch_eager.forward(*args[:9]), None)
+    x, h_0 = torch.randn(5, 6 * 3, 4, **DOUBLE), torch.zeros(5, 1, 3, 5, **DOUBLE)
+    args = "ligru", x, list(layer.parameters()), h_0, None, None, False, [2, 7, 7], 1, None
+    members.forward(args, (None, 0, [None] * 4, 0, None, None, None, [None] * 3, None, None), 5)
+    assert told == [[2]]
+
+
 def test_inputs_and_states_and_lengths():
     layer, xs, hs = layer_of("GRU deep"), torch.randn(2, 6, 3, 4, **DOUBLE), torch.randn(2, 4, 3, 5, **DOUBLE)
     torch.testing.assert_close(flat(vmap(layer)(xs, hs)), stacked(map(layer, xs, hs)))
@@ -77,6 +88,36 @@ def test_an_ensemble_and_its_gradients(name):
     grads = torch.autograd.grad(loss(found), list(parameters.values()))
     expected = stacked(torch.autograd.grad(loss(layer(x)), list(layer.parameters())) for layer in layers)
     torch.testing.assert_close(list(grads), expected)
+
+
+def test_an_ensemble_that_shares_a_state_and_some_weights():
+    layers, x, h_0 = (
+        [layer_of("GRU", seed) for seed in range(3)],
+        torch.randn(6, 3, 4, **DOUBLE),
+        torch.randn(1, 3, 5, **DOUBLE),
+    )
+    parameters, _ = stack_module_state(layers)
+    shared = {"weight_ih_l0": layers[0].weight_ih_l0, "weight_hh_l0": parameters["weight_hh_l0"].movedim(0, 2)}
+    run = vmap(lambda p, h: functional_call(layers[0], p, (x, h)), ({"weight_ih_l0": None, "weight_hh_l0": 2}, None))
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight_ih_l0.copy_(layers[0].weight_ih_l0)
+    found, expected = flat(run(shared, h_0)), stacked(layer(x, h_0) for layer in layers)
+    torch.testing.assert_close(found, expected)
+    of_each = torch.autograd.grad(loss(expected), [layer.weight_hh_l0 for layer in layers])
+    torch.testing.assert_close(torch.autograd.grad(loss(found), parameters["weight_hh_l0"])[0], torch.stack(of_each))
+
+
+def test_an_error_in_an_ensemble_leaves_torch_as_it_was():
+    layers, x = [layer_of("GRU", seed) for seed in range(3)], torch.randn(6, 3, 4, **DOUBLE)
+    parameters, _ = stack_module_state(layers)
+
+    def member(parameters):
+        with pytest.raises(RuntimeError, match="Expected 4, got 3"):
+            functional_call(layers[0], parameters, (x[..., :3],))
+        return functional_call(layers[0], parameters, (x,))
+
+    torch.testing.assert_close(flat(vmap(member)(parameters)), stacked(layer(x) for layer in layers))
 
 
 @pytest.mark.parametrize("name", LAYERS)

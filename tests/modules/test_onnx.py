@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from operators import NO_CPU_KERNELS
 from torch import nn
 from torch.export import Dim
 
@@ -123,3 +124,11 @@ def test_a_swapped_model():
 def test_what_onnx_has_not_is_refused(layer, message):
     with pytest.raises(torch.onnx.errors.OnnxExporterError, match=message):
         torch.onnx.export(layer.eval(), (torch.randn(7, 3, 4),), dynamo=True, verbose=False)
+
+
+@pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=NO_CPU_KERNELS or "-")
+def test_quantized_layers_are_refused():
+    layer = sk.GRU(4, 5)
+    sk.quantize_(layer)
+    with pytest.raises(torch.onnx.errors.OnnxExporterError, match="before quantize_"):
+        torch.onnx.export(layer, (torch.randn(7, 3, 4),), dynamo=True, verbose=False)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 
 import pytest
 import quantized_spec
@@ -158,6 +159,27 @@ def test_packed_batch_first_and_unbatched():
     assert torch.equal(y.transpose(0, 1), expected) and torch.equal(h_first, h_n)
     y, h = layer(x[:, 0])
     assert torch.equal(y, expected[:, 0]) and torch.equal(h, h_n[:, 0])
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_resets_cut_sequences_into_pieces(cell, bidirectional):
+    layer = layer_of(cell, 12, 30, num_layers=2, bidirectional=bidirectional)
+    x, mask, lengths = torch.randn(8, 3, 12), torch.zeros(8, 3, dtype=torch.bool), [8, 5, 6]
+    mask[[0, 3, 4, 2, 7], [0, 0, 0, 1, 1]] = True  # the first step, neighbours, one behind the end
+    state, begun = state_of(layer, 3), state_of(layer, 3)
+    y, ends = layer(x, state, lengths=lengths, reset=mask, reset_to=begun)
+    for b, length in enumerate(lengths):
+        marks = [t for t in range(length) if mask[t, b]]
+        for first, end in itertools.pairwise(sorted({0, *marks, length})):
+            given = begun if mask[first, b] else state
+            of_piece = tuple(s[:, b : b + 1] for s in given) if cell == "lstm" else given[:, b : b + 1]
+            alone, *last = tensors_of(layer(x[first:end, b : b + 1], of_piece))
+            assert torch.equal(y[first:end, b], alone[:, 0])
+        assert all(torch.equal(e[:, b], one[:, 0]) for e, one in zip(tensors_of((y, ends))[1:], last, strict=True))
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    of_rows = pack_padded_sequence(mask, lengths, enforce_sorted=False)
+    assert torch.equal(pad_packed_sequence(layer(packed, state, reset=of_rows, reset_to=begun)[0])[0], y)
 
 
 def test_nothing_to_compute(instruction_set):
