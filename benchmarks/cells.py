@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import beside, kernels, record, require
 from benchmarks.cases import CASES, Case
-from benchmarks.contenders import MAX_UNROLLED, OURS, OWN, Unavailable, data, errors, prepared, weights
+from benchmarks.contenders import MAX_UNROLLED, OURS, OWN, Unavailable, data, errors, optional, prepared, weights
 from benchmarks.models import Contender
 from benchmarks.options import add_conditions, check_device
 from benchmarks.problems import Problem
@@ -34,6 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "blocks": {"blocks": 8},
 }
 WITHOUT, LOOP, COMPILED = "no option", "loop of torch", "torch.compile of the loop"
+DREAMER = "DreamerV3BlockGRU of TorchRL"
 
 
 def layer_of(case: Case, option: str | None) -> Any:
@@ -98,13 +99,21 @@ def loop(case: Case, option: str, compiled: bool = False) -> Callable[[], list[T
     return prepared(case, layer, seeded(call))
 
 
+def dreamer(case: Case) -> Callable[[], list[Tensor]]:
+    """Blocks as Dreamer v3 has them, in a cell that does more: a layer of blocks, with its norm, before the gates."""
+    problem, modules = case.shape, optional("torchrl.modules").modules
+    layer = modules.DreamerV3BlockGRU(problem.I, problem.H, projection_size=problem.H, num_blocks=8)
+    return prepared(case, layer, lambda x: layer(x.transpose(0, 1)))
+
+
 def contenders(case: Case, option: str) -> dict[str, Callable[[], Callable[[], list[Tensor]]]]:
-    return {
+    made = {
         WITHOUT: lambda: ours(case, None),
         OURS: lambda: ours(case, option),
         LOOP: lambda: loop(case, option),
         COMPILED: lambda: loop(case, option, compiled=True),
     }
+    return made | ({DREAMER: lambda: dreamer(case)} if option == "blocks" and case.cell == "GRU" else {})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +151,7 @@ def measure(case: Case, option: str, rounds: int) -> list[Row]:
 
     def errors_of(name: str, contender: Contender) -> list[float] | None:
         # Others compute something else, or draw other masks.
-        return None if name in (WITHOUT, COMPILED) else errors(contender.run(), expected())
+        return None if name in (WITHOUT, COMPILED, DREAMER) else errors(contender.run(), expected())
 
     def is_right(rows: dict[str, Row]) -> bool:
         # The loop stands for torch.nn, which has no such layer.
@@ -156,6 +165,6 @@ def tables(rows: list[Row]) -> Iterator[tuple[str, list[str], list[list[str]], l
     known = (row for row in rows if row["right"] and "median_ms" in row)
     rows = newest(known, lambda row: (*record.key(row), row["option"]))
     of, place = ("device", "cpu", "gpu", "threads"), ("problem", "cell", "mode", "option")
-    for group, headings, lines in beside.grouped(rows, of, place, (WITHOUT, OURS, LOOP, COMPILED)):
+    for group, headings, lines in beside.grouped(rows, of, place, (WITHOUT, OURS, LOOP, COMPILED, DREAMER)):
         notes = ["Median ms: how many times as fast ours with the option is; = within the spread."]
         yield f"Options of cells, float32, {beside.where(*group)}", headings, lines, notes
