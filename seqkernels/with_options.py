@@ -175,7 +175,7 @@ def _by_blocks(
             own = [weight[block] for weight in weights]
             found.append(_by_kernels(plan, call, x, own, h, c, batch_sizes, Masks(None, *drawn), recompute))
         y, h_n, c_n = (torch.stack(results) for results in zip(*found, strict=True))
-    y = _of_all_blocks(y.view(*y.shape[:2], -1, units))  # [N, D, H]
+    y = _of_all_blocks(y.view(*y.shape[:2], h_0.shape[1], units))  # [N, D, H]
     return y.flatten(1), _of_all_blocks(h_n), _of_all_blocks(c_n)
 
 
@@ -186,7 +186,7 @@ def _weight_by_block(weight: Tensor, blocks: int, units: int) -> Tensor:
 
 def _by_block(states: Tensor, blocks: int) -> Tensor:
     """``[*, *, H]`` -> ``[k, *, *, H/k]``"""
-    return states.reshape(*states.shape[:2], blocks, -1).movedim(2, 0)
+    return states.reshape(*states.shape[:2], blocks, states.shape[2] // blocks).movedim(2, 0)
 
 
 def _of_all_blocks(states: Tensor) -> Tensor:

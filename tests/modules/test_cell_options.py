@@ -163,6 +163,18 @@ def test_probabilities_are_those_that_are_given():
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_sequences_of_nothing_keep_their_state(cell, name):
+    layer, x = layer_of(cell, name), torch.randn(3, 2, 4, dtype=torch.float64)
+    states = [torch.randn(4, 2, 6, dtype=torch.float64) for _ in range(1 + (cell == "lstm"))]
+    for none, some in (layer(x[:, :0])[0], torch.empty(3, 0, 12)), (layer(x, lengths=[0, 0])[0], torch.zeros(3, 2, 12)):
+        assert none.shape == some.shape and not none.any()
+    _, ends = layer(x, states[0] if len(states) == 1 else tuple(states), lengths=[0, 0])
+    for end, state in zip(as_tuple(ends), states, strict=True):
+        torch.testing.assert_close(end, state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_gradients_of_gradients(cell, name):
     layer = layer_of(cell, name, num_layers=1, bidirectional=False)
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
