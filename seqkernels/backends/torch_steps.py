@@ -85,7 +85,8 @@ def sweep(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The steps of a layer -> y ``[N, D*P]``, h_n and c_n."""
     rows = directions[0].of_x.shape[0]
-    steps = steps_of(batch_sizes, rows, h_0.shape[1])
+    # Of an empty batch one step of no rows, so that results have a graph, as those of kernels do.
+    steps = steps_of(batch_sizes, rows, h_0.shape[1]) or [(0, 0)]
     ys, h_n, c_n = [], [], []
     for d, of in enumerate(directions):
         sums = _Sums(of, variant)

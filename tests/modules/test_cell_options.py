@@ -306,6 +306,16 @@ def test_steps_equal_the_sequence(cell, name):
     torch.testing.assert_close(as_tuple(state), as_tuple(end))
 
 
+@pytest.mark.parametrize("cell, name", [("rnn_tanh", "zoneout"), ("gru", "all"), ("lstm", "all blocks")])
+def test_gradients_of_an_empty_batch_are_zeros(cell, name):
+    layer = layer_of(cell, name)
+    x = torch.randn(3, 0, 4, dtype=torch.float64, requires_grad=True)
+    output, end = layer(x)
+    assert output.requires_grad and all(state.requires_grad for state in as_tuple(end))
+    grads = torch.autograd.grad(output.sum(), [x, *layer.parameters()])
+    assert not any(grad.count_nonzero() for grad in grads)
+
+
 def test_steps_in_training():
     sk.GRU(4, 6, zoneout=0.5).step(torch.randn(3, 4))
     for name in ("recurrent", "candidate", "input", "weight"):
