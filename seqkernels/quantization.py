@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from seqkernels import drop_in, modules, quantized
+from seqkernels.cell_options import DROPOUTS
 from seqkernels.convert import Report, Swap
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.states import INITIAL
 from seqkernels.swappable import reason_against_forward, reason_against_options, torchs_class
 
 
@@ -27,8 +27,9 @@ def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] |
             `model.named_modules()` has it. None: all.
 
     Left as they are, with the reason in the report: layers that are not float32 on the CPU, with weights that are not
-    finite, of more columns than int32 has room for, or parametrized; with return_all_states or learn_initial_state, or
-    with parameters and buffers of somebody else's; subclasses; and modules whose `forward` somebody has replaced.
+    finite, of more columns than int32 has room for, or parametrized; with return_all_states, learn_initial_state, or
+    options of cells but dropouts; with parameters and buffers of somebody else's; subclasses; and modules whose
+    `forward` somebody has replaced.
 
     Raises:
         TypeError: `model` is no module.
@@ -64,8 +65,10 @@ def _reason_against(module: nn.Module) -> str | None:
         return "its weights are parametrized: torch.nn.utils.parametrize.remove_parametrizations makes them plain"
     if type(module) not in (*_LAYERS, *_CELLS):
         return "it is a subclass"
+    if reason := reason_against_options(module, "a quantized layer", DROPOUTS):  # inference drops nothing
+        return reason
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    if more := own - {*itertools.chain(*_names(module)), *INITIAL}:
+    if more := own - {*itertools.chain(*_names(module))}:
         return f"it has more than its weights: {', '.join(sorted(more))}"
     for weight in _weights(module):
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
@@ -74,7 +77,7 @@ def _reason_against(module: nn.Module) -> str | None:
             return "it has a weight that is not finite"
         if weight.dim() == 2 and weight.shape[1] >= _MOST_COLUMNS:
             return f"it has a weight of {weight.shape[1]} columns, more than int32 has room for"
-    return reason_against_forward(module) or reason_against_options(module, "a quantized layer")
+    return reason_against_forward(module)
 
 
 def _weights(module: nn.Module) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """What can be swapped: which of torch.nn's classes a module is of, and why it is left as it is."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,10 +48,11 @@ def reason_against_forward(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in vars(module) else None
 
 
-def reason_against_options(module: nn.Module, other: str = "torch.nn") -> str | None:
+def reason_against_options(module: nn.Module, other: str = "torch.nn", harmless: Sequence[str] = ()) -> str | None:
+    """Which options of ours a module has that `other` has not; `harmless`: options of cells that are no reason."""
     options = [name for name in ("return_all_states", "learn_initial_state") if getattr(module, name, False)]
     cell_options: Any = getattr(module, "cell_options", None)
-    options += cell_options.given() if cell_options else []
+    options += [name for name in cell_options.given() if name not in harmless] if cell_options else []
     return f"{other} has no {' and no '.join(options)}" if options else None
 
 

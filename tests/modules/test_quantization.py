@@ -317,6 +317,8 @@ def test_what_is_left_has_a_reason():
         "meta": sk.GRU(3, 4, device="meta"),
         "return_all_states": sk.GRU(3, 4, return_all_states=True),
         "learn_initial_state": sk.GRU(3, 4, learn_initial_state=True),
+        "has no zoneout and no blocks": sk.GRU(3, 4, zoneout=0.1, blocks=2, input_dropout=0.1),
+        "has no layer_norm": sk.GRU(3, 4, layer_norm=True),
         "columns": wide,
         "more than its weights: mean": more,
     }
@@ -326,6 +328,15 @@ def test_what_is_left_has_a_reason():
         assert swap.after is None and word in swap.reason and type(module) is before
     with pytest.raises(TypeError, match="quantize_ takes a model"):
         sk.quantize_(sk.GRU)
+
+
+def test_dropouts_are_left_out():
+    options = {"recurrent_dropout": 0.2, "candidate_dropout": 0.3, "input_dropout": 0.4, "weight_dropout": 0.5}
+    layer, plain = sk.GRU(3, 4, **options), sk.GRU(3, 4)
+    plain.load_state_dict(layer.state_dict())
+    assert len(sk.quantize_(layer).swapped) == len(sk.quantize_(plain).swapped) == 1
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(layer(x)[0], plain(x)[0])
 
 
 def test_weights_take_a_quarter_of_the_memory():
