@@ -1,6 +1,6 @@
 """torch.vmap over parameters alone, which is how an ensemble is called: prepared and run outside of torch.vmap.
 
-There a tensor's operations cost a fraction, and members of a few rows wait for little else. Every other call within
+Outside, a tensor's operations cost a fraction, and members of a few rows wait for little else. Every other call within
 torch.vmap goes on, to operators that have rules for it (`seqkernels.batching`).
 """
 
@@ -29,21 +29,25 @@ def recurrent(
     backend: str | None,
 ) -> tuple[Tensor, State] | None:
     """A call on a padded batch that members share, without dropout -> its results; None if it has to go on."""
-    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
-    if not isinstance(input, Tensor) or input.dim() != 3 or input.is_nested or not _only_weights(input, *states):
+    if not isinstance(input, Tensor) or not ops.ENSEMBLES or input.device.type != "cpu":
+        return None
+    states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+    if input.dim() != 3 or input.is_nested or not _only_weights_have_members(input, *states):
         return None
     functorch = torch._C._functorch
     members = [functorch._unwrap_batched(weight, 1) for weight in weights]
     size = next((weight.shape[dim] for weight, dim in members if dim is not None), None)
     if size is None:
         return None
+    if num_layers > 1 and modes.wants_gradients(input, *states, *(weight for weight, _ in members)):
+        return None  # some layers may be frozen
     outer = functorch.pop_dynamic_layer_stack()
     try:
         inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, bias=bias)
         plan = select.plan_of(inputs.call, input.device, backend)
         stacked = [in_front(weight, dim, size) for weight, dim in members]
         wanted = modes.wants_gradients(inputs.rows.data, inputs.h_0, inputs.c_0, *stacked)
-        if plan.backend not in ops.ENSEMBLES or (wanted and num_layers > 1):  # some layers may be frozen
+        if plan.backend not in ops.ENSEMBLES:
             return None
         x, h_0 = in_front(inputs.rows.data, None, size), in_front(inputs.h_0, None, size)
         c_0 = None if inputs.c_0 is None else in_front(inputs.c_0, None, size)
@@ -57,8 +61,8 @@ def recurrent(
     return output, h if c_0 is None else (h, functorch._add_batch_dim(c_n, 0, 1))
 
 
-def _only_weights(*others: Tensor) -> bool:
-    """Whether a torch.vmap is the only thing around a call, and none of `others` has members."""
+def _only_weights_have_members(*others: object) -> bool:
+    """Whether a torch.vmap is the only thing around a call, and `others` are tensors without members."""
     functorch = torch._C._functorch
     if torch.autograd.forward_ad._current_level >= 0 or functorch.maybe_current_level() != 1:
         return False
@@ -66,4 +70,4 @@ def _only_weights(*others: Tensor) -> bool:
         return False
     if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
         return False
-    return not any(map(functorch.is_functorch_wrapped_tensor, others))
+    return all(isinstance(other, Tensor) and not functorch.is_functorch_wrapped_tensor(other) for other in others)

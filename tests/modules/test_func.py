@@ -6,7 +6,7 @@ from operators import NO_CPU_KERNELS
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 import seqkernels as sk
-from seqkernels import batching
+from seqkernels import batching, ensembles
 
 LAYERS = {
     "RNN": {"batch_first": True},
@@ -115,6 +115,8 @@ def test_an_error_in_an_ensemble_leaves_torch_as_it_was():
     def member(parameters):
         with pytest.raises(RuntimeError, match="Expected 4, got 3"):
             functional_call(layers[0], parameters, (x[..., :3],))
+        with pytest.raises(AttributeError, match="has no attribute 'dim'"):
+            functional_call(layers[0], parameters, (x, (None, None)))
         return functional_call(layers[0], parameters, (x,))
 
     torch.testing.assert_close(flat(vmap(member)(parameters)), stacked(layer(x) for layer in layers))
@@ -195,6 +197,13 @@ def test_an_ensemble_is_one_call_each_way(name, recompute):
         assert all(
             torch.equal(ours[2], own) for ours, own in zip(flat(run(parameters, x)), flat(layers[2](x)), strict=True)
         )
+
+
+def test_a_deep_ensemble_that_wants_gradients_goes_on_before_it_is_prepared(monkeypatch):
+    layers = [layer_of("GRU deep", seed) for seed in range(2)]
+    (parameters, run), x = ensemble_of(layers), torch.randn(6, 3, 4, **DOUBLE)
+    monkeypatch.setattr(ensembles, "prepare", None)
+    assert run(parameters, x)[0].requires_grad
 
 
 def test_gradients_of_gradients_of_an_ensemble():
