@@ -45,7 +45,12 @@ class CharacterModel(nn.Module):
         # Of torch.nn are only the weights that all contenders start from.
         own = cell_options(options.regularize) if rnn_class.__module__.startswith("seqkernels.") else {}
         sizes = options.embedding, options.hidden
-        self.rnn = rnn_class(*sizes, num_layers=options.layers, dropout=options.dropout, **own)
+        try:
+            self.rnn = rnn_class(*sizes, num_layers=options.layers, dropout=options.dropout, **own)
+        except ValueError as error:
+            if not own:
+                raise
+            raise InputError(f"--regularize {options.regularize!r}: {error}.") from error
         self.linear = nn.Linear(options.hidden, characters)
 
     def forward(self, codes: Tensor | PackedSequence, state: Any) -> tuple[Tensor, Any]:
@@ -65,13 +70,23 @@ def cell_options(text: str) -> dict[str, Any]:
     if text == NONE:
         return {}
     options = require("seqkernels").CellOptions
+    known = [field.name for field in dataclasses.fields(options)]
+    pairs = [one.partition("=") for one in re.split(BETWEEN, text)]
     try:
-        found = {name: literal(value) for name, _, value in (one.partition("=") for one in re.split(BETWEEN, text))}
+        check_names([name for name, *_ in pairs], known)
+        found = {name: literal(value) for name, _, value in pairs}
         options(**found)
     except (TypeError, ValueError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(options))
-        raise InputError(f"--regularize {text}: {error}. It takes NAME=VALUE, of {known}.") from error
+        raise InputError(f"--regularize {text!r}: {error}. It takes NAME=VALUE, of {', '.join(known)}.") from error
     return found
+
+
+def check_names(names: list[str], known: list[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no option is named {name}" if name else "an option has no name")
+        if names.count(name) > 1:
+            raise ValueError(f"{name} is given twice")
 
 
 def literal(text: str) -> Any:
