@@ -247,12 +247,15 @@ def run(
             return with_options.run(plan, inputs, weights, parts, dropout, recompute)
     rows, h_0, c_0, _, save, call = inputs
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
+    of_all = plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces
+    if layers == 1:
+        return ops.recurrence_forward(*of_all)
     # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
     # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
-    together = layers == 1 or plan.backend == "cudnn"
-    together = together or (not (save and recompute) and _want_alike(weights, len(weights) // layers))
-    if layers == 1 or (dropout == 0 and together):
-        return ops.recurrence_forward(plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces)
+    again = save and recompute
+    together = plan.backend == "cudnn" or (not again and _want_alike(weights, len(weights) // layers))
+    if dropout == 0 and together:
+        return ops.recurrence_forward(*of_all)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):
         if layer and dropout > 0:
