@@ -153,7 +153,7 @@ site: $(READY)
 	$(BIN)/pip install -q -e ".[docs]" --no-build-isolation
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
-# What is built so are the kernels of the CPU; tests of others would only wait.
+# This builds the CPU's kernels alone; tests of others would only wait.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(TESTS_READY)
 	FORCE_CUDA= SEQKERNELS_BUILD=cpu CXXFLAGS="-O1 -g1 $(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \

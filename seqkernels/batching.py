@@ -1,8 +1,8 @@
 """How torch.vmap and batched gradients run the operators.
 
-A batch of inputs for the same weights is one call, of more sequences. Else it is one of the operator for ensembles,
-where the backend has one, and a call for each member where it has not, or where each has its own batch_sizes or
-pieces.
+A batch of inputs for the same weights is one call of recurrence_forward, with more sequences. Else, and of every other
+operator, it is one call of that for ensembles, where the backend has one, and a call for each member where it has not,
+or where each has its own batch_sizes or pieces.
 
 There are two dispatch keys for that. torch.vmap has its rules (`torch.library.register_vmap`). `is_grads_batched`,
 `jacobian(vectorize=True)` and gradcheck's `check_batched_grad` still go by an older one, torch._vmap_internals.

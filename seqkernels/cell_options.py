@@ -69,8 +69,8 @@ class CellOptions:
         return {name: value for name, value in vars(self).items() if value != getattr(default, name)}
 
     def of_step(self, training: bool, projected: bool = False) -> tuple[str, ...]:
-        """Those for which a step computes something else, so that a backend has to have them itself, and what it has
-        to have beside them."""
+        """Those for which a step computes something else, so that a backend has to have them itself; and, as names of
+        their own, `proj_size` and `blocks` where it has to have both together."""
         names = ["zoneout"] if any(self.zoneouts) else []
         names += [name for name in ("recurrent_dropout", "candidate_dropout") if training and getattr(self, name)]
         names += ["layer_norm"] if self.layer_norm else []

@@ -8,7 +8,7 @@ cuBLAS product and a kernel. The first, in part, and the last have masks (`seqke
 the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
-cuBLAS multiplies torch.backends.cuda.matmul.
+cuBLAS multiplies torch.backends.cuda.matmul. A single CTA with masks multiplies float32 exactly, whatever they say.
 """
 
 from seqkernels.backends import costs
