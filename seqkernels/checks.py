@@ -1,6 +1,7 @@
 """Argument checks of the functions and modules, with torch.nn's own messages where torch.nn has one."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -141,6 +142,11 @@ def _check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> No
             f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {data.shape[-1]}"
         )
     _check_weights(weights, data)
+
+
+def refuse_columns(w_hh: Tensor, hidden_size: int) -> NoReturn:
+    shape = [w_hh.shape[0], hidden_size]
+    raise RuntimeError(f"w_hh is {shape}, got {list(w_hh.shape)}; that of blocks goes with cell_options that have them")
 
 
 def _check_weights(weights: Sequence[Tensor], data: Tensor) -> None:

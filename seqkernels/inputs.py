@@ -64,6 +64,8 @@ def prepare(
         rows = varlen.rows_of(input, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
     w_hh = weights[1]
     features = w_hh.shape[1] * blocks, w_hh.shape[0] // CELLS[cell].gates
+    if features[0] != features[1] and len(weights) // (num_layers * directions) % 2 == 0:  # there is no projection
+        checks.refuse_columns(w_hh, features[1])
     h_0, c_0 = _initial_state(features[: CELLS[cell].states], hx, reset_to, rows, num_layers * directions, transformed)
     sizes = rows.batch_sizes, transformed, num_layers, directions
     call, save = modes.facts_of(cell, rows.data, weights, h_0, c_0, *sizes)

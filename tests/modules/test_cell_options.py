@@ -463,6 +463,10 @@ def test_options_may_change():
     layer.cell_options = sk.CellOptions(layer_norm=True)
     with pytest.raises(ValueError, match="layer_norm=True has 2 norms"):
         layer(x)
+    layer = sk.GRU(4, 6, blocks=2)
+    layer.cell_options = None
+    with pytest.raises(RuntimeError, match=r"w_hh is \[18, 6\], got \[18, 3\]; that of blocks"):
+        layer(x)
 
 
 def test_swap_out_refuses_with_the_reason():
