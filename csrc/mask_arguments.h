@@ -31,6 +31,7 @@ struct MaskArguments {
     check(mask->is_contiguous() && mask->device() == x.device(), name, " is contiguous, and where x is");
     const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     check(mask->scalar_type() == type, name, " has not the type of computation");
+    check_storage(*mask, name);
   }
 };
 
