@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching
+from seqkernels import batching, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import torch_steps, triton
 from seqkernels.backends.arguments import by_direction
@@ -38,7 +38,7 @@ from seqkernels.backends.precision import to_acc
 from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.cell_options import Masks
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import derivatives
+from seqkernels.ops import derivatives, reads_y
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -134,12 +134,17 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(saved, statistics, *([c_n] if of_layer[7] is None else []))
     ctx.cell, ctx.of_sum, ctx.launch = cell, of_sum, launch
     if save:
+        ctx.changes, y = inplace.kept(y)
         ctx.save_for_backward(*of_layer, y, saved, statistics)
 
 
 def _formula_of(backend: str):
     def formula(ctx, grad_y, grad_h_n, grad_c_n, *_):
         *of_layer, y, saved, statistics = ctx.saved_tensors
+        h_0, _, batch_sizes = of_layer[6:9]
+        if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, y, h_0, batch_sizes):
+            with torch.no_grad():
+                y = getattr(ops.layer_norm_forward, backend)(ctx.cell, *of_layer, ctx.of_sum, False, ctx.launch)[0]
         left = ctx.of_sum, y, saved, statistics, ctx.needs_input_grad[2], ctx.launch
         grads = getattr(ops.layer_norm_backward, backend)(ctx.cell, grad_y, grad_h_n, grad_c_n, *of_layer, *left)
         needed = ctx.needs_input_grad[1:9]
