@@ -29,7 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, inplace
+from seqkernels import batching, flops, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import torch_steps, triton
 from seqkernels.backends.arguments import by_direction
@@ -215,3 +215,4 @@ if not THIS_MACHINE.native_missing:  # csrc/cpu/ops_layer_norm.cpp defines the f
     _library.define(f"layer_norm_backward.cpu{BACKWARD_SCHEMA}")
     _library.impl("layer_norm_backward.cpu", _backward_cpu, "CPU")
     _register("cpu")
+flops.register(flops.LAYER_NORM)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, inplace
+from seqkernels import batching, flops, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import cuda, torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
@@ -149,3 +149,4 @@ for _backend, _both in _PASSES.items():
         _library.impl(f"{_name}.{_backend}", _run, "CompositeExplicitAutograd")
 for _backend in (*_PASSES, *([] if THIS_MACHINE.native_missing else ["cpu"])):
     _register(_backend)
+flops.register(flops.MASKED)

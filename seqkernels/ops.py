@@ -348,7 +348,7 @@ def _members_of(backend: str, wanted: bool) -> batching.Members:
 
 for _backend in _backends:
     _register(_backend)
-flops.register()
+flops.register(flops.PLAIN)
 if ranges.ON:
     _backward = ranges.of_backward(_backward)
     recurrence_forward = ranges.of_forward(recurrence_forward)
