@@ -31,7 +31,7 @@ from torch import Tensor
 
 from seqkernels import batching, flops, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import torch_steps, triton
+from seqkernels.backends import autocast, torch_steps, triton
 from seqkernels.backends.arguments import by_direction
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import to_acc
@@ -206,13 +206,13 @@ def _register(backend: str) -> None:
 
 for _name, _schema, _run in (
     ("layer_norm_forward.triton", FORWARD_SCHEMA, triton.layer_norm_forward),
-    ("layer_norm_backward.triton", BACKWARD_SCHEMA, triton.layer_norm_backward),
+    ("layer_norm_backward.triton", BACKWARD_SCHEMA, autocast.switched_off(triton.layer_norm_backward)),
 ):
     _library.define(_name + _schema)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
 _register("triton")
 if not THIS_MACHINE.native_missing:  # csrc/cpu/ops_layer_norm.cpp defines the forward pass
     _library.define(f"layer_norm_backward.cpu{BACKWARD_SCHEMA}")
-    _library.impl("layer_norm_backward.cpu", _backward_cpu, "CPU")
+    _library.impl("layer_norm_backward.cpu", autocast.switched_off(_backward_cpu), "CPU")
     _register("cpu")
 flops.register(flops.LAYER_NORM)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seqkernels import batching, flops, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import cuda, torch_steps, triton
+from seqkernels.backends import autocast, cuda, torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
 from seqkernels.hardware import THIS_MACHINE
@@ -138,8 +138,8 @@ def _register(backend: str) -> None:
 
 # Both passes of each backend that has them in Python; csrc/cpu/ops.cpp defines and implements its own.
 _PASSES: dict[str, tuple[Callable, Callable]] = {
-    "cuda": (cuda.masked_forward, cuda.masked_backward),
-    "triton": (triton.masked_forward, triton.masked_backward),
+    "cuda": (cuda.masked_forward, autocast.switched_off(cuda.masked_backward)),
+    "triton": (triton.masked_forward, autocast.switched_off(triton.masked_backward)),
 }
 for _backend, _both in _PASSES.items():
     for _name, _schema, _run in zip(
