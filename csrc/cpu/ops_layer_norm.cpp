@@ -48,6 +48,7 @@ class LayerNormArguments : public CheckedArguments {
     p.zoneout_c = optional(given.zoneout_c, "zoneout_c", {N, D, H});
     check(!p.candidate || saved_blocks_of(p.cell), "candidate goes with gated cells only");
     check(states_of(p.cell) == 2 || (!p.zoneout_c && !p.norms.scale_c), "zoneout_c and scale_c go with an LSTM only");
+    check(given.scale_c || !given.shift_c, "shift_c goes with scale_c");
     set_steps(p, N, given.batch_sizes, true);
   }
 
