@@ -37,8 +37,9 @@ from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import to_acc
 from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.cell_options import Masks
+from seqkernels.double_backward import cut, derivatives
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import derivatives, reads_y
+from seqkernels.ops import reads_y
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -169,11 +170,7 @@ def _double_backward(ctx, *grad_grads):
     batch_sizes, *masks = ctx.saved_tensors[11:]
     deeper = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases cut this graph from the caller's, unless a still higher derivative is wanted.
-        inputs: list = [
-            t if t is None else t.view_as(t) if deeper and t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors[:11]
-        ]
+        inputs: list = cut(ctx.saved_tensors[:11], deeper)
         grads, of_layer, (h_0, c_0) = inputs[:3], inputs[3:], inputs[9:]
         variant = Variant("gates" if ctx.of_sum else True, 1, *masks)
         results = torch_steps.sweep(ctx.cell, _directions_of(*of_layer[:6]), h_0, c_0, batch_sizes, variant)

@@ -21,8 +21,9 @@ from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import autocast, cuda, torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
+from seqkernels.double_backward import cut, derivatives
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import derivatives, fake_backward, fake_forward, reads_y
+from seqkernels.ops import fake_backward, fake_forward, reads_y
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -107,11 +108,7 @@ def _double_backward(ctx, *grad_grads):
     needed = (*needs[1:5], needs[6], needs[7], *needs[5])
     deeper = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases cut this graph from the caller's, unless a still higher derivative is wanted.
-        inputs: list = [
-            t if t is None else t.view_as(t) if deeper and t.requires_grad else t.detach().requires_grad_()
-            for t in (*first, *weights)
-        ]
+        inputs: list = cut((*first, *weights), deeper)
         grads, (x, h_0, c_0), weights = inputs[:3], inputs[3:6], inputs[6:]
         variant = Variant(False, 1, *masks)
         results = torch_steps.forward(ctx.cell, x, weights, (), h_0, c_0, batch_sizes, variant)

@@ -58,7 +58,6 @@ from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import autocast, cuda, cudnn, side_by_side, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
-from seqkernels.double_backward import derivatives as derivatives  # from here for operators of other layers
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 

@@ -9,7 +9,7 @@ from seqkernels._ops import ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.cells import CELLS as FACTS
 from seqkernels.backends.torch_steps import Direction, Variant
-from seqkernels.ops import derivatives
+from seqkernels.double_backward import derivatives
 
 pytestmark = pytest.mark.skipif(bool(MISSING["cpu"]), reason=str(MISSING["cpu"]))
 

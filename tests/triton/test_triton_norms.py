@@ -12,8 +12,8 @@ from seqkernels.backends.cells import CELLS as FACTS
 from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.backends.triton import norm_host
 from seqkernels.backends.triton.tiles import Launch
+from seqkernels.double_backward import derivatives
 from seqkernels.hardware import NO_TRITON
-from seqkernels.ops import derivatives
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
 H, EPS = 5, torch.finfo(torch.float32).eps
