@@ -122,6 +122,22 @@ struct MemberArray {
 // Without, there is nothing to compute, and no gradient.
 inline bool has_states(const Layer& p) { return p.sequences && (p.hidden || p.projected); }
 
+// A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
+inline void check_storage(const Tensor& tensor, const char* name) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t reached = tensor.storage_offset() + 1, available = 0;
+  for (size_t i = 0; i < sizes.size(); i++) {
+    if (!sizes[i]) return;
+    reached += (sizes[i] - 1) * strides[i];
+  }
+  check_call(aoti_torch_get_storage_size(tensor.get(), &available));
+  const int64_t needed = reached * static_cast<int64_t>(tensor.element_size());
+  if (needed > available)  // no check(): its sentence would cost every call more than all checks
+    fail(name, ": sizes ", text_of(sizes.data(), sizes.size()), " and strides ",
+         text_of(strides.data(), strides.size()), " requiring a storage size of ", needed,
+         " are out of bounds for storage of size ", available);
+}
+
 // Checks the arguments of a stack, or of all stacks of an ensemble; fills one layer after another with pointers to
 // them, and keeps contiguous copies alive as long as these are used.
 class CheckedArguments {
@@ -324,22 +340,6 @@ class CheckedArguments {
     for (size_t i = 0; i < strides.size(); i++)
       if (of_member[i] > 1 && tensor.stride(i + 1) != strides[i]) return !tensor.numel();
     return true;
-  }
-
-  // A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
-  void check_storage(const Tensor& tensor, const char* name) {
-    const auto sizes = tensor.sizes(), strides = tensor.strides();
-    int64_t reached = tensor.storage_offset() + 1, available = 0;
-    for (size_t i = 0; i < sizes.size(); i++) {
-      if (!sizes[i]) return;
-      reached += (sizes[i] - 1) * strides[i];
-    }
-    check_call(aoti_torch_get_storage_size(tensor.get(), &available));
-    const int64_t needed = reached * static_cast<int64_t>(tensor.element_size());
-    if (needed > available)  // no check(): its sentence would cost every call more than all checks
-      fail(name, ": sizes ", text_of(sizes.data(), sizes.size()), " and strides ",
-           text_of(strides.data(), strides.size()), " requiring a storage size of ", needed,
-           " are out of bounds for storage of size ", available);
   }
 
  protected:

@@ -15,10 +15,23 @@ struct MaskArguments {
     check_mask(candidate, "candidate", {D, p.sequences, p.hidden}, x);
     check_mask(zoneout_h, "zoneout_h", {N, D, p.projected}, x);
     check_mask(zoneout_c, "zoneout_c", {N, D, p.hidden}, x);
+    check(!candidate || saved_blocks_of(p.cell), "candidate goes with gated cells only");
+    check(!zoneout_c || states_of(p.cell) == 2, "zoneout_c goes with an LSTM only");
+  }
+
+  // The same of a layer that has no layer norm.
+  void check_without_norm(const Layer& p, const Tensor& x) const {
     check(!any() || !p.has_projection, "there are no kernels with masks and a projection");
     check(saved_blocks_of(p.cell) || !(candidate || zoneout_h || zoneout_c), "of the masks a kernel of ",
           name_of(p.cell), " has recurrent alone");
-    check(!zoneout_c || states_of(p.cell) == 2, "zoneout_c goes with an LSTM only");
+    check_for(p, x);
+  }
+
+  void set(Layer& p) const {
+    p.recurrent = pointer(recurrent);
+    p.candidate = pointer(candidate);
+    p.zoneout_h = pointer(zoneout_h);
+    p.zoneout_c = pointer(zoneout_c);
   }
 
   static const void* pointer(const Optional& mask) { return mask && mask->numel() ? mask->const_data_ptr() : nullptr; }
@@ -31,6 +44,7 @@ struct MaskArguments {
     check(mask->is_contiguous() && mask->device() == x.device(), name, " is contiguous, and where x is");
     const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     check(mask->scalar_type() == type, name, " has not the type of computation");
+    check_storage(*mask, name);
   }
 };
 

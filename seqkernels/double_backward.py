@@ -46,6 +46,13 @@ def formula(forward, backward, ctx, grad_grad_x, grad_grad_weights, grad_grad_h_
     return *grads, *grads_of_options(ctx)
 
 
+def cut(tensors: Sequence[Tensor | None], deeper: bool) -> list[Tensor | None]:
+    """Aliases whose graph is cut from the caller's, unless a still higher derivative is wanted; all have gradients."""
+    return [
+        t if t is None else t.view_as(t) if deeper and t.requires_grad else t.detach().requires_grad_() for t in tensors
+    ]
+
+
 def derivatives(
     outputs: Sequence[Tensor],
     grads: Sequence[Tensor | None],

@@ -4,6 +4,8 @@ They are those of torch.nn's modules: a step's input and state times the weights
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from seqkernels._ops import ops
 from seqkernels.on_import import when_imported
@@ -33,12 +35,45 @@ def recompute_flops(
     return forward_flops(cell, x_shape, weight_shapes, h_0_shape) + gradients
 
 
-def _register(counter) -> None:
-    counter.register_flop_formula(ops.recurrence_forward)(forward_flops)
-    counter.register_flop_formula(ops.recurrence_backward)(backward_flops)
-    counter.register_flop_formula(ops.recurrence_recompute)(recompute_flops)
+def masked_backward_flops(
+    cell, grad_y, grad_h_n, grad_c_n, x_shape, weight_shapes, h_0_shape, c_0, sizes, *rest, **_
+) -> int:
+    """Masks multiply no matrices."""
+    y, saved, wants_x, wants_weights = rest[4:8]  # behind the masks
+    of_layer = x_shape, weight_shapes, h_0_shape, c_0, sizes, y, saved
+    return backward_flops(cell, grad_y, grad_h_n, grad_c_n, *of_layer, wants_x, wants_weights)
 
 
-def register() -> None:
-    """Let FlopCounterMode count the operators. To import it here would bring in Triton for all who do not count."""
-    when_imported("torch.utils.flop_counter", _register)
+def layer_norm_forward_flops(cell, gates_x_shape, w_hh_shape, *_, **__) -> int:
+    """Of W_hh alone: the products of the input are torch's, which counts them."""
+    return 2 * gates_x_shape[0] * math.prod(w_hh_shape)
+
+
+def layer_norm_backward_flops(cell, grad_y, grad_h_n, grad_c_n, gates_x_shape, w_hh_shape, *rest, **_) -> int:
+    """The gradient of the states always, that of W_hh where it is wanted."""
+    wants_w_hh = rest[-2]
+    return layer_norm_forward_flops(cell, gates_x_shape, w_hh_shape) * (2 if wants_w_hh else 1)
+
+
+Formulas: TypeAlias = Mapping[str, Callable[..., int]]  # of operators, by name
+
+PLAIN: Formulas = {
+    "recurrence_forward": forward_flops,
+    "recurrence_backward": backward_flops,
+    "recurrence_recompute": recompute_flops,
+}
+MASKED: Formulas = {"masked_forward": forward_flops, "masked_backward": masked_backward_flops}
+LAYER_NORM: Formulas = {
+    "layer_norm_forward": layer_norm_forward_flops,
+    "layer_norm_backward": layer_norm_backward_flops,
+}
+
+
+def register(formulas: Formulas) -> None:
+    """Let FlopCounterMode count these operators. To import it here would bring in Triton for all who do not count."""
+
+    def add(counter) -> None:
+        for name, formula in formulas.items():
+            counter.register_flop_formula(getattr(ops, name))(formula)
+
+    when_imported("torch.utils.flop_counter", add)

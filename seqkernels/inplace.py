@@ -19,3 +19,10 @@ class Changes:
 
     def any(self) -> bool:
         return self._alias._version != self._before
+
+
+def kept(y: Tensor) -> tuple[Changes | None, Tensor]:
+    """What an autograd formula saves of the output y for its backward pass."""
+    if type(y) is Tensor:
+        return Changes(y), y.data
+    return None, y.clone()  # a compiler's stand-in: what it makes of this copy is one only where y changes

@@ -29,16 +29,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching
+from seqkernels import batching, flops, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import torch_steps, triton
+from seqkernels.backends import autocast, torch_steps, triton
 from seqkernels.backends.arguments import by_direction
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import to_acc
 from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.cell_options import Masks
+from seqkernels.double_backward import cut, derivatives
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import derivatives
+from seqkernels.ops import reads_y
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -134,12 +135,17 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(saved, statistics, *([c_n] if of_layer[7] is None else []))
     ctx.cell, ctx.of_sum, ctx.launch = cell, of_sum, launch
     if save:
+        ctx.changes, y = inplace.kept(y)
         ctx.save_for_backward(*of_layer, y, saved, statistics)
 
 
 def _formula_of(backend: str):
     def formula(ctx, grad_y, grad_h_n, grad_c_n, *_):
         *of_layer, y, saved, statistics = ctx.saved_tensors
+        h_0, _, batch_sizes = of_layer[6:9]
+        if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, y, h_0, batch_sizes):
+            with torch.no_grad():
+                y = getattr(ops.layer_norm_forward, backend)(ctx.cell, *of_layer, ctx.of_sum, False, ctx.launch)[0]
         left = ctx.of_sum, y, saved, statistics, ctx.needs_input_grad[2], ctx.launch
         grads = getattr(ops.layer_norm_backward, backend)(ctx.cell, grad_y, grad_h_n, grad_c_n, *of_layer, *left)
         needed = ctx.needs_input_grad[1:9]
@@ -164,11 +170,7 @@ def _double_backward(ctx, *grad_grads):
     batch_sizes, *masks = ctx.saved_tensors[11:]
     deeper = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases cut this graph from the caller's, unless a still higher derivative is wanted.
-        inputs: list = [
-            t if t is None else t.view_as(t) if deeper and t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors[:11]
-        ]
+        inputs: list = cut(ctx.saved_tensors[:11], deeper)
         grads, of_layer, (h_0, c_0) = inputs[:3], inputs[3:], inputs[9:]
         variant = Variant("gates" if ctx.of_sum else True, 1, *masks)
         results = torch_steps.sweep(ctx.cell, _directions_of(*of_layer[:6]), h_0, c_0, batch_sizes, variant)
@@ -201,12 +203,13 @@ def _register(backend: str) -> None:
 
 for _name, _schema, _run in (
     ("layer_norm_forward.triton", FORWARD_SCHEMA, triton.layer_norm_forward),
-    ("layer_norm_backward.triton", BACKWARD_SCHEMA, triton.layer_norm_backward),
+    ("layer_norm_backward.triton", BACKWARD_SCHEMA, autocast.switched_off(triton.layer_norm_backward)),
 ):
     _library.define(_name + _schema)
     _library.impl(_name, _run, "CompositeExplicitAutograd")
 _register("triton")
 if not THIS_MACHINE.native_missing:  # csrc/cpu/ops_layer_norm.cpp defines the forward pass
     _library.define(f"layer_norm_backward.cpu{BACKWARD_SCHEMA}")
-    _library.impl("layer_norm_backward.cpu", _backward_cpu, "CPU")
+    _library.impl("layer_norm_backward.cpu", autocast.switched_off(_backward_cpu), "CPU")
     _register("cpu")
+flops.register(flops.LAYER_NORM)

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching
+from seqkernels import batching, flops, inplace
 from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.backends import cuda, torch_steps, triton
+from seqkernels.backends import autocast, cuda, torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
+from seqkernels.double_backward import cut, derivatives
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import derivatives, fake_backward, fake_forward
+from seqkernels.ops import fake_backward, fake_forward, reads_y
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -73,15 +74,19 @@ def _save_for_backward(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
     ctx.cell, ctx.launch = cell, launch
     if save:
+        ctx.changes, y = inplace.kept(y)
         ctx.save_for_backward(x, h_0, c_0, batch_sizes, *masks, y, saved, *weights)
 
 
-def _formula(backward: Callable, ctx, grad_y, grad_h_n, grad_c_n, _):
+def _formula(forward: Callable, backward: Callable, ctx, grad_y, grad_h_n, grad_c_n, _):
     kept = ctx.saved_tensors  # once: recompute=True computes them only then
     (x, h_0, c_0, batch_sizes, *masks, y, saved), weights = kept[:10], kept[10:]
     wants = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2])
-    of_layer = x, weights, h_0, c_0, batch_sizes, *masks, y, saved
-    grads = backward(ctx.cell, grad_y, grad_h_n, grad_c_n, *of_layer, *wants, ctx.launch)
+    of_layer = x, weights, h_0, c_0, batch_sizes, *masks
+    if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes):
+        with torch.no_grad():
+            y = forward(ctx.cell, *of_layer, False, ctx.launch)[0]
+    grads = backward(ctx.cell, grad_y, grad_h_n, grad_c_n, *of_layer, y, saved, *wants, ctx.launch)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
     of_weights = grad_weights if wants[1] else [None] * len(weights)
     of_states = grad_h_0, None if c_0 is None else grad_c_0
@@ -103,11 +108,7 @@ def _double_backward(ctx, *grad_grads):
     needed = (*needs[1:5], needs[6], needs[7], *needs[5])
     deeper = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases cut this graph from the caller's, unless a still higher derivative is wanted.
-        inputs: list = [
-            t if t is None else t.view_as(t) if deeper and t.requires_grad else t.detach().requires_grad_()
-            for t in (*first, *weights)
-        ]
+        inputs: list = cut((*first, *weights), deeper)
         grads, (x, h_0, c_0), weights = inputs[:3], inputs[3:6], inputs[6:]
         variant = Variant(False, 1, *masks)
         results = torch_steps.forward(ctx.cell, x, weights, (), h_0, c_0, batch_sizes, variant)
@@ -123,7 +124,7 @@ def _double_backward(ctx, *grad_grads):
 def _register(backend: str) -> None:
     forward, backward = (getattr(getattr(ops, name), backend) for name in ("masked_forward", "masked_backward"))
     for name, operator, fake, formula, setup in (
-        ("masked_forward", forward, _fake_forward, functools.partial(_formula, backward), _save_for_backward),
+        ("masked_forward", forward, _fake_forward, functools.partial(_formula, forward, backward), _save_for_backward),
         ("masked_backward", backward, _fake_backward, _double_backward, _setup_double_backward),
     ):
         full_name = add_op_namespace_prefix(f"{name}.{backend}")
@@ -134,8 +135,8 @@ def _register(backend: str) -> None:
 
 # Both passes of each backend that has them in Python; csrc/cpu/ops.cpp defines and implements its own.
 _PASSES: dict[str, tuple[Callable, Callable]] = {
-    "cuda": (cuda.masked_forward, cuda.masked_backward),
-    "triton": (triton.masked_forward, triton.masked_backward),
+    "cuda": (cuda.masked_forward, autocast.switched_off(cuda.masked_backward)),
+    "triton": (triton.masked_forward, autocast.switched_off(triton.masked_backward)),
 }
 for _backend, _both in _PASSES.items():
     for _name, _schema, _run in zip(
@@ -145,3 +146,4 @@ for _backend, _both in _PASSES.items():
         _library.impl(f"{_name}.{_backend}", _run, "CompositeExplicitAutograd")
 for _backend in (*_PASSES, *([] if THIS_MACHINE.native_missing else ["cpu"])):
     _register(_backend)
+flops.register(flops.MASKED)

@@ -58,7 +58,6 @@ from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import autocast, cuda, cudnn, side_by_side, stack, torch_eager, triton
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
-from seqkernels.double_backward import derivatives as derivatives  # from here for operators of other layers
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
 
@@ -143,12 +142,10 @@ def _save_for_backward(ctx, inputs, output):
     ctx.cell, ctx.save, ctx.launch, ctx.layers = cell, save, launch, layers
     ctx.has_pieces = pieces is not None
     ctx.changes = None
-    if not save:
+    if save:
+        ctx.changes, y = inplace.kept(y)
+    else:
         y = saved = None
-    elif type(y) is Tensor:
-        ctx.changes, y = inplace.Changes(y), y.data
-    else:  # a compiler's stand-in: what it makes of this copy is one only where y changes
-        y = y.clone()
     ctx.save_for_backward(x, h_0, c_0, batch_sizes, pieces, y, saved, *weights)
 
 
@@ -156,7 +153,7 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
     x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
     operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
-    if ctx.changes and ctx.changes.any() and _reads_y(ctx.cell, x, h_0, batch_sizes):
+    if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes):
         y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, pieces, saved)
     of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers, pieces
@@ -189,7 +186,7 @@ def _y_again(ctx, backend: str, x, weights, h_0, c_0, batch_sizes, pieces, saved
         return _FORWARD[backend](ctx.cell, *of_stack)[0]
 
 
-def _reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+def reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
     """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
     return _several_steps(x, h_0, batch_sizes) or not CELLS[cell].saved_blocks
 
@@ -350,7 +347,7 @@ def _members_of(backend: str, wanted: bool) -> batching.Members:
 
 for _backend in _backends:
     _register(_backend)
-flops.register()
+flops.register(flops.PLAIN)
 if ranges.ON:
     _backward = ranges.of_backward(_backward)
     recurrence_forward = ranges.of_forward(recurrence_forward)

@@ -23,7 +23,7 @@ from seqkernels import batching
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.torch_steps import Variant
-from seqkernels.ops import derivatives
+from seqkernels.double_backward import derivatives
 
 _OF_LAYER = (
     "Tensor x, Tensor[] weights, Tensor[] norms, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, "

@@ -46,8 +46,7 @@ struct LayerNormForwardMemory {
   const Panels<C> hh;
   const int64_t ldh, lds;
   PerDirection direction[2] = {};
-  Arena tasks;
-  int64_t task_bytes;
+  TaskArenas tasks;
 
   LayerNormForwardMemory(const LayerNormForward& p, const Schedule& schedule, void* base)
       : packed(p.rows > kFewRows),
@@ -59,16 +58,13 @@ struct LayerNormForwardMemory {
       direction[d].w_hh = arena.take<C>(packed ? hh.size() : 0);
       direction[d].take(p, arena);
     }
-    tasks = arena;
-    Arena one{nullptr};
-    take_task(p, schedule, one);
-    task_bytes = one.used;
+    tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });
   }
 
-  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+  int64_t bytes(const Schedule& schedule) const { return tasks.end(schedule.tasks); }
 
   PerTask task(const LayerNormForward& p, const Schedule& schedule, int64_t i) const {
-    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    Arena arena = tasks.of(i);
     return take_task(p, schedule, arena);
   }
 
@@ -113,8 +109,7 @@ struct LayerNormBackwardMemory {
   const bool once;          // a single step of few rows: W_hh is packed slice by slice where it is used (product_once)
   const int64_t once_size;  // of a member's memory for that: a slice, and sums behind it
   PerDirection direction[2] = {};
-  Arena tasks;
-  int64_t task_bytes;
+  TaskArenas tasks;
 
   LayerNormBackwardMemory(const LayerNormBackward& p, const Schedule& schedule, void* base)
       : hh(gates_of(p.cell) * p.hidden, p.hidden, 1),
@@ -128,16 +123,13 @@ struct LayerNormBackwardMemory {
       direction[d].w_hh = arena.take<C>(once ? 0 : hh.size());
       direction[d].take(p, arena);
     }
-    tasks = arena;
-    Arena one{nullptr};
-    take_task(p, schedule, one);
-    task_bytes = one.used;
+    tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });
   }
 
-  int64_t bytes(const Schedule& schedule) const { return tasks.used + schedule.tasks * task_bytes; }
+  int64_t bytes(const Schedule& schedule) const { return tasks.end(schedule.tasks); }
 
   PerTask task(const LayerNormBackward& p, const Schedule& schedule, int64_t i) const {
-    Arena arena{tasks.base, tasks.used + i * task_bytes};
+    Arena arena = tasks.of(i);
     return take_task(p, schedule, arena);
   }
 

@@ -70,12 +70,9 @@ void set_products(Layer& p, const Launch& launch) {
 
 // What one layer with options has besides; none of them of a plain one.
 void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
-  masks.check_for(p, x);
+  masks.check_without_norm(p, x);
   check(!masks.any() || saved_blocks_of(p.cell), "there are no CPU kernels with masks of ", name_of(p.cell));
-  p.recurrent = masks.pointer(masks.recurrent);
-  p.candidate = masks.pointer(masks.candidate);
-  p.zoneout_h = masks.pointer(masks.zoneout_h);
-  p.zoneout_c = masks.pointer(masks.zoneout_c);
+  masks.set(p);
 }
 
 Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,

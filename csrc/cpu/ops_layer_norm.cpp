@@ -1,6 +1,7 @@
 // The operators of layers with layer norm: seqkernels/layer_norm_ops.py says what they take and give.
 #include <tuple>
 
+#include "../mask_arguments.h"
 #include "../names.h"
 #include "isa.h"
 #include "passes.h"
@@ -14,7 +15,8 @@ struct Given {
   const Tensor &gates_x, &w_hh, &scale;
   const Optional &shift, &scale_c, &shift_c;
   const Tensor& h_0;
-  const Optional &c_0, &batch_sizes, &recurrent, &candidate, &zoneout_h, &zoneout_c;
+  const Optional &c_0, &batch_sizes;
+  const MaskArguments& masks;
   bool of_sum;
 };
 
@@ -29,7 +31,7 @@ class LayerNormArguments : public CheckedArguments {
   template <class P>  // LayerNormForward or LayerNormBackward
   LayerNormArguments(P& p, const Given& given) : CheckedArguments(given.gates_x) {
     set_sizes(p, given);
-    const int64_t N = rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
+    const int64_t N = all_rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
     p.norms.of_sum = given.of_sum;
     p.norms.statistics_of_row = given.scale_c ? 3 : 1;
     p.norms.gates_x = required(given.gates_x, "gates_x", {N, D, GH});
@@ -42,17 +44,15 @@ class LayerNormArguments : public CheckedArguments {
     p.norms.shift_c = optional(given.shift_c, "shift_c", {D, H});
     p.h_0 = required(given.h_0, "h_0", {D, B, H});
     p.c_0 = optional(given.c_0, "c_0", {D, B, H});
-    p.recurrent = optional(given.recurrent, "recurrent", {D, B, H});
-    p.candidate = optional(given.candidate, "candidate", {D, B, H});
-    p.zoneout_h = optional(given.zoneout_h, "zoneout_h", {N, D, H});
-    p.zoneout_c = optional(given.zoneout_c, "zoneout_c", {N, D, H});
-    check(!p.candidate || saved_blocks_of(p.cell), "candidate goes with gated cells only");
-    check(states_of(p.cell) == 2 || (!p.zoneout_c && !p.norms.scale_c), "zoneout_c and scale_c go with an LSTM only");
+    given.masks.check_for(p, given.gates_x);
+    given.masks.set(p);
+    check(states_of(p.cell) == 2 || !given.scale_c, "scale_c goes with an LSTM only");
+    check(given.scale_c || !given.shift_c, "shift_c goes with scale_c");
     set_steps(p, N, given.batch_sizes, true);
   }
 
   void set_backward(LayerNormBackward& p, const GivenBackward& given) {
-    const int64_t N = rows, D = p.directions, B = p.sequences, H = p.hidden;
+    const int64_t N = all_rows, D = p.directions, B = p.sequences, H = p.hidden;
     p.grad_y = optional(given.grad_y, "grad_y", {N, D * H});
     p.grad_h_n = optional(given.grad_h_n, "grad_h_n", {D, B, H});
     p.grad_c_n = p.c_0 ? optional(given.grad_c_n, "grad_c_n", {D, B, H}) : nullptr;
@@ -63,7 +63,7 @@ class LayerNormArguments : public CheckedArguments {
 
   static int64_t saved_row(const Layer& p) { return (gates_of(p.cell) + states_of(p.cell) - 1) * p.hidden; }
 
-  int64_t rows;
+  int64_t all_rows;  // of gates_x; steps may use fewer
 
  private:
   void set_sizes(Layer& p, const Given& given) {
@@ -75,7 +75,7 @@ class LayerNormArguments : public CheckedArguments {
     check((states_of(given.cell) == 2) == given.c_0.has_value(), "c_0 goes with an LSTM and only with it");
     p.cell = given.cell;
     p.scalar = scalar_of(type);
-    rows = x.size(0);
+    all_rows = x.size(0);
     p.directions = static_cast<int>(h_0.size(0));
     check(p.directions == 1 || p.directions == 2, "an RNN has one or two directions, got ", p.directions);
     p.sequences = p.states = h_0.size(1);
@@ -115,10 +115,11 @@ Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tenso
                            Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool of_sum,
                            bool save, std::vector<int64_t>) {
   LayerNormForward p{};
-  LayerNormArguments arguments(p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0,
-                                   batch_sizes, recurrent, candidate, zoneout_h, zoneout_c, of_sum});
+  const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
+  LayerNormArguments arguments(
+      p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum});
   const ScalarType type = gates_x.scalar_type();
-  const int64_t N = arguments.rows, D = p.directions, B = p.sequences, H = p.hidden, bytes = gates_x.element_size();
+  const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, bytes = gates_x.element_size();
   Tensor y = allocate_rows(p, type, {N, D * H});
   Tensor h_n = allocate(type, {D, B, H});
   Tensor c_n = allocate(type, {D, B, c_0 ? H : 0});
@@ -143,11 +144,12 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
                                Optional zoneout_h, Optional zoneout_c, bool of_sum, Tensor y, Tensor saved,
                                Tensor statistics) {
   LayerNormBackward p{};
-  LayerNormArguments arguments(p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0,
-                                   batch_sizes, recurrent, candidate, zoneout_h, zoneout_c, of_sum});
+  const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
+  LayerNormArguments arguments(
+      p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum});
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved, statistics});
   const ScalarType type = gates_x.scalar_type();
-  const int64_t N = arguments.rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
+  const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
   const int64_t bytes = gates_x.element_size();
   const auto parameter = [&](bool given, int64_t n) {
     Tensor grad = given ? allocate(type, {D, n}) : allocate(type, {0});

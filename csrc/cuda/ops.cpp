@@ -34,7 +34,7 @@ Plan plan_of(int64_t path, int64_t tile, int64_t units) {
 }
 
 StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor& x) {
-  masks.check_for(p, x);
+  masks.check_without_norm(p, x);
   return {masks.pointer(masks.recurrent), masks.pointer(masks.candidate), masks.pointer(masks.zoneout_h),
           masks.pointer(masks.zoneout_c)};
 }

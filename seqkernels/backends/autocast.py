@@ -26,6 +26,19 @@ def cast_arguments(function: Callable, device_type: str) -> Callable:
     return rule
 
 
+def switched_off(function: Callable) -> Callable:
+    """A backward pass in the dtypes that it is given, also inside a region, which would cast its products."""
+
+    def run(cell, *args):
+        if not torch._C._is_any_autocast_enabled():
+            return function(cell, *args)
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.amp.autocast(device_type, enabled=False):
+            return function(cell, *args)
+
+    return run
+
+
 def _is_cached(value: Tensor) -> bool:
     """Whether torch keeps the cast of a tensor until the autocast region ends: of parameters that want gradients, in
     float32. Only matrices are looked up here: casting a bias costs less. And not under modes that see operations or

@@ -12,9 +12,9 @@ from operators import BACKENDS, SHAPES, Call, to_float64
 from torch import Tensor
 
 import seqkernels as sk
-from seqkernels import ops
 from seqkernels.backends import cells, torch_steps
 from seqkernels.backends.torch_steps import Variant
+from seqkernels.double_backward import derivatives
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
@@ -76,7 +76,7 @@ def in_float64(call: Call, masks) -> list[Tensor]:
     variant = Variant(False, 1, *to_float64(masks))
     results = torch_steps.forward(cell, x, weights, (), h_0, c_0, batch_sizes, variant)
     grads = [None if g is None else g.double() for g in gradients_of(call, [r.to(call.dtype) for r in results])]
-    gradients = ops.derivatives(results, grads, leaves, [True] * len(leaves), False)
+    gradients = derivatives(results, grads, leaves, [True] * len(leaves), False)
     found = [*results, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True))]
     return found if call.cell == "lstm" else [*found, x.new_zeros(*h_0.shape[:2], 0)]
 

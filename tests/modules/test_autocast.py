@@ -103,3 +103,20 @@ def test_hooks_on_saved_tensors_see_none_of_it():
         checkpoint(lambda x: module(x)[0].float().sum(), x, use_reentrant=False).backward()
     checkpointed = [p.grad for p in module.parameters()]
     torch.testing.assert_close(list(gradients_of(module, x)), checkpointed)
+
+
+@pytest.mark.parametrize("options", [{"zoneout": 0.3}, {"layer_norm": True}], ids=str)
+def test_a_backward_pass_inside_of_a_region_is_none_of_its(options, backend):
+    """Of what was computed outside of it."""
+    if backend == "torch_eager":
+        pytest.skip("its products are torch's own")
+    layer, x = sk.GRU(4, 5, **options), torch.randn(7, 3, 4)
+    layer.backend = backend
+    try:
+        loss = layer(x)[0].square().sum()
+    except ValueError as refused:
+        pytest.skip(str(refused))
+    expected = torch.autograd.grad(loss, layer.weight_hh_l0, retain_graph=True)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        found = torch.autograd.grad(loss, layer.weight_hh_l0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -84,6 +84,34 @@ def test_a_compiled_model_may_change_its_output():
     torch.testing.assert_close(torch.autograd.grad(compiled(x), list(module.parameters())), expected)
 
 
+OPTIONS = {
+    "masks": {"zoneout": 0.3, "recurrent_dropout": 0.2},
+    "layer norm": {"layer_norm": True},
+}
+
+
+@pytest.mark.parametrize(("name", "compiled"), [("GRU", False), ("GRU", True), ("LSTM", False)])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_so_may_be_those_of_layers_with_options(name, options, compiled, backend):
+    module, x = getattr(sk, name)(4, 5, **options), torch.randn(6, 3, 4)
+    try:
+        module.backend = backend
+        module(x)
+    except ValueError as refused:
+        pytest.skip(str(refused))
+
+    def residual(x, copied=False):
+        torch.manual_seed(0)  # which draws the masks
+        y = module(x)[0]
+        y = y.clone() if copied else y
+        y += 1
+        return y.sigmoid_().sum()
+
+    expected = torch.autograd.grad(residual(x, copied=True), list(module.parameters()))
+    run = torch.compile(residual, backend="aot_eager") if compiled else residual
+    torch.testing.assert_close(torch.autograd.grad(run(x), list(module.parameters())), expected)
+
+
 def test_checkpointed_and_twice_differentiated_outputs_may_be_changed_as_well():
     module, x = sk.GRU(4, 5, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
     expected = torch.autograd.grad((module(x)[0] * 2).square().sum(), x)[0]

@@ -101,6 +101,20 @@ def test_flops_are_those_that_torch_counts(name, options):
     assert flops(ours, x, state, backward=True) == flops(torchs, x, state, backward=True)
 
 
+@pytest.mark.parametrize("options", [{"zoneout": 0.1}, {"layer_norm": True}, {"layer_norm": "gates"}], ids=str)
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_options_change_no_flops(name, options):
+    x, sizes = torch.randn(6, 3, 4), {"input_size": 4, "hidden_size": 5, "num_layers": 2, "bidirectional": True}
+    plain, ours = getattr(sk, name)(**sizes), getattr(sk, name)(**sizes, **options)
+    for wanted in (True, False):
+        assert flops(ours, x) == flops(plain, x) > 0
+        for given in (x, x.clone().requires_grad_()):
+            if wanted or given.requires_grad:
+                assert flops(ours, given, backward=True) == flops(plain, given, backward=True)
+        ours.requires_grad_(False)
+        plain.requires_grad_(False)
+
+
 def test_flops_of_a_projected_lstm():
     rows, gates, H, P, inputs = 6 * 3, 4, 5, 2, 4
     expected = 2 * rows * (gates * H * (inputs + P) + H * P)

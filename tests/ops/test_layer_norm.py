@@ -9,7 +9,7 @@ from seqkernels._ops import ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.cells import CELLS as FACTS
 from seqkernels.backends.torch_steps import Direction, Variant
-from seqkernels.ops import derivatives
+from seqkernels.double_backward import derivatives
 
 pytestmark = pytest.mark.skipif(bool(MISSING["cpu"]), reason=str(MISSING["cpu"]))
 
@@ -126,3 +126,7 @@ def test_what_kernels_cannot_have_is_refused():
         by_kernels("rnn_tanh", layer("rnn_tanh", 6, 3, 4)[0], None, [None, masks[1], None, None], False)
     with pytest.raises(RuntimeError, match=r"w_hh is \[2, 12, 4\], got \[2, 12, 3\]"):
         by_kernels("gru", [of_layer[0], of_layer[1][:, :, :3], *of_layer[2:]], None, masks, False)
+    of_layer, masks = layer("lstm", 6, 3, 4)
+    of_layer[4] = None
+    with pytest.raises(RuntimeError, match="shift_c goes with scale_c"):
+        by_kernels("lstm", of_layer, None, masks, False)

@@ -7,9 +7,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import seqkernels as sk
+from seqkernels._ops import ops
 
 LAYER = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "w_hr", "h_0", "c_0", "batch_sizes")
 GRADIENTS = ("grad_y", "grad_h_n", "grad_c_n", "y", "saved")
+MASKS = ("recurrent", "candidate", "zoneout_h", "zoneout_c")
+NORMS = ("gates_x", "w_hh", "scale", "shift", "scale_c", "shift_c", "h_0", "c_0", "batch_sizes", *MASKS)
 
 
 def named_arguments(backend: str) -> dict[str, Tensor]:
@@ -43,6 +46,33 @@ def test_a_storage_that_holds_less_than_its_tensor_is_refused(name, kept, backen
     for run in [run_backward] if name in GRADIENTS else [run_forward, run_backward]:
         with pytest.raises(RuntimeError, match=rf"{name}.*out of bounds for storage of size {storage.nbytes()}"):
             run(backend, of)
+
+
+def masks() -> dict[str, Tensor]:
+    """Those of 5 rows of 3 sequences, of 5 hidden units."""
+    return dict(
+        zip(MASKS, (torch.ones(1, 3, 5), torch.ones(1, 3, 5), torch.ones(5, 1, 5), torch.ones(5, 1, 5)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in ("cpu", "cuda", "triton")])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_whose_storage_was_freed_are_refused(name, backend):
+    of_layer = Call("lstm", batch_sizes=(3, 2), dtype=torch.float32).arguments()[:-1]
+    of = masks()
+    freed(of[name])
+    with pytest.raises(RuntimeError, match=rf"{name}.*out of bounds for storage of size 0"):
+        getattr(ops.masked_forward, backend)(*of_layer, *of.values(), True, [0])
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in ("cpu", "triton")])
+@pytest.mark.parametrize("name", NORMS)
+def test_what_layer_norm_takes_is_refused_where_its_storage_was_freed(name, backend):
+    sizes = (5, 1, 20), (1, 20, 5), (1, 20), (1, 20), (1, 5), (1, 5), (1, 3, 5), (1, 3, 5)
+    of = dict(zip(NORMS, (*map(torch.ones, sizes), torch.tensor([3, 2]), *masks().values()), strict=True))
+    freed(of[name])
+    with pytest.raises(RuntimeError, match=rf"{name}.*out of bounds for storage of size 0"):
+        getattr(ops.layer_norm_forward, backend)("lstm", *of.values(), False, True, [0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,8 +12,8 @@ from seqkernels.backends import torch_steps
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.backends.triton import layer as triton_layer
 from seqkernels.backends.triton.tiles import Launch
+from seqkernels.double_backward import derivatives
 from seqkernels.hardware import NO_TRITON
-from seqkernels.ops import derivatives
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
 MASKS = ("recurrent", "candidate", "zoneout_h", "zoneout_c")

@@ -12,8 +12,8 @@ from seqkernels.backends.cells import CELLS as FACTS
 from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.backends.triton import norm_host
 from seqkernels.backends.triton.tiles import Launch
+from seqkernels.double_backward import derivatives
 from seqkernels.hardware import NO_TRITON
-from seqkernels.ops import derivatives
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
 H, EPS = 5, torch.finfo(torch.float32).eps
@@ -128,6 +128,15 @@ def test_what_does_not_fit_is_refused():
         run("gru", *layer[:2], layer[2][:, 1:], *layer[3:], *rest, True, [0])
     with pytest.raises(RuntimeError, match="c_0 goes with an LSTM and only with it"):
         run("gru", *layer[:7], layer[6], *rest, True, [0])
+    with pytest.raises(RuntimeError, match="gates_x of 2"):
+        run("gru", layer[0].flatten(1), *layer[1:], *rest, True, [0])
+    with pytest.raises(RuntimeError, match="one or two directions, got 3"):
+        run("gru", *layer[:6], torch.zeros(3, 4, H), None, *rest, True, [0])
+    with pytest.raises(RuntimeError, match="scale_c goes with an LSTM only"):
+        run("gru", *layer[:4], torch.ones(2, H), *layer[5:], *rest, True, [0])
+    layer, rest = arguments("lstm", False, masked=True)
+    with pytest.raises(RuntimeError, match="shift_c goes with scale_c"):
+        run("lstm", *layer[:4], None, *layer[5:], *rest, True, [0])
 
 
 @pytest.mark.slow

@@ -132,13 +132,21 @@ def _grad_w_hh(layer: Layer, h_0: Tensor, y: Tensor, grad_sums: Tensor) -> Tenso
 
 def _layer(cell, gates_x, w_hh, parameters, h_0, c_0, batch_sizes, masks: StepMasks, launch: Sequence[int]) -> Layer:
     """The sizes of the call, checked."""
-    if gates_x.dtype != torch.float32 or cell not in CELLS or h_0.dim() != 3:
-        got = f"{gates_x.dtype}, h_0 of {h_0.dim()} dimensions and {cell}"
+    if gates_x.dtype != torch.float32 or cell not in CELLS or gates_x.dim() != 3 or h_0.dim() != 3:
+        got = f"{gates_x.dtype}, gates_x of {gates_x.dim()} and h_0 of {h_0.dim()} dimensions and {cell}"
         raise RuntimeError(
-            f"layer norm in Triton takes float32, h_0 [D, B, H] and a cell of {', '.join(CELLS)}, got {got}"
+            "layer norm in Triton takes float32, gates_x [N, D, G*H], h_0 [D, B, H] and a cell of "
+            f"{', '.join(CELLS)}, got {got}"
         )
-    if (CELLS[cell].states == 2) != (c_0 is not None):
-        raise RuntimeError("c_0 goes with an LSTM and only with it")
+    _, _, scale_c, shift_c = parameters
+    for holds, sentence in (
+        (h_0.shape[0] in (1, 2), f"an RNN has one or two directions, got {h_0.shape[0]}"),
+        ((CELLS[cell].states == 2) == (c_0 is not None), "c_0 goes with an LSTM and only with it"),
+        (c_0 is not None or scale_c is None, "scale_c goes with an LSTM only"),
+        (scale_c is not None or shift_c is None, "shift_c goes with scale_c"),
+    ):
+        if not holds:
+            raise RuntimeError(sentence)
     (D, B, H), N, GH = h_0.shape, gates_x.shape[0], CELLS[cell].gates * h_0.shape[2]
     shapes = {"gates_x": (N, D, GH), "w_hh": (D, GH, H), "scale": (D, GH), "shift": (D, GH)}
     shapes |= {"scale_c": (D, H), "shift_c": (D, H), "h_0": (D, B, H), "c_0": (D, B, H)}
