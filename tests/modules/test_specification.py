@@ -11,7 +11,7 @@ from seqkernels.hardware import NO_TRITON, THIS_MACHINE
 
 
 @given(case=generated())
-@settings(max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
 def test_generated_configuration_is_as_close_as_torch(case):
     assert_right(case, None)
 
