@@ -496,8 +496,7 @@ def test_explain_says_which_way_runs():
     assert plan.kernel == f"{options}: a step at a time in plain torch operations"
     assert NO_CPU_KERNELS or dict(plan.refusals)["cpu"] == f"it has no kernel with {options}"
     assert f"{options}: a step" in str(sk.explain(layer))
-    layer.cell_options = sk.CellOptions(candidate_dropout=0.1)
-    assert sk.explain(layer.eval(), x) == plain
+    assert sk.explain(sk.LSTM(4, 6, candidate_dropout=0.1).eval(), x) == plain
     for option in ({"zoneout": 0.1}, {"layer_norm": True}):
         assert sk.explain(sk.LSTM(4, 6, proj_size=3, **option), x).backend == "torch_eager"
     assert sk.explain(sk.RNN(4, 6, zoneout=0.1), x).backend == "torch_eager"
