@@ -70,7 +70,8 @@ def cell_options(text: str) -> dict[str, Any]:
     if text == NONE:
         return {}
     options = require("seqkernels").CellOptions
-    known = [field.name for field in dataclasses.fields(options)]
+    # Blocks have other weights than torch.nn's, which all trainings begin with.
+    known = [field.name for field in dataclasses.fields(options) if field.name != "blocks"]
     pairs = [one.partition("=") for one in re.split(BETWEEN, text)]
     try:
         check_names([name for name, *_ in pairs], known)
@@ -84,7 +85,7 @@ def cell_options(text: str) -> dict[str, Any]:
 def check_names(names: list[str], known: list[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"no option is named {name}" if name else "an option has no name")
+            raise ValueError(f"no regularizer is named {name}" if name else "an option has no name")
         if names.count(name) > 1:
             raise ValueError(f"{name} is given twice")
 

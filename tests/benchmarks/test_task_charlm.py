@@ -46,11 +46,11 @@ OURS = "--module", "seqkernels", "--regularize"
     "more, message",
     [
         (("--regularize", "zoneout=0.1"), "give --module seqkernels"),
-        ((*OURS, "zone=0.1"), "'zone=0.1': no option is named zone. It takes NAME=VALUE, of zoneout, "),
+        ((*OURS, "zone=0.1"), "'zone=0.1': no regularizer is named zone. It takes NAME=VALUE, of zoneout, "),
         ((*OURS, ""), "'': an option has no name. It takes NAME=VALUE"),
         ((*OURS, "zoneout=0.1,zoneout=0.2"), "zoneout is given twice"),
         ((*OURS, "zoneout=1"), r"'zoneout=1': zoneout is a probability in \[0, 1\)"),
-        ((*OURS, "blocks=3", "--hidden", 8), "'blocks=3': blocks divide hidden_size: 8 units are no 3 equal blocks"),
+        ((*OURS, "blocks=2"), "'blocks=2': no regularizer is named blocks"),
         ((*OURS, "candidate_dropout=.1", "--cell", "RNN"), "candidate_dropout is for gated cells"),
     ],
 )
