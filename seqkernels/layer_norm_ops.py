@@ -29,8 +29,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, flops, inplace
-from seqkernels._ops import add_op_namespace_prefix, ops
+from seqkernels import flops, inplace
+from seqkernels._ops import ops
 from seqkernels.backends import autocast, torch_steps, triton
 from seqkernels.backends.arguments import by_direction
 from seqkernels.backends.cells import CELLS
@@ -39,7 +39,7 @@ from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.cell_options import Masks
 from seqkernels.double_backward import cut, derivatives
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import reads_y
+from seqkernels.ops import reads_y, register
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -191,14 +191,9 @@ def _directions_of(gates_x: Tensor, *parameters: Tensor | None) -> list[Directio
 
 
 def _register(backend: str) -> None:
-    for name, fake, formula, setup in (
-        ("layer_norm_forward", _fake_forward, _formula_of(backend), _save_for_backward),
-        ("layer_norm_backward", _fake_backward, _double_backward, _setup_double_backward),
-    ):
-        full_name = add_op_namespace_prefix(f"{name}.{backend}")
-        torch.library.register_fake(full_name, fake, lib=_library)
-        torch.library.register_autograd(full_name, formula, setup_context=setup, lib=_library)
-        batching.register(f"{name}.{backend}", batching.Members(getattr(getattr(ops, name), backend), None), _library)
+    forward, backward = (getattr(getattr(ops, name), backend) for name in ("layer_norm_forward", "layer_norm_backward"))
+    register(forward, _fake_forward, (_formula_of(backend), _save_for_backward), _library)
+    register(backward, _fake_backward, (_double_backward, _setup_double_backward), _library)
 
 
 for _name, _schema, _run in (

@@ -16,14 +16,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching, flops, inplace
-from seqkernels._ops import add_op_namespace_prefix, ops
+from seqkernels import flops, inplace
+from seqkernels._ops import ops
 from seqkernels.backends import autocast, cuda, torch_steps, triton
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
 from seqkernels.double_backward import cut, derivatives
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.ops import fake_backward, fake_forward, reads_y
+from seqkernels.ops import fake_backward, fake_forward, reads_y, register
 from seqkernels.select import Plan
 
 _OF_LAYER = (
@@ -123,14 +123,9 @@ def _double_backward(ctx, *grad_grads):
 
 def _register(backend: str) -> None:
     forward, backward = (getattr(getattr(ops, name), backend) for name in ("masked_forward", "masked_backward"))
-    for name, operator, fake, formula, setup in (
-        ("masked_forward", forward, _fake_forward, functools.partial(_formula, forward, backward), _save_for_backward),
-        ("masked_backward", backward, _fake_backward, _double_backward, _setup_double_backward),
-    ):
-        full_name = add_op_namespace_prefix(f"{name}.{backend}")
-        torch.library.register_fake(full_name, fake, lib=_library)
-        torch.library.register_autograd(full_name, formula, setup_context=setup, lib=_library)
-        batching.register(f"{name}.{backend}", batching.Members(operator, None), _library)
+    derivative = functools.partial(_formula, forward, backward), _save_for_backward
+    register(forward, _fake_forward, derivative, _library)
+    register(backward, _fake_backward, (_double_backward, _setup_double_backward), _library)
 
 
 # Both passes of each backend that has them in Python; csrc/cpu/ops.cpp defines and implements its own.

@@ -47,7 +47,7 @@ run decides the speed: on a CPU the projection of a few steps at a time stays in
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -217,14 +217,27 @@ def _register(backend: str) -> None:
         ("recurrence_backward", fake_backward, twice, double_backward.save_for_formula),
         ("recurrence_recompute", _fake_recompute, twice, double_backward.save_for_formula),
     ):
-        full_name = add_op_namespace_prefix(f"{name}.{backend}")
-        torch.library.register_fake(full_name, each(fake), lib=_library)
-        torch.library.register_autograd(full_name, derivative, setup_context=setup, lib=_library)
         operator = getattr(getattr(ops, name), backend)
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _library.impl(f"{name}.{backend}", autocast.cast_arguments(operator, device_type), key)
         ensemble = getattr(getattr(ops, name), ENSEMBLES[backend]) if backend in ENSEMBLES else None
-        batching.register(f"{name}.{backend}", batching.Members(operator, ensemble), _library)
+        register(operator, each(fake), (derivative, setup), _library, ensemble)
+
+
+def register(
+    operator: torch._ops.OpOverload,
+    fake: Callable,
+    derivative: tuple[Callable, Callable] | None,  # the formula, and what saves for it
+    library: torch.library.Library,
+    ensemble: Callable | None = None,
+) -> None:
+    """What every operator has: a fake kernel, a derivative if it has any, and rules for torch.vmap."""
+    name = f"{operator.overloadpacket.__name__}.{operator._overloadname}"
+    full_name = add_op_namespace_prefix(name)
+    torch.library.register_fake(full_name, fake, lib=library)
+    if derivative:
+        torch.library.register_autograd(full_name, derivative[0], setup_context=derivative[1], lib=library)
+    batching.register(name, batching.Members(operator, ensemble), library)
 
 
 def _recompute_of(backend: str):

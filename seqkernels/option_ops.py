@@ -19,11 +19,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqkernels import batching
-from seqkernels._ops import add_op_namespace_prefix, ops
+from seqkernels._ops import ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.double_backward import derivatives
+from seqkernels.ops import register
 
 _OF_LAYER = (
     "Tensor x, Tensor[] weights, Tensor[] norms, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, "
@@ -98,19 +98,14 @@ def _autograd_formula(ctx, *grads):
     return None, grad_x, grad_weights, grad_norms, *of_states, *[None] * 7
 
 
-for _name, _schema, _implementation, _fake in (
-    ("options_forward.torch_eager", FORWARD_SCHEMA, _forward, _fake_forward),
-    ("options_backward.torch_eager", BACKWARD_SCHEMA, _backward, _fake_backward),
+for _name, _schema, _implementation in (
+    ("options_forward.torch_eager", FORWARD_SCHEMA, _forward),
+    ("options_backward.torch_eager", BACKWARD_SCHEMA, _backward),
 ):
     _library.define(_name + _schema)
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=_library)
-torch.library.register_autograd(
-    add_op_namespace_prefix("options_forward.torch_eager"), _autograd_formula, setup_context=_save_for_backward,
-    lib=_library,
-)  # fmt: skip
-batching.register("options_forward.torch_eager", batching.Members(ops.options_forward.torch_eager, None), _library)
-batching.register("options_backward.torch_eager", batching.Members(ops.options_backward.torch_eager, None), _library)
+register(ops.options_forward.torch_eager, _fake_forward, (_autograd_formula, _save_for_backward), _library)
+register(ops.options_backward.torch_eager, _fake_backward, None, _library)
 
 
 def forward(

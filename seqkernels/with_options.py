@@ -166,8 +166,8 @@ def _by_blocks(
     ensemble = ops.ENSEMBLES.get(plan.backend)
     if ensemble and not call.transformed and all(mask is None for mask in of_step):
         plan, x = plan._replace(backend=ensemble), x.expand(blocks, *x.shape)
-        wanted = modes.wants_gradients(x, h_0, c_0, *weights)
-        y, h_n, c_n = ops.recurrence_forward(plan, call, x, weights, h_0, c_0, batch_sizes, wanted, recompute)
+        none = Masks(None, *of_step)
+        y, h_n, c_n = _by_kernels(plan, call, x, weights, h_0, c_0, batch_sizes, none, recompute)
     else:
         found = []
         for block in range(blocks):

@@ -88,9 +88,6 @@ class LayerNormArguments : public CheckedArguments {
   const void* optional(const Optional& tensor, const char* name, const Shape& shape) {
     return tensor ? required(*tensor, name, shape) : nullptr;
   }
-  MemberArray check_contiguous(const Tensor& tensor, const char* name, const Shape& shape) {
-    return CheckedArguments::check_contiguous(tensor, name, shape);
-  }
 };
 
 template <class P>

@@ -43,11 +43,10 @@ constexpr bool has_path(Path path, int target) {
 
 constexpr int ceil_div(int64_t n, int divisor) { return static_cast<int>((n + divisor - 1) / divisor); }
 
-constexpr int kMaxTile = 8;    // sequences that a CTA takes at most: the columns of one MMA
-constexpr int kMmaRows = 16;   // rows of a matrix that a warp multiplies at once: hidden units
-constexpr int kWarpSize = 32;  // lanes of a warp
-constexpr int kKBlockBytes =
-    64;  // of a row that a warp multiplies at once: 16 for each of the 4 lanes that share a row
+constexpr int kMaxTile = 8;         // sequences that a CTA takes at most: the columns of one MMA
+constexpr int kMmaRows = 16;        // rows of a matrix that a warp multiplies at once: hidden units
+constexpr int kWarpSize = 32;       // lanes of a warp
+constexpr int kKBlockBytes = 64;    // of a row that a warp multiplies at once: 16 for each of the lanes that share it
 constexpr int kFragmentBytes = 32;  // what a lane has of 16 rows by a k-block
 
 // Columns of a matrix that are multiplied at once.

@@ -1,4 +1,4 @@
-// Launches of the stepwise kernels of layers with masks. There is one for even and odd numbers of units.
+// Launches of the stepwise kernels of layers with masks. One instance serves even and odd numbers of units.
 #include "stepwise_launch.cuh"
 
 namespace seqkernels {
