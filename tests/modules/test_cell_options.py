@@ -252,7 +252,8 @@ def test_kernels_are_as_close_as_torch(cell, name, dtype, instruction_set, monke
     kinked = cell == "ligru" and dtype.itemsize == 2  # as in specification.judged
     contenders = ("cpu", False), ("torch_eager", False), ("torch_eager", True)
     found: list[list] = [[] for _ in contenders]
-    for seed, sequences in enumerate((21, 21, 1)):
+    # No draw of one sequence alone: what a norm of few steps enlarges, it enlarges by chance.
+    for seed, sequences in enumerate((21, 21, 4)):
         for draws, (backend, exact) in zip(found, contenders, strict=True):
             results = run_by(backend, cell, IN_KERNELS[name], dtype, sequences, seed, exact)
             draws.append({key: results[key] for key in results if not kinked or key in ("output", "h_n")})
