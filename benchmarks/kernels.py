@@ -10,9 +10,9 @@ import torch
 from benchmarks import InputError, problems, record
 from benchmarks.cases import Case, add_case_options, cases_of
 from benchmarks.contenders import CONTENDERS, OURS, OWN, USUAL, Unavailable, explain, versions
-from benchmarks.options import add_out, check_device, round_count
+from benchmarks.options import add_out, check_device, round_count, thread_count
 from benchmarks.problems import flops
-from benchmarks.timing import InProcess, Worker, paired, peak_gflops, speedup, stopping, summary
+from benchmarks.timing import InProcess, Worker, busy, paired, peak_gflops, speedup, stopping, summary
 
 QUICK_ROUNDS = 31
 # A difference that is taken for none, however little the runs of one process spread: where memory happens to lie makes
@@ -31,6 +31,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(CONTENDERS)}, all (usual: {', '.join(USUAL)})",
     )
     parser.add_argument("--rounds", type=round_count, default=51, metavar="N", help="of all contenders (%(default)s)")
+    parser.add_argument(
+        "--busy",
+        type=thread_count,
+        default=0,
+        metavar="N",
+        help="measure again while so many other processes compute all the time",
+    )
     parser.add_argument(
         "--quick", action="store_true", help=f"a first look: {' '.join(problems.QUICK)}, {QUICK_ROUNDS} rounds"
     )
@@ -53,7 +60,8 @@ def run(options: argparse.Namespace) -> int:
         with stopping(workers):
             for case in group:
                 try:
-                    rows = measure(case, workers, QUICK_ROUNDS if options.quick else options.rounds)
+                    rounds = QUICK_ROUNDS if options.quick else options.rounds
+                    rows = measure(case, workers, rounds, busy_processes=options.busy)
                 except InputError as reason:  # of the problem's data; a dead worker would say so again
                     if all(worker.alive() for worker in workers):
                         print(f"{title(case)} left out: {reason}", flush=True)
@@ -77,8 +85,11 @@ def facts(case: Case) -> dict[str, Any]:
     return {**record.environment(), **described, "plan": explain(case)}
 
 
-def measure(case: Case, workers: Sequence[Worker | InProcess], rounds: int, host: bool = False) -> list[dict[str, Any]]:
-    """A row for each contender: its errors, whether all of ours pass the gate, and the times (the `host`'s) if so."""
+def measure(
+    case: Case, workers: Sequence[Worker | InProcess], rounds: int, host: bool = False, busy_processes: int = 0
+) -> list[dict[str, Any]]:
+    """A row for each contender: its errors, whether all of ours pass the gate, and the times (the `host`'s) if so;
+    those on a busy machine as well if there are to be busy processes."""
     work = flops(case.shape, case.cell, case.mode, case.layout)
     rows, able = {}, []
     for worker in workers:
@@ -92,6 +103,10 @@ def measure(case: Case, workers: Sequence[Worker | InProcess], rounds: int, host
         rows[worker.name] = row
     right = gate(rows, case)
     times = paired(able, rounds, host) if right else {}
+    busy_times = {}
+    if times and busy_processes:
+        with busy(busy_processes):
+            busy_times = paired(able, rounds, host)
     for name, row in rows.items():
         row["right"] = right
         if name not in times:
@@ -100,6 +115,8 @@ def measure(case: Case, workers: Sequence[Worker | InProcess], rounds: int, host
         row["gflops"] = work / (row["median_ms"] * 1e6)
         if OURS in times and name != OURS:
             row |= speedup(times[name], times[OURS])
+        if name in busy_times:
+            row |= {"busy_processes": busy_processes, "busy_ms": summary(busy_times[name])["median_ms"]}
     return list(rows.values())
 
 
@@ -134,7 +151,8 @@ def show(case: Case, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "median_ms" in row:
             text = f"{row['contender']} {row['median_ms']:.3f} ms {row['memory_bytes'] / 1e6:.1f} MB"
-            texts.append(f"{text} ({verdict(row)})" if "speedup" in row else text)
+            text += f" ({verdict(row)})" if "speedup" in row else ""
+            texts.append(f"{text} busy {row['busy_ms']:.3f} ms" if "busy_ms" in row else text)
     print(title(case), "  ".join(texts), flush=True)
 
 

@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     for case in sorted(refused, key=str):
         print(f"refused, its results were wrong: {' '.join(map(str, case))}", file=sys.stderr)
     rows = newest(row for row in rows if key(row) not in refused)
-    found = tables(rows)
+    found = tables(rows) + busy_tables(rows)
     found += [Table(*parts) for parts in calls.tables(read(of_calls))] if of_calls.exists() else []
     found += step_tables(newest(read(of_steps), step_key)) if of_steps.exists() else []
     for name in BY_MODULE:
@@ -81,7 +81,7 @@ class Table(NamedTuple):
 
 
 def readme_tables(rows: list[Row], folder: Path) -> list[Table]:
-    found = tables(cpu_rows(rows)) + tables(gpu_rows(rows))
+    found = tables(cpu_rows(rows)) + tables(gpu_rows(rows)) + busy_tables(rows)
     return found + [table for name in IN_README for table in tables_of(name, folder)]
 
 
@@ -131,6 +131,30 @@ def table(group: tuple, rows: list[Row]) -> Table:
         notes.append(f"{DIRTY} measured with uncommitted changes.")
     name = {"infer": "Inference", "train": "Training step (forward and backward)"}[mode]
     return Table(f"{name}, {dtype}, {where}", ["", *(f"{c} {y}" for c, y in columns)], [*lines, means], notes)
+
+
+def busy_tables(rows: list[Row]) -> list[Table]:
+    """Times on a busy machine, and how many times as long as on a quiet one; a table for each machine."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if "busy_ms" in row:
+            groups.setdefault((row["busy_processes"], row["threads"], row["cpus"], row["cpu"]), []).append(row)
+    return [busy_table(where, group) for where, group in groups.items()]
+
+
+def busy_table(group: tuple, rows: list[Row]) -> Table:
+    processes, threads, cpus, cpu = group
+    names = ordered((row["contender"] for row in rows), (OURS, OWN))
+    by_case: dict[tuple, dict[str, str]] = {}
+    for row in rows:
+        times = f"{three_digits(row['busy_ms'])}{marks(row)}: {row['busy_ms'] / row['median_ms']:.1f}"
+        case = tuple(row[name] for name in ("problem", "cell", "mode", "layout", "dtype"))
+        by_case.setdefault(case, {})[row["contender"]] = times
+    lines = [[" ".join(case), *(found.get(name, "-") for name in names)] for case, found in by_case.items()]
+    others = f"{processes} other process{'es' * (processes != 1)}"
+    notes = ["Median ms beside processes that compute all the time: how many times as long as without them."]
+    title = f"Busy machine: {others} on {cpus} cores, {threads} thread{'s' * (threads != 1)} of {cpu}"
+    return Table(title, ["", *names], lines, notes)
 
 
 def step_tables(rows: list[Row]) -> list[Table]:

@@ -7,6 +7,7 @@ import itertools
 import math
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -139,6 +140,18 @@ def stopping(workers: W) -> Iterator[W]:
     finally:
         for worker in workers:
             worker.stop()
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """A machine on which so many other processes compute all the time."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -34,6 +35,23 @@ def test_a_row_holds_what_judges_and_repeats_it(tmp_path, capsys):
         assert 0 < row["q1_ms"] <= row["median_ms"] <= row["q3_ms"] and max(row["errors"]) < 1e-5
     assert own["speedup_low"] <= own["speedup"] <= own["speedup_high"] and "speedup" not in ours
     assert "seqkernels" in capsys.readouterr().out
+
+
+def test_busy_processes_are_gone_after_their_turn(tmp_path, monkeypatch, capsys):
+    started = []
+
+    class Started(subprocess.Popen):
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            started.append(self)
+
+    monkeypatch.setattr(timing.subprocess, "Popen", Started)
+    arguments = ("--problem", "step", "--cell", "GRU", "--contender", "torch.nn", "seqkernels", "--busy", "2")
+    code, found = run(tmp_path, *arguments)
+    busy = [other for other in started if other.args[0] == sys.executable]
+    assert code == 0 and len(busy) == 2 and all(other.poll() is not None for other in busy)
+    assert all(row["busy_processes"] == 2 and row["busy_ms"] > 0 and row["median_ms"] > 0 for row in found)
+    assert " busy " in capsys.readouterr().out
 
 
 def test_contenders_of_one_process_are_measured_as_those_of_several():

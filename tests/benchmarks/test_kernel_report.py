@@ -54,6 +54,15 @@ def test_a_table_shows_losses_in_the_same_type_and_marks_what_is_old():
     assert "before the library was last changed" in page and "uncommitted" in page
 
 
+def test_a_busy_machine_has_a_table_of_its_own():
+    busy = {"busy_processes": 1, "cpus": 2, "busy_ms": 3.0}
+    (table,) = report.busy_tables([measured("torch.nn", **busy | {"busy_ms": 150.0}), measured("seqkernels", **busy)])
+    assert table.headings == ["", "seqkernels", "torch.nn"]
+    assert table.lines == [["names GRU infer padded float32", "3†: 3.0", "150†: 150.0"]]
+    assert "1 other process on 2 cores" in table.title
+    assert not report.busy_tables([measured("seqkernels")])
+
+
 def test_the_last_row_of_a_case_counts():
     found = record.newest([measured("seqkernels", median_ms=9.0), measured("seqkernels", median_ms=1.0)])
     assert [row["median_ms"] for row in found] == [1.0]
