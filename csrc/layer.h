@@ -70,6 +70,8 @@ struct LayerBackward : Layer {
   void* grad_c_0;                    // [D, C, H] or null
 };
 
+constexpr double kNormEpsilon = 1e-5;  // that is added to a variance: torch_steps.EPS
+
 // A layer with layer norm (seqkernels/layer_norm_ops.py, which says what is what). Of the weights it has w_hh, and a
 // row of `saved` is [(G+S-1)*H]: the normalized sums, and c.
 struct Norms {

@@ -131,16 +131,17 @@ bool read_clusters(PyObject* counts, Gpu& gpu) {
 static PyObject* cuda_candidates(PyObject*, PyObject* none, PyObject* arguments) {
   static const char* names[] = {"cell",       "hidden",    "projected", "dtype",         "tf32",
                                 "directions", "sequences", "target",    "shared_memory", "multiprocessors",
-                                "clusters",   "backward",  "masked",    nullptr};
+                                "clusters",   "backward",  "masked",    "layer_norm",    nullptr};
   const char *cell = nullptr, *dtype = nullptr;
   PyObject* clusters = nullptr;
   LayerFacts layer{};
   Gpu gpu{};
-  int projected = 0, tf32 = 0, backward = 0, masked = 0;
+  int projected = 0, tf32 = 0, backward = 0, masked = 0, layer_norm = 0;
   long long hidden = 0, sequences = 0;
-  if (!PyArg_ParseTupleAndKeywords(none, arguments, "$sLpspiLiiiOpp", const_cast<char**>(names), &cell, &hidden,
+  if (!PyArg_ParseTupleAndKeywords(none, arguments, "$sLpspiLiiiOppp", const_cast<char**>(names), &cell, &hidden,
                                    &projected, &dtype, &tf32, &layer.directions, &sequences, &gpu.target,
-                                   &gpu.shared_memory, &gpu.multiprocessors, &clusters, &backward, &masked) ||
+                                   &gpu.shared_memory, &gpu.multiprocessors, &clusters, &backward, &masked,
+                                   &layer_norm) ||
       !read_clusters(clusters, gpu))
     return nullptr;
   const auto* scalar = std::find_if(std::begin(kScalars), std::end(kScalars),
@@ -152,7 +153,7 @@ static PyObject* cuda_candidates(PyObject*, PyObject* none, PyObject* arguments)
     return PyErr_Format(PyExc_ValueError, "%s", error.what());
   }
   layer.scalar = *scalar;
-  layer.tf32 = tf32, layer.has_projection = projected, layer.masked = masked;
+  layer.tf32 = tf32, layer.has_projection = projected, layer.masked = masked, layer.layer_norm = layer_norm;
   layer.hidden = hidden, layer.sequences = sequences;
   PyObject* found = PyList_New(0);
   for (const Candidate& candidate : candidates(layer, gpu, backward)) {
@@ -174,7 +175,8 @@ static PyMethodDef methods[] = {
     {"cuda_candidates", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cuda_candidates)),
      METH_VARARGS | METH_KEYWORDS,
      "cuda_candidates(*, cell, hidden, projected, dtype, tf32, directions, sequences, target, shared_memory, "
-     "multiprocessors, clusters, backward, masked): all ways to run a pass on a GPU, and what speaks against them "
+     "multiprocessors, clusters, backward, masked, layer_norm): all ways to run a pass on a GPU, and what speaks "
+     "against them "
      "(csrc/cuda/plan.h)."},
     {nullptr, nullptr, 0, nullptr},
 };

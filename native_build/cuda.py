@@ -11,6 +11,7 @@ from native_build.toolchain import Nvcc, dotted
 CUDA_SOURCES = {
     "stepwise": 70,
     "masked_stepwise": 70,
+    "norm_stepwise": 70,
     "pack_weights": 80,
     "single_cta": 80,
     "masked_single_cta": 80,

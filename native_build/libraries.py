@@ -23,7 +23,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 OF_EACH_SET = ("forward", "masked", "backward", "layer_norm", "quantized", "kernels")
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-CUDA_HOST_SOURCES = ("ops", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
+CUDA_HOST_SOURCES = ("ops", "ops_layer_norm", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
 class Object(NamedTuple):

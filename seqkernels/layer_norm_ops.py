@@ -24,14 +24,15 @@ part of it: a backward pass has them of gates_x and what is saved. With ``save=F
 Masks have no gradients. A projection and blocks are none of this operator's.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from seqkernels import flops, inplace
 from seqkernels._ops import ops
-from seqkernels.backends import autocast, torch_steps, triton
+from seqkernels.backends import autocast, cuda, torch_steps, triton
 from seqkernels.backends.arguments import by_direction
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import to_acc
@@ -99,9 +100,10 @@ def _stacked(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
     return None if not present else present[0].unsqueeze(dim) if len(present) == 1 else torch.stack(present, dim)
 
 
-def _backward_cpu(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *rest) -> tuple[Tensor, ...]:
+def _backward_by(sweep_back: Callable, cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *rest) -> tuple[Tensor, ...]:
+    """The operator by a sweep, as csrc/layer_norm_arguments.h says what it gives."""
     *left, wants_w_hh, _ = rest
-    grads = ops.layer_norm_sweep_back(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *left)
+    grads = sweep_back(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *left)
     grad_gates_x, grad_sums, factors, *others = grads
     of_sum = left[-4]
     grad_w_hh = torch.bmm(grad_sums.permute(1, 2, 0), factors.transpose(0, 1)) if wants_w_hh else w_hh.new_empty(0)
@@ -196,15 +198,22 @@ def _register(backend: str) -> None:
     register(backward, _fake_backward, (_double_backward, _setup_double_backward), _library)
 
 
-for _name, _schema, _run in (
-    ("layer_norm_forward.triton", FORWARD_SCHEMA, triton.layer_norm_forward),
-    ("layer_norm_backward.triton", BACKWARD_SCHEMA, autocast.switched_off(triton.layer_norm_backward)),
-):
-    _library.define(_name + _schema)
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-_register("triton")
-if not THIS_MACHINE.native_missing:  # csrc/cpu/ops_layer_norm.cpp defines the forward pass
+# Both passes of each backend that has them in Python; csrc/cpu/ops_layer_norm.cpp defines its own forward pass.
+_PASSES: dict[str, tuple[Callable, Callable]] = {
+    "cuda": (cuda.layer_norm_forward, functools.partial(_backward_by, cuda.layer_norm_sweep_back)),
+    "triton": (triton.layer_norm_forward, triton.layer_norm_backward),
+}
+for _backend, (_forward, _backward) in _PASSES.items():
+    for _name, _schema, _run in (
+        ("layer_norm_forward", FORWARD_SCHEMA, _forward),
+        ("layer_norm_backward", BACKWARD_SCHEMA, autocast.switched_off(_backward)),
+    ):
+        _library.define(f"{_name}.{_backend}{_schema}")
+        _library.impl(f"{_name}.{_backend}", _run, "CompositeExplicitAutograd")
+    _register(_backend)
+if not THIS_MACHINE.native_missing:
+    _by_cpu = functools.partial(_backward_by, ops.layer_norm_sweep_back)
     _library.define(f"layer_norm_backward.cpu{BACKWARD_SCHEMA}")
-    _library.impl("layer_norm_backward.cpu", autocast.switched_off(_backward_cpu), "CPU")
+    _library.impl("layer_norm_backward.cpu", autocast.switched_off(_by_cpu), "CPU")
     _register("cpu")
 flops.register(flops.LAYER_NORM)

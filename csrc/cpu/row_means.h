@@ -46,14 +46,13 @@ struct Moments {
 
   // Of n numbers, behind which a vector may be read.
   Moments(const C* x, int64_t n) {
-    constexpr C kEpsilon = static_cast<C>(1e-5);  // torch_steps.EPS
     C variance;
     means_of<C, 1>(n, &mean, [&](int64_t i, Vec<C>* sum) { *sum += load(x + i); });
     means_of<C, 1>(n, &variance, [&, mean = mean](int64_t i, Vec<C>* sum) {
       const Vec<C> difference = load(x + i) - mean;
       *sum += difference * difference;
     });
-    inverse = 1 / square_root(variance + kEpsilon);
+    inverse = 1 / square_root(variance + static_cast<C>(kNormEpsilon));
   }
   Moments(C mean, C inverse) : mean(mean), inverse(inverse) {}
 

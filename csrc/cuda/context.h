@@ -87,6 +87,16 @@ inline void check_launch(const char* error) {
   check(!error, "a CUDA kernel of seqkernels was not started: ", error ? error : "");
 }
 
+// Kernels read two units at once.
+inline CheckOptions check_options() {
+  CheckOptions options;
+  options.alignment = 2;
+#ifdef SEQKERNELS_EMULATOR
+  options.read_sizes = !emulator::sizes_on_gpu;
+#endif
+  return options;
+}
+
 inline void* pointer(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
 // ---- torch's operations: mostly one launch each

@@ -33,6 +33,7 @@ DEVICE void synchronize_warp() { __syncwarp(); }
 
 // The value of the lane whose number differs in the bits of `mask`; all lanes of a warp take part.
 DEVICE float shfl_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+DEVICE double shfl_xor(double value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 
 // This CTA's number in its cluster, and how many CTAs the cluster has.
 DEVICE int cluster_rank() {
@@ -283,6 +284,8 @@ DEVICE float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 DEVICE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE double tanh(double x) { return ::tanh(x); }
+DEVICE float square_root(float x) { return sqrtf(x); }
+DEVICE double square_root(double x) { return sqrt(x); }
 
 // ---- tensor cores: sum[16, 8] += a[16, K] b[K, 8], K being 16 for 16-bit factors and 8 for TF32, by all lanes of a
 // warp. A lane has the elements that PTX's description of mma.m16n8k16 and mma.m16n8k8 gives it.

@@ -75,6 +75,18 @@ void multiply_grad_x(const CallContext&, const Layer&, const SweepGradients&, Te
 void multiply_grad_weights(const CallContext&, const LayerBackward&, const BackwardArgs&, const SweepGradients&,
                            const BackwardWorkspace&, const void* recurrent, Tensors& grad_weights);
 
+// ---- what the operators do first: ops.cpp
+
+// What forward and backward sweeps have in common, but for the steps. `rows`: of x.
+void set_sweep(SweepArgs&, const Layer&, int64_t rows, bool tf32);
+
+// Rows that no step uses are zeros; where only the GPU knows which these are, all rows are. `ragged`: there may be
+// some.
+void zero_rows(const CallContext&, const Layer&, void* data, int64_t elements, int64_t rows, bool ragged);
+
+// Fills a state that changes in place with the initial state (its gradient with that of the final one), or with zeros.
+void begin_as(const CallContext&, Tensor& state, const void* initial);
+
 // ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
 // change in place; c and its gradient in the accumulator type.
 
@@ -82,5 +94,9 @@ void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, cons
                       Tensor& h, Tensor& c);
 void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const StepMasks&,
                        const SweepGradients&, Tensor& grad_h, Tensor& grad_c);
+
+// The same of a layer with layer norm; c and its gradient are in `step` already.
+void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, NormStepForward& step, Tensor& h);
+void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, NormStepBackward& step, Tensor& grad_h);
 
 }  // namespace seqkernels

@@ -92,6 +92,34 @@ struct MaskedStepBackward : StepBackward {
   const void* grad_factors;  // [D, B, H] gradients of these that are still to be added to grad_h
 };
 
+// ---- stepwise, of layers with layer norm: what is what of theirs is said at LayerNormForward and LayerNormBackward
+
+struct NormStep : SweepArgs {
+  int64_t k, running;
+  Norms norms;
+  StepMasks masks;
+};
+
+struct NormStepForward : NormStep {
+  void* gates_h;     // [D, B, G*H] the product W_hh h; of an LSTM whose c is normalized, its own memory besides
+  void *h, *c;       // [D, B, H] the states, changed in place
+  void* factors;     // [D, B, H] h as products read it, if there is a mask for that
+  void* y;           // [N, D*H]
+  void* saved;       // [N, D, (G+S-1)*H] or null
+  void* statistics;  // [N, D, 1 or 3] or null
+};
+
+struct NormStepBackward : NormStep {
+  const void *grad_y, *h_0, *c_0, *y, *saved, *statistics;
+  void *grad_h, *grad_c;              // [D, B, H] changed in place; of h but for the product with W_hh
+  const void* grad_factors;           // [D, B, H] what is still to be added to grad_h, if there is a mask for that
+  void* grad_step;                    // [D, B, G*H] grad_sums of the step; zeros for sequences that do not run
+  void *grad_gates_x, *grad_sums;     // [N, D, G*H], grad_gates_x null of_sum
+  void* factors;                      // [N, D, H]
+  void *grad_scale, *grad_shift;      // [D, B, G*H] sums over the steps of each sequence; null without a shift
+  void *grad_scale_c, *grad_shift_c;  // [D, B, H], null where there is no such
+};
+
 // result = added + mask * states, each [D, B, H]; added is null for nothing.
 struct MaskStates {
   SweepArgs layer;
@@ -191,6 +219,8 @@ const char* step_forward(const StepForward&, void* stream);
 const char* step_backward(const StepBackward&, void* stream);
 const char* step_forward(const MaskedStepForward&, void* stream);
 const char* step_backward(const MaskedStepBackward&, void* stream);
+const char* step_forward(const NormStepForward&, void* stream);
+const char* step_backward(const NormStepBackward&, void* stream);
 const char* mask_states(const MaskStates&, void* stream);
 const char* step_project(const StepProject&, void* stream);
 const char* step_project_backward(const StepProjectBackward&, void* stream);

@@ -26,10 +26,21 @@ class MaskedStep {
 
   // The states of unit i after the step, from what cell_forward() gave for those before.
   DEVICE void forward(int i, const A* saved, A h_before, A c_before, A& h, A& c) const {
+    drop(i, saved, h_before, c_before, h, c);
+    zone_h(i, h_before, h);
+    if constexpr (kHasC<CELL>) zone_c(i, c_before, c);
+  }
+
+  // The parts of forward().
+  DEVICE void drop(int i, const A* saved, A h_before, A c_before, A& h, A& c) const {
     if constexpr (kHasCandidate)
       if (candidate_) drop_candidate<CELL>(candidate_.load(in_states_ + i), saved, h_before, c_before, h, c);
-    if (zoneout_h_) h += zoneout_h_.load(in_rows_ + i) * (h_before - h);
-    if (kHasC<CELL> && zoneout_c_) c += zoneout_c_.load(in_rows_ + i) * (c_before - c);
+  }
+  DEVICE void zone_h(int i, A before, A& h) const {
+    if (zoneout_h_) h += zoneout_h_.load(in_rows_ + i) * (before - h);
+  }
+  DEVICE void zone_c(int i, A before, A& c) const {
+    if (zoneout_c_) c += zoneout_c_.load(in_rows_ + i) * (before - c);
   }
 
   // As BackwardArrays::step().
@@ -45,22 +56,33 @@ class MaskedStep {
       if (i < count) backward(i, saved[i], now[i], before[i], grad_y[i], grad_h[i], grad_c[i], grad[i]);
   }
 
+  // What of a gradient of unit i's h or c goes past the step.
+  DEVICE A stays_h(int i, A grad) const { return zoneout_h_ ? grad * zoneout_h_.load(in_rows_ + i) : 0; }
+  DEVICE A stays_c(int i, A grad) const { return zoneout_c_ ? grad * zoneout_c_.load(in_rows_ + i) : 0; }
+
+  // What multiplies the candidate of unit i.
+  DEVICE A candidate(int i) const { return candidate_ ? candidate_.load(in_states_ + i) : 1; }
+
+  // As cell_backward(), with what multiplies the candidate.
+  static DEVICE A cell_back(A mask, A grad_h, A& grad_c, const A* saved, A now, A before, A* grad) {
+    if constexpr (kHasCandidate)
+      return dropped_backward<CELL>(mask, grad_h, grad_c, saved, now, before, grad);
+    else
+      return cell_backward<CELL>(grad_h, grad_c, saved, now, before, grad);
+  }
+
  private:
   // Of what zones out, the gradient goes to the state before, and not to the step.
   DEVICE void backward(int i, const A* saved, A now, A before, A grad_y, A& grad_h, A& grad_c, A* grad) const {
-    const A mask = candidate_ ? candidate_.load(in_states_ + i) : 1;
-    const A new_h = grad_h + grad_y, stays_h = zoneout_h_ ? new_h * zoneout_h_.load(in_rows_ + i) : 0;
-    A stays_c = 0;
+    const A mask = candidate(i), new_h = grad_h + grad_y, past_h = kHasCandidate ? stays_h(i, new_h) : 0;
+    A past_c = 0;
     if (kHasC<CELL> && zoneout_c_) {
-      stays_c = grad_c * zoneout_c_.load(in_rows_ + i);
-      grad_c -= stays_c;
+      past_c = stays_c(i, grad_c);
+      grad_c -= past_c;
       now = lstm_c(saved, before, mask);  // that h came from
     }
-    if constexpr (kHasCandidate)
-      grad_h = dropped_backward<CELL>(mask, new_h - stays_h, grad_c, saved, now, before, grad) + stays_h;
-    else
-      grad_h = cell_backward<CELL>(new_h, grad_c, saved, now, before, grad);
-    grad_c += stays_c;
+    grad_h = cell_back(mask, new_h - past_h, grad_c, saved, now, before, grad) + past_h;
+    grad_c += past_c;
   }
 
   Global<const A> recurrent_, candidate_, zoneout_h_, zoneout_c_;

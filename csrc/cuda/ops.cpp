@@ -10,19 +10,42 @@
 #include <cuda_runtime_api.h>
 #endif
 
+namespace seqkernels {
+
+void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
+  sweep.cell = p.cell;
+  sweep.scalar = p.scalar;
+  sweep.tf32 = tf32;
+  sweep.directions = p.directions;
+  sweep.steps = p.steps;
+  sweep.sequences = p.sequences;
+  sweep.rows = rows;
+  sweep.hidden = p.hidden;
+  sweep.projected = p.projected;
+}
+
+void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t elements, int64_t rows, bool ragged) {
+  if (!data || !elements || !ragged) return;
+  const int64_t from = p.batch_sizes ? p.rows : 0, width = elements / rows;
+  if (from == rows) return;
+  Tensor rest = context.view(context.at(data, from * width), {rows - from, width});
+  zero(rest);
+}
+
+void begin_as(const CallContext& context, Tensor& state, const void* initial) {
+  if (!state.numel()) return;
+  const auto sizes = state.sizes();
+  if (initial)
+    copy(state, context.view(initial, Shape(sizes.begin(), sizes.end())));
+  else
+    zero(state);
+}
+
+}  // namespace seqkernels
+
 namespace {
 
 using namespace seqkernels;
-
-// Kernels read two units at once.
-CheckOptions check_options() {
-  CheckOptions options;
-  options.alignment = 2;
-#ifdef SEQKERNELS_EMULATOR
-  options.read_sizes = !emulator::sizes_on_gpu;
-#endif
-  return options;
-}
 
 Plan plan_of(int64_t path, int64_t tile, int64_t units) {
   check(path >= 0 && path < kPaths, "unknown path ", path, "; there are ", kPaths);
@@ -37,15 +60,6 @@ StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor
   masks.check_without_norm(p, x);
   return {masks.pointer(masks.recurrent), masks.pointer(masks.candidate), masks.pointer(masks.zoneout_h),
           masks.pointer(masks.zoneout_c)};
-}
-
-// Rows that no step uses are zeros; where only the GPU knows which these are, all rows are.
-void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t elements, int64_t rows, bool ragged) {
-  if (!data || !elements || !ragged) return;
-  const int64_t from = p.batch_sizes ? p.rows : 0, width = elements / rows;
-  if (from == rows) return;
-  Tensor rest = context.view(context.at(data, from * width), {rows - from, width});
-  zero(rest);
 }
 
 // The part of one layer in a tensor of all layers, [L*D, B, *].
@@ -76,29 +90,6 @@ class Between {
   int64_t count_, size_;
   Optional rows_;
 };
-
-// What forward and backward sweeps have in common, but for the steps. `rows`: of x.
-void set_sweep(SweepArgs& sweep, const Layer& p, int64_t rows, bool tf32) {
-  sweep.cell = p.cell;
-  sweep.scalar = p.scalar;
-  sweep.tf32 = tf32;
-  sweep.directions = p.directions;
-  sweep.steps = p.steps;
-  sweep.sequences = p.sequences;
-  sweep.rows = rows;
-  sweep.hidden = p.hidden;
-  sweep.projected = p.projected;
-}
-
-// Fills a state that changes in place with the initial state (its gradient with that of the final one), or with zeros.
-void begin_as(const CallContext& context, Tensor& state, const void* initial) {
-  if (!state.numel()) return;
-  const auto sizes = state.sizes();
-  if (initial)
-    copy(state, context.view(initial, Shape(sizes.begin(), sizes.end())));
-  else
-    zero(state);
-}
 
 // ---- forward
 

@@ -41,6 +41,7 @@ std::string reason_against_single_cta(const LayerFacts& layer, const Gpu& gpu) {
     return text("a single CTA needs compute capability ", capability(min_target(Path::single_cta)), ", the GPU has ",
                 capability(gpu.target));
   if (layer.has_projection) return "no single CTA kernel takes a projection";
+  if (layer.layer_norm) return "no single CTA kernel has layer norm";
   if (layer.masked && !has_masked_single_cta(layer.cell, layer.scalar))
     return text("no single CTA kernel with masks for the cell ", name_of(layer.cell), " in ", name_of(layer.scalar));
   if (layer.scalar == Scalar::float64 || !width_of_single_cta(layer))
@@ -84,6 +85,7 @@ std::string reason_against_slices(const LayerFacts& layer, const Gpu& gpu) {
   if (!has_path(Path::cluster, gpu.target))
     return text("clusters are for compute capability 9.0, the GPU has ", capability(gpu.target));
   if (layer.has_projection) return "no kernel for several blocks takes a projection";
+  if (layer.layer_norm) return "no kernel for several blocks has layer norm";
   if (layer.masked) return "no kernel for several blocks has masks";
   return layer.scalar == Scalar::float64 ? "no kernel for several blocks takes float64" : "";
 }

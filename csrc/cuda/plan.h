@@ -35,7 +35,7 @@ struct LayerFacts {
   bool has_projection;
   int directions;
   int64_t hidden, sequences;
-  bool masked = false;
+  bool masked = false, layer_norm = false;
 };
 
 // How one pass is launched.

@@ -143,4 +143,45 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
   if (masks.recurrent) multiply_by_mask(context, sweep, masks.recurrent, grad_factors, &grad_h, grad_h);
 }
 
+void stepwise_forward(const CallContext& context, const Layer& p, const StepOffsets& steps, NormStepForward& step,
+                      Tensor& h) {
+  const int64_t D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
+  const Tensor w_hh_t = context.view(p.weights[0].w_hh, {D, H, GH}, {GH * H, 1, H});
+  Tensor gates_h = context.allocate({D, B, GH}), factors = h;
+  if (p.recurrent) {
+    factors = context.allocate({D, B, H});
+    multiply_by_mask(context, step, p.recurrent, h, nullptr, factors);
+  }
+  FirstRows rows_of_gates(context, p, gates_h, GH), rows_of_factors(context, p, factors, H);
+  step.gates_h = gates_h.mutable_data_ptr();
+  step.h = h.mutable_data_ptr();
+  step.factors = p.recurrent ? factors.mutable_data_ptr() : nullptr;
+  for (step.k = 0; step.k < p.steps; step.k++) {
+    step.running = steps.running(step.k);
+    multiply_each(rows_of_gates(step.running), rows_of_factors(step.running), w_hh_t);
+    check_launch(step_forward(step, context.stream()));
+  }
+}
+
+void stepwise_backward(const CallContext& context, const Layer& p, const StepOffsets& steps, NormStepBackward& step,
+                       Tensor& grad_h) {
+  const int64_t D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
+  const Tensor w_hh = context.view(p.weights[0].w_hh, {D, GH, H});
+  Tensor grad_step = context.allocate({D, B, GH}), grad_factors = grad_h;
+  if (p.recurrent) {
+    grad_factors = context.allocate({D, B, H});
+    zero(grad_factors);
+  }
+  FirstRows rows_of_gates(context, p, grad_step, GH), rows_of_factors(context, p, grad_factors, H);
+  step.grad_h = grad_h.mutable_data_ptr();
+  step.grad_step = grad_step.mutable_data_ptr();
+  step.grad_factors = p.recurrent ? grad_factors.const_data_ptr() : nullptr;
+  for (step.k = p.steps; step.k-- > 0;) {
+    step.running = steps.running(step.k);
+    check_launch(step_backward(step, context.stream()));
+    multiply_each(rows_of_factors(step.running), rows_of_gates(step.running), w_hh, !p.recurrent);
+  }
+  if (p.recurrent) multiply_by_mask(context, step, p.recurrent, grad_factors, &grad_h, grad_h);
+}
+
 }  // namespace seqkernels

@@ -56,4 +56,11 @@ def no_options(call: Call) -> str:
     return f"it has no kernel with {', '.join(call.options)}"
 
 
+def gpus_have_options(call: Call) -> bool:
+    """Whether kernels for GPUs have the options of a call. An RNN without norms saves its state alone, and its backward
+    pass would need the one that zoneout has replaced."""
+    others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
+    return others == {"layer_norm"} or (not others and not (call.cell.startswith("rnn") and "zoneout" in call.options))
+
+
 NO_TRANSFORMS = "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"

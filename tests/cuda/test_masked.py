@@ -251,7 +251,7 @@ def test_explain_says_how_layers_with_options_run():
     layer, x = layer.float(), x.float()
     assert str(sk.explain(layer, x)).startswith("cuda: forced; single CTA, one after another 2 blocks of units")
     for options, more, reason in (
-        ({"layer_norm": True, "zoneout": 0.1}, {}, "it has no kernel with zoneout, layer_norm"),
+        ({"layer_norm": True, "blocks": 2}, {}, "it has no kernel with layer_norm, blocks"),
         ({"zoneout": 0.1}, {"proj_size": 2}, "it has no kernel with zoneout, proj_size"),
     ):
         refused = layer_of("lstm", options, **more)

@@ -56,6 +56,14 @@ inline int block_y() { return emulator::here.block_y; }
 void synchronize();
 void synchronize_warp();
 float shfl_xor(float value, int mask);
+inline double shfl_xor(double value, int mask) {  // one half after the other
+  struct Halves {
+    float low, high;
+  };
+  const auto sent = emulator::bits_of<Halves>(value);
+  const float low = shfl_xor(sent.low, mask), high = shfl_xor(sent.high, mask);
+  return emulator::bits_of<double>(Halves{low, high});
+}
 inline int cluster_rank() { return emulator::here.rank; }
 int cluster_size();
 void cluster_arrive();
@@ -254,6 +262,8 @@ inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 inline float tanh(float x) { return std::tanh(x); }
 inline double tanh(double x) { return std::tanh(x); }
+inline float square_root(float x) { return std::sqrt(x); }
+inline double square_root(double x) { return std::sqrt(x); }
 
 // ---- tensor cores: sums in float, over k in order
 

@@ -114,6 +114,7 @@ def test_the_tile_on_gpus_that_are_not_here(row):
 
 
 FULL = Machine(cuda_missing="", triton=True, cudnn=91300)  # CUDA kernels, Triton and cuDNN
+ON_H200 = GPUS["NVIDIA H200"]
 PLACES = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "Tesla T4", "AMD Instinct MI300X")
 DOUBLE = torch.float64
 # cell, H, I, T, B, dtype, layouts, and what is chosen at each of PLACES, in inference and in training alike. Where two
@@ -194,6 +195,26 @@ def test_the_choice_on_gpus_that_are_not_here(row, machine):
         assert " ".join(found) == expected, (layout, training)
 
 
+@pytest.mark.parametrize(
+    ("cell", "hidden", "dtype", "options", "expected"),
+    [
+        # A resident Triton kernel beats launches of ours, which beat Triton's.
+        ("gru", 32, SINGLE, ("layer_norm",), "triton cuda"),
+        ("gru", 512, HALF, ("layer_norm",), "cuda cuda"),
+        ("lstm", 64, SINGLE, ("zoneout", "layer_norm"), "cuda cuda"),
+        ("gru", 32, DOUBLE, ("layer_norm",), "cuda cuda"),
+        ("lstm", 64, SINGLE, ("layer_norm", "blocks"), "torch_eager torch_eager"),
+    ],
+)
+def test_layer_norm_on_an_h200(cell, hidden, dtype, options, expected):
+    """With Triton, and without."""
+    call = call_of(cell, hidden, hidden, 50, 32, dtype, "padded", True, ON_H200)._replace(options=options)
+    machines = (FULL._replace(gpu=ON_H200, triton=triton) for triton in (True, False))
+    chosen = [plan(call, machine) for machine in machines]
+    assert " ".join(one.backend for one in chosen) == expected
+    assert all(one.kernel == "stepwise" for one in chosen if one.backend == "cuda")
+
+
 WIDE = [
     # cell, H, and what an H200 chooses for 1, 8, 16 and 64 sequences: where cuDNN has launches in every step; and where
     # it has its persistent kernel, for an LSTM of up to 1024 units in float16, padded
@@ -219,9 +240,6 @@ def test_the_choice_for_wide_layers(row, training):
         given = 64, torch.float16, layout, training, gpu
         problems = [call_of(cell, hidden, hidden, given[0], n, *given[1:]) for n in (1, 8, 16, 64)]
         assert " ".join(plan(call, FULL._replace(gpu=gpu)).backend for call in problems) == expected
-
-
-ON_H200 = GPUS["NVIDIA H200"]
 
 
 def test_figures_that_were_published_of_clusters():

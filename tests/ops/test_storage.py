@@ -65,7 +65,7 @@ def test_masks_whose_storage_was_freed_are_refused(name, backend):
         getattr(ops.masked_forward, backend)(*of_layer, *of.values(), True, [0])
 
 
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in ("cpu", "triton")])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in ("cpu", "cuda", "triton")])
 @pytest.mark.parametrize("name", NORMS)
 def test_what_layer_norm_takes_is_refused_where_its_storage_was_freed(name, backend):
     sizes = (5, 1, 20), (1, 20, 5), (1, 20), (1, 20), (1, 5), (1, 5), (1, 3, 5), (1, 3, 5)

@@ -4,23 +4,30 @@ Four paths, of which each pass takes the cheapest that fits (`launch`): *single 
 threads takes up to 8 sequences through all steps with the recurrent weights in its registers and shared memory;
 *cluster*, the same by up to 16 blocks that share the hidden units and push new states to each other; *persistent grid*,
 the same by as many blocks as run at the same time, which exchange through the L2 cache; and *stepwise*, for each step a
-cuBLAS product and a kernel. The first, in part, and the last have masks (`seqkernels.masked_ops`). Nothing waits for
-the GPU, so all of them can be captured in a CUDA graph.
+cuBLAS product and a kernel. The first, in part, and the last have masks (`seqkernels.masked_ops`), the last layer norm
+as well (`seqkernels.layer_norm_ops`). Nothing waits for the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
 cuBLAS multiplies torch.backends.cuda.matmul. A single CTA with masks multiplies float32 exactly, whatever they say.
 """
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
-from seqkernels.backends.cuda.host import backward, forward, masked_backward, masked_forward
+from seqkernels.backends.call import NO_TRANSFORMS, Call, gpus_have_options, no_options
+from seqkernels.backends.cuda.host import (
+    backward,
+    forward,
+    layer_norm_forward,
+    layer_norm_sweep_back,
+    masked_backward,
+    masked_forward,
+)
 from seqkernels.backends.cuda.launch import cheapest, launch_of
 from seqkernels.backends.precision import NATIVE_DTYPES
 from seqkernels.hardware import GPU, INTERPRETED, CudaBuild, Machine
 
 __all__ = [
-    "DESCRIPTION", "backward", "estimate", "forward", "kernel", "masked_backward", "masked_forward", "plan_launch",
-    "reason_not_default", "unsupported",
+    "DESCRIPTION", "backward", "estimate", "forward", "kernel", "layer_norm_forward", "layer_norm_sweep_back",
+    "masked_backward", "masked_forward", "plan_launch", "reason_not_default", "unsupported",
 ]  # fmt: skip
 
 DESCRIPTION = "compiled kernels for NVIDIA GPUs"
@@ -35,17 +42,11 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return machine.native_missing
     if call.dtype not in NATIVE_DTYPES:
         return f"no CUDA kernel for {call.dtype}"
-    if call.options and not _has_options(call):
+    if call.options and not gpus_have_options(call):
         return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
     return _reason_against_code(machine.cuda_build, machine.gpu) if machine.gpu else None
-
-
-def _has_options(call: Call) -> bool:
-    """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
-    of_gated = set() if call.cell.startswith("rnn") else {"zoneout", "candidate_dropout"}
-    return set(call.options) <= {"recurrent_dropout"} | of_gated
 
 
 def _reason_against_code(build: CudaBuild, gpu: GPU) -> str | None:

@@ -1,4 +1,5 @@
-"""The operator pair, and that of layers with masks, by the operators of csrc/cuda/ops.cpp."""
+"""The operator pair, and those of layers with masks and with layer norm, by the operators of csrc/cuda/ops.cpp and
+csrc/cuda/ops_layer_norm.cpp."""
 
 from collections.abc import Sequence
 
@@ -101,6 +102,34 @@ def masked_backward(
     return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights, *passes[3:])
 
 
+# Those of seqkernels.layer_norm_ops.
+
+
+def layer_norm_forward(cell: str, gates_x: Tensor, *rest) -> tuple[Tensor, ...]:
+    return ops.cuda_layer_norm_forward(cell, *_norm_layer(gates_x, *rest))
+
+
+def layer_norm_sweep_back(cell: str, grad_y, grad_h_n, grad_c_n, gates_x: Tensor, *rest) -> tuple[Tensor, ...]:
+    """The sweep alone, as of ``layer_norm_sweep_back``."""
+    return ops.cuda_layer_norm_sweep_back(cell, grad_y, grad_h_n, grad_c_n, *_norm_layer(gates_x, *rest))
+
+
+def _norm_layer(gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, *rest) -> tuple:
+    """Arguments of both passes, with batch sizes that fit."""
+    _expect_kernels()
+    parameters = w_hh, scale, shift, scale_c, shift_c
+    return gates_x, *parameters, h_0, c_0, fitting(gates_x, h_0, batch_sizes), *rest
+
+
+def _expect_kernels() -> None:
+    """
+    Raises:
+        RuntimeError: no CUDA kernels are installed here.
+    """
+    if hardware.THIS_MACHINE.cuda_missing:
+        raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
+
+
 def _planned(
     launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int, masked: bool = False
 ) -> Sequence[int]:
@@ -109,8 +138,7 @@ def _planned(
     Raises:
         RuntimeError: no CUDA kernels are installed here.
     """
-    if hardware.THIS_MACHINE.cuda_missing:
-        raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
+    _expect_kernels()
     if len(launch) > 1:
         return launch
     known = (

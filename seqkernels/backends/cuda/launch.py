@@ -51,7 +51,8 @@ def cheapest(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
     """The path of one pass, and the microseconds of a step on it."""
     sizes = call.hidden_size, call.projected, call.directions, call.sequences
     tf32 = call.tf32 and not call.options  # one launch with masks multiplies float32 as it is
-    return _cheapest(call.cell, call.dtype, tf32, *sizes, call.options, gpu, backward)
+    dtype = torch.promote_types(call.dtype, torch.float32) if "layer_norm" in call.options else call.dtype
+    return _cheapest(call.cell, dtype, tf32, *sizes, call.options, gpu, backward)
 
 
 @functools.lru_cache(1024)
@@ -106,7 +107,8 @@ def candidates(layer: Call, gpu: GPU, backward: bool) -> list[dict[str, Any]]:
         multiprocessors=gpu.multiprocessors,
         clusters=gpu.clusters,
         backward=backward,
-        masked=bool(layer.options),
+        masked=bool(set(layer.options) - {"layer_norm"}),
+        layer_norm="layer_norm" in layer.options,
     )
 
 

@@ -6,7 +6,7 @@ products make a pass, `kernels` and `stepwise` what these compute, by the formul
 """
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
+from seqkernels.backends.call import NO_TRANSFORMS, Call, gpus_have_options, no_options
 from seqkernels.backends.triton.host import backward, forward, masked_backward, masked_forward
 from seqkernels.backends.triton.norm_host import layer_norm_backward, layer_norm_forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
@@ -40,7 +40,7 @@ def unsupported(call: Call, machine: Machine) -> str | None:
         return NO_TRITON
     if call.dtype not in DTYPES:
         return NO_KERNEL.format(call.dtype)
-    if call.options and not _has_options(call):
+    if call.options and not gpus_have_options(call):
         return no_options(call)
     if call.transformed:
         return NO_TRANSFORMS
@@ -48,12 +48,6 @@ def unsupported(call: Call, machine: Machine) -> str | None:
     if gpu and not gpu.amd and int(gpu.target.removeprefix("sm_")) < 80:
         return f"Triton needs compute capability 8.0, {gpu.name} has {gpu.target}"
     return None
-
-
-def _has_options(call: Call) -> bool:
-    others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
-    # An RNN without norms saves its state alone, and its backward pass would need the one that zoneout has replaced.
-    return others == {"layer_norm"} or (not others and not (call.cell.startswith("rnn") and "zoneout" in call.options))
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:

@@ -1,0 +1,151 @@
+// The operators of layers with layer norm: seqkernels/layer_norm_ops.py says what they take and give. All steps are
+// single ones, of which the kernels are in norms.cuh.
+#include <tuple>
+
+#include "../layer_norm_arguments.h"
+#include "../names.h"
+#include "host.h"
+
+namespace {
+
+using namespace seqkernels;
+
+bool has_work(const Layer& p) { return p.steps && p.rows && has_states(p); }
+
+void set_step(NormStep& step, const Layer& p, const Norms& norms, int64_t rows) {
+  set_sweep(step, p, rows, false);
+  step.norms = norms;
+  step.masks = {p.recurrent, p.candidate, p.zoneout_h, p.zoneout_c};
+}
+
+// Where the rows of each step begin, and the memory that says so on the GPU.
+class OwnStepOffsets {
+ public:
+  OwnStepOffsets(const CallContext& context, const Layer& p, const Optional& batch_sizes)
+      : memory_(context.allocate({StepOffsets::bytes(p, batch_sizes)}, ScalarType::Byte)),
+        offsets_(context, p, batch_sizes, pointer(memory_)) {}
+
+  const StepOffsets& set(SweepArgs& sweep) const {
+    sweep.starts = offsets_.starts(), sweep.sizes = offsets_.sizes();
+    return offsets_;
+  }
+
+ private:
+  Tensor memory_;
+  StepOffsets offsets_;
+};
+
+// Zeros in the rows of results that no step uses.
+void begin_rows(const CallContext& context, const Layer& p, const Optional& batch_sizes,
+                std::initializer_list<Tensor*> results) {
+  for (Tensor* rows : results)
+    zero_rows(context, p, pointer(*rows), rows->numel(), rows->size(0), batch_sizes || !has_work(p));
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tensor scale, Optional shift,
+                           Optional scale_c, Optional shift_c, Tensor h_0, Optional c_0, Optional batch_sizes,
+                           Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool of_sum,
+                           bool save, std::vector<int64_t>) {
+  LayerNormForward p{};
+  const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
+  const LayerNormArguments arguments(
+      p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
+      check_options().read_sizes);
+  const CallContext context(gates_x);
+  const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden;
+  Tensor y = context.allocate({N, D * H}), h_n = context.allocate({D, B, H});
+  Tensor c_n = context.allocate({D, B, c_0 ? H : 0});
+  Tensor saved = context.allocate({N, D, save ? LayerNormArguments::saved_row(p) : 0});
+  Tensor statistics = context.allocate({N, D, save ? p.norms.statistics_of_row : 0});
+  begin_as(context, h_n, p.h_0);
+  begin_as(context, c_n, p.c_0);
+  begin_rows(context, p, batch_sizes, {&y, &saved, &statistics});
+  if (has_work(p)) {
+    NormStepForward step{};
+    set_step(step, p, p.norms, N);
+    const OwnStepOffsets offsets(context, p, batch_sizes);
+    step.y = pointer(y), step.saved = pointer(saved), step.statistics = pointer(statistics);
+    step.c = pointer(c_n);
+    stepwise_forward(context, p, offsets.set(step), step, h_n);
+  }
+  return {y, h_n, c_n, saved, statistics};
+}
+
+// From the sums over the steps of each sequence, [D, B, n], the gradient of a parameter.
+Tensor added_up(const CallContext& context, const Tensor& of_sequences) {
+  if (of_sequences.dim() == 1) return of_sequences;  // there is no such parameter
+  Tensor result = context.allocate({of_sequences.size(0), of_sequences.size(2)});
+  const Shape over_sequences{1};
+  count_operation();
+  torch::stable::sum_out(result, of_sequences, over_sequences);
+  return result;
+}
+
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor gates_x,
+                               Tensor w_hh, Tensor scale, Optional shift, Optional scale_c, Optional shift_c,
+                               Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent, Optional candidate,
+                               Optional zoneout_h, Optional zoneout_c, bool of_sum, Tensor y, Tensor saved,
+                               Tensor statistics) {
+  LayerNormBackward p{};
+  const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
+  LayerNormArguments arguments(
+      p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
+      check_options().read_sizes);
+  arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved, statistics});
+  const CallContext context(gates_x);
+  const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
+  Tensor grad_gates_x = context.allocate(of_sum ? Shape{0} : Shape{N, D, GH});
+  Tensor grad_sums = context.allocate({N, D, GH}), factors = context.allocate({N, D, H});
+  Tensor grad_h_0 = context.allocate({D, B, H}), grad_c_0 = context.allocate(c_0 ? Shape{D, B, H} : Shape{0});
+  const auto sums = [&](bool given, int64_t n) {
+    Tensor of_sequences = context.allocate(given ? Shape{D, B, n} : Shape{0});
+    zero(of_sequences);
+    return of_sequences;
+  };
+  Tensor of_scale = sums(true, GH), of_shift = sums(shift.has_value(), GH);
+  Tensor of_scale_c = sums(scale_c.has_value(), H), of_shift_c = sums(shift_c.has_value(), H);
+  begin_as(context, grad_h_0, p.grad_h_n);
+  begin_as(context, grad_c_0, p.grad_c_n);
+  begin_rows(context, p, batch_sizes, {&grad_gates_x, &grad_sums, &factors});
+  if (has_work(p)) {
+    NormStepBackward step{};
+    set_step(step, p, p.norms, N);
+    const OwnStepOffsets offsets(context, p, batch_sizes);
+    step.grad_y = p.grad_y, step.h_0 = p.h_0, step.c_0 = p.c_0;
+    step.y = p.y, step.saved = p.saved, step.statistics = p.statistics;
+    step.grad_c = pointer(grad_c_0);
+    step.grad_gates_x = pointer(grad_gates_x), step.grad_sums = pointer(grad_sums), step.factors = pointer(factors);
+    step.grad_scale = pointer(of_scale), step.grad_shift = pointer(of_shift);
+    step.grad_scale_c = pointer(of_scale_c), step.grad_shift_c = pointer(of_shift_c);
+    stepwise_backward(context, p, offsets.set(step), step, grad_h_0);
+  }
+  return {grad_gates_x,
+          grad_sums,
+          factors,
+          added_up(context, of_scale),
+          added_up(context, of_shift),
+          added_up(context, of_scale_c),
+          added_up(context, of_shift_c),
+          grad_h_0,
+          grad_c_0};
+}
+
+}  // namespace
+
+SEQKERNELS_FRAGMENT(m) {
+  m.def("cuda_layer_norm_forward" SEQKERNELS_LAYER_NORM_FORWARD);
+  m.def("cuda_layer_norm_sweep_back" SEQKERNELS_LAYER_NORM_SWEEP_BACK);
+}
+
+#ifdef SEQKERNELS_EMULATOR
+SEQKERNELS_IMPL(CPU, m) {
+#else
+SEQKERNELS_IMPL(CUDA, m) {
+#endif
+  m.impl("cuda_layer_norm_forward", TORCH_BOX(&layer_norm_forward));
+  m.impl("cuda_layer_norm_sweep_back", TORCH_BOX(&layer_norm_sweep_back));
+}
