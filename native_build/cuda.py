@@ -15,6 +15,7 @@ CUDA_SOURCES = {
     "pack_weights": 80,
     "single_cta": 80,
     "masked_single_cta": 80,
+    "norm_single_cta": 80,
     "occupancy": 90,
     "cluster": 90,
     "persistent_grid": 90,

@@ -102,8 +102,8 @@ def _stacked(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
 
 def _backward_by(sweep_back: Callable, cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *rest) -> tuple[Tensor, ...]:
     """The operator by a sweep, as csrc/layer_norm_arguments.h says what it gives."""
-    *left, wants_w_hh, _ = rest
-    grads = sweep_back(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *left)
+    *left, wants_w_hh, launch = rest
+    grads = sweep_back(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *left, launch)
     grad_gates_x, grad_sums, factors, *others = grads
     of_sum = left[-4]
     grad_w_hh = torch.bmm(grad_sums.permute(1, 2, 0), factors.transpose(0, 1)) if wants_w_hh else w_hh.new_empty(0)

@@ -59,7 +59,7 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
                                Tensor w_hh, Tensor scale, Optional shift, Optional scale_c, Optional shift_c,
                                Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent, Optional candidate,
                                Optional zoneout_h, Optional zoneout_c, bool of_sum, Tensor y, Tensor saved,
-                               Tensor statistics) {
+                               Tensor statistics, std::vector<int64_t>) {
   LayerNormBackward p{};
   const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
   LayerNormArguments arguments(

@@ -221,6 +221,18 @@ constexpr SingleCtaLayout masked_single_cta_layout(const Variant& v, int width) 
   return l;
 }
 
+// Layers with layer norm, with masks or without, have as few, which multiply float32 exactly. Behind each buffer of
+// factors lies what warps exchange for means of rows: two numbers for each warp and sequence.
+constexpr bool has_norm_single_cta(Cell cell, Scalar scalar) {
+  return (cell == Cell::gru || cell == Cell::lstm) && scalar == Scalar::float32;
+}
+constexpr int kMeansBytes = 2 * (max_single_cta_width(Math::fp32_fma) / kMmaRows) * kMaxTile * 4;
+constexpr SingleCtaLayout norm_single_cta_layout(const Variant& v, int width) {
+  SingleCtaLayout l = masked_single_cta_layout(v, width);
+  l.buffers += 2 * kMeansBytes;
+  return l;
+}
+
 // Bytes of one direction's weights in the order that a kernel reads; 0: there is no kernel.
 constexpr int64_t single_cta_packed_bytes(Cell cell, Scalar scalar, int64_t hidden) {
   if (scalar == Scalar::float64) return 0;

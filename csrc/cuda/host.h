@@ -12,12 +12,15 @@ namespace seqkernels {
 
 struct SweepLaunch {
   Path path;
-  bool backward, masked;
+  bool backward, masked, layer_norm;
   LaunchShape shape{};
   int64_t packed_bytes = 0;  // of the weights of a single CTA, all directions
   GridGroups groups{};       // of the persistent grid
 
-  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, const StepMasks&, bool backward);
+  SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, const StepMasks&, bool backward,
+              bool layer_norm = false);
+
+  bool by_odd() const { return masked || layer_norm; }  // as LayerFacts has it
 };
 
 struct SweepWorkspace {
@@ -77,6 +80,8 @@ void multiply_grad_weights(const CallContext&, const LayerBackward&, const Backw
 
 // ---- what the operators do first: ops.cpp
 
+Plan plan_of(int64_t path, int64_t tile, int64_t units);
+
 // What forward and backward sweeps have in common, but for the steps. `rows`: of x.
 void set_sweep(SweepArgs&, const Layer&, int64_t rows, bool tf32);
 
@@ -95,7 +100,7 @@ void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, cons
 void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const StepMasks&,
                        const SweepGradients&, Tensor& grad_h, Tensor& grad_c);
 
-// The same of a layer with layer norm; c and its gradient are in `step` already.
+// The same of a layer with layer norm; the states and their gradients are in `step` already.
 void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, NormStepForward& step, Tensor& h);
 void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, NormStepBackward& step, Tensor& grad_h);
 

@@ -92,15 +92,17 @@ struct MaskedStepBackward : StepBackward {
   const void* grad_factors;  // [D, B, H] gradients of these that are still to be added to grad_h
 };
 
-// ---- stepwise, of layers with layer norm: what is what of theirs is said at LayerNormForward and LayerNormBackward
+// ---- layers with layer norm, stepwise or in one launch: what is what is said at LayerNormForward and
+// LayerNormBackward
 
 struct NormStep : SweepArgs {
-  int64_t k, running;
+  int64_t k, running;  // stepwise: the step
   Norms norms;
   StepMasks masks;
 };
 
 struct NormStepForward : NormStep {
+  static constexpr bool backward = false;
   void* gates_h;     // [D, B, G*H] the product W_hh h; of an LSTM whose c is normalized, its own memory besides
   void *h, *c;       // [D, B, H] the states, changed in place
   void* factors;     // [D, B, H] h as products read it, if there is a mask for that
@@ -110,6 +112,7 @@ struct NormStepForward : NormStep {
 };
 
 struct NormStepBackward : NormStep {
+  static constexpr bool backward = true;
   const void *grad_y, *h_0, *c_0, *y, *saved, *statistics;
   void *grad_h, *grad_c;              // [D, B, H] changed in place; of h but for the product with W_hh
   const void* grad_factors;           // [D, B, H] what is still to be added to grad_h, if there is a mask for that
@@ -236,6 +239,10 @@ const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, const voi
 const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, const void* packed, void* stream);
 const char* single_cta_forward(const MaskedForwardArgs&, const LaunchShape&, const void* packed, void* stream);
 const char* single_cta_backward(const MaskedBackwardArgs&, const LaunchShape&, const void* packed, void* stream);
+
+// With layer norm; states begin as the initial ones, as they do stepwise.
+const char* single_cta_forward(const NormStepForward&, const LaunchShape&, const void* packed, void* stream);
+const char* single_cta_backward(const NormStepBackward&, const LaunchShape&, const void* packed, void* stream);
 
 // A cluster takes a tile.
 const char* cluster_forward(const ForwardArgs&, const LaunchShape&, void* stream);

@@ -1,6 +1,6 @@
 // Launches of the stepwise kernels of layers with layer norm, which compute in float32 or float64.
-#include "norm_backward.cuh"
-#include "norm_forward.cuh"
+#include "norm_step_backward.cuh"
+#include "norm_step_forward.cuh"
 //
 #include "dispatch.h"
 #include "launch.cuh"

@@ -1,83 +1,8 @@
-// Single steps of layers with layer norm, behind the product W_hh h. A CTA has a row, which is a sequence in one
-// direction, so that its norms need no other. A thread has the same units all along, and reads again what it wrote.
+// What layers with layer norm compute in a step, on whatever path.
 #pragma once
 #include "masks.cuh"
 
 namespace seqkernels::device {
-
-constexpr int kNormThreads = 256;
-
-// Calls each(unit) for a thread's units.
-template <class Each>
-DEVICE void for_units(int hidden, Each each) {
-  for (int unit = thread(); unit < hidden; unit += kNormThreads) each(unit);
-}
-
-// The part of an array that belongs to a row.
-template <class T>
-struct Part {
-  Global<T> all;
-  int64_t begin;
-
-  DEVICE explicit operator bool() const { return static_cast<bool>(all); }
-  DEVICE T load(int64_t i) const { return all.load(begin + i); }
-  DEVICE void store(int64_t i, T value) const { all.store(begin + i, value); }
-};
-
-// Where a row has its parts.
-struct NormRow {
-  const SweepArgs& s;
-  int direction;
-  int64_t sequence, row;
-
-  // Of arrays [N, D, width], [D, B, width] and [D, width].
-  template <class T, class Pointer>
-  DEVICE Part<T> of_rows(Pointer data, int64_t width) const {
-    return {{static_cast<T*>(data), s.rows * s.directions * width}, (row * s.directions + direction) * width};
-  }
-  template <class T, class Pointer>
-  DEVICE Part<T> of_states(Pointer data, int64_t width) const {
-    return {{static_cast<T*>(data), s.directions * s.sequences * width}, (direction * s.sequences + sequence) * width};
-  }
-  template <class T>
-  DEVICE Part<const T> of_direction(const void* data, int64_t width) const {
-    return {{static_cast<const T*>(data), s.directions * width}, direction * width};
-  }
-};
-
-// Means over all units, of which each thread has sums of its own; always in the same order. Each has a place of its own
-// in shared memory, so that one barrier is enough.
-template <class T>
-class CtaMeans {
-  static constexpr int kWarps = kNormThreads / kWarpSize, kSums = 4;  // of a step, at most
-
- public:
-  static constexpr int bytes = kSums * kWarps * static_cast<int>(sizeof(T));
-
-  DEVICE CtaMeans() : of_warps_(0, kSums * kWarps) {}
-
-  // From sums to the means of `count` numbers.
-  template <int COUNT>
-  DEVICE void operator()(T (&sums)[COUNT], int count) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      for (int mask = kWarpSize / 2; mask; mask /= 2) sums[i] += shfl_xor(sums[i], mask);
-      if (thread() % kWarpSize == 0) of_warps_.store(next_ + i * kWarps + thread() / kWarpSize, sums[i]);
-    }
-    synchronize();
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      sums[i] = 0;
-      for (int warp = 0; warp < kWarps; warp++) sums[i] += of_warps_.load(next_ + i * kWarps + warp);
-      sums[i] /= static_cast<T>(count);
-    }
-    next_ += COUNT * kWarps;
-  }
-
- private:
-  Shared<T> of_warps_;
-  int next_ = 0;
-};
 
 // What a row is normalized by.
 template <class T>
@@ -87,26 +12,6 @@ struct Moments {
   DEVICE T of(T x) const { return (x - mean) * inverse; }
 };
 
-// Of the numbers x(unit, block) of all units.
-template <int BLOCKS, class T, class Number>
-DEVICE Moments<T> moments_of(CtaMeans<T>& means, int hidden, Number x) {
-  T mean[1] = {}, variance[1] = {};
-  for_units(hidden, [&](int unit) {
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++) mean[0] += x(unit, block);
-  });
-  means(mean, BLOCKS * hidden);
-  for_units(hidden, [&](int unit) {
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++) {
-      const T difference = x(unit, block) - mean[0];
-      variance[0] += difference * difference;
-    }
-  });
-  means(variance, BLOCKS * hidden);
-  return {mean[0], 1 / square_root(variance[0] + static_cast<T>(kNormEpsilon))};
-}
-
 // The gradient of x, from that of x normalized, and the means over the row of that gradient, and of it times x
 // normalized.
 template <class T>
@@ -114,41 +19,50 @@ DEVICE T normalized_backward(T grad, T normalized, const T (&means)[2], T invers
   return inverse * (grad - means[0] - normalized * means[1]);
 }
 
-// What is done to a normalized row.
-template <class T>
-struct Scale {
-  Part<const T> scale, shift;
+// A unit in a step: from its states before, and the gates of x and of h, those after it, but for zoneout.
+template <Cell CELL, class T>
+struct NormedUnit {
+  T h_before, c_before, h, c, blocks[kMaxBlocks] = {};
 
-  DEVICE explicit operator bool() const { return static_cast<bool>(scale); }
-  DEVICE T of(int i, T normalized) const { return normalized * scale.load(i) + (shift ? shift.load(i) : 0); }
+  DEVICE NormedUnit(const MaskedStep<CELL, T>& masked, const T* x, const T* recurrent, T h_before, T c_before)
+      : h_before(h_before), c_before(c_before), h(h_before), c(c_before) {
+    cell_forward<CELL>(x, recurrent, h, c, blocks);
+    masked.drop(0, blocks, h_before, c_before, h, c);
+  }
 };
 
-// What both passes have.
+// c normalized, what h is read from, and the gradient of that before its tanh.
+template <class T>
+struct ReadC {
+  T normalized, value, grad;
+};
 template <Cell CELL, class T>
-class NormedStep {
- protected:
-  static constexpr int G = gates_of(CELL), S = G + (kHasC<CELL> ? 1 : 0);
+DEVICE ReadC<T> read_c(const NormedUnit<CELL, T>& u, T normalized, T scaled, T grad_h) {
+  const T value = tanh(scaled);
+  return {normalized, value, tanh_backward(grad_h * u.blocks[3], value)};
+}
 
-  DEVICE NormedStep(const NormStep& p, const NormRow& at)
-      : p_(p),
-        at_(at),
-        hidden_(static_cast<int>(p.hidden)),
-        gates_x_(at.of_rows<const T>(p.norms.gates_x, G * p.hidden)),
-        gates_{at.of_direction<T>(p.norms.scale, G * p.hidden), at.of_direction<T>(p.norms.shift, G * p.hidden)},
-        of_c_{at.of_direction<T>(p.norms.scale_c, p.hidden), at.of_direction<T>(p.norms.shift_c, p.hidden)} {}
+// The gradients of the h and c that the cell gave a unit, and what goes past it to those before.
+template <Cell CELL, class T>
+struct StateGradients {
+  T h, c = 0, past_h, past_c = 0;
 
-  DEVICE MaskedStep<CELL, T> masked(int unit) const {
-    return {p_.masks, p_, at_.direction, at_.sequence, at_.row, unit};
+  DEVICE StateGradients(const MaskedStep<CELL, T>& masked, T grad_h, T grad_c) : past_h(masked.stays_h(0, grad_h)) {
+    h = grad_h - past_h;
+    if constexpr (kHasC<CELL>) past_c = masked.stays_c(0, grad_c), c = grad_c - past_c;
   }
 
-  DEVICE T x_apart(int column) const { return p_.norms.of_sum ? 0 : gates_x_.load(column); }
-
-  const NormStep& p_;
-  const NormRow& at_;
-  const int hidden_;
-  const Part<const T> gates_x_;
-  const Scale<T> gates_, of_c_;
-  CtaMeans<T> means_;
+  // Where c is normalized, all that comes through h is the gradient of o, and `of_c`, that of c through its norm.
+  // Gives the gradients of the gates, and becomes those of the h and c before.
+  DEVICE void run(const MaskedStep<CELL, T>& masked, const NormedUnit<CELL, T>& u, const ReadC<T>* read, T of_c,
+                  T* grad) {
+    T of_o = 0;
+    if (read) of_o = h * read->value * u.blocks[3] * (1 - u.blocks[3]), c += of_c, h = 0;
+    const T now = kHasC<CELL> ? u.c : u.h, before = kHasC<CELL> ? u.c_before : u.h_before;
+    h = masked.cell_back(masked.candidate(0), h, c, u.blocks, now, before, grad) + past_h;
+    c += past_c;
+    if (read) grad[3] = of_o;
+  }
 };
 
 }  // namespace seqkernels::device

@@ -32,6 +32,15 @@ void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t e
   zero(rest);
 }
 
+Plan plan_of(int64_t path, int64_t tile, int64_t units) {
+  check(path >= 0 && path < kPaths, "unknown path ", path, "; there are ", kPaths);
+  Plan plan;
+  plan.path = static_cast<Path>(path);
+  plan.tile = static_cast<int>(tile);
+  plan.units = static_cast<int>(units);
+  return plan;
+}
+
 void begin_as(const CallContext& context, Tensor& state, const void* initial) {
   if (!state.numel()) return;
   const auto sizes = state.sizes();
@@ -46,15 +55,6 @@ void begin_as(const CallContext& context, Tensor& state, const void* initial) {
 namespace {
 
 using namespace seqkernels;
-
-Plan plan_of(int64_t path, int64_t tile, int64_t units) {
-  check(path >= 0 && path < kPaths, "unknown path ", path, "; there are ", kPaths);
-  Plan plan;
-  plan.path = static_cast<Path>(path);
-  plan.tile = static_cast<int>(tile);
-  plan.units = static_cast<int>(units);
-  return plan;
-}
 
 StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor& x) {
   masks.check_without_norm(p, x);

@@ -1,5 +1,5 @@
-// The operators of layers with layer norm: seqkernels/layer_norm_ops.py says what they take and give. All steps are
-// single ones, of which the kernels are in norms.cuh.
+// The operators of layers with layer norm: seqkernels/layer_norm_ops.py says what they take and give. The pass is
+// planned as those of ops.cpp are, in `launch`: its path, tile and units.
 #include <tuple>
 
 #include "../layer_norm_arguments.h"
@@ -10,30 +10,32 @@ namespace {
 
 using namespace seqkernels;
 
+Plan plan_of(const std::vector<int64_t>& launch) {
+  check(launch.size() == 3, "a pass is launched by a path, a tile and units");
+  return seqkernels::plan_of(launch[0], launch[1], launch[2]);
+}
+
 bool has_work(const Layer& p) { return p.steps && p.rows && has_states(p); }
 
-void set_step(NormStep& step, const Layer& p, const Norms& norms, int64_t rows) {
+void set_step(NormStep& step, const Layer& p, const Norms& norms, int64_t rows, const StepOffsets& steps) {
   set_sweep(step, p, rows, false);
+  step.starts = steps.starts(), step.sizes = steps.sizes();
   step.norms = norms;
   step.masks = {p.recurrent, p.candidate, p.zoneout_h, p.zoneout_c};
 }
 
-// Where the rows of each step begin, and the memory that says so on the GPU.
-class OwnStepOffsets {
- public:
-  OwnStepOffsets(const CallContext& context, const Layer& p, const Optional& batch_sizes)
-      : memory_(context.allocate({StepOffsets::bytes(p, batch_sizes)}, ScalarType::Byte)),
-        offsets_(context, p, batch_sizes, pointer(memory_)) {}
-
-  const StepOffsets& set(SweepArgs& sweep) const {
-    sweep.starts = offsets_.starts(), sweep.sizes = offsets_.sizes();
-    return offsets_;
-  }
-
- private:
-  Tensor memory_;
-  StepOffsets offsets_;
-};
+// All steps in one launch.
+template <class Step>
+void sweep(const CallContext& context, const Layer& p, const Plan& plan, const Step& step) {
+  const SweepLaunch launch(context, p, plan, step, step.masks, Step::backward, true);
+  const Workspace<SweepWorkspace> memory(context, launch);
+  const void* w_hh[2] = {p.weights[0].w_hh, p.weights[1].w_hh};
+  prepare_weights(context, step, w_hh, launch, *memory, {});
+  if constexpr (Step::backward)
+    check_launch(single_cta_backward(step, launch.shape, memory->packed, context.stream()));
+  else
+    check_launch(single_cta_forward(step, launch.shape, memory->packed, context.stream()));
+}
 
 // Zeros in the rows of results that no step uses.
 void begin_rows(const CallContext& context, const Layer& p, const Optional& batch_sizes,
@@ -47,12 +49,13 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tensor scale, Optional shift,
                            Optional scale_c, Optional shift_c, Tensor h_0, Optional c_0, Optional batch_sizes,
                            Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool of_sum,
-                           bool save, std::vector<int64_t>) {
+                           bool save, std::vector<int64_t> launch) {
   LayerNormForward p{};
   const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
   const LayerNormArguments arguments(
       p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
       check_options().read_sizes);
+  const Plan plan = plan_of(launch);
   const CallContext context(gates_x);
   const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden;
   Tensor y = context.allocate({N, D * H}), h_n = context.allocate({D, B, H});
@@ -63,12 +66,16 @@ Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tenso
   begin_as(context, c_n, p.c_0);
   begin_rows(context, p, batch_sizes, {&y, &saved, &statistics});
   if (has_work(p)) {
+    Tensor memory = context.allocate({StepOffsets::bytes(p, batch_sizes)}, ScalarType::Byte);
+    const StepOffsets steps(context, p, batch_sizes, pointer(memory));
     NormStepForward step{};
-    set_step(step, p, p.norms, N);
-    const OwnStepOffsets offsets(context, p, batch_sizes);
+    set_step(step, p, p.norms, N, steps);
     step.y = pointer(y), step.saved = pointer(saved), step.statistics = pointer(statistics);
-    step.c = pointer(c_n);
-    stepwise_forward(context, p, offsets.set(step), step, h_n);
+    step.h = pointer(h_n), step.c = pointer(c_n);
+    if (plan.path == Path::stepwise)
+      stepwise_forward(context, p, steps, step, h_n);
+    else
+      sweep(context, p, plan, step);
   }
   return {y, h_n, c_n, saved, statistics};
 }
@@ -89,13 +96,14 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
                                Tensor w_hh, Tensor scale, Optional shift, Optional scale_c, Optional shift_c,
                                Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent, Optional candidate,
                                Optional zoneout_h, Optional zoneout_c, bool of_sum, Tensor y, Tensor saved,
-                               Tensor statistics) {
+                               Tensor statistics, std::vector<int64_t> launch) {
   LayerNormBackward p{};
   const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
   LayerNormArguments arguments(
       p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
       check_options().read_sizes);
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved, statistics});
+  const Plan plan = plan_of(launch);
   const CallContext context(gates_x);
   const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
   Tensor grad_gates_x = context.allocate(of_sum ? Shape{0} : Shape{N, D, GH});
@@ -112,16 +120,20 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
   begin_as(context, grad_c_0, p.grad_c_n);
   begin_rows(context, p, batch_sizes, {&grad_gates_x, &grad_sums, &factors});
   if (has_work(p)) {
+    Tensor memory = context.allocate({StepOffsets::bytes(p, batch_sizes)}, ScalarType::Byte);
+    const StepOffsets steps(context, p, batch_sizes, pointer(memory));
     NormStepBackward step{};
-    set_step(step, p, p.norms, N);
-    const OwnStepOffsets offsets(context, p, batch_sizes);
+    set_step(step, p, p.norms, N, steps);
     step.grad_y = p.grad_y, step.h_0 = p.h_0, step.c_0 = p.c_0;
     step.y = p.y, step.saved = p.saved, step.statistics = p.statistics;
-    step.grad_c = pointer(grad_c_0);
+    step.grad_h = pointer(grad_h_0), step.grad_c = pointer(grad_c_0);
     step.grad_gates_x = pointer(grad_gates_x), step.grad_sums = pointer(grad_sums), step.factors = pointer(factors);
     step.grad_scale = pointer(of_scale), step.grad_shift = pointer(of_shift);
     step.grad_scale_c = pointer(of_scale_c), step.grad_shift_c = pointer(of_shift_c);
-    stepwise_backward(context, p, offsets.set(step), step, grad_h_0);
+    if (plan.path == Path::stepwise)
+      stepwise_backward(context, p, steps, step, grad_h_0);
+    else
+      sweep(context, p, plan, step);
   }
   return {grad_gates_x,
           grad_sums,

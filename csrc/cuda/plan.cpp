@@ -18,11 +18,11 @@ std::string capability(int target) { return text(target / 10, ".", target % 10);
 
 Variant variant_of(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   return variant_of(arch_of(gpu.target), layer.cell, math_of(layer.scalar, layer.tf32), backward,
-                    layer.hidden % 2 == 0 && !layer.masked);
+                    layer.hidden % 2 == 0 && !layer.by_odd());
 }
 
 int width_of_single_cta(const LayerFacts& layer) {
-  return single_cta_width(math_of(layer.scalar, layer.tf32), layer.masked ? as_odd(layer.hidden) : layer.hidden);
+  return single_cta_width(math_of(layer.scalar, layer.tf32), layer.by_odd() ? as_odd(layer.hidden) : layer.hidden);
 }
 
 // The smallest tile with which the tiles of all directions run at once: with more sequences a step reads and writes
@@ -41,8 +41,10 @@ std::string reason_against_single_cta(const LayerFacts& layer, const Gpu& gpu) {
     return text("a single CTA needs compute capability ", capability(min_target(Path::single_cta)), ", the GPU has ",
                 capability(gpu.target));
   if (layer.has_projection) return "no single CTA kernel takes a projection";
-  if (layer.layer_norm) return "no single CTA kernel has layer norm";
-  if (layer.masked && !has_masked_single_cta(layer.cell, layer.scalar))
+  if (layer.layer_norm && !has_norm_single_cta(layer.cell, layer.scalar))
+    return text("no single CTA kernel with layer norm for the cell ", name_of(layer.cell), " in ",
+                name_of(layer.scalar));
+  if (layer.masked && !layer.layer_norm && !has_masked_single_cta(layer.cell, layer.scalar))
     return text("no single CTA kernel with masks for the cell ", name_of(layer.cell), " in ", name_of(layer.scalar));
   if (layer.scalar == Scalar::float64 || !width_of_single_cta(layer))
     return text("no single CTA kernel for ", layer.hidden, " hidden units in ", name_of(layer.scalar));
@@ -56,8 +58,9 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   if (!found.reason.empty()) return found;
   const Variant variant = variant_of(layer, gpu, backward);
   const int width = width_of_single_cta(layer);
-  const SingleCtaLayout layout =
-      layer.masked ? masked_single_cta_layout(variant, width) : single_cta_layout(variant, width);
+  const SingleCtaLayout layout = layer.layer_norm ? norm_single_cta_layout(variant, width)
+                                 : layer.masked   ? masked_single_cta_layout(variant, width)
+                                                  : single_cta_layout(variant, width);
   if (!layout.resident) {
     found.reason = text("no single CTA kernel for the cell ", name_of(layer.cell));
     return found;

@@ -36,6 +36,8 @@ struct LayerFacts {
   int directions;
   int64_t hidden, sequences;
   bool masked = false, layer_norm = false;
+
+  bool by_odd() const { return masked || layer_norm; }  // kernels for odd numbers of units take even ones as well
 };
 
 // How one pass is launched.

@@ -78,6 +78,21 @@ struct SingleCtaBackward : C {
     });
   }
 
+  // Adds the products of the first `sequences` sequences to `sum`.
+  static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> gradients, int sequences,
+                                  float (&sum)[1][kElements]) {
+    for_sequences<MathPolicy>(sequences, [&](auto policy) {
+      Accumulators<decltype(policy), 1, (G < 2 ? 2 : G)> accumulators(sum);
+      weights.each(m, [&](int k_block, auto of) {
+#pragma unroll
+        for (int gate = 0; gate < G; gate++)
+          accumulators.add([&](int) { return of(gate); }, gradients, ThreadTile<C>::stride,
+                           gate * C::WIDTH + k_block * C::k_width, gate * 2);
+      });
+      accumulators.finish(sum);
+    });
+  }
+
  private:
   static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, float (&grad_h)[M_TILES][1][kElements],
                                  float (&grad_c)[M_TILES][2][2]) {
@@ -110,21 +125,6 @@ struct SingleCtaBackward : C {
       for (int i = 0; i < 2; i++)
         if (i < mine.count(m, s_, sequences)) grad_h[0][i * 2 + s_] += masked.in_products(i, products[0][i * 2 + s_]);
     }
-  }
-
-  // Adds the products of the first `sequences` sequences to `sum`.
-  static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> gradients, int sequences,
-                                  float (&sum)[1][kElements]) {
-    for_sequences<MathPolicy>(sequences, [&](auto policy) {
-      Accumulators<decltype(policy), 1, (G < 2 ? 2 : G)> accumulators(sum);
-      weights.each(m, [&](int k_block, auto of) {
-#pragma unroll
-        for (int gate = 0; gate < G; gate++)
-          accumulators.add([&](int) { return of(gate); }, gradients, ThreadTile<C>::stride,
-                           gate * C::WIDTH + k_block * C::k_width, gate * 2);
-      });
-      accumulators.finish(sum);
-    });
   }
 };
 

@@ -73,6 +73,17 @@ struct SingleCtaForward : C {
     });
   }
 
+  // Adds the products of the first `sequences` sequences to `sum`.
+  static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> h, int sequences,
+                                  float (&sum)[G][kElements]) {
+    for_sequences<MathPolicy>(sequences, [&](auto policy) {
+      Accumulators<decltype(policy), G> accumulators(sum);
+      weights.each(m,
+                   [&](int k_block, auto of) { accumulators.add(of, h, ThreadTile<C>::stride, k_block * C::k_width); });
+      accumulators.finish(sum);
+    });
+  }
+
  private:
   // The initial states, which go to all threads, and the biases that stay apart.
   static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays,
@@ -128,17 +139,6 @@ struct SingleCtaForward : C {
           if (apart) x_apart[i * 2 + s_] = units[i];
         }
       }
-  }
-
-  // Adds the products of the first `sequences` sequences to `sum`.
-  static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> h, int sequences,
-                                  float (&sum)[G][kElements]) {
-    for_sequences<MathPolicy>(sequences, [&](auto policy) {
-      Accumulators<decltype(policy), G> accumulators(sum);
-      weights.each(m,
-                   [&](int k_block, auto of) { accumulators.add(of, h, ThreadTile<C>::stride, k_block * C::k_width); });
-      accumulators.finish(sum);
-    });
   }
 
   // The step of two units of a sequence; h and c change in place.

@@ -154,7 +154,6 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
   }
   FirstRows rows_of_gates(context, p, gates_h, GH), rows_of_factors(context, p, factors, H);
   step.gates_h = gates_h.mutable_data_ptr();
-  step.h = h.mutable_data_ptr();
   step.factors = p.recurrent ? factors.mutable_data_ptr() : nullptr;
   for (step.k = 0; step.k < p.steps; step.k++) {
     step.running = steps.running(step.k);
@@ -173,7 +172,6 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
     zero(grad_factors);
   }
   FirstRows rows_of_gates(context, p, grad_step, GH), rows_of_factors(context, p, grad_factors, H);
-  step.grad_h = grad_h.mutable_data_ptr();
   step.grad_step = grad_step.mutable_data_ptr();
   step.grad_factors = p.recurrent ? grad_factors.const_data_ptr() : nullptr;
   for (step.k = p.steps; step.k-- > 0;) {

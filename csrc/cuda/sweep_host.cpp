@@ -7,7 +7,7 @@ namespace {
 
 // Raises an error if the plan does not fit the layer or the GPU.
 LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan& plan, bool tf32, bool masked,
-                          bool backward) {
+                          bool backward, bool layer_norm) {
   const Gpu gpu = context.gpu();
   LayerFacts facts{};
   facts.cell = p.cell;
@@ -18,6 +18,7 @@ LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan
   facts.hidden = p.hidden;
   facts.sequences = p.sequences;
   facts.masked = masked;
+  facts.layer_norm = layer_norm;
   const std::string reason = reason_against(plan, facts, gpu, backward);
   if (!reason.empty()) check_launch(reason.c_str());
   LaunchShape shape{};
@@ -45,11 +46,11 @@ Masked with_masks(const Args& sweep, const StepMasks& masks) {
 }  // namespace
 
 SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan& plan, const SweepArgs& sweep,
-                         const StepMasks& masks, bool backward)
-    : path(plan.path), backward(backward), masked(masks.any()) {
+                         const StepMasks& masks, bool backward, bool layer_norm)
+    : path(plan.path), backward(backward), masked(masks.any()), layer_norm(layer_norm) {
   if (path == Path::stepwise) return;
-  shape = checked_shape(context, p, plan, sweep.tf32, masked, backward);
-  const int64_t hidden = masked ? as_odd(p.hidden) : p.hidden;
+  shape = checked_shape(context, p, plan, sweep.tf32, masked, backward, layer_norm);
+  const int64_t hidden = by_odd() ? as_odd(p.hidden) : p.hidden;
   if (path == Path::single_cta) packed_bytes = p.directions * single_cta_packed_bytes(p.cell, p.scalar, hidden);
   if (path == Path::persistent_grid) check_launch(persistent_grid_groups(sweep, shape, backward, groups));
 }
@@ -65,7 +66,7 @@ void prepare_weights(const CallContext& context, const SweepArgs& sweep, const v
     return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
   const Math math = math_of(sweep.scalar, sweep.tf32);
   const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0);
-  const int64_t hidden = launch.masked ? as_odd(sweep.hidden) : sweep.hidden;
+  const int64_t hidden = launch.by_odd() ? as_odd(sweep.hidden) : sweep.hidden;
   const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, hidden));
   PackWeights pack{};
   pack.fold = fold;

@@ -102,7 +102,9 @@ MATH_POLICIES = {
 CELLS = tuple(cells.CELLS)  # in the order of csrc/cells.h
 
 
-WITH_MASKS = "single CTA", "single CTA with masks"
+# By the kind of their configurations; those with options by the option that stands for theirs in `planned`.
+SINGLE_CTAS = {"SingleCta": "single CTA", "Masked": "single CTA with masks", "Norm": "single CTA with layer norm"}
+OPTIONS = {"zoneout": SINGLE_CTAS["Masked"], "layer_norm": SINGLE_CTAS["Norm"]}
 
 
 class Config(NamedTuple):
@@ -123,7 +125,7 @@ class Config(NamedTuple):
 
 
 NAME = re.compile(
-    r"(?P<kind>SingleCta|Slice|Masked)Config<\(seqkernels::Arch\)\d+, (?:\(seqkernels::Path\)(?P<path>\d), )?"
+    r"(?P<kind>SingleCta|Slice|Masked|Norm)Config<\(seqkernels::Arch\)\d+, (?:\(seqkernels::Path\)(?P<path>\d), )?"
     r"\(seqkernels::Cell\)(?P<cell>\d), seqkernels::device::"
     rf"(?P<policy>{'|'.join(MATH_POLICIES)}), (?P<backward>true|false), (?P<width>\d+)(?:, (?P<even>true|false))?>"
 )
@@ -138,7 +140,7 @@ def configured(target: str) -> dict[Config, Kernel]:
             continue
         name = NAME.search(kernel.name)
         assert name, f"no configuration can be read from {kernel.name}"
-        path = path_names()[int(name["path"])] if name["path"] else WITH_MASKS[name["kind"] == "Masked"]
+        path = path_names()[int(name["path"])] if name["path"] else SINGLE_CTAS[name["kind"]]
         config = Config(
             path,
             CELLS[int(name["cell"])],
@@ -153,16 +155,16 @@ def configured(target: str) -> dict[Config, Kernel]:
 
 
 @functools.cache
-def planned(path: str, gpus: tuple[GPU, ...], largest: int, masked: bool = False) -> dict[Config, list[dict[str, Any]]]:
+def planned(path: str, gpus: tuple[GPU, ...], largest: int, option: str = "") -> dict[Config, list[dict[str, Any]]]:
     """The kernels that plans of all layers of up to so many hidden units need on these GPUs, with the candidates."""
     kernels: dict[Config, list[dict[str, Any]]] = {}
-    # Those with masks multiply float32 as it is.
-    policies = [policy for policy in MATH_POLICIES.values() if policy != MATH_POLICIES["Tf32"] or not masked]
+    # Those with options multiply float32 as it is.
+    policies = [policy for policy in MATH_POLICIES.values() if policy != MATH_POLICIES["Tf32"] or not option]
     layers = itertools.product(CELLS, policies, (False, True), range(1, largest + 1), gpus)
     for cell, (dtype, tf32), backward, hidden, gpu in layers:
-        for one in fitting(path, gpu, cell, hidden, dtype, backward, tf32=tf32, masked=masked):
-            even = hidden % 2 == 0 and not masked
-            config = Config(WITH_MASKS[1] if masked else path, cell, dtype, tf32, backward, one["width"], even)
+        for one in fitting(path, gpu, cell, hidden, dtype, backward, tf32=tf32, option=option):
+            even = hidden % 2 == 0 and not option
+            config = Config(OPTIONS.get(option, path), cell, dtype, tf32, backward, one["width"], even)
             kernels.setdefault(config, []).append(one | {"hidden": hidden})
     return kernels
 
@@ -198,7 +200,8 @@ def hopper() -> str:
 def test_registers_hold_the_weights_that_the_plan_says(hopper):
     plans = {
         **planned("single CTA", NVIDIA, 256),
-        **planned("single CTA", NVIDIA, 256, masked=True),
+        **planned("single CTA", NVIDIA, 256, "zoneout"),
+        **planned("single CTA", NVIDIA, 256, "layer_norm"),
         **planned("cluster", (H200,), 1024),
         **planned("persistent grid", (H200,), 2112),
     }
@@ -227,10 +230,9 @@ def test_what_registers_have_is_multiplied_without_a_loop(target):
 
 
 def test_there_is_a_kernel_for_all_that_is_planned_and_for_nothing_else(target):
-    there = {config for config in configured(target) if config.path == "single CTA"}
-    assert there == set(planned("single CTA", NVIDIA, 512))
-    masked = {config for config in configured(target) if config.path == WITH_MASKS[1]}
-    assert masked == set(planned("single CTA", NVIDIA, 512, masked=True))
+    for option in ("", *OPTIONS):
+        there = {config for config in configured(target) if config.path == OPTIONS.get(option, "single CTA")}
+        assert there == set(planned("single CTA", NVIDIA, 512, option))
 
 
 def test_clusters_push_and_count_and_are_all_of_use(hopper):

@@ -52,7 +52,12 @@ def test_reading_is_noticed(read):
 
 @pytest.mark.parametrize("layout", ["padded", "lengths", "state", "nested", "reset", "reset and lengths"])
 @pytest.mark.parametrize(
-    ("cls", "options"), [("GRU", {"num_layers": 2, "dropout": 0.5}), ("LSTM", {"bidirectional": True})]
+    ("cls", "options"),
+    [
+        ("GRU", {"num_layers": 2, "dropout": 0.5}),
+        ("LSTM", {"bidirectional": True}),
+        ("LSTM", {"bidirectional": True, "layer_norm": True}),
+    ],
 )
 def test_a_training_step_reads_nothing(cls, options, layout, cpu_as_gpu, monkeypatch):
     layer, x, arguments = getattr(sk, cls)(4, 5, **options), torch.randn(6, 3, 4), {}

@@ -3,21 +3,28 @@ float64 (tests/support/norms.py)."""
 
 import pytest
 import torch
-from cuda_paths import faulty
+from cuda_paths import SINGLE_CTA, STEPWISE, faulty, path
 from norms import arguments, assert_rounding_alone, both_passes, results
 from operators import BACKENDS, CELLS
 
 import seqkernels as sk
 from seqkernels._ops import ops
+from seqkernels.backends.cuda.launch import PassLaunch
 
 pytestmark = pytest.mark.skipif(
     "cuda" not in BACKENDS, reason="neither a GPU with CUDA kernels nor an emulator, which `make test` builds"
 )
+BOTH_PATHS = pytest.mark.parametrize("launch", [STEPWISE, SINGLE_CTA], ids=["stepwise", "single CTA"])
 OF_SUM = pytest.mark.parametrize("of_sum", [False, True], ids=["each", "sum"])
 
 
-def assert_right(cell: str, layer: list, rest: list) -> None:
-    assert_rounding_alone(*results("cuda", cell, layer, rest))
+def of_both(launch: PassLaunch) -> list[int]:
+    """A plan of both passes."""
+    return [0, *launch, *launch]
+
+
+def assert_right(cell: str, layer: list, rest: list, launch: PassLaunch = STEPWISE) -> None:
+    assert_rounding_alone(*results("cuda", cell, layer, rest, of_both(launch)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -29,6 +36,16 @@ def test_norms_as_specified(cell, of_sum, dtype):
         assert_right(cell, *arguments(cell, of_sum, masked, None, bias=bias, directions=1, dtype=dtype))
 
 
+@pytest.mark.parametrize("hidden", [5, 31, 64, 65, 128])
+@OF_SUM
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_a_single_cta_as_specified(cell, of_sum, hidden):
+    for masked in (True, False):
+        given = arguments(cell, of_sum, masked, (4, 3, 1), bias=masked, hidden=hidden)
+        assert_right(cell, *given, SINGLE_CTA._replace(tile=3))
+    assert_right(cell, *arguments(cell, of_sum, True, None, hidden=hidden, directions=1), SINGLE_CTA)
+
+
 @OF_SUM
 @pytest.mark.parametrize("cell", CELLS)
 def test_more_units_than_threads(cell, of_sum):
@@ -36,51 +53,73 @@ def test_more_units_than_threads(cell, of_sum):
 
 
 @pytest.mark.parametrize("name", range(4), ids=["recurrent", "candidate", "zoneout_h", "zoneout_c"])
+@BOTH_PATHS
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_each_mask_alone(cell, name):
+def test_each_mask_alone(cell, launch, name):
     layer, (batch_sizes, *masks, of_sum) = arguments(cell, False, masked=True)
     one = [mask if k == name else None for k, mask in enumerate(masks)]
-    assert_right(cell, layer, [batch_sizes, *one, of_sum])
+    assert_right(cell, layer, [batch_sizes, *one, of_sum], launch)
 
 
-def test_sizes_of_zero():
+@BOTH_PATHS
+def test_sizes_of_zero(launch):
     for cell, of_sum in (("lstm", False), ("gru", True)):
         layer, rest = arguments(cell, of_sum, masked=True, batch_sizes=(2, 1))
-        assert_right(cell, layer, [torch.tensor([0, 0]), *rest[1:]])
-        assert_right(cell, *arguments(cell, of_sum, True, (0,), spare=0))
-        assert_right(cell, *arguments(cell, of_sum, True, hidden=0))
-        assert_right(cell, *arguments(cell, of_sum, True, (2, 2), spare=0))
+        assert_right(cell, layer, [torch.tensor([0, 0]), *rest[1:]], launch)
+        assert_right(cell, *arguments(cell, of_sum, True, (0,), spare=0), launch)
+        assert_right(cell, *arguments(cell, of_sum, True, hidden=0), launch)
+        assert_right(cell, *arguments(cell, of_sum, True, (2, 2), spare=0), launch)
 
 
+@BOTH_PATHS
 @OF_SUM
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_sizes_that_only_the_gpu_knows(cell, of_sum, sizes_on_gpu):
-    assert_right(cell, *arguments(cell, of_sum, masked=True))
+def test_sizes_that_only_the_gpu_knows(cell, of_sum, launch, sizes_on_gpu):
+    assert_right(cell, *arguments(cell, of_sum, masked=True), launch)
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
-def test_no_order_of_threads_changes_a_bit(cell, emulator):
+def test_no_order_of_threads_changes_a_bit(cell, launch, emulator):
     layer, rest = arguments(cell, False, masked=True, hidden=33)
-    expected, _ = both_passes("cuda", cell, layer, rest)
+    expected, _ = both_passes("cuda", cell, layer, rest, of_both(launch))
     for seed in range(3):
         emulator.seed(seed)
-        found, _ = both_passes("cuda", cell, layer, rest)
+        found, _ = both_passes("cuda", cell, layer, rest, of_both(launch))
         assert all(torch.equal(ours, first) for ours, first in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("event", range(4))  # barriers of a step with a norm of c
-def test_a_missing_barrier_is_found(event, emulator):
+@BOTH_PATHS
+def test_a_missing_barrier_is_found(launch, emulator):
     layer, rest = arguments("lstm", False, masked=False, hidden=40)
-    run = faulty(emulator, ops.layer_norm_forward.cuda, "barrier", event)
-    with pytest.raises(RuntimeError, match=r"unwritten|race|divergence"):
-        run("lstm", *layer, *rest, True, [0])
+    y, h_n, c_n, *kept = ops.layer_norm_forward.cuda("lstm", *layer, *rest, True, of_both(launch))
+    passes = [(ops.layer_norm_forward.cuda, 4, (*layer, *rest, True))]  # with the barriers of a step
+    back = 2 if launch == STEPWISE else 3
+    passes += [(ops.layer_norm_backward.cuda, back, (y, h_n, c_n, *layer, *rest, y, *kept, True))]
+    for run, barriers, args in passes:
+        for event in range(barriers):
+            with pytest.raises(RuntimeError, match=r"unwritten|race|divergence"):
+                faulty(emulator, run, "barrier", event)("lstm", *args, of_both(launch))
 
 
-def test_a_batch_gives_a_sequence_the_same_bits():
+def test_where_a_path_has_no_layer_norm_it_says_so():
+    for cell, more, launch, sentence in (
+        ("ligru", {}, SINGLE_CTA, "no single CTA kernel with layer norm for the cell ligru in float32"),
+        ("gru", {"dtype": torch.float64}, SINGLE_CTA, "no single CTA kernel with layer norm for the cell gru in float"),
+        ("gru", {"hidden": 130}, SINGLE_CTA, "no single CTA kernel for 130 hidden units in float32"),
+        ("gru", {"hidden": 70}, path("cluster", units=64), "no kernel for several blocks has layer norm"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            both_passes("cuda", cell, *arguments(cell, False, True, **more), of_both(launch))
+
+
+@BOTH_PATHS
+def test_a_sequence_alone_gives_what_it_gives_in_a_batch(launch):
     layer, rest = arguments("gru", False, masked=False, batch_sizes=None, directions=1)
-    y, *_ = ops.layer_norm_forward.cuda("gru", *layer, *rest, False, [0])
     gates_x, *parameters, h_0, c_0 = layer
-    alone, *_ = ops.layer_norm_forward.cuda("gru", gates_x[2::4], *parameters, h_0[:, 2:3], c_0, *rest, False, [0])
+    run, plan = ops.layer_norm_forward.cuda, of_both(launch)
+    y, *_ = run("gru", *layer, *rest, False, plan)
+    alone, *_ = run("gru", gates_x[2::4], *parameters, h_0[:, 2:3], c_0, *rest, False, plan)
     torch.testing.assert_close(alone, y[2::4])
 
 
@@ -168,6 +207,7 @@ def test_explain_says_how_they_run():
     layer, x = layer_of("LSTM", True, zoneout=0.1), torch.randn(4, 3, 3, dtype=torch.float64)
     layer.backend = "cuda"
     assert str(sk.explain(layer, x)).startswith("cuda: forced; stepwise")
+    assert str(sk.explain(layer.float(), x.float())).startswith("cuda: forced; single CTA")
     refused = layer_of("GRU", True, blocks=2)
     refused.backend = "cuda"
     with pytest.raises(ValueError, match="it has no kernel with layer_norm, blocks"):

@@ -42,12 +42,12 @@ def found(
     projected: bool = False,
     directions: int = 1,
     sequences: int = 1,
-    masked: bool = False,
+    option: str = "",
 ) -> dict[str, list[dict[str, Any]]]:
     """All candidates for a pass, by their path."""
     layer = call.Call(
         cell, "cuda", dtype, hidden_size=hidden, projected=projected, tf32=tf32, directions=directions,
-        sequences=sequences, options=("zoneout",) if masked else (),
+        sequences=sequences, options=(option,) if option else (),
     )  # fmt: skip
     by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in path_names()}
     for one in candidates(layer, gpu, backward):

@@ -1,6 +1,8 @@
 """Calls of the operators of layers with layer norm (`seqkernels.layer_norm_ops`) by kernels for GPUs, beside the torch
 operations that tests/modules/test_cell_options.py judges, in float64."""
 
+from collections.abc import Sequence
+
 import torch
 from operators import to_float64
 from torch import Tensor
@@ -56,19 +58,21 @@ def arguments(
     return layer, [None if batch_sizes is None else torch.tensor(batch_sizes), *masks, of_sum]
 
 
-def both_passes(backend: str, cell: str, layer: list, rest: list) -> tuple[list[Tensor], list[Tensor | None]]:
+def both_passes(
+    backend: str, cell: str, layer: list, rest: list, launch: Sequence[int] = (0,)
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Results and the gradients of `layer`; and the gradients of the results."""
     ours = [t if t is None else t.clone().requires_grad_() for t in layer]
-    y, h_n, c_n, *_ = getattr(ops.layer_norm_forward, backend)(cell, *ours, *rest, True, [0])
+    y, h_n, c_n, *_ = getattr(ops.layer_norm_forward, backend)(cell, *ours, *rest, True, list(launch))
     torch.manual_seed(1)
     grads = [torch.randn_like(y), torch.randn_like(h_n), torch.randn_like(c_n) if cell == "lstm" else None]
     wanted = [t for t in ours if t is not None]
     return [y, h_n, c_n, *derivatives((y, h_n, c_n), grads, wanted, [True] * len(wanted), False)], grads
 
 
-def results(backend: str, cell: str, layer: list, rest: list) -> tuple[list, list]:
+def results(backend: str, cell: str, layer: list, rest: list, launch: Sequence[int] = (0,)) -> tuple[list, list]:
     """Outputs and gradients, ours and in float64."""
-    found, grads = both_passes(backend, cell, layer, rest)
+    found, grads = both_passes(backend, cell, layer, rest, launch)
     gates_x, *parameters, h_0, c_0 = exact = [t if t is None else t.double().requires_grad_() for t in layer]
     directions = [
         Direction(of_x, *(None if t is None else t[d] for t in parameters)) for d, of_x in enumerate(gates_x.unbind(1))

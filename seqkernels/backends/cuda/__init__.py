@@ -4,11 +4,12 @@ Four paths, of which each pass takes the cheapest that fits (`launch`): *single 
 threads takes up to 8 sequences through all steps with the recurrent weights in its registers and shared memory;
 *cluster*, the same by up to 16 blocks that share the hidden units and push new states to each other; *persistent grid*,
 the same by as many blocks as run at the same time, which exchange through the L2 cache; and *stepwise*, for each step a
-cuBLAS product and a kernel. The first, in part, and the last have masks (`seqkernels.masked_ops`), the last layer norm
-as well (`seqkernels.layer_norm_ops`). Nothing waits for the GPU, so all of them can be captured in a CUDA graph.
+cuBLAS product and a kernel. The first, in part, and the last have masks and layer norm (`seqkernels.masked_ops`,
+`seqkernels.layer_norm_ops`). Nothing waits for the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
-cuBLAS multiplies torch.backends.cuda.matmul. A single CTA with masks multiplies float32 exactly, whatever they say.
+cuBLAS multiplies torch.backends.cuda.matmul. A single CTA with masks or norms multiplies float32 exactly, whatever they
+say.
 """
 
 from seqkernels.backends import costs

@@ -105,29 +105,30 @@ def masked_backward(
 # Those of seqkernels.layer_norm_ops.
 
 
-def layer_norm_forward(cell: str, gates_x: Tensor, *rest) -> tuple[Tensor, ...]:
-    return ops.cuda_layer_norm_forward(cell, *_norm_layer(gates_x, *rest))
+def layer_norm_forward(cell: str, *rest) -> tuple[Tensor, ...]:
+    *of_layer, save, launch = rest
+    layer, (_, *passes) = _layer_with_norms(launch, cell, *of_layer)
+    return ops.cuda_layer_norm_forward(cell, *layer, save, passes[:3])
 
 
-def layer_norm_sweep_back(cell: str, grad_y, grad_h_n, grad_c_n, gates_x: Tensor, *rest) -> tuple[Tensor, ...]:
+def layer_norm_sweep_back(cell: str, grad_y, grad_h_n, grad_c_n, *rest) -> tuple[Tensor, ...]:
     """The sweep alone, as of ``layer_norm_sweep_back``."""
-    return ops.cuda_layer_norm_sweep_back(cell, grad_y, grad_h_n, grad_c_n, *_norm_layer(gates_x, *rest))
+    *of_layer, y, saved, statistics, launch = rest
+    layer, (_, *passes) = _layer_with_norms(launch, cell, *of_layer)
+    grads, kept = (grad_y, grad_h_n, grad_c_n), (y, saved, statistics)
+    return ops.cuda_layer_norm_sweep_back(cell, *grads, *layer, *kept, passes[3:])
 
 
-def _norm_layer(gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, *rest) -> tuple:
-    """Arguments of both passes, with batch sizes that fit."""
+def _layer_with_norms(
+    launch: Sequence[int], cell: str, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, *rest
+) -> tuple[tuple, Sequence[int]]:
+    """Arguments of both passes, with batch sizes that fit, and how the passes are launched."""
     _expect_kernels()
-    parameters = w_hh, scale, shift, scale_c, shift_c
-    return gates_x, *parameters, h_0, c_0, fitting(gates_x, h_0, batch_sizes), *rest
-
-
-def _expect_kernels() -> None:
-    """
-    Raises:
-        RuntimeError: no CUDA kernels are installed here.
-    """
-    if hardware.THIS_MACHINE.cuda_missing:
-        raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
+    if len(launch) < 2:
+        hidden_size = h_0.shape[2] if h_0.dim() == 3 and h_0.shape[0] and cell in CELLS else 0
+        launch = _plan(cell, gates_x, h_0, hidden_size, options=("layer_norm",))
+    parameters, batch_sizes = (w_hh, scale, shift, scale_c, shift_c), fitting(gates_x, h_0, batch_sizes)
+    return (gates_x, *parameters, h_0, c_0, batch_sizes, *rest), launch
 
 
 def _planned(
@@ -144,19 +145,41 @@ def _planned(
     known = (
         h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
     )
-    hidden_size = weights[0].shape[0] // CELLS[cell].gates if known else 0
+    if not known:
+        return _plan(cell, x, h_0, 0)
+    projected = len(weights) // h_0.shape[0] % 2 == 1
+    options = ("masks",) if masked else ()
+    return _plan(cell, x, h_0, weights[0].shape[0] // CELLS[cell].gates, projected, layers, options)
+
+
+def _expect_kernels() -> None:
+    if hardware.THIS_MACHINE.cuda_missing:
+        raise RuntimeError(hardware.THIS_MACHINE.cuda_missing)
+
+
+def _plan(
+    cell: str,
+    x: Tensor,
+    h_0: Tensor,
+    hidden_size: int,
+    projected: bool = False,
+    layers: int = 1,
+    options: tuple[str, ...] = (),
+) -> Sequence[int]:
+    """For what arrives without a plan; hidden_size is 0 where it does not fit, so that the operator says what is
+    wrong."""
     if not hidden_size:
-        return Launch(False, PassLaunch(), PassLaunch()).to_ints()  # the operator says what is wrong
+        return Launch(False, PassLaunch(), PassLaunch()).to_ints()
     all_directions, sequences, _ = h_0.shape
     call = Call(
         cell=cell,
         device_type=x.device.type,
         dtype=x.dtype,
         hidden_size=hidden_size,
-        projected=len(weights) // all_directions % 2 == 1,
+        projected=projected,
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
         directions=all_directions // layers,
         sequences=sequences,
-        options=("masks",) if masked else (),
+        options=options,
     )
     return launch_of(call, hardware.gpu_of(x.device)).to_ints()

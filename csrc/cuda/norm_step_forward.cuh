@@ -1,6 +1,6 @@
 // A step of a layer with layer norm.
 #pragma once
-#include "norms.cuh"
+#include "norm_step.cuh"
 
 namespace seqkernels::device {
 
@@ -48,7 +48,7 @@ class NormStepForwardKernel : NormedStep<CELL, T> {
 
   // An LSTM whose c is normalized leaves c and o where its products were.
   DEVICE void run_cell(int unit, const Moments<T>& moments) const {
-    T x[G], recurrent[G], blocks[kMaxBlocks] = {};
+    T x[G], recurrent[G];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
       const int column = gate * hidden_ + unit;
@@ -58,17 +58,14 @@ class NormStepForwardKernel : NormedStep<CELL, T> {
       x[gate] = this->x_apart(column);
     }
     const auto masked = this->masked(unit);
-    const T h_before = h_.load(unit), c_before = kHasC<CELL> ? c_.load(unit) : 0;
-    T h = h_before, c = c_before;
-    cell_forward<CELL>(x, recurrent, h, c, blocks);
-    masked.drop(0, blocks, h_before, c_before, h, c);
+    NormedUnit<CELL, T> u(masked, x, recurrent, h_.load(unit), kHasC<CELL> ? c_.load(unit) : 0);
     if constexpr (kHasC<CELL>) {
-      if (of_c_) gates_h_.store(unit, c), gates_h_.store(hidden_ + unit, blocks[3]);
-      masked.zone_c(0, c_before, c);
-      c_.store(unit, c);
-      if (saved_) saved_.store(G * hidden_ + unit, c);
+      if (of_c_) gates_h_.store(unit, u.c), gates_h_.store(hidden_ + unit, u.blocks[3]);
+      masked.zone_c(0, u.c_before, u.c);
+      c_.store(unit, u.c);
+      if (saved_) saved_.store(G * hidden_ + unit, u.c);
     }
-    if (!of_c_) put_h(unit, h_before, h);
+    if (!of_c_) put_h(unit, u.h_before, u.h);
   }
 
   DEVICE void read_c() {

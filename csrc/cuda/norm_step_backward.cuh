@@ -1,6 +1,6 @@
 // A step back through a layer with layer norm. What the forward pass has not saved is computed again.
 #pragma once
-#include "norms.cuh"
+#include "norm_step.cuh"
 
 namespace seqkernels::device {
 
@@ -24,21 +24,6 @@ class NormStepBackwardKernel : NormedStep<CELL, T> {
   }
 
  private:
-  // A unit as it was in the forward pass; h and c before zoneout.
-  struct Unit {
-    T blocks[kMaxBlocks], h_before, c_before, h, c;
-  };
-
-  // The gradients of the h and c that the cell gave, and what goes past it to those before.
-  struct Gradients {
-    T h, c, past_h, past_c;
-  };
-
-  // c normalized, what h was read from, and the gradient of that before its tanh.
-  struct ReadC {
-    T normalized, value, grad;
-  };
-
   DEVICE NormStepBackwardKernel(const NormStepBackward& p, const NormRow& at, int64_t row_before)
       : Step(p, at),
         h_before_(before(at.of_states<const T>(p.h_0, p.hidden), p.y, 1, 0, row_before)),
@@ -91,8 +76,7 @@ class NormStepBackwardKernel : NormedStep<CELL, T> {
     for (int gate = 0; gate < G; gate++) grad_step_.store(gate * hidden_ + unit, 0);
   }
 
-  DEVICE Unit computed(int unit) const {
-    Unit u{};
+  DEVICE NormedUnit<CELL, T> computed(int unit) const {
     T x[G], recurrent[G];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
@@ -100,62 +84,43 @@ class NormStepBackwardKernel : NormedStep<CELL, T> {
       recurrent[gate] = gates_.of(column, saved_.load(column));
       x[gate] = this->x_apart(column);
     }
-    u.h = u.h_before = h_before_.load(unit);
-    if constexpr (kHasC<CELL>) u.c = u.c_before = c_before_.load(unit);
-    cell_forward<CELL>(x, recurrent, u.h, u.c, u.blocks);
-    this->masked(unit).drop(0, u.blocks, u.h_before, u.c_before, u.h, u.c);
-    return u;
+    return {this->masked(unit), x, recurrent, h_before_.load(unit), kHasC<CELL> ? c_before_.load(unit) : 0};
   }
 
-  DEVICE Gradients gradients_of(int unit) const {
-    const auto masked = this->masked(unit);
-    Gradients grad{};
-    const T h = grad_h_.load(unit) + (grad_y_ ? grad_y_.load(unit) : 0);
-    grad.past_h = masked.stays_h(0, h);
-    grad.h = h - grad.past_h;
-    if constexpr (kHasC<CELL>) {
-      const T c = grad_c_.load(unit);
-      grad.past_c = masked.stays_c(0, c);
-      grad.c = c - grad.past_c;
-    }
-    return grad;
+  DEVICE StateGradients<CELL, T> gradients_of(int unit) const {
+    const T grad_y = grad_y_ ? grad_y_.load(unit) : 0;
+    return {this->masked(unit), grad_h_.load(unit) + grad_y, kHasC<CELL> ? grad_c_.load(unit) : 0};
   }
 
-  DEVICE ReadC read_c(int unit, const Unit& u, T grad_h) const {
-    const Moments<T> moments{statistics_.load(1), statistics_.load(2)};
-    ReadC read;
-    read.normalized = moments.of(u.c);
-    read.value = tanh(of_c_.of(unit, read.normalized));
-    read.grad = tanh_backward(grad_h * u.blocks[3], read.value);
-    return read;
+  DEVICE ReadC<T> read(int unit, const NormedUnit<CELL, T>& u, T grad_h) const {
+    const T normalized = Moments<T>{statistics_.load(1), statistics_.load(2)}.of(u.c);
+    return read_c(u, normalized, of_c_.of(unit, normalized), grad_h);
   }
 
   // Adds to the sums for the means of the gradient of c's norm.
   DEVICE void run_c(int unit, T (&sums)[2]) const {
-    const ReadC read = read_c(unit, computed(unit), gradients_of(unit).h);
-    const T grad = read.grad * of_c_.scale.load(unit);
-    sums[0] += grad, sums[1] += grad * read.normalized;
-    add(grad_scale_c_, unit, read.grad * read.normalized);
-    add(grad_shift_c_, unit, read.grad);
+    const ReadC<T> found = read(unit, computed(unit), gradients_of(unit).h);
+    const T grad = found.grad * of_c_.scale.load(unit);
+    sums[0] += grad, sums[1] += grad * found.normalized;
+    add(grad_scale_c_, unit, found.grad * found.normalized);
+    add(grad_shift_c_, unit, found.grad);
   }
 
   // Leaves the gradients of a unit's gates in grad_step, and adds to the sums for the means of their norm's.
   DEVICE void run_cell(int unit, const T (&of_c)[2], T (&sums)[2]) const {
     const auto masked = this->masked(unit);
-    const Unit u = computed(unit);
-    Gradients of = gradients_of(unit);
-    T grad[kMaxBlocks] = {}, of_o = 0;
-    if (of_c_) {  // all that comes through h is the gradient of c, and of o
-      const ReadC read = read_c(unit, u, of.h);
-      of_o = of.h * read.value * u.blocks[3] * (1 - u.blocks[3]);
-      of.c += normalized_backward(read.grad * of_c_.scale.load(unit), read.normalized, of_c, statistics_.load(2));
-      of.h = 0;
+    const NormedUnit<CELL, T> u = computed(unit);
+    StateGradients<CELL, T> of = gradients_of(unit);
+    T grad[kMaxBlocks] = {};
+    if (of_c_) {
+      const ReadC<T> found = read(unit, u, of.h);
+      const T scaled = found.grad * of_c_.scale.load(unit);
+      of.run(masked, u, &found, normalized_backward(scaled, found.normalized, of_c, statistics_.load(2)), grad);
+    } else {
+      of.run(masked, u, nullptr, 0, grad);
     }
-    const T now = kHasC<CELL> ? u.c : u.h, before = kHasC<CELL> ? u.c_before : u.h_before;
-    const T past = masked.cell_back(masked.candidate(0), of.h, of.c, u.blocks, now, before, grad);
-    if (of_c_) grad[3] = of_o;
-    grad_h_.store(unit, past + of.past_h);
-    if constexpr (kHasC<CELL>) grad_c_.store(unit, of.c + of.past_c);
+    grad_h_.store(unit, of.h);
+    if constexpr (kHasC<CELL>) grad_c_.store(unit, of.c);
     factors_.store(unit, masked.in_products(0, u.h_before));
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
