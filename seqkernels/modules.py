@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, drop_in, functional, hardware, select, states, streaming
+from seqkernels import checks, drop_in, functional, hardware, plain_calls, select, states, streaming
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.cell_options import CellOptions
@@ -122,6 +122,9 @@ class _Recurrent(drop_in.Layer):
         With return_all_states (None: as the layer was made) a third result: the states of every layer at every step
         (docs/states.md).
         """
+        plain = lengths is None and reset is None and reset_to is None and not return_all_states
+        if plain and (results := plain_calls.run(self, input, hx)):
+            return results
         if tracer := drop_in.tracer_of(input, hx, lengths, reset, reset_to):
             options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_all_states": return_all_states}
             return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]

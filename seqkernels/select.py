@@ -93,9 +93,14 @@ def plan_of(call: Call, device: torch.device, backend: str | None) -> Plan:
     if torch.compiler.is_compiling():
         return plan(call, machine, backend)
     chosen = _planned(call, machine, backend)
-    if _log.isEnabledFor(logging.DEBUG):
+    if logs():
         _log.debug("%s sequences %d: %s", call.cell, call.sequences, chosen)
     return chosen
+
+
+def logs() -> bool:
+    """Whether the log wants to know what runs."""
+    return _log.isEnabledFor(logging.DEBUG)
 
 
 def _cheapest(estimates: dict[str, float | None]) -> str:

@@ -1,0 +1,162 @@
+"""The short way of plain calls on a CPU: the long way's results and errors, and nothing that it cannot do."""
+
+import logging
+
+import pytest
+import torch
+from cases import CELLS
+from operators import NO_CPU_KERNELS
+
+import seqkernels as sk
+from seqkernels import functional, plain_calls
+from seqkernels.backends.cells import CELLS as FACTS
+
+pytestmark = pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=str(NO_CPU_KERNELS))
+
+
+def layer_of(cell: str, **options):
+    torch.manual_seed(0)
+    options |= {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
+    return getattr(sk, FACTS[cell].display_name)(4, 6, **options)
+
+
+@pytest.fixture
+def long_calls(monkeypatch) -> list:
+    """A call in it for each that goes the long way."""
+    calls, run = [], functional.recurrent
+
+    def counted(*args, **options):
+        calls.append(args)
+        return run(*args, **options)
+
+    monkeypatch.setattr(functional, "recurrent", counted)
+    return calls
+
+
+def outcome(layer, x, hx=None):
+    """Results, gradients, or the error of a call."""
+    layer.zero_grad()
+    try:
+        y, state = layer(x, hx)
+    except Exception as error:
+        return type(error), str(error)
+    if y.requires_grad:
+        (y.square().sum() + sum(s.sum() for s in (state if isinstance(state, tuple) else (state,)))).backward()
+    found = [y, *(state if isinstance(state, tuple) else (state,)), *(p.grad for p in layer.parameters())]
+    return [None if t is None else t.detach().clone() for t in found], y.stride()
+
+
+def assert_same(short, long) -> None:
+    assert type(short) is type(long) and len(short) == len(long)
+    if isinstance(short[0], type):
+        assert short == long
+        return
+    assert short[1] == long[1]
+    for a, b in zip(short[0], long[0], strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+OPTIONS = [
+    {},
+    {"bias": False},
+    {"bidirectional": True, "batch_first": True},
+    {"num_layers": 2, "dropout": 0.5},
+    {"recompute": True},
+    {"dtype": torch.bfloat16},
+]
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_results_are_the_long_ways(cell, options, gradients, long_calls, monkeypatch):
+    layer = layer_of(cell, **options).eval()
+    x = torch.randn(5, 3, 4, dtype=options.get("dtype"))
+    sequences = 5 if layer.batch_first else 3
+    sizes = layer.num_layers * (1 + layer.bidirectional), sequences, 6
+    states = [torch.randn(sizes, dtype=x.dtype) for _ in range(FACTS[cell].states)]
+    for hx in (None, states[0] if len(states) == 1 else tuple(states)):
+        with torch.set_grad_enabled(gradients):
+            before = len(long_calls)
+            short = outcome(layer, x, hx)
+            assert len(long_calls) - before == (gradients and layer.num_layers > 1)
+            with monkeypatch.context() as patched:
+                patched.setattr(plain_calls, "run", lambda *_: None)
+                assert_same(short, outcome(layer, x, hx))
+
+
+WRONG = {
+    "features": lambda x: (x[..., :3], None),
+    "no steps": lambda x: (x[:0], None),
+    "dimensions": lambda x: (x.unsqueeze(0), None),
+    "dtype": lambda x: (x.double(), None),
+    "integers": lambda x: (x.long(), None),
+    "device": lambda x: (x.to("meta"), None),
+    "sequences of hx": lambda x: (x, torch.zeros(1, 2, 6)),
+    "units of hx": lambda x: (x, torch.zeros(1, 3, 5)),
+    "dtype of hx": lambda x: (x, torch.zeros(1, 3, 6, dtype=torch.float64)),
+    "dimensions of hx": lambda x: (x, torch.zeros(3, 6)),
+    "pair of hx": lambda x: (x, (torch.zeros(1, 3, 6), torch.zeros(1, 3, 6))),
+    "freed hx": lambda x: (x, freed(torch.zeros(1, 3, 6))),
+    "freed": lambda x: (freed(x), None),
+}
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_errors_are_the_long_ways(cell, name, gradients, monkeypatch):
+    layer, x, found = layer_of(cell), torch.randn(5, 3, 4), []
+    for short in (True, False):
+        if not short:
+            monkeypatch.setattr(plain_calls, "run", lambda *_: None)
+        with torch.set_grad_enabled(gradients):
+            found.append(outcome(layer, *WRONG[name](x.clone())))
+    assert_same(*found)
+    assert isinstance(found[0][0], type) or (cell, name) == ("lstm", "pair of hx")
+
+
+CHANGES = {
+    "a backend": lambda layer: setattr(layer, "backend", "torch_eager"),
+    "the precision": lambda layer: torch.set_float32_matmul_precision("medium"),
+    "the axes": lambda layer: setattr(layer, "batch_first", True),
+    "a weight": lambda layer: setattr(layer, "weight_hh_l0", torch.nn.Parameter(torch.randn(18, 6))),
+    "weights of another size": lambda layer: setattr(layer, "weight_hh_l0", torch.nn.Parameter(torch.randn(18, 5))),
+    "data": lambda layer: layer.weight_hh_l0.data.mul_(2),
+    "the dtype": lambda layer: layer.double(),
+    "dropout": lambda layer: setattr(layer, "dropout", 0.5),
+    "options": lambda layer: setattr(layer, "cell_options", sk.CellOptions(zoneout=0.5)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_since_the_last_call_counts(name, monkeypatch):
+    precision = torch.get_float32_matmul_precision()
+    layer, x = layer_of("gru").eval(), torch.randn(5, 3, 4)
+    try:
+        with torch.no_grad():
+            layer(x)
+            CHANGES[name](layer)
+            short = outcome(layer, x)
+            monkeypatch.setattr(plain_calls, "run", lambda *_: None)
+            assert_same(short, outcome(layer, x))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_whoever_watches_sees_the_long_way(long_calls, caplog):
+    layer, x = layer_of("gru"), torch.randn(5, 3, 4)
+    layer(x)
+    assert not long_calls
+    with caplog.at_level(logging.DEBUG, "seqkernels"):
+        layer(x)
+    torch.vmap(lambda one: layer(one)[0], in_dims=1)(x.unsqueeze(1))
+    layer(x, lengths=[5, 2, 1])
+    layer(x, return_all_states=True)
+    layer(x.view(5, 12)[:, :4])  # one sequence
+    assert len(long_calls) >= 4 and "cpu" in caplog.text
