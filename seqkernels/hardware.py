@@ -49,17 +49,19 @@ class Machine(NamedTuple):
     cuda_missing: str = "no CUDA kernels are installed"  # why there are none; "" if they are loaded
     cuda_build: CudaBuild = CudaBuild()  # if they are
     emulator: bool = False  # SEQKERNELS_EMULATOR: they are a build that runs them on the CPU, for tests
-    cudnn: int = 0  # the version of cuDNN that torch has for the GPU, as 91300 for 9.13; 0: none
-    cudnn_on_cpu: bool = False  # tests have given torch's cuDNN operators a stand-in on the CPU
+    cudnn: int = 0  # the version of cuDNN that torch has for these tensors, as 91300 for 9.13; 0: none
     triton: bool = False  # Triton is installed
     interpreter: bool = False  # TRITON_INTERPRET: its kernels run step by step on the CPU
-    gpu: GPU | None = None  # the one that the tensors are on
+    gpu: GPU | None = None  # the one that the tensors are on, or that an emulator or interpreter takes the CPU for
 
     @property
     def splits_float32(self) -> bool:
         """Whether kernels for the CPU can take float32 as sums of bfloat16."""
         return self.isa == "amx"
 
+
+# The CPU as an emulator and Triton's interpreter take it, so that they go the paths of a large GPU.
+CPU_AS_GPU = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, clusters=16 * (1,))
 
 # In a Hugging Face kernel the library has the unique name of its operators' namespace.
 NATIVE = f"{__package__}.{'_C' if ops.name == 'seqkernels' else ops.name}"
@@ -120,25 +122,21 @@ def _here() -> Machine:
     emulator = os.environ.get("SEQKERNELS_EMULATOR") or None
     cuda_missing = _load_cuda(emulator)
     native_missing = _load_native()
+    interpreter = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
     return Machine(
         cuda_missing=cuda_missing,
         cuda_build=CudaBuild() if cuda_missing or emulator else _cuda_build(),
         emulator=emulator is not None,
         native_missing=native_missing,
         isa="" if native_missing else _choose_isa(os.environ.get("SEQKERNELS_ISA", "")),
-        cudnn_on_cpu=torch._C._dispatch_has_kernel_for_dispatch_key("aten::_cudnn_rnn", "CPU"),
         forced_backend=os.environ.get("SEQKERNELS_BACKEND") or None,
         triton=importlib.util.find_spec("triton") is not None,  # which does not import it
-        interpreter=os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"),
+        interpreter=interpreter,
+        gpu=CPU_AS_GPU if emulator or interpreter else None,
     )
 
 
 THIS_MACHINE = _here()
-# Kernels for GPUs run on the CPU, in tests: then a call there has a choice, as on a GPU.
-STAND_INS = THIS_MACHINE.emulator or THIS_MACHINE.interpreter or THIS_MACHINE.cudnn_on_cpu
-
-# What Triton's interpreter and an emulator stand in for, so that they take the paths of a large GPU.
-INTERPRETED = GPU("no GPU, but the CPU in its place", "sm_90", 227 << 10, 1, clusters=16 * (1,))
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -158,7 +156,7 @@ def _machine_with_gpu(device: torch.device) -> Machine:
 @functools.cache
 def gpu_of(device: torch.device) -> GPU:
     if device.type != "cuda":
-        return INTERPRETED
+        return CPU_AS_GPU
     facts = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         target, shared = facts.gcnArchName.split(":")[0], facts.shared_memory_per_block

@@ -74,7 +74,8 @@ def facts_of(
     # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
     # on a CPU there is nothing to weigh.
     compiled = torch.compiler.is_compiling()
-    if compiled or torch._C._get_tracing_state() is not None or (device.type == "cpu" and not hardware.STAND_INS):
+    sizes = not compiled and torch._C._get_tracing_state() is None
+    if not sizes or (device.type == "cpu" and hardware.THIS_MACHINE.gpu is None):
         make = Call if compiled else _call_without_sizes
         facts = cell, device.type, x.dtype, transformed, compiled, num_layers, directions
         call = make(*facts, bfloat16_parts=parts, vmapped=vmapped) if vmapped or parts else make(*facts)

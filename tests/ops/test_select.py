@@ -297,7 +297,7 @@ REFUSALS = [
     ({}, {"cudnn": 91200}, "not cuDNN 91200"),
     ({}, {"gpu": GPUS["Tesla T4"]}, "compute capability 8.0"),
     ({}, {"gpu": GPUS["AMD Instinct MI300X"]}, "MIOpen, not cuDNN"),
-    ({"device_type": "cpu"}, {}, "tensors are on cpu"),
+    ({"device_type": "cpu"}, {"cudnn": 0}, "tensors are on cpu"),
     ({"dtype": torch.float8_e4m3fn}, {}, "does not take torch.float8_e4m3fn"),
 ]
 

@@ -24,7 +24,7 @@ from seqkernels.backends.cuda.host import (
 )
 from seqkernels.backends.cuda.launch import cheapest, launch_of
 from seqkernels.backends.precision import NATIVE_DTYPES
-from seqkernels.hardware import GPU, INTERPRETED, CudaBuild, Machine
+from seqkernels.hardware import GPU, CudaBuild, Machine
 
 __all__ = [
     "DESCRIPTION", "backward", "estimate", "forward", "kernel", "layer_norm_forward", "layer_norm_sweep_back",
@@ -95,8 +95,8 @@ def estimate(call: Call, machine: Machine) -> float | None:
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
     """By `launch.Launch`."""
-    return launch_of(call, machine.gpu or INTERPRETED).to_ints() if call.hidden_size else ()
+    return launch_of(call, machine.gpu).to_ints() if call.hidden_size and machine.gpu else ()
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    return str(launch_of(call, machine.gpu or INTERPRETED)) if call.hidden_size else ""
+    return str(launch_of(call, machine.gpu)) if call.hidden_size and machine.gpu else ""

@@ -14,7 +14,7 @@ from seqkernels.backends.call import CUDNN_STEPS, NO_TRANSFORMS, Call, no_option
 from seqkernels.backends.cudnn.autograd import run
 from seqkernels.backends.cudnn.host import MODES, backward, forward
 from seqkernels.backends.precision import NATIVE_DTYPES
-from seqkernels.hardware import GPU, INTERPRETED, Machine
+from seqkernels.hardware import GPU, Machine
 
 __all__ = [
     "DESCRIPTION",
@@ -36,12 +36,12 @@ _SMALL_WEIGHTS = 128 * 384
 
 
 def unsupported(call: Call, machine: Machine) -> str | None:
-    if call.device_type != "cuda" and not (call.device_type == "cpu" and machine.cudnn_on_cpu):
+    if call.device_type != "cuda" and not (call.device_type == "cpu" and machine.cudnn):
         return f"the tensors are on {call.device_type}"
     gpu = machine.gpu
     if gpu and gpu.amd:
         return f"{gpu.name} has MIOpen, not cuDNN"
-    if not machine.cudnn and not machine.cudnn_on_cpu:
+    if not machine.cudnn:
         return "this torch has no cuDNN"
     if not call.cudnn:
         return "torch.backends.cudnn.enabled is False"
@@ -90,9 +90,10 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    if not call.hidden_size:
+    gpu = machine.gpu
+    if gpu is None or not call.hidden_size:
         return ""
-    forward, backward = (algorithm(call, machine.gpu or INTERPRETED, backward) for backward in (False, True))
+    forward, backward = (algorithm(call, gpu, backward) for backward in (False, True))
     return forward if forward == backward else f"forward {forward}, backward {backward}"
 
 

@@ -10,7 +10,7 @@ from seqkernels.backends.call import NO_TRANSFORMS, Call, gpus_have_options, no_
 from seqkernels.backends.triton.host import backward, forward, masked_backward, masked_forward
 from seqkernels.backends.triton.norm_host import layer_norm_backward, layer_norm_forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
-from seqkernels.hardware import INTERPRETED, NO_TRITON, Machine
+from seqkernels.hardware import NO_TRITON, Machine
 
 __all__ = [
     "DESCRIPTION",
@@ -64,8 +64,8 @@ def estimate(call: Call, machine: Machine) -> float | None:
 
 
 def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
-    return tuple(map(int, launch_of(call, machine.gpu or INTERPRETED))) if call.hidden_size else ()
+    return tuple(map(int, launch_of(call, machine.gpu))) if call.hidden_size and machine.gpu else ()
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    return str(launch_of(call, machine.gpu or INTERPRETED)) if call.hidden_size else ""
+    return str(launch_of(call, machine.gpu)) if call.hidden_size and machine.gpu else ""
