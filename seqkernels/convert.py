@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from seqkernels import modules, swappable, trial
+from seqkernels import swappable, trial
 from seqkernels.drop_in import DropIn, check_module
 from seqkernels.swappable import OURS, TORCHS
 
@@ -116,7 +116,7 @@ class _Wanted(NamedTuple):
         return (
             swappable.reason_against_class(module, torchs, self.subclasses)
             or swappable.reason_against_forward(module)
-            or modules.unsupported(module)
+            or swappable.unsupported(module)
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from seqkernels import drop_in, inputs, modules, select, trial, with_options
+from seqkernels import cell_modules, drop_in, inputs, modules, select, swappable, trial, with_options
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 
@@ -72,7 +72,7 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
         ragged = lengths, None, None, reset, reset_to
-        cell, options = modules.cell_of(module), getattr(module, "cell_options", None)
+        cell, options = cell_modules.cell_of(module), getattr(module, "cell_options", None)
         blocks = options.blocks if options else 1
         made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, bias=module.bias, blocks=blocks)
         if options:
@@ -81,7 +81,8 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         call = made.call
     else:
         states = (hx,) if isinstance(hx, torch.Tensor) else hx
-        call = inputs.facts_of_step(modules.cell_of(module), *modules.inputs_of_step(module, input, states))[0]
+        of_step = cell_modules.inputs_of_step(module, input, states)
+        call = inputs.facts_of_step(cell_modules.cell_of(module), *of_step)[0]
     return select.plan_of(call, input.data.device, getattr(module, "backend", None))
 
 
@@ -90,10 +91,10 @@ def _explained(name: str, module: Any, args: tuple = (), kwargs: dict = _NONE) -
     cls = f"{'seqkernels' if ours else 'torch.nn'}.{type(module).__name__}"
     if "forward" in vars(module):
         return Explained(name, cls, None, "its forward was replaced, and decides")
-    if modules.cell_of(module) not in CELLS:
+    if cell_modules.cell_of(module) not in CELLS:
         return Explained(name, cls, None, "a class of its own")
     try:
-        plan = _plan(module, *args, **kwargs) if args or kwargs else modules.plan_without_sizes(module)
+        plan = _plan(module, *args, **kwargs) if args or kwargs else swappable.plan_without_sizes(module)
     except ValueError as error:
         return Explained(name, cls, None, str(error))
     return Explained(name, cls, plan, "" if ours else "not swapped in; its drop-in: ")

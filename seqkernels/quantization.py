@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from seqkernels import drop_in, modules, quantized
+from seqkernels import cell_modules, drop_in, modules, quantized
 from seqkernels.cell_options import DROPOUTS
 from seqkernels.convert import Report, Swap
 from seqkernels.hardware import THIS_MACHINE
@@ -50,7 +50,7 @@ def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] |
         if not swap.reason:
             module = model.get_submodule(swap.name)
             weights = dict(zip(itertools.chain(*_names(module)), _weights(module), strict=True))
-            quantized.quantize(module, modules.cell_of(module), _names(module), weights)  # type: ignore[arg-type]
+            quantized.quantize(module, cell_modules.cell_of(module), _names(module), weights)  # type: ignore[arg-type]
             report[place] = swap._replace(after=f"seqkernels.{module._get_name()}")
     return report
 

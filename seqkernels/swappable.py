@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from seqkernels import modules
+from seqkernels import hardware, modules, select
+from seqkernels.backends.call import Call
+from seqkernels.cell_modules import cell_of
 from seqkernels.drop_in import DropIn
 
 # torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
@@ -85,3 +87,27 @@ def _own_code(cls: type, torchs: type) -> list[str]:
         if inspect.isroutine(value) or isinstance(value, property)
     }
     return sorted(own & known, key=lambda name: (name != "forward", name))
+
+
+def unsupported(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
+    """Why no backend that may be chosen here runs the drop-in of a module of torch.nn; None if one does."""
+    try:
+        plan_without_sizes(module)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def plan_without_sizes(module: nn.RNNBase | nn.RNNCellBase) -> select.Plan:
+    """The plan of a module of ours, or of the drop-in of one of torch.nn's, before anything is known of its input.
+
+    Raises:
+        ValueError: no backend runs it.
+    """
+    weight = next(module.parameters())
+    options = getattr(module, "cell_options", None)
+    of_step = options.of_step(module.training, bool(module.proj_size)) if options else ()
+    call = Call(cell_of(module), weight.device.type, weight.dtype, options=of_step)
+    if isinstance(module, nn.RNNCellBase):
+        call = call._replace(layout="cell")
+    return select.plan(call, hardware.machine_of(weight.device), getattr(module, "backend", None))
