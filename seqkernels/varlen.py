@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks
-from seqkernels._ops import add_op_namespace_prefix, ops
-from seqkernels.storage import expect_storage
+from seqkernels._ops import ops
+from seqkernels.gather import gather_of
 
 
 class Rows(NamedTuple):
@@ -261,41 +261,3 @@ def _check_packed(packed: PackedSequence) -> None:
             raise ValueError(
                 f"{name} is [{int(batch_sizes[0])}], one for each sequence, got the shape {list(indices.shape)}"
             )
-
-
-def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Operator: rows[index], a zero row where index is -1. `inverse` serves the gradient, which is the same operator:
-    no row is taken twice, so nothing need be added up."""
-    if rows.shape[0] == 0:
-        return rows.new_zeros(index.shape[0], rows.shape[1])
-    return rows.index_select(0, index.clamp(min=0)).masked_fill((index < 0).unsqueeze(1), 0)
-
-
-def gather_of(transformed: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`_gather_rows`, as an operator where that can be: a torch.func transform needs its plain operations."""
-    return _gather_rows if transformed else ops.gather_rows
-
-
-def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    expect_storage(rows=rows, index=index, inverse=inverse)
-    if index.device.type == "cpu" and rows.shape[0] and not (index < 0).any():
-        return rows.index_select(0, index)  # no row goes nowhere: one pass instead of two
-    return _gather_rows(rows, index, inverse)
-
-
-_library = torch.library.Library(ops.name, "FRAGMENT")
-_library.define("gather_rows(Tensor rows, Tensor index, Tensor inverse) -> Tensor")
-_library.impl("gather_rows", _checked_gather_rows, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake(add_op_namespace_prefix("gather_rows"), lib=_library)
-def _(rows, index, inverse):
-    return rows.new_empty(index.shape[0], rows.shape[1])
-
-
-torch.library.register_autograd(
-    add_op_namespace_prefix("gather_rows"),
-    lambda ctx, grad: (ops.gather_rows(grad, *ctx.saved_tensors), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[2], inputs[1]),
-    lib=_library,
-)

@@ -111,9 +111,7 @@ def check(
             expect(name, tensor, shape, x)
     expect("h_0", h_0, (LD, B, P), x)
     expect("c_0", c_0, (LD, B, H), x)
-    expect_storage(x=x, h_0=h_0, c_0=c_0, batch_sizes=batch_sizes)
-    for w in directions:
-        expect_storage(**w._asdict())
+    expect_storage(x=x)
     check_steps(batch_sizes, x, B)
 
 
@@ -124,6 +122,7 @@ def check_steps(batch_sizes: Tensor | None, x: Tensor, sequences: int) -> None:
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
+    expect_storage(batch_sizes=batch_sizes)
     if not late_checks.out_of_sight(batch_sizes):
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
@@ -153,15 +152,15 @@ def check_backward(
     expect("grad_y", grad_y, (N, D * P), x)
     expect("grad_h_n", grad_h_n, (LD, B, P), x)
     expect("grad_c_n", grad_c_n, (LD, B, 0 if c_0 is None else H), x)
-    expect_storage(y=y, saved=saved, grad_y=grad_y, grad_h_n=grad_h_n, grad_c_n=grad_c_n)
 
 
 def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """An argument, if it is given, has this shape and the dtype and device of x; raises RuntimeError."""
+    """An argument, if given, has this shape and the memory for it, and the dtype and device of x; else RuntimeError."""
     if tensor is not None:
         _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
         _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
         _require(tensor.device == x.device, f"{name} is on another device than x")
+        expect_storage(**{name: tensor})
 
 
 def _require(holds: bool, sentence: str) -> None:
