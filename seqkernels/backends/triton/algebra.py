@@ -33,6 +33,41 @@ def product(w, x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def added(x, y):
+    return x if y is None else x + y
+
+
+@triton.jit
+def products(w_0, w_1, w_2, w_3, x, b_0, b_1, b_2, b_3, GATES: tl.constexpr, PRECISION: tl.constexpr):
+    """W x + b of all gates, b of each may be None; the first one stands in for those that are not there."""
+    a_0 = added(product(w_0, x, PRECISION), b_0)
+    a_1, a_2, a_3 = a_0, a_0, a_0
+    if GATES > 1:
+        a_1 = added(product(w_1, x, PRECISION), b_1)
+    if GATES > 2:
+        a_2 = added(product(w_2, x, PRECISION), b_2)
+    if GATES > 3:
+        a_3 = added(product(w_3, x, PRECISION), b_3)
+    return a_0, a_1, a_2, a_3
+
+
+@triton.jit
+def products_backward(
+    w_0, w_1, w_2, w_3, g_0, g_1, g_2, g_3, running, total, GATES: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """`total`, which may be None, and the gradient of x: the sum of transposed W g of all gates, of what runs."""
+    of_first = product(w_0, tl.where(running, g_0, 0.0), PRECISION)
+    total = of_first if total is None else total + of_first
+    if GATES > 1:
+        total += product(w_1, tl.where(running, g_1, 0.0), PRECISION)
+    if GATES > 2:
+        total += product(w_2, tl.where(running, g_2, 0.0), PRECISION)
+    if GATES > 3:
+        total += product(w_3, tl.where(running, g_3, 0.0), PRECISION)
+    return total
+
+
+@triton.jit
 def store(pointer, x, there):
     tl.store(pointer, from_acc(x, pointer.dtype.element_ty), there)
 

@@ -18,7 +18,8 @@ from seqkernels.backends.triton.algebra import (
     cell_forward,
     masked,
     masked_backward,
-    product,
+    products,
+    products_backward,
     store,
     to_acc,
     zoned,
@@ -81,14 +82,7 @@ def resident_forward(
         stays_h = load_rows(zoneout_h, at, direction, lane, unit, running, H, D)
         stays_c = load_rows(zoneout_c, at, direction, lane, unit, running, H, D)
         factor = masked(h, of_factor)
-        a_0 = product(w_0, factor, PRECISION) + b_0
-        a_1, a_2, a_3 = a_0, a_0, a_0
-        if GATES > 1:
-            a_1 = product(w_1, factor, PRECISION) + b_1
-        if GATES > 2:
-            a_2 = product(w_2, factor, PRECISION) + b_2
-        if GATES > 3:
-            a_3 = product(w_3, factor, PRECISION) + b_3
+        a_0, a_1, a_2, a_3 = products(w_0, w_1, w_2, w_3, factor, b_0, b_1, b_2, b_3, GATES, PRECISION)
         h_t, c_t, s_0, s_1, s_2, s_3 = cell_forward(x_0, x_1, x_2, x_3, a_0, a_1, a_2, a_3, h, c, of_candidate, CELL)
         h_t, c_t = zoned(h, h_t, stays_h), zoned(c, c_t, stays_c)
         # Sequences that have ended, or (backwards in time) not yet begun, keep their state.
@@ -152,13 +146,7 @@ def resident_backward(
             total, grad_c_t, s_0, s_1, s_2, s_3, now, before, of_candidate, stays_h, stays_c, CELL
         )
         total = past if recurrent is None else tl.zeros_like(past)
-        total += product(w_0, tl.where(running, g_0, 0.0), PRECISION)
-        if GATES > 1:
-            total += product(w_1, tl.where(running, g_1, 0.0), PRECISION)
-        if GATES > 2:
-            total += product(w_2, tl.where(running, g_2, 0.0), PRECISION)
-        if GATES > 3:
-            total += product(w_3, tl.where(running, g_3, 0.0), PRECISION)
+        total = products_backward(w_0, w_1, w_2, w_3, g_0, g_1, g_2, g_3, running, total, GATES, PRECISION)
         if recurrent is not None:
             total = past + total * of_factor
         place = grad_gates + (direction * N + at) * GRADS * H

@@ -3,7 +3,7 @@ weights on chip. Arguments as in ``norms.py``, which has what a step computes.""
 
 import triton.language as tl
 
-from seqkernels.backends.triton.algebra import masked, product, zoned
+from seqkernels.backends.triton.algebra import masked, products, products_backward, zoned
 from seqkernels.backends.triton.memory import (
     kernel,
     load_blocks,
@@ -62,14 +62,7 @@ def norm_resident_forward(
         stays_h = load_rows(zoneout_h, at, direction, lane, unit, running, H, D)
         stays_c = load_rows(zoneout_c, at, direction, lane, unit, running, H, D)
         factor = masked(h, of_factor)
-        a_0 = product(w_0, factor, PRECISION)
-        a_1, a_2, a_3 = a_0, a_0, a_0
-        if GATES > 1:
-            a_1 = product(w_1, factor, PRECISION)
-        if GATES > 2:
-            a_2 = product(w_2, factor, PRECISION)
-        if GATES > 3:
-            a_3 = product(w_3, factor, PRECISION)
+        a_0, a_1, a_2, a_3 = products(w_0, w_1, w_2, w_3, factor, None, None, None, None, GATES, PRECISION)
         h_t, c_t, n_0, n_1, n_2, n_3, inverse, mean_c, inverse_c = norm_forward(
             x_0, x_1, x_2, x_3, a_0, a_1, a_2, a_3, h, c, scale, shift, scale_c, shift_c, of_candidate, unit,
             CELL, H, GATES, OF_SUM,
@@ -134,13 +127,7 @@ def norm_resident_backward(
             grad_normed, grad_sums, grad_last, of_norm_c, place, lane, unit, running,
             g_0, g_1, g_2, g_3, d_0, d_1, d_2, d_3, grad_m, m, H, D, GATES,
         )  # fmt: skip
-        of_factor = product(w_0, tl.where(running, d_0, 0.0), PRECISION)
-        if GATES > 1:
-            of_factor += product(w_1, tl.where(running, d_1, 0.0), PRECISION)
-        if GATES > 2:
-            of_factor += product(w_2, tl.where(running, d_2, 0.0), PRECISION)
-        if GATES > 3:
-            of_factor += product(w_3, tl.where(running, d_3, 0.0), PRECISION)
+        of_factor = products_backward(w_0, w_1, w_2, w_3, d_0, d_1, d_2, d_3, running, None, GATES, PRECISION)
         total = past + masked(of_factor, load_mask(recurrent, state, here))
         grad_h_t, grad_c_t = tl.where(running, total, grad_h_t), tl.where(running, grad_c_before, grad_c_t)
     tl.store(grad_h + state, grad_h_t, here)
