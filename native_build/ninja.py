@@ -12,6 +12,7 @@ from native_build import ROOT
 from native_build.libraries import Library
 from native_build.toolchain import compiler, torch_directory, words_of
 
+# With the designated initializers of C++20, which GCC and Clang take in C++17.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
 LINK_FLAGS = "-Wl,-z,relro,-z,now -Wl,--no-as-needed"  # what the loader fills in is read-only from then on
 CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -Wno-deprecated-gpu-targets"

@@ -45,9 +45,9 @@ const Compiled kBaseline{baseline::kernels, baseline::quantized_kernels, baselin
 struct Candidate {
   const char* name;
   const Compiled* compiled;
-  bool bfloat16_products, bfloat16_tiles;
-  bool int8_products, int8_tiles;
   bool (*runs_here)();
+  bool bfloat16_products = false, bfloat16_tiles = false;
+  bool int8_products = false, int8_tiles = false;
 };
 
 #if defined(__x86_64__)
@@ -85,14 +85,24 @@ bool has_avx2() {
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
 #if defined(SEQKERNELS_AMX)
-    {"amx", &kAvx512, true, true, true, true, has_amx},
+    {.name = "amx",
+     .compiled = &kAvx512,
+     .runs_here = has_amx,
+     .bfloat16_products = true,
+     .bfloat16_tiles = true,
+     .int8_products = true,
+     .int8_tiles = true},
 #endif
-    {"avx512_bf16", &kAvx512, true, false, true, false, has_avx512_bf16},
-    {"avx512_vnni", &kAvx512, false, false, true, false, has_avx512_vnni},
-    {"avx512", &kAvx512, false, false, false, false, has_avx512},
-    {"avx2", &kAvx2, false, false, false, false, has_avx2},
+    {.name = "avx512_bf16",
+     .compiled = &kAvx512,
+     .runs_here = has_avx512_bf16,
+     .bfloat16_products = true,
+     .int8_products = true},
+    {.name = "avx512_vnni", .compiled = &kAvx512, .runs_here = has_avx512_vnni, .int8_products = true},
+    {.name = "avx512", .compiled = &kAvx512, .runs_here = has_avx512},
+    {.name = "avx2", .compiled = &kAvx2, .runs_here = has_avx2},
 #endif
-    {"baseline", &kBaseline, false, false, false, false, [] { return true; }},
+    {.name = "baseline", .compiled = &kBaseline, .runs_here = [] { return true; }},
 };
 
 // Intel's VDPBF16PS takes twice as long as the two float32 FMAs that do as much.

@@ -32,6 +32,10 @@ double multiply_and_add(int64_t rounds) {
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels = {forward_bytes, backward_bytes, forward, backward, multiply_and_add};
+const Kernels kernels = {.forward_bytes = forward_bytes,
+                         .backward_bytes = backward_bytes,
+                         .forward = forward,
+                         .backward = backward,
+                         .multiply_and_add = multiply_and_add};
 
 }  // namespace seqkernels::SEQKERNELS_ISA

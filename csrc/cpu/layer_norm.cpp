@@ -42,6 +42,7 @@ void backward(const LayerNormBackward& p, const Schedule& schedule, int begin, i
 }  // namespace
 
 extern const LayerNormKernels layer_norm_kernels;
-const LayerNormKernels layer_norm_kernels = {forward_bytes, backward_bytes, forward, backward};
+const LayerNormKernels layer_norm_kernels = {
+    .forward_bytes = forward_bytes, .backward_bytes = backward_bytes, .forward = forward, .backward = backward};
 
 }  // namespace seqkernels::SEQKERNELS_ISA

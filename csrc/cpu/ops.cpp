@@ -129,8 +129,11 @@ void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& 
   const int all = static_cast<int>(layers) * p.directions, first = static_cast<int>(layer) * p.directions;
   for (int d = 0; p.wants_weights && d < p.directions; d++) {
     const auto of = weights_of_direction(grads.data(), grads.size(), all, first + d);
-    p.grad_weights[d] = {pointer_if(of.w_ih), pointer_if(of.w_hh), pointer_if(of.b_ih), pointer_if(of.b_hh),
-                         pointer_if(of.w_hr)};
+    p.grad_weights[d] = {.w_ih = pointer_if(of.w_ih),
+                         .w_hh = pointer_if(of.w_hh),
+                         .b_ih = pointer_if(of.b_ih),
+                         .b_hh = pointer_if(of.b_hh),
+                         .w_hr = pointer_if(of.w_hr)};
   }
 }
 
@@ -174,22 +177,44 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
 template <bool ensemble>
 Forward recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                            bool save, Launch launch, int64_t layers, Optional pieces) {
-  return forward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble}, save, launch, pieces);
+  return forward({.cell = take_cell(cell),
+                  .x = x,
+                  .weights = weights,
+                  .h_0 = h_0,
+                  .c_0 = c_0,
+                  .batch_sizes = batch_sizes,
+                  .layers = layers,
+                  .ensemble = ensemble},
+                 save, launch, pieces);
 }
 
 template <bool ensemble>
 Backward recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                              Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                              bool wants_x, bool wants_weights, Launch launch, int64_t layers, Optional pieces) {
-  return backward({take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers, ensemble},
-                  {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch, pieces);
+  return backward({.cell = take_cell(cell),
+                   .x = x,
+                   .weights = weights,
+                   .h_0 = h_0,
+                   .c_0 = c_0,
+                   .batch_sizes = batch_sizes,
+                   .layers = layers,
+                   .ensemble = ensemble},
+                  {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x,
+                  wants_weights, launch, pieces);
 }
 
 // A stack of quantized layers, for inference: weights are packed int8 (seqkernels/quantized.py), all else float32.
 std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, int64_t layers) {
   LayerForward p{};
-  const QuantizedArguments arguments(p, {take_cell(cell), x, weights, h_0, c_0, batch_sizes, layers});
+  const QuantizedArguments arguments(p, {.cell = take_cell(cell),
+                                         .x = x,
+                                         .weights = weights,
+                                         .h_0 = h_0,
+                                         .c_0 = c_0,
+                                         .batch_sizes = batch_sizes,
+                                         .layers = layers});
   p.int8_products = int8_products();
   p.int8_tiles = int8_tiles();
   const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;
@@ -216,17 +241,31 @@ std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tenso
 Forward masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                        Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool save,
                        Launch launch) {
-  const StackArguments given{take_cell(cell), x, weights, h_0, c_0, batch_sizes, 1, false};
-  return forward(given, save, launch, std::nullopt, {recurrent, candidate, zoneout_h, zoneout_c});
+  const StackArguments given{.cell = take_cell(cell),
+                             .x = x,
+                             .weights = weights,
+                             .h_0 = h_0,
+                             .c_0 = c_0,
+                             .batch_sizes = batch_sizes,
+                             .layers = 1};
+  return forward(given, save, launch, std::nullopt,
+                 {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
 Backward masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                          Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
                          Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
                          bool wants_x, bool wants_weights, Launch launch) {
-  const StackArguments given{take_cell(cell), x, weights, h_0, c_0, batch_sizes, 1, false};
-  return backward(given, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x, wants_weights, launch, std::nullopt,
-                  {recurrent, candidate, zoneout_h, zoneout_c});
+  const StackArguments given{.cell = take_cell(cell),
+                             .x = x,
+                             .weights = weights,
+                             .h_0 = h_0,
+                             .c_0 = c_0,
+                             .batch_sizes = batch_sizes,
+                             .layers = 1};
+  return backward(given, {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved},
+                  wants_x, wants_weights, launch, std::nullopt,
+                  {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
 }  // namespace

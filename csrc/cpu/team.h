@@ -50,7 +50,7 @@ struct WorkRange {
 };
 
 inline WorkRange whole_range(const Schedule& schedule, int begin, int end) {
-  return {begin, end, schedule.members, schedule.barriers};
+  return {.begin = begin, .end = end, .members = schedule.members, .barrier = schedule.barriers};
 }
 
 // Calls run(i, work) for every task i in which one of members [begin, end) has a part: the range of its team's work.
@@ -59,8 +59,10 @@ inline void run_tasks(const Schedule& schedule, int begin, int end, const Run& r
   const int size = schedule.team_size;
   for (int team = begin / size; team < schedule.teams && team * size < end; team++) {
     const int first = team * size;
-    const WorkRange work{begin > first ? begin - first : 0, static_cast<int>(min(end - first, size)), size,
-                         schedule.barriers + 1 + team};
+    const WorkRange work{.begin = begin > first ? begin - first : 0,
+                         .end = static_cast<int>(min(end - first, size)),
+                         .members = size,
+                         .barrier = schedule.barriers + 1 + team};
     const int64_t last = schedule.tasks * (team + 1) / schedule.teams;
     for (int64_t i = schedule.tasks * team / schedule.teams; i < last; i++) run(i, work);
   }
