@@ -4,7 +4,7 @@
 #include <chrono>
 #include <numeric>
 
-#include "check.h"
+#include "arguments.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cuda/plan.h"
