@@ -58,8 +58,10 @@ using namespace seqkernels;
 
 StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor& x) {
   masks.check_without_norm(p, x);
-  return {masks.pointer(masks.recurrent), masks.pointer(masks.candidate), masks.pointer(masks.zoneout_h),
-          masks.pointer(masks.zoneout_c)};
+  return {.recurrent = masks.pointer(masks.recurrent),
+          .candidate = masks.pointer(masks.candidate),
+          .zoneout_h = masks.pointer(masks.zoneout_h),
+          .zoneout_c = masks.pointer(masks.zoneout_c)};
 }
 
 // The part of one layer in a tensor of all layers, [L*D, B, *].
@@ -195,7 +197,9 @@ Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& p
 Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                      bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers) {
   const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
-  return forward({known, x, weights, h_0, c_0, batch_sizes, layers}, save, tf32, plan_of(path, tile, units));
+  return forward(
+      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
+      save, tf32, plan_of(path, tile, units));
 }
 
 // One layer with masks.
@@ -203,8 +207,10 @@ Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor
                             Optional batch_sizes, Optional recurrent, Optional candidate, Optional zoneout_h,
                             Optional zoneout_c, bool save, int64_t path, int64_t tile, int64_t units) {
   const Cell known = take_cell(cell);
-  return forward({known, x, weights, h_0, c_0, batch_sizes, 1}, save, false, plan_of(path, tile, units),
-                 {recurrent, candidate, zoneout_h, zoneout_c});
+  return forward(
+      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = 1},
+      save, false, plan_of(path, tile, units),
+      {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
 // ---- backward
@@ -331,8 +337,10 @@ Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Op
                        bool wants_x, bool wants_weights, bool tf32, int64_t path, int64_t tile, int64_t units,
                        int64_t layers) {
   const Cell known = take_cell(cell);
-  return backward({known, x, weights, h_0, c_0, batch_sizes, layers}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
-                  wants_weights, tf32, plan_of(path, tile, units));
+  return backward(
+      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
+      {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
+      tf32, plan_of(path, tile, units));
 }
 
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
@@ -340,8 +348,11 @@ Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_
                               Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
                               bool wants_x, bool wants_weights, int64_t path, int64_t tile, int64_t units) {
   const Cell known = take_cell(cell);
-  return backward({known, x, weights, h_0, c_0, batch_sizes, 1}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
-                  wants_weights, false, plan_of(path, tile, units), {recurrent, candidate, zoneout_h, zoneout_c});
+  return backward(
+      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = 1},
+      {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
+      false, plan_of(path, tile, units),
+      {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
 // Of clusters of 1, 2, ... 16 blocks, how many the current GPU runs at the same time: 0 where it has no code for them.
