@@ -18,8 +18,8 @@ ALIGNED = 64  # elements
 
 
 class SavedLayout(NamedTuple):
-    """What layers leave in `saved`, as csrc/check.h says it as well: for each its blocks ``[N, D, K*H]`` and, but for
-    the last, its y ``[N, D*P]``, which begin at multiples of ALIGNED elements."""
+    """What layers leave in `saved`, as csrc/arguments.h says it as well: for each its blocks ``[N, D, K*H]`` and, but
+    for the last, its y ``[N, D*P]``, which begin at multiples of ALIGNED elements."""
 
     rows: int
     directions: int
