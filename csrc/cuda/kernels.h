@@ -44,13 +44,17 @@ struct BackwardArgs : SweepArgs {
   void* grad_c_0;    // [D, B, H] or null
 };
 
-// What multiplies what in the steps of a layer with options (seqkernels/cell_options.py), in float (double); null where
-// nothing does.
+// What steps do beyond those of a plain layer. What multiplies what, of a layer with options
+// (seqkernels/cell_options.py), in float (double); null where nothing does.
 struct StepMasks {
   const void *recurrent, *candidate;  // [D, B, H] of h in its products, and of what a step adds to the state
   const void *zoneout_h, *zoneout_c;  // [N, D, H] how much of the state before stays
+  // [N] which of C states is that of a row's piece, or null: sequences consist of pieces (seqkernels/ops.py), and the
+  // layer's h_0 to c_n and their gradients are [D, C, H]. They go without the masks above.
+  const int64_t* pieces;
+  int64_t states;  // C
 
-  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c; }
+  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c || pieces; }
 };
 
 struct MaskedForwardArgs : ForwardArgs {
@@ -90,6 +94,17 @@ struct MaskedStepForward : StepForward {
 struct MaskedStepBackward : StepBackward {
   StepMasks masks;
   const void* grad_factors;  // [D, B, H] gradients of these that are still to be added to grad_h
+};
+
+// Copies the states of sequences' first pieces, in the order of a direction, or of their last ones: from [D, C, H] to
+// [D, B, H], or back. Those of sequences that never run are zeros, and go nowhere.
+struct CopyPieces {
+  SweepArgs layer;
+  StepMasks masks;
+  bool last, back;
+  bool accumulated;  // [D, B, H] is in float (double)
+  void* of_pieces;   // may be null: zeros
+  void* of_sequences;
 };
 
 // result = added + mask * states, each [D, B, H]; added is null for nothing.
@@ -133,7 +148,7 @@ struct FinishSweep {
 };
 
 struct MaskedFinishSweep : FinishSweep {
-  const void* mask;  // [D, B, P] of the states in `previous`
+  StepMasks masks;
 };
 
 // o tanh(c) of every row: what an LSTM projects.
@@ -192,6 +207,7 @@ const char* step_backward(const StepBackward&, void* stream);
 const char* step_forward(const MaskedStepForward&, void* stream);
 const char* step_backward(const MaskedStepBackward&, void* stream);
 const char* mask_states(const MaskStates&, void* stream);
+const char* copy_pieces(const CopyPieces&, void* stream);
 const char* step_project(const StepProject&, void* stream);
 const char* step_project_backward(const StepProjectBackward&, void* stream);
 const char* finish_sweep(const FinishSweep&, void* stream);

@@ -39,6 +39,16 @@ StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor
           masks.pointer(masks.zoneout_c)};
 }
 
+// Pieces whose numbers seqkernels/backends/side_by_side.py has checked: nobody here reads what is on a GPU.
+StepMasks checked_pieces(CheckedArguments& arguments, Layer& p, const Optional& pieces) {
+  check(!p.has_projection, "there are no kernels with pieces and a projection");
+  StepMasks masks{};
+  arguments.set_pieces_unread(p, *pieces);
+  masks.pieces = p.pieces;
+  masks.states = p.states;
+  return masks;
+}
+
 // Rows that no step uses are zeros; where only the GPU knows which these are, all rows are.
 void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t elements, int64_t rows, bool ragged) {
   if (!data || !elements || !ragged) return;
@@ -100,6 +110,20 @@ void begin_as(const CallContext& context, Tensor& state, const void* initial) {
     zero(state);
 }
 
+// The states of the pieces that sequences begin with, in the order of a pass, and, behind it, those that they end with.
+void copy_pieces(const CallContext& context, const SweepArgs& sweep, const StepMasks& masks, bool last,
+                 const void* of_pieces, Tensor& of_sequences, bool back = false) {
+  if (!of_sequences.numel()) return;
+  CopyPieces p{};
+  p.layer = sweep;
+  p.masks = masks;
+  p.last = last, p.back = back;
+  p.accumulated = of_sequences.scalar_type() == context.accumulator_type();
+  p.of_pieces = const_cast<void*>(of_pieces);
+  p.of_sequences = of_sequences.mutable_data_ptr();
+  check_launch(copy_pieces(p, context.stream()));
+}
+
 // ---- forward
 
 struct ForwardResults {
@@ -109,8 +133,8 @@ struct ForwardResults {
   ForwardResults(const CallContext& context, const Layer& p, int64_t layers, int64_t rows, bool save)
       : save(save),
         y(context.allocate({rows, p.directions * p.projected})),
-        h_n(context.allocate({layers * p.directions, p.sequences, p.projected})),
-        c_n(context.allocate({layers * p.directions, p.sequences, states_of(p.cell) > 1 ? p.hidden : 0})),
+        h_n(context.allocate({layers * p.directions, p.states, p.projected})),
+        c_n(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})),
         saved(context.allocate(save ? SavedLayout(p, rows).shape(layers) : Shape{rows, p.directions, 0})) {}
 };
 
@@ -123,15 +147,15 @@ void copy_states(ForwardResults& results, const Tensor& h_0, const Optional& c_0
 // Where layer `l` writes its results.
 void set_results(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, int64_t l,
                  ForwardResults& results, Between& between, bool ragged) {
-  const int64_t rows = results.y.size(0), D = p.directions, B = p.sequences;
+  const int64_t rows = results.y.size(0), D = p.directions, C = p.states;
   const SavedLayout layout(p, rows);
   void* saved = results.save ? pointer(results.saved) : nullptr;
   p.y = l == arguments.layers() - 1 ? pointer(results.y)
         : results.save              ? arguments.at(saved, layout.y_of(l))
                                     : between.of(context, l);
   p.saved = layout.blocks ? arguments.at(saved, layout.blocks_of(l)) : nullptr;
-  p.h_n = arguments.at(pointer(results.h_n), l * D * B * p.projected);
-  p.c_n = arguments.at(pointer(results.c_n), l * D * B * p.hidden);
+  p.h_n = arguments.at(pointer(results.h_n), l * D * C * p.projected);
+  p.c_n = arguments.at(pointer(results.c_n), l * D * C * p.hidden);
   zero_rows(context, p, p.y, layout.y, rows, ragged);
   zero_rows(context, p, p.saved, layout.blocks, rows, ragged);
 }
@@ -170,41 +194,53 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
     set_layer(context, sweep, p);
     prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
     project_input(context, p, rows, *memory);
+    Tensor h_n = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
+    if (masks.pieces) {  // those without rows keep their states
+      begin_as(context, h_n, p.h_0);
+      begin_as(context, c_n, p.c_0);
+    }
     if (plan.path != Path::stepwise) {
       sweep_forward(context, launch, memory->sweep, sweep, masks);
-      continue;
+    } else if (masks.pieces) {
+      const Shape shape{p.directions, p.sequences, p.hidden};
+      Tensor h = context.allocate(shape);
+      Tensor c = context.allocate(p.c_0 ? shape : Shape{0}, context.accumulator_type());
+      copy_pieces(context, sweep, masks, false, p.h_0, h);
+      copy_pieces(context, sweep, masks, false, p.c_0, c);
+      stepwise_forward(context, p, steps, sweep, masks, h, c);
+    } else {
+      Tensor c = in_accumulator_type(context, c_n);
+      begin_as(context, h_n, p.h_0);
+      begin_as(context, c, p.c_0);
+      stepwise_forward(context, p, steps, sweep, masks, h_n, c);
+      if (c.numel()) copy(c_n, c);
     }
-    Tensor h = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
-    Tensor c = in_accumulator_type(context, c_n);
-    begin_as(context, h, p.h_0);
-    begin_as(context, c, p.c_0);
-    stepwise_forward(context, p, steps, sweep, masks, h, c);
-    if (c.numel()) copy(c_n, c);
   }
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& plan, const MaskArguments& masks = {}) {
+Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& plan, const Optional& pieces,
+                const MaskArguments& masks = {}) {
   LayerForward p{};
-  const CheckedArguments arguments(p, given, check_options());
+  CheckedArguments arguments(p, given, check_options().with(pieces, given.batch_sizes));
   const CallContext context(given.x);
-  const StepMasks of_steps = checked_masks(masks, p, given.x);
+  const StepMasks of_steps = pieces ? checked_pieces(arguments, p, pieces) : checked_masks(masks, p, given.x);
   ForwardResults results(context, p, given.layers, given.x.size(0), save);
   if (p.steps && p.rows && has_states(p)) {
     run_forward(context, p, arguments, plan, tf32, given.batch_sizes, of_steps, results);
   } else {
     zero(results.y);
     zero(results.saved);
-    if (has_states(p)) copy_states(results, given.h_0, given.c_0);
+    if (p.states && (p.hidden || p.projected)) copy_states(results, given.h_0, given.c_0);
   }
   return {results.y, results.h_n, results.c_n, results.saved};
 }
 
 Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
-                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers) {
+                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers, Optional pieces) {
   const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
-  return forward({known, x, weights, h_0, c_0, batch_sizes, layers}, save, tf32, plan_of(path, tile, units));
+  return forward({known, x, weights, h_0, c_0, batch_sizes, layers}, save, tf32, plan_of(path, tile, units), pieces);
 }
 
 // One layer with masks.
@@ -212,7 +248,7 @@ Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor
                             Optional batch_sizes, Optional recurrent, Optional candidate, Optional zoneout_h,
                             Optional zoneout_c, bool save, int64_t path, int64_t tile, int64_t units) {
   const Cell known = take_cell(cell);
-  return forward({known, x, weights, h_0, c_0, batch_sizes, 1}, save, false, plan_of(path, tile, units),
+  return forward({known, x, weights, h_0, c_0, batch_sizes, 1}, save, false, plan_of(path, tile, units), {},
                  {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
@@ -236,8 +272,8 @@ struct BackwardResults {
       : wants_x(wants_x),
         wants_weights(wants_weights),
         grad_x(allocate_like(context, x, wants_x)),
-        grad_h_0(context.allocate({layers * p.directions, p.sequences, p.projected})),
-        grad_c_0(context.allocate({layers * p.directions, p.sequences, states_of(p.cell) > 1 ? p.hidden : 0})) {
+        grad_h_0(context.allocate({layers * p.directions, p.states, p.projected})),
+        grad_c_0(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})) {
     for (const Tensor& weight : weights) grad_weights.push_back(allocate_like(context, weight, wants_weights));
   }
 
@@ -302,9 +338,22 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
     const Tensor grad_x = l ? context.view(between.of(context, l), {rows, p.input}) : results.grad_x;
     BackwardResults own(context, results, L, l, grad_x, l || results.wants_x);
     set_layer(sweep, p, own);
+    if (masks.pieces) {
+      begin_as(context, own.grad_h_0, p.grad_h_n);
+      begin_as(context, own.grad_c_0, p.grad_c_n);
+    }
     if (plan.path != Path::stepwise) {
       prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
       sweep_backward(context, launch, memory->sweep, sweep, masks);
+    } else if (masks.pieces) {
+      const Shape shape{p.directions, p.sequences, p.hidden};
+      Tensor grad_h = context.allocate(shape);
+      Tensor grad_c = context.allocate(p.c_0 ? shape : Shape{0}, context.accumulator_type());
+      copy_pieces(context, sweep, masks, true, p.grad_h_n, grad_h);
+      copy_pieces(context, sweep, masks, true, p.grad_c_n, grad_c);
+      stepwise_backward(context, p, steps, sweep, masks, grads, grad_h, grad_c);
+      copy_pieces(context, sweep, masks, false, sweep.grad_h_0, grad_h, true);
+      copy_pieces(context, sweep, masks, false, sweep.grad_c_0, grad_c, true);
     } else {
       begin_as(context, own.grad_h_0, p.grad_h_n);
       Tensor grad_c = in_accumulator_type(context, own.grad_c_0);
@@ -313,7 +362,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
       if (grad_c.numel()) copy(own.grad_c_0, grad_c);
     }
     if (own.wants_x) multiply_grad_x(context, p, grads, own.grad_x);
-    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks.recurrent, own.grad_weights);
+    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks, own.grad_weights);
     if (l) p.grad_y = own.grad_x.const_data_ptr();
   }
 }
@@ -321,12 +370,12 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
 using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 
 Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
-                  bool tf32, const Plan& plan, const MaskArguments& masks = {}) {
+                  bool tf32, const Plan& plan, const Optional& pieces, const MaskArguments& masks = {}) {
   LayerBackward p{};
-  CheckedArguments arguments(p, given, check_options());
+  CheckedArguments arguments(p, given, check_options().with(pieces, given.batch_sizes));
   const CallContext context(given.x);
   arguments.set_backward(p, of_backward);
-  const StepMasks of_steps = checked_masks(masks, p, given.x);
+  const StepMasks of_steps = pieces ? checked_pieces(arguments, p, pieces) : checked_masks(masks, p, given.x);
   BackwardResults results(context, p, given.layers, given.x, given.weights, wants_x, wants_weights);
   if (p.steps && p.rows && has_states(p))
     run_backward(context, p, arguments, plan, tf32, given.x.size(0), given.batch_sizes, of_steps, results);
@@ -338,10 +387,10 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
 Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                        Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                        bool wants_x, bool wants_weights, bool tf32, int64_t path, int64_t tile, int64_t units,
-                       int64_t layers) {
+                       int64_t layers, Optional pieces) {
   const Cell known = take_cell(cell);
   return backward({known, x, weights, h_0, c_0, batch_sizes, layers}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
-                  wants_weights, tf32, plan_of(path, tile, units));
+                  wants_weights, tf32, plan_of(path, tile, units), pieces);
 }
 
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
@@ -350,7 +399,7 @@ Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_
                               bool wants_x, bool wants_weights, int64_t path, int64_t tile, int64_t units) {
   const Cell known = take_cell(cell);
   return backward({known, x, weights, h_0, c_0, batch_sizes, 1}, {grad_y, grad_h_n, grad_c_n, y, saved}, wants_x,
-                  wants_weights, false, plan_of(path, tile, units), {recurrent, candidate, zoneout_h, zoneout_c});
+                  wants_weights, false, plan_of(path, tile, units), {}, {recurrent, candidate, zoneout_h, zoneout_c});
 }
 
 // Of clusters of 1, 2, ... 16 blocks, how many the current GPU runs at the same time: 0 where it has no code for them.
@@ -370,13 +419,13 @@ std::vector<int64_t> cuda_clusters() {
 SEQKERNELS_FRAGMENT(m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
-      "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool tf32, int path, int tile, int units, int layers=1, Tensor? pieces=None) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "cuda_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-      "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor "
-      "grad_h_0, "
-      "Tensor grad_c_0)");
+      "bool tf32, int path, int tile, int units, int layers=1, Tensor? pieces=None) "
+      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
   // By the masked_forward and masked_backward of seqkernels/masked_ops.py. float32 is multiplied as it is.
   m.def(
       "cuda_masked_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "

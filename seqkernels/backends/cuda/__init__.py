@@ -12,7 +12,7 @@ cuBLAS multiplies torch.backends.cuda.matmul. A single CTA with masks multiplies
 """
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
+from seqkernels.backends.call import NO_TRANSFORMS, RESETS, Call, no_options
 from seqkernels.backends.cuda.host import backward, forward, masked_backward, masked_forward
 from seqkernels.backends.cuda.launch import cheapest, launch_of
 from seqkernels.backends.precision import NATIVE_DTYPES
@@ -44,6 +44,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
 
 def _has_options(call: Call) -> bool:
     """An RNN's backward pass would need the state that zoneout has replaced: it saves nothing else."""
+    if call.options == (RESETS,):
+        return not call.projected
     of_gated = set() if call.cell.startswith("rnn") else {"zoneout", "candidate_dropout"}
     return set(call.options) <= {"recurrent_dropout"} | of_gated
 

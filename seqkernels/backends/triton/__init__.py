@@ -6,7 +6,7 @@ products make a pass, `kernels` and `stepwise` what these compute, by the formul
 """
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
+from seqkernels.backends.call import NO_TRANSFORMS, RESETS, Call, no_options
 from seqkernels.backends.triton.host import backward, forward, masked_backward, masked_forward
 from seqkernels.backends.triton.norm_host import layer_norm_backward, layer_norm_forward
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL, launch_of, step_cost
@@ -51,6 +51,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
 
 
 def _has_options(call: Call) -> bool:
+    if call.options == (RESETS,):
+        return not call.projected
     others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
     # An RNN without norms saves its state alone, and its backward pass would need the one that zoneout has replaced.
     return others == {"layer_norm"} or (not others and not (call.cell.startswith("rnn") and "zoneout" in call.options))
