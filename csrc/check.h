@@ -9,6 +9,15 @@ namespace seqkernels {
 struct CheckOptions {
   int alignment = 1;       // of every address: a multiple of so many elements
   bool read_sizes = true;  // into batch_sizes that are on the CPU
+  int64_t sequences = -1;  // of pieces [T, B]; -1: as many as states, or what batch_sizes say
+
+  CheckOptions with(const Optional& pieces, const Optional& batch_sizes) const {
+    CheckOptions options = *this;
+    if (!pieces || batch_sizes) return options;
+    check(pieces->dim() == 2, "pieces go with batch_sizes, or are [steps, sequences]");
+    options.sequences = pieces->size(1);
+    return options;
+  }
 };
 
 // An argument of every member of an ensemble, `stride` bytes from one to the next: 0 where they share it.
@@ -52,6 +61,7 @@ class CheckedArguments {
     p.scalar = scalar_of(type_);
     set_sizes(p, arguments);
     set_arrays(p, arguments);
+    if (options.sequences >= 0) p.sequences = options.sequences;
     set_steps(p, rows_, arguments.batch_sizes, options.read_sizes);
   }
 
@@ -72,16 +82,11 @@ class CheckedArguments {
 
   // Sequences that consist of pieces, of which the states in h_0 are. None comes twice, so that no two threads write
   // the same one. Members of an ensemble share them.
-  void set_pieces(Layer& p, const Optional& pieces, bool batch_sizes) {
+  void set_pieces(Layer& p, const Optional& pieces) {
     if (!pieces) return;
-    check(batch_sizes, "pieces go with batch_sizes");
-    check(
-        pieces->is_cpu() && pieces->scalar_type() == ScalarType::Long && pieces->dim() == 1 && pieces->size(0) == rows_,
-        "pieces is [rows], int64, on the CPU, one for each of the ", rows_, " rows of x");
-    check_storage(*pieces, "pieces");
-    copies_.push_back(torch::stable::contiguous(*pieces));
-    p.pieces = static_cast<const int64_t*>(copies_.back().const_data_ptr());
-    p.sequences = p.steps ? p.batch_sizes[0] : 0;
+    check(pieces->is_cpu() && pieces->scalar_type() == ScalarType::Long && pieces->numel() == rows_,
+          "pieces is [rows], int64, on the CPU, one for each of the ", rows_, " rows of x");
+    take_pieces(p, *pieces);
     std::vector<char> begun(p.states);
     states_used_ = 0;
     for (int64_t t = 0; t < p.steps; t++)
@@ -93,6 +98,14 @@ class CheckedArguments {
         begun[piece] = true;
         states_used_++;
       }
+  }
+
+  // The same of pieces whose numbers fit, where nobody reads them.
+  void set_pieces_unread(Layer& p, const Tensor& pieces) {
+    check(p.batch_sizes, "pieces go with batch_sizes on the CPU");
+    check(pieces.scalar_type() == ScalarType::Long && pieces.numel() == rows_ && pieces.device() == device_,
+          "pieces is [rows], int64, where x is, one for each of the ", rows_, " rows of x");
+    take_pieces(p, pieces);
   }
 
   int64_t layers() const { return layers_; }
@@ -154,6 +167,13 @@ class CheckedArguments {
         has_c_(false) {}
 
  private:
+  void take_pieces(Layer& p, const Tensor& pieces) {
+    check_storage(pieces, "pieces");
+    copies_.push_back(torch::stable::contiguous(pieces));
+    p.pieces = static_cast<const int64_t*>(copies_.back().const_data_ptr());
+    p.sequences = p.steps ? p.batch_sizes[0] : 0;
+  }
+
   void set_sizes(Layer& p, const StackArguments& arguments) {
     const auto& [cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble] = arguments;
     const int first = ensemble;  // dimension of a member

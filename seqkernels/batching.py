@@ -139,7 +139,7 @@ def _is_one_call(in_dims, _, x, weights, h_0, c_0, batch_sizes, save, launch=(),
     it an ensemble, which an outer torch.vmap sees."""
     if any(dim is not None for dim in in_dims[2]) or weights[0].dim() > 2:
         return False
-    return batch_sizes is None and (not save or layers == 1) and x.numel() > 0 and h_0.numel() > 0
+    return batch_sizes is None and pieces is None and (not save or layers == 1) and x.numel() > 0 and h_0.numel() > 0
 
 
 def _folded(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from seqkernels import cell_modules, drop_in, inputs, modules, select, swappable, trial, with_options
+from seqkernels import cell_modules, drop_in, functional, inputs, modules, select, swappable, trial, with_options
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 
@@ -74,11 +74,15 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         ragged = lengths, None, None, reset, reset_to
         cell, options = cell_modules.cell_of(module), getattr(module, "cell_options", None)
         blocks = options.blocks if options else 1
-        made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, bias=module.bias, blocks=blocks)
-        if options:
-            parts = with_options.Parts(options, (), module.training)
-            return with_options.plan_of(made, parts, getattr(module, "backend", None))
-        call = made.call
+        backend = getattr(module, "backend", None)
+        more: dict[str, Any] = {"bias": module.bias, "pieces": not options, "blocks": blocks, "backend": backend}
+        made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, **more)
+        parts = with_options.Parts(options, (), module.training) if options else None
+        plan = functional.plan_of(made, parts, backend)
+        if made.rows.anew is None:
+            return plan
+        how = "pieces side by side" if made.rows.pieces is None else "from piece to piece"
+        return plan._replace(kernel=f"{plan.kernel}, {how}" if plan.kernel else how)
     else:
         states = (hx,) if isinstance(hx, torch.Tensor) else hx
         of_step = cell_modules.inputs_of_step(module, input, states)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, ensembles, modes, onnx_export, ops, resets, select, with_options
+from seqkernels import checks, ensembles, modes, onnx_export, ops, select, with_options
 from seqkernels.backends import stack
 from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
@@ -219,8 +219,10 @@ def recurrent(
         if results := ensembles.recurrent(cell, input, hx, weights, *of_layers):
             return results
     blocks = 1 if parts is None else parts.cell_options.blocks
-    pieces = reset is not None and parts is None and resets.in_kernels(backend)
-    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, pieces, blocks)
+    by_operators = parts is None
+    inputs = prepare(
+        cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, by_operators, blocks, backend
+    )
     plan = plan_of(inputs, parts, backend)
     return restore_layout(inputs, *run(plan, inputs, weights, dropout, recompute, parts))
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, late_checks, modes, resets, varlen
-from seqkernels.backends.call import Call
+from seqkernels import checks, hardware, late_checks, modes, resets, select, varlen
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 from seqkernels.storage import expect_storage
@@ -41,10 +41,11 @@ def prepare(
     bias: bool = True,
     pieces: bool = False,
     blocks: int = 1,
+    backend: str | None = None,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied.
 
-    pieces: what is to run the call goes from piece to piece of sequences that resets have cut.
+    pieces: operators run the call, by `backend` if it is forced, which take sequences that consist of pieces.
     """
     if lengths is None and cu_seqlens is None and not torch.compiler.is_compiling():  # their own checks look as well
         late_checks.look()
@@ -56,27 +57,47 @@ def prepare(
     h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
     given = None if h_0 is None else h_0.shape[1]
     mask = None if reset is None else checks.reset_mask(reset, input, cu_seqlens)
-    if mask is not None and not resets.marks_nothing(mask):
-        in_place = pieces and resets.may_stay(mask, input, transformed)
-        cut = resets.in_place if in_place else resets.cut
-        rows = cut(input, mask, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
+    layout = batch_first, lengths, cu_seqlens, max_seqlen, given, transformed
+
+    def facts_of(rows: varlen.Rows, *states: Tensor | None) -> tuple[Call, bool]:
+        sizes = rows.sequences, rows.batch_sizes, transformed, num_layers, directions
+        return modes.facts_of(cell, rows.data, weights, states, *sizes)
+
+    facts, projected = None, len(weights) // (num_layers * directions) % 2 == 1
+    if mask is not None and pieces and resets.on_cpu(mask, input, transformed, backend):
+        rows = resets.in_place(input, mask, *layout)
+    elif mask is None or resets.marks_nothing(mask):
+        rows = varlen.rows_of(input, *layout)
+    elif pieces and not (transformed or projected) and resets.rows_lie(input, lengths, cu_seqlens):
+        rows = varlen.rows_of(input, *layout)
+        facts = facts_of(rows, *_tensors(hx), *_tensors(reset_to))
+        of_pieces = "device" if late_checks.out_of_sight(mask) else "packed"
+        if select.goes_piecewise(facts[0], of_pieces, hardware.machine_of(rows.data.device), backend):
+            facts = facts[0]._replace(options=(RESETS,)), facts[1]
+            rows = resets.numbered(input, mask, batch_first, rows)
+        else:
+            rows, facts = resets.cut(input, mask, *layout), None
     else:
-        rows = varlen.rows_of(input, batch_first, lengths, cu_seqlens, max_seqlen, given, transformed)
+        rows = resets.cut(input, mask, *layout)
     w_hh = weights[1]
     features = w_hh.shape[1] * blocks, w_hh.shape[0] // CELLS[cell].gates
-    if features[0] != features[1] and len(weights) // (num_layers * directions) % 2 == 0:  # there is no projection
+    if features[0] != features[1] and not projected:
         checks.refuse_columns(w_hh, features[1])
     h_0, c_0 = _initial_state(features[: CELLS[cell].states], hx, reset_to, rows, num_layers * directions, transformed)
-    sizes = rows.batch_sizes, transformed, num_layers, directions
-    call, save = modes.facts_of(cell, rows.data, weights, h_0, c_0, *sizes)
+    call, save = facts or facts_of(rows, h_0, c_0)
     return Inputs(rows, h_0, c_0, unbatched, save, call)
+
+
+def _tensors(state: State | None) -> Sequence[Tensor]:
+    return () if state is None else (state,) if isinstance(state, Tensor) else state
 
 
 def facts_of_step(
     cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None = None
 ) -> tuple[Call, bool]:
     """One step of a cell, x ``[B, I]`` and states ``[B, H]``, as `select` sees it; and whether gradients are wanted."""
-    return modes.facts_of(cell, x, weights, h_0, c_0, None, modes.transformed(), one_step=True)
+    states = (h_0, c_0), h_0.shape[-2]
+    return modes.facts_of(cell, x, weights, *states, None, modes.transformed(), one_step=True)
 
 
 def restore_layout(inputs: Inputs, y: Tensor, h_n: Tensor, c_n: Tensor) -> tuple[Tensor | PackedSequence, State]:

@@ -19,12 +19,14 @@ from seqkernels.storage import expect_storage
 LENGTHS = "lengths must lie between 0 and the {} steps of the input"
 CU_SEQLENS = "cu_seqlens must start at 0, never fall, and end at the number of rows of the input, {}"
 BATCH_SIZES = "batch_sizes must not rise, be negative, or exceed the {} sequences of h_0"
+PIECES = "pieces are numbers of the {} states of h_0"
 ROWS = "batch_sizes add up to more rows than x has, {}"
 # As on the CPU: what users give is a wrong value, what an operator is given a wrong argument of a kernel.
 SENTENCES: dict[str, type[Exception]] = {
     LENGTHS: ValueError,
     CU_SEQLENS: ValueError,
     BATCH_SIZES: RuntimeError,
+    PIECES: RuntimeError,
     ROWS: RuntimeError,
 }
 
@@ -200,6 +202,21 @@ def _fitting_batch_sizes(batch_sizes: Tensor, sequences: int, rows: int) -> Tens
     return ends.clamp_(max=rows).diff(prepend=ends.new_zeros(1))
 
 
+def fitting_pieces(pieces: Tensor, states: int) -> Tensor:
+    """pieces by which no kernel leaves the states of h_0. Those on the CPU must fit already.
+
+    Raises:
+        RuntimeError: there are rows, and no states.
+    """
+    if not out_of_sight(pieces) or pieces.dtype != torch.int64 or getattr(pieces, "_seqkernels_fit", None) == states:
+        return pieces  # of another dtype the operator says what is wrong
+    if pieces.numel() and not states:
+        raise RuntimeError(PIECES.format(0))
+    fitting = pieces.clamp(-1, states - 1)
+    note((fitting != pieces).any(), PIECES, states, pieces)
+    return fitting.clamp_(min=0)  # -1 is that of rows behind the last step
+
+
 def fitting_backward(
     x: Tensor, h_0: Tensor, batch_sizes: Tensor | None, wants_weights: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -215,6 +232,12 @@ def fitting_backward(
         return x, batch_sizes
     row = torch.arange(x.shape[0], device=x.device)
     return x.masked_fill((row >= batch_sizes.sum()).unsqueeze(1), 0), batch_sizes
+
+
+def mark_fitting_pieces(pieces: Tensor, states: int) -> None:
+    """Pieces that were numbered here need not be looked into again."""
+    if not torch.compiler.is_compiling():
+        pieces._seqkernels_fit = states  # type: ignore[attr-defined]
 
 
 def mark_fitting(batch_sizes: Tensor, sequences: int, rows: int) -> None:

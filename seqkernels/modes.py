@@ -57,17 +57,17 @@ def facts_of(
     cell: str,
     x: Tensor,
     weights: Sequence[Tensor],
-    h_0: Tensor,
-    c_0: Tensor | None,
+    states: Sequence[Tensor | None],
+    sequences: int,
     batch_sizes: Tensor | None,
     transformed: bool,
     num_layers: int = 1,
     directions: int = 1,
     one_step: bool = False,
 ) -> tuple[Call, bool]:
-    """A call on rows x ``[N, I]`` from states ``[L*D, B, *]``, or one step of a cell, as `select` sees it; and whether
+    """A call on rows x ``[N, I]`` of so many sequences, or one step of a cell, as `select` sees it; and whether
     gradients are wanted."""
-    device, training = x.device, wants_gradients(x, h_0, c_0, *weights)
+    device, training = x.device, wants_gradients(x, *states, *weights)
     parts = hardware.bfloat16_parts(device, x.dtype) if hardware.THIS_MACHINE.splits_float32 else 0
     vmapped = transformed and only_vmap()
     transformed = transformed and not vmapped
@@ -80,7 +80,6 @@ def facts_of(
         facts = cell, device.type, x.dtype, transformed, compiled, num_layers, directions
         call = make(*facts, bfloat16_parts=parts, vmapped=vmapped) if vmapped or parts else make(*facts)
         return call, training
-    sequences = h_0.shape[-2]
     layout, steps = "cell" if one_step else "padded", x.shape[0] // max(sequences, 1)
     if batch_sizes is not None:
         layout, steps = "packed" if batch_sizes.device.type == "cpu" else "device", len(batch_sizes)

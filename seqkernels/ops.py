@@ -14,10 +14,11 @@ forward
     batch_sizes ``[T]`` int64: running sequences per step, never rising, at most B, in sum at most N; None: always B.
     Rows behind the last step come out as zeros, and have no part in anything. Sequences that never run keep their
     state. batch_sizes on a GPU that are not so are taken as the nearest that are (`seqkernels.late_checks`).
-    pieces ``[N]`` int64, with batch_sizes: a sequence can consist of several pieces, one after another, each with a
-    first and a last state of its own. h_0, c_0, h_n and c_n are ``[L*D, C, *]`` then, and pieces says of each row
-    which of these C its piece has. Both directions run within the pieces. The kernels of the backend cpu go from one
-    piece to the next; others copy all rows (`seqkernels.backends.side_by_side`).
+    pieces ``[N]`` int64 with batch_sizes, or ``[T, B]`` without: a sequence can consist of several pieces, one after
+    another, each with a first and a last state of its own. h_0, c_0, h_n and c_n are ``[L*D, C, *]`` then, and pieces
+    says of each row which of these C its piece has. Both directions run within the pieces. The kernels of cpu, cuda
+    and triton go from one piece to the next; where they cannot, and for torch_eager, all rows are copied
+    (`seqkernels.backends.side_by_side`). pieces on a GPU that are numbers of no state are taken as the nearest.
     -> y ``[N, D*P]``, h_n ``[L*D, B, P]``, c_n ``[L*D, B, H]`` (else ``[L*D, B, 0]``), saved
 
 `saved` is part of the contract, so any backend's forward pairs with any backend's backward. Of one layer it is
@@ -153,7 +154,7 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
     x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
     operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
-    if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes):
+    if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes, pieces):
         y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, pieces, saved)
     of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers, pieces
@@ -186,9 +187,9 @@ def _y_again(ctx, backend: str, x, weights, h_0, c_0, batch_sizes, pieces, saved
         return _FORWARD[backend](ctx.cell, *of_stack)[0]
 
 
-def reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+def reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None, pieces: Tensor | None = None) -> bool:
     """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
-    return _several_steps(x, h_0, batch_sizes) or not CELLS[cell].saved_blocks
+    return pieces is not None or _several_steps(x, h_0, batch_sizes) or not CELLS[cell].saved_blocks
 
 
 def _several_steps(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
@@ -262,13 +263,16 @@ for _backend in _backends:
         _library.define(f"recurrence_backward.{_backend}{BACKWARD_SCHEMA}")
     _library.define(f"recurrence_recompute.{_backend}{RECOMPUTE_SCHEMA}")
     _library.impl(f"recurrence_recompute.{_backend}", _recompute_of(_backend), "CompositeExplicitAutograd")
-for _name, _forward, _backward_of in (
-    ("torch_eager", torch_eager.checked_forward, torch_eager.checked_backward),
-    ("triton", triton.forward, triton.backward),
-    ("cuda", cuda.forward, cuda.backward),
+for _name, _forward, _backward_of, _knows_pieces in (
+    ("torch_eager", torch_eager.checked_forward, torch_eager.checked_backward, False),
+    ("triton", triton.forward, triton.backward, True),
+    ("cuda", cuda.forward, cuda.backward, True),
 ):
-    _library.impl(f"recurrence_forward.{_name}", side_by_side.forward_of(_forward), "CompositeExplicitAutograd")
-    _library.impl(f"recurrence_backward.{_name}", side_by_side.backward_of(_backward_of), "CompositeExplicitAutograd")
+    for _pass, _given_pieces in (
+        ("forward", side_by_side.forward_of(_forward, _knows_pieces)),
+        ("backward", side_by_side.backward_of(_backward_of, _knows_pieces)),
+    ):
+        _library.impl(f"recurrence_{_pass}.{_name}", _given_pieces, "CompositeExplicitAutograd")
 
 _FORWARD = {backend: getattr(ops.recurrence_forward, backend) for backend in _backends}
 _BACKWARD = {backend: getattr(ops.recurrence_backward, backend) for backend in _backends}

@@ -1,15 +1,17 @@
 """Resets inside of sequences: the state before each step that a mask marks begins anew.
 
-Sequences are cut before marked steps, and each piece has a first and a last state of its own. The CPU's kernels go from
-one piece of a sequence to the next, and rows stay where they are. For others the pieces run side by side as those of a
-ragged batch: so every backend has resets, forward and backward, but what runs in a step is more than without them.
+Sequences are cut before marked steps, and each piece has a first and a last state of its own. The CPU's kernels, and
+some of those for GPUs, go from one piece to the next, and rows stay where they are. For others the pieces run side by
+side as those of a ragged batch: so every backend has resets, forward and backward, but what runs in a step is more than
+without them.
 
-There, where nobody may read the mask (compiled code, a CUDA graph that is captured, torch.vmap over masks) there are as
-many pieces as there could be, one for each row, and most of them are empty.
+Where nobody may read the mask (compiled code, a CUDA graph that is captured, torch.vmap over masks) there are as many
+pieces as there could be, one for each row, and most of them are empty. Where rows stay, these are states alone.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +58,19 @@ def cut(
     return _from_padded(input, mask, batch_first, lengths, transformed)
 
 
-def in_kernels(backend: str | None) -> bool:
-    """Whether the kernels that run a call on the CPU, by `backend` if it is forced, go from one piece to the next."""
-    return (backend or THIS_MACHINE.forced_backend or "cpu") == "cpu" and not THIS_MACHINE.native_missing
-
-
-def may_stay(mask: Tensor, input: Tensor | PackedSequence, transformed: bool) -> bool:
-    """Whether rows may stay where they are: on the CPU, where the number of pieces may be asked for."""
+def on_cpu(mask: Tensor, input: Tensor | PackedSequence, transformed: bool, backend: str | None) -> bool:
+    """Whether the CPU's kernels run a call, if `backend` is not forced to another, where the number of pieces may be
+    asked for."""
+    if (backend or THIS_MACHINE.forced_backend or "cpu") != "cpu" or THIS_MACHINE.native_missing:
+        return False
     data = input.data if isinstance(input, PackedSequence) else input
-    on_cpu = data.device.type == "cpu" and not late_checks.out_of_sight(mask)
-    return on_cpu and not transformed and not torch.compiler.is_compiling()
+    here = data.device.type == "cpu" and not late_checks.out_of_sight(mask)
+    return here and not transformed and not torch.compiler.is_compiling()
+
+
+def rows_lie(input: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None, cu_seqlens: Tensor | None) -> bool:
+    """Whether rows of the input are those of operators: of other layouts they are copied anyway."""
+    return lengths is None and cu_seqlens is None and (isinstance(input, PackedSequence) or not input.is_nested)
 
 
 def in_place(
@@ -81,16 +86,47 @@ def in_place(
     """As `cut`, but of sequences whose rows stay where they are without resets."""
 
     def of_values(values: Tensor, offsets: Tensor, longest: int | None, transformed: bool) -> Rows:
-        return _numbered(*(varlen.from_cu_seqlens(t, offsets, longest, transformed) for t in (values, marks)))
+        of_rows = (varlen.from_cu_seqlens(t, offsets, longest, transformed) for t in (values, marks))
+        return _numbered(next(of_rows), next(of_rows).data.squeeze(1))
 
-    marks = mask.unsqueeze(-1)
     if isinstance(input, PackedSequence):
-        rows = varlen.from_packed(input, sequences)
-        return _numbered(rows, rows._replace(data=marks))
+        return _numbered(varlen.from_packed(input, sequences), mask)
+    layout = batch_first, lengths, cu_seqlens, max_seqlen, sequences, transformed
+    if rows_lie(input, lengths, cu_seqlens):
+        return _numbered(varlen.rows_of(input, *layout), time_major(mask, batch_first))
+    marks = mask.unsqueeze(-1)
     if input.is_nested:
         return varlen.from_nested(input, transformed, of_values)
-    layout = batch_first, lengths, cu_seqlens, max_seqlen, sequences, transformed
-    return _numbered(varlen.rows_of(input, *layout), varlen.rows_of(marks, *layout))
+    return _numbered(varlen.rows_of(input, *layout), varlen.rows_of(marks, *layout).data.squeeze(1))
+
+
+def time_major(mask: Tensor, batch_first: bool) -> Tensor:
+    """The mask ``[T, B]`` of padded sequences, or of an unbatched one."""
+    return mask.unsqueeze(1) if mask.dim() == 1 else mask.t() if batch_first else mask
+
+
+def numbered(input: Tensor | PackedSequence, mask: Tensor, batch_first: bool, rows: Rows) -> Rows:
+    """The same of `rows_lie` on any device, `rows` being theirs without resets. Where nobody may ask how many pieces
+    there are, there are as many as rows and sequences."""
+    device = mask.device
+    if isinstance(input, PackedSequence):
+        places = _places_of_packed(input, rows.sequences, device)
+    else:
+        steps, sequences = time_major(mask, batch_first).shape
+        mask = time_major(mask, batch_first).reshape(-1)
+        of_each = torch.arange(sequences * (steps + 1), device=device).view(sequences, steps + 1)
+        places = of_each[:, :steps].t().reshape(-1), of_each[:, 0], of_each[:, 0] + steps
+    place, begins, ends = places
+    cuts = _cuts(mask, place, begins)
+    count = cuts.begin.shape[0]
+    found = cuts.piece[place], cuts.sequence, cuts.piece[ends], F.pad(cuts.marks, (0, 1))[cuts.begin]
+    pieces, sequence, last, anew = (_queued(t, rows.data.device) for t in found)
+    if rows.batch_sizes is None:
+        pieces = pieces.view(steps, sequences)
+    late_checks.mark_fitting_pieces(pieces, count)
+    if rows.sorted_indices is not None and rows.unsorted_indices is not None:
+        sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]
+    return _of_pieces(rows, pieces, sequence, last, anew)
 
 
 def begin_anew(states: Sequence[Tensor], others: Sequence[Tensor] | None, rows: Rows) -> list[Tensor]:
@@ -155,15 +191,20 @@ def _from_cu_seqlens(
     return _rows(input, reset, place, begins, begins + lengths, steps, reset.shape[0], False, transformed)
 
 
-def _from_packed(input: PackedSequence, rows: Rows, reset: Tensor, transformed: bool) -> Rows:
-    batch_sizes, row = _queued(input.batch_sizes, reset.device), torch.arange(reset.shape[0], device=reset.device)
-    steps, sequence = batch_sizes.shape[0], torch.arange(rows.sequences, device=reset.device)
-    lengths = steps - torch.searchsorted(batch_sizes.flip(0), sequence, right=True)
+def _places_of_packed(input: PackedSequence, sequences: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """place, begins and ends, as `_rows` takes them."""
+    batch_sizes = _queued(input.batch_sizes, device)
+    row, sequence = (torch.arange(count, device=device) for count in (input.data.shape[0], sequences))
+    lengths = batch_sizes.shape[0] - torch.searchsorted(batch_sizes.flip(0), sequence, right=True)
     ends = (lengths + 1).cumsum(0) - 1
     begins, of_steps = ends - lengths, batch_sizes.cumsum(0)
     step = torch.searchsorted(of_steps, row, right=True)
-    place = begins[row - (of_steps - batch_sizes)[step]] + step
-    cut = _rows(input.data, reset, place, begins, ends, steps, reset.shape[0], True, transformed)
+    return begins[row - (of_steps - batch_sizes)[step]] + step, begins, ends
+
+
+def _from_packed(input: PackedSequence, rows: Rows, reset: Tensor, transformed: bool) -> Rows:
+    places, steps = _places_of_packed(input, rows.sequences, reset.device), input.batch_sizes.shape[0]
+    cut = _rows(input.data, reset, *places, steps, reset.shape[0], True, transformed)
     indices, back = cut.sorted_indices, cut.unsorted_indices
     if rows.sorted_indices is not None:  # states are in the user's order of sequences
         indices, back = rows.sorted_indices[indices], back[rows.unsorted_indices]  # type: ignore[index]
@@ -177,22 +218,41 @@ def _from_packed(input: PackedSequence, rows: Rows, reset: Tensor, transformed: 
 # ---- pieces
 
 
-def _numbered(rows: Rows, marks: Rows) -> Rows:
-    """Rows with the number of the piece that each is of; `marks` ``[N, 1]``: the mask of the same layout."""
-    count, batch_sizes = rows.data.shape[0], rows.batch_sizes
-    if batch_sizes is None:
-        batch_sizes = torch.full((count // max(rows.sequences, 1),), rows.sequences)
-    pieces, sequence, anew, last = ops.number_pieces(marks.data.squeeze(1), batch_sizes, rows.sequences)
+class _Cuts(NamedTuple):
+    """Where the pieces C of sequences begin, at which places."""
+
+    marks: Tensor  # of places: whether it is marked
+    piece: Tensor  # of places
+    begin: Tensor  # [C]
+    sequence: Tensor  # [C] that it is of
+    readable: bool  # whether C is the number of pieces, and not that of places, of which the last begin behind all
+
+
+def _cuts(reset: Tensor, place: Tensor, begins: Tensor) -> _Cuts:
+    """Arguments as those of `_rows`."""
+    places, begins = reset.shape[0] + begins.shape[0], begins.contiguous()  # of others searchsorted warns
+    marks = reset.new_zeros(places).scatter(0, place, reset)
+    starts = marks.index_fill(0, begins, True)
+    piece = starts.cumsum(0) - 1
+    readable = _readable(starts)
+    begin = _places_of(starts, piece, readable)
+    return _Cuts(marks, piece, begin, torch.searchsorted(begins, begin, right=True) - 1, readable)
+
+
+def _numbered(rows: Rows, marks: Tensor) -> Rows:
+    """Rows with the number of the piece that each is of, on a CPU; `marks`: the mask of the rows ``[N]``, or, where all
+    sequences run in all steps, ``[T, B]``."""
+    pieces, sequence, anew, last, any = ops.number_pieces(marks, rows.batch_sizes, rows.sequences)
+    if not any:
+        return rows
     if rows.sorted_indices is not None and rows.unsorted_indices is not None:
         sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]
-    return rows._replace(
-        batch_sizes=batch_sizes,
-        sequences=anew.shape[0],
-        sorted_indices=sequence,
-        unsorted_indices=last,
-        anew=anew,
-        pieces=pieces,
-    )
+    return _of_pieces(rows, pieces, sequence, last, anew)
+
+
+def _of_pieces(rows: Rows, pieces: Tensor, sequence: Tensor, last: Tensor, anew: Tensor) -> Rows:
+    data, batch_sizes, *_, restore_layout, _, _ = rows  # faster than _replace
+    return Rows(data, batch_sizes, anew.shape[0], sequence, last, restore_layout, anew, pieces)
 
 
 def _rows(
@@ -208,16 +268,11 @@ def _rows(
 ) -> Rows:
     """The pieces C of the sequences as rows, and the way back to the input's."""
     total, places, device = reset.shape[0], reset.shape[0] + begins.shape[0], reset.device
-    begins, place = begins.contiguous(), place.contiguous()  # of others searchsorted warns
+    begins, place = begins.contiguous(), place.contiguous()
     if not all_used:
         reset = reset & (place < ends[torch.searchsorted(begins, place, right=True) - 1])
-    marks = reset.new_zeros(places).scatter(0, place, reset)
-    starts = marks.index_fill(0, begins, True)
-    piece = starts.cumsum(0) - 1  # of each place
-    readable = _readable(starts)
-    begin = _places_of(starts, piece, readable)
+    marks, piece, begin, sequence, readable = _cuts(reset, place, begins)
     behind = begin.new_full((1,), places)
-    sequence = torch.searchsorted(begins, begin, right=True) - 1
     lengths = (torch.minimum(torch.cat([begin[1:], behind]), ends[sequence]) - begin).clamp(min=0)
     lengths, order = lengths.sort(descending=True, stable=True)
     if readable and lengths.shape[0] and not late_checks.out_of_sight(lengths):

@@ -11,7 +11,7 @@ import torch
 
 from seqkernels import hardware
 from seqkernels.backends import Backend, costs, cpu, cuda, cudnn, torch_eager, triton
-from seqkernels.backends.call import Call
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.hardware import THIS_MACHINE, Machine
 
 _log = logging.getLogger("seqkernels")
@@ -25,6 +25,7 @@ _MODULES: dict[str, Backend] = {
 }
 # In order of preference, where no cost says otherwise; the last one takes everything.
 BACKENDS = tuple(_MODULES)
+PIECEWISE = ("cpu", "cuda", "triton")  # that have kernels which know pieces
 
 
 class Plan(NamedTuple):
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     refusals: tuple[tuple[str, str], ...]
     kernel: str = ""  # which of its kernels, where there is a choice and the call has its sizes
     launch: tuple[int, ...] = ()  # what its operators are told: the backend's own `Launch`; (): they plan by themselves
+    us: float | None = None  # of a step, estimated
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}" + (f"; {self.kernel}" if self.kernel else "")]
@@ -65,7 +67,8 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
         if reason:
             raise _nothing_runs(call, {forced: reason})
         module = _MODULES[forced]
-        return Plan(forced, "forced", (), module.kernel(call, machine), module.plan_launch(call, machine))
+        launch = module.kernel(call, machine), module.plan_launch(call, machine)
+        return Plan(forced, "forced", (), *launch, module.estimate(call, machine))
     against: dict[str, str] = {}
     estimates: dict[str, float | None] = {}  # of those that may run it
     for name, module in _MODULES.items():
@@ -81,7 +84,7 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
     module, cost = _MODULES[chosen], estimates[chosen]
     reason = module.DESCRIPTION + ("" if cost is None else f", {_in_words(cost, chosen, call, machine)}")
     refusals = tuple((name, against[name]) for name in BACKENDS if name != chosen)
-    return Plan(chosen, reason, refusals, module.kernel(call, machine), module.plan_launch(call, machine))
+    return Plan(chosen, reason, refusals, module.kernel(call, machine), module.plan_launch(call, machine), cost)
 
 
 _planned = functools.lru_cache(maxsize=4096)(plan)
@@ -101,6 +104,21 @@ def plan_of(call: Call, device: torch.device, backend: str | None) -> Plan:
 def logs() -> bool:
     """Whether the log wants to know what runs."""
     return _log.isEnabledFor(logging.DEBUG)
+
+
+def goes_piecewise(call: Call, layout: str, machine: Machine, backend: str | None = None) -> bool:
+    """Whether a call with resets runs by kernels that go from piece to piece: a backend has them, or the one that is
+    forced, and they are not estimated to take longer than others, for which all rows are copied into the order of the
+    pieces and back. For those `layout` is that of the pieces; that there are more of them, and shorter ones, than
+    sequences is left out of account."""
+    resets, forced = call._replace(options=(RESETS,)), backend or machine.forced_backend
+    if all(unsupported(name, resets, machine) for name in ([forced] if forced else PIECEWISE)):
+        return False
+    make = plan if torch.compiler.is_compiling() else _planned
+    within, copied = make(resets, machine, backend), make(call._replace(layout=layout), machine, backend)
+    if within.us is None or copied.us is None or machine.gpu is None:
+        return within.backend in PIECEWISE
+    return within.us <= copied.us + costs.copies(call, machine.gpu)
 
 
 def _cheapest(estimates: dict[str, float | None]) -> str:

@@ -78,8 +78,8 @@ void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
 Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,
                 const MaskArguments& masks = {}) {
   LayerForward p{};
-  CheckedArguments arguments(p, given);
-  arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
+  CheckedArguments arguments(p, given, CheckOptions{}.with(pieces, given.batch_sizes));
+  arguments.set_pieces(p, pieces);
   set_masks(p, masks, given.x);
   set_products(p, launch);
   const ScalarType type = given.x.scalar_type();
@@ -142,8 +142,8 @@ using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
                   const Launch& launch, const Optional& pieces, const MaskArguments& masks = {}) {
   LayerBackward p{};
-  CheckedArguments arguments(p, given);
-  arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
+  CheckedArguments arguments(p, given, CheckOptions{}.with(pieces, given.batch_sizes));
+  arguments.set_pieces(p, pieces);
   arguments.set_backward(p, of_backward);
   set_masks(p, masks, given.x);
   set_products(p, launch);

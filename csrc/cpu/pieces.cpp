@@ -3,6 +3,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "../check.h"
 #include "../names.h"
 #include "memory.h"
 
@@ -17,16 +18,25 @@ Tensor tensor_of(const std::vector<T>& values) {
   return tensor;
 }
 
-// marks [N] of rows, batch_sizes [T] -> pieces [N]; of each piece its sequence [C] and whether its first row is marked
-// [C]; and the last piece of each sequence [B].
-std::tuple<Tensor, Tensor, Tensor, Tensor> number_pieces(Tensor marks, Tensor batch_sizes, int64_t sequences) {
-  check(marks.scalar_type() == ScalarType::Bool && marks.dim() == 1, "marks is [rows], bool");
-  check(batch_sizes.scalar_type() == ScalarType::Long && batch_sizes.dim() == 1, "batch_sizes is [steps], int64");
-  const Tensor of_rows = torch::stable::contiguous(marks), of_steps = torch::stable::contiguous(batch_sizes);
+// marks [N] of rows and batch_sizes [T], or marks [T, B] -> pieces in the shape of marks; of each piece its sequence
+// [C] and whether its first row is marked [C]; the last piece of each sequence [B]; and whether any row is marked.
+std::tuple<Tensor, Tensor, Tensor, Tensor, bool> number_pieces(Tensor marks, Optional batch_sizes, int64_t sequences) {
+  check(marks.scalar_type() == ScalarType::Bool && marks.dim() == (batch_sizes ? 1 : 2),
+        "marks is [rows] with batch_sizes, else [steps, sequences], bool");
+  check(!batch_sizes || (batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1),
+        "batch_sizes is [steps], int64");
+  const Tensor of_rows = torch::stable::contiguous(marks);
   const auto* marked = static_cast<const bool*>(of_rows.const_data_ptr());
-  const auto* sizes = static_cast<const int64_t*>(of_steps.const_data_ptr());
   const int64_t rows = of_rows.numel();
-  Tensor pieces = allocate(ScalarType::Long, {rows});
+  std::vector<int64_t> sizes;
+  if (batch_sizes) {
+    const Tensor of_steps = torch::stable::contiguous(*batch_sizes);
+    const auto* data = static_cast<const int64_t*>(of_steps.const_data_ptr());
+    sizes.assign(data, data + of_steps.numel());
+  } else {
+    sizes.assign(marks.size(0), marks.size(1));
+  }
+  Tensor pieces = allocate(ScalarType::Long, Shape(marks.sizes().begin(), marks.sizes().end()));
   auto* piece = rows ? static_cast<int64_t*>(pieces.mutable_data_ptr()) : nullptr;
   std::vector<int64_t> sequence_of(sequences), last(sequences);
   std::vector<char> anew(sequences);
@@ -34,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> number_pieces(Tensor marks, Tensor ba
   std::iota(sequence_of.begin(), sequence_of.end(), 0);
   std::iota(last.begin(), last.end(), 0);
   int64_t row = 0;
-  for (int64_t t = 0; t < of_steps.numel(); t++) {
+  for (size_t t = 0; t < sizes.size(); t++) {
     check(sizes[t] <= sequences && row + sizes[t] <= rows, "batch_sizes do not fit the rows");
     for (int64_t b = 0; b < sizes[t]; b++, row++) {
       const bool mark = marked[row];
@@ -49,15 +59,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> number_pieces(Tensor marks, Tensor ba
     }
   }
   std::fill(piece + row, piece + rows, -1);
-  return {pieces, tensor_of(sequence_of), tensor_of(anew), tensor_of(last)};
+  const bool any = std::find(anew.begin(), anew.end(), true) != anew.end();
+  return {pieces, tensor_of(sequence_of), tensor_of(anew), tensor_of(last), any};
 }
 
 }  // namespace
 
 SEQKERNELS_FRAGMENT(m) {
   m.def(
-      "number_pieces(Tensor marks, Tensor batch_sizes, int sequences) "
-      "-> (Tensor pieces, Tensor sequence_of, Tensor anew, Tensor last)");
+      "number_pieces(Tensor marks, Tensor? batch_sizes, int sequences) "
+      "-> (Tensor pieces, Tensor sequence_of, Tensor anew, Tensor last, bool any)");
 }
 
 SEQKERNELS_IMPL(CPU, m) { m.impl("number_pieces", TORCH_BOX(&number_pieces)); }

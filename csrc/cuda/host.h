@@ -74,9 +74,8 @@ struct SweepGradients {
 };
 
 void multiply_grad_x(const CallContext&, const Layer&, const SweepGradients&, Tensor& grad_x);
-// `recurrent` [D, B, P] or null: what multiplied h in its products.
 void multiply_grad_weights(const CallContext&, const LayerBackward&, const BackwardArgs&, const SweepGradients&,
-                           const BackwardWorkspace&, const void* recurrent, Tensors& grad_weights);
+                           const BackwardWorkspace&, const StepMasks&, Tensors& grad_weights);
 
 // ---- what the operators do first: ops.cpp
 
@@ -93,7 +92,8 @@ void zero_rows(const CallContext&, const Layer&, void* data, int64_t elements, i
 void begin_as(const CallContext&, Tensor& state, const void* initial);
 
 // ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
-// change in place; c and its gradient in the accumulator type.
+// change in place; c and its gradient in the accumulator type. Of pieces only those that sequences begin with come in,
+// and those of the others are read from the sweep's arguments; there all leave their last.
 
 void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, const StepMasks&,
                       Tensor& h, Tensor& c);

@@ -44,13 +44,17 @@ struct BackwardArgs : SweepArgs {
   void* grad_c_0;    // [D, B, H] or null
 };
 
-// What multiplies what in the steps of a layer with options (seqkernels/cell_options.py), in float (double); null where
-// nothing does.
+// What steps do beyond those of a plain layer. What multiplies what, of a layer with options
+// (seqkernels/cell_options.py), in float (double); null where nothing does.
 struct StepMasks {
   const void *recurrent, *candidate;  // [D, B, H] of h in its products, and of what a step adds to the state
   const void *zoneout_h, *zoneout_c;  // [N, D, H] how much of the state before stays
+  // [N] which of C states is that of a row's piece, or null: sequences consist of pieces (seqkernels/ops.py), and the
+  // layer's h_0 to c_n and their gradients are [D, C, H]. They go without the masks above.
+  const int64_t* pieces;
+  int64_t states;  // C
 
-  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c; }
+  bool any() const { return recurrent || candidate || zoneout_h || zoneout_c || pieces; }
 };
 
 struct MaskedForwardArgs : ForwardArgs {
@@ -123,6 +127,17 @@ struct NormStepBackward : NormStep {
   void *grad_scale_c, *grad_shift_c;  // [D, B, H], null where there is no such
 };
 
+// Copies the states of sequences' first pieces, in the order of a direction, or of their last ones: from [D, C, H] to
+// [D, B, H], or back. Those of sequences that never run are zeros, and go nowhere.
+struct CopyPieces {
+  SweepArgs layer;
+  StepMasks masks;
+  bool last, back;
+  bool accumulated;  // [D, B, H] is in float (double)
+  void* of_pieces;   // may be null: zeros
+  void* of_sequences;
+};
+
 // result = added + mask * states, each [D, B, H]; added is null for nothing.
 struct MaskStates {
   SweepArgs layer;
@@ -164,7 +179,7 @@ struct FinishSweep {
 };
 
 struct MaskedFinishSweep : FinishSweep {
-  const void* mask;  // [D, B, P] of the states in `previous`
+  StepMasks masks;
 };
 
 // o tanh(c) of every row: what an LSTM projects.
@@ -225,6 +240,7 @@ const char* step_backward(const MaskedStepBackward&, void* stream);
 const char* step_forward(const NormStepForward&, void* stream);
 const char* step_backward(const NormStepBackward&, void* stream);
 const char* mask_states(const MaskStates&, void* stream);
+const char* copy_pieces(const CopyPieces&, void* stream);
 const char* step_project(const StepProject&, void* stream);
 const char* step_project_backward(const StepProjectBackward&, void* stream);
 const char* finish_sweep(const FinishSweep&, void* stream);

@@ -168,15 +168,18 @@ class BackwardArrays {
  public:
   static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL), S = kSavedGates<CELL>;
 
-  DEVICE BackwardArrays(const BackwardArgs& s, int direction)
+  DEVICE BackwardArrays(const BackwardArgs& s, int direction) : BackwardArrays(s, direction, s.sequences) {}
+
+  // Of other initial states than one for each sequence.
+  DEVICE BackwardArrays(const BackwardArgs& s, int direction, int64_t states)
       : grad_y_(static_cast<const T*>(s.grad_y), s.rows * s.directions * s.hidden),
-        h_0_(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden),
-        c_0_(static_cast<const T*>(s.c_0), s.directions * s.sequences * s.hidden),
+        h_0_(static_cast<const T*>(s.h_0), s.directions * states * s.hidden),
+        c_0_(static_cast<const T*>(s.c_0), s.directions * states * s.hidden),
         y_(static_cast<const T*>(s.y), s.rows * s.directions * s.hidden),
         saved_(static_cast<const T*>(s.saved), s.rows * s.directions * K * s.hidden),
         grad_gates_(static_cast<T*>(s.grad_gates), s.directions * s.rows * F * s.hidden),
         rows_(s.rows),
-        sequences_(s.sequences),
+        states_(states),
         hidden_(static_cast<int>(s.hidden)),
         directions_(s.directions),
         direction_(direction) {}
@@ -191,7 +194,7 @@ class BackwardArrays {
     const int at_saved = lane.sequence * directions_ * K * hidden_ + lane.unit;
     const int at_state = lane.sequence * hidden_ + lane.unit;
     const auto units = [&](Global<const T> from, int64_t i) { return load_units<EVEN>(from, i, count); };
-    state = (direction_ * sequences_ + state) * hidden_;
+    state = (direction_ * states_ + state) * hidden_;
     if (grad_y_) inputs.grad_y = units(grad_y_, place + unit + at);
 #pragma unroll
     for (int block = 0; block < S; block++)
@@ -236,7 +239,7 @@ class BackwardArrays {
  private:
   Global<const T> grad_y_, h_0_, c_0_, y_, saved_;
   Global<T> grad_gates_;
-  int64_t rows_, sequences_;
+  int64_t rows_, states_;
   int hidden_, directions_, direction_;
 };
 

@@ -37,6 +37,13 @@ const char* mask_states(const MaskStates& p, void* stream) {
   });
 }
 
+const char* copy_pieces(const CopyPieces& p, void* stream) {
+  return by_element(p.layer.scalar, [&](auto zero) {
+    using Kernel = CopyPiecesKernel<decltype(zero)>;
+    return launch_for<Kernel>(p.layer.sequences * p.layer.hidden, p.layer.directions, p, stream);
+  });
+}
+
 const char* finish_sweep(const MaskedFinishSweep& p, void* stream) {
   return by_element(p.layer.scalar, [&](auto zero) {
     using Kernel = FinishSweepKernel<decltype(zero), true>;

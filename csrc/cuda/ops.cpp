@@ -64,6 +64,16 @@ StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor
           .zoneout_c = masks.pointer(masks.zoneout_c)};
 }
 
+// Pieces whose numbers seqkernels/backends/side_by_side.py has checked: nobody here reads what is on a GPU.
+StepMasks checked_pieces(CheckedArguments& arguments, Layer& p, const Optional& pieces) {
+  check(!p.has_projection, "there are no kernels with pieces and a projection");
+  StepMasks masks{};
+  arguments.set_pieces_unread(p, *pieces);
+  masks.pieces = p.pieces;
+  masks.states = p.states;
+  return masks;
+}
+
 // The part of one layer in a tensor of all layers, [L*D, B, *].
 Tensor of_layer(const CallContext& context, Tensor& all, int64_t layers, int64_t layer) {
   if (layers == 1 || !all.numel()) return all;
@@ -93,6 +103,20 @@ class Between {
   Optional rows_;
 };
 
+// The states of the pieces that sequences begin with, in the order of a pass, and, behind it, those that they end with.
+void copy_pieces(const CallContext& context, const SweepArgs& sweep, const StepMasks& masks, bool last,
+                 const void* of_pieces, Tensor& of_sequences, bool back = false) {
+  if (!of_sequences.numel()) return;
+  CopyPieces p{};
+  p.layer = sweep;
+  p.masks = masks;
+  p.last = last, p.back = back;
+  p.accumulated = of_sequences.scalar_type() == context.accumulator_type();
+  p.of_pieces = const_cast<void*>(of_pieces);
+  p.of_sequences = of_sequences.mutable_data_ptr();
+  check_launch(copy_pieces(p, context.stream()));
+}
+
 // ---- forward
 
 struct ForwardResults {
@@ -102,8 +126,8 @@ struct ForwardResults {
   ForwardResults(const CallContext& context, const Layer& p, int64_t layers, int64_t rows, bool save)
       : save(save),
         y(context.allocate({rows, p.directions * p.projected})),
-        h_n(context.allocate({layers * p.directions, p.sequences, p.projected})),
-        c_n(context.allocate({layers * p.directions, p.sequences, states_of(p.cell) > 1 ? p.hidden : 0})),
+        h_n(context.allocate({layers * p.directions, p.states, p.projected})),
+        c_n(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})),
         saved(context.allocate(save ? SavedLayout(p, rows).shape(layers) : Shape{rows, p.directions, 0})) {}
 };
 
@@ -116,15 +140,15 @@ void copy_states(ForwardResults& results, const Tensor& h_0, const Optional& c_0
 // Where layer `l` writes its results.
 void set_results(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, int64_t l,
                  ForwardResults& results, Between& between, bool ragged) {
-  const int64_t rows = results.y.size(0), D = p.directions, B = p.sequences;
+  const int64_t rows = results.y.size(0), D = p.directions, C = p.states;
   const SavedLayout layout(p, rows);
   void* saved = results.save ? pointer(results.saved) : nullptr;
   p.y = l == arguments.layers() - 1 ? pointer(results.y)
         : results.save              ? arguments.at(saved, layout.y_of(l))
                                     : between.of(context, l);
   p.saved = layout.blocks ? arguments.at(saved, layout.blocks_of(l)) : nullptr;
-  p.h_n = arguments.at(pointer(results.h_n), l * D * B * p.projected);
-  p.c_n = arguments.at(pointer(results.c_n), l * D * B * p.hidden);
+  p.h_n = arguments.at(pointer(results.h_n), l * D * C * p.projected);
+  p.c_n = arguments.at(pointer(results.c_n), l * D * C * p.hidden);
   zero_rows(context, p, p.y, layout.y, rows, ragged);
   zero_rows(context, p, p.saved, layout.blocks, rows, ragged);
 }
@@ -163,43 +187,55 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
     set_layer(context, sweep, p);
     prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
     project_input(context, p, rows, *memory);
+    Tensor h_n = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
+    if (masks.pieces) {  // those without rows keep their states
+      begin_as(context, h_n, p.h_0);
+      begin_as(context, c_n, p.c_0);
+    }
     if (plan.path != Path::stepwise) {
       sweep_forward(context, launch, memory->sweep, sweep, masks);
-      continue;
+    } else if (masks.pieces) {
+      const Shape shape{p.directions, p.sequences, p.hidden};
+      Tensor h = context.allocate(shape);
+      Tensor c = context.allocate(p.c_0 ? shape : Shape{0}, context.accumulator_type());
+      copy_pieces(context, sweep, masks, false, p.h_0, h);
+      copy_pieces(context, sweep, masks, false, p.c_0, c);
+      stepwise_forward(context, p, steps, sweep, masks, h, c);
+    } else {
+      Tensor c = in_accumulator_type(context, c_n);
+      begin_as(context, h_n, p.h_0);
+      begin_as(context, c, p.c_0);
+      stepwise_forward(context, p, steps, sweep, masks, h_n, c);
+      if (c.numel()) copy(c_n, c);
     }
-    Tensor h = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
-    Tensor c = in_accumulator_type(context, c_n);
-    begin_as(context, h, p.h_0);
-    begin_as(context, c, p.c_0);
-    stepwise_forward(context, p, steps, sweep, masks, h, c);
-    if (c.numel()) copy(c_n, c);
   }
 }
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& plan, const MaskArguments& masks = {}) {
+Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& plan, const Optional& pieces,
+                const MaskArguments& masks = {}) {
   LayerForward p{};
-  const CheckedArguments arguments(p, given, check_options());
+  CheckedArguments arguments(p, given, check_options().with(pieces, given.batch_sizes));
   const CallContext context(given.x);
-  const StepMasks of_steps = checked_masks(masks, p, given.x);
+  const StepMasks of_steps = pieces ? checked_pieces(arguments, p, pieces) : checked_masks(masks, p, given.x);
   ForwardResults results(context, p, given.layers, given.x.size(0), save);
   if (p.steps && p.rows && has_states(p)) {
     run_forward(context, p, arguments, plan, tf32, given.batch_sizes, of_steps, results);
   } else {
     zero(results.y);
     zero(results.saved);
-    if (has_states(p)) copy_states(results, given.h_0, given.c_0);
+    if (p.states && (p.hidden || p.projected)) copy_states(results, given.h_0, given.c_0);
   }
   return {results.y, results.h_n, results.c_n, results.saved};
 }
 
 Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
-                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers) {
+                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers, Optional pieces) {
   const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
   return forward(
       {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
-      save, tf32, plan_of(path, tile, units));
+      save, tf32, plan_of(path, tile, units), pieces);
 }
 
 // One layer with masks.
@@ -209,7 +245,7 @@ Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor
   const Cell known = take_cell(cell);
   return forward(
       {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = 1},
-      save, false, plan_of(path, tile, units),
+      save, false, plan_of(path, tile, units), {},
       {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
@@ -233,8 +269,8 @@ struct BackwardResults {
       : wants_x(wants_x),
         wants_weights(wants_weights),
         grad_x(allocate_like(context, x, wants_x)),
-        grad_h_0(context.allocate({layers * p.directions, p.sequences, p.projected})),
-        grad_c_0(context.allocate({layers * p.directions, p.sequences, states_of(p.cell) > 1 ? p.hidden : 0})) {
+        grad_h_0(context.allocate({layers * p.directions, p.states, p.projected})),
+        grad_c_0(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})) {
     for (const Tensor& weight : weights) grad_weights.push_back(allocate_like(context, weight, wants_weights));
   }
 
@@ -299,9 +335,22 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
     const Tensor grad_x = l ? context.view(between.of(context, l), {rows, p.input}) : results.grad_x;
     BackwardResults own(context, results, L, l, grad_x, l || results.wants_x);
     set_layer(sweep, p, own);
+    if (masks.pieces) {
+      begin_as(context, own.grad_h_0, p.grad_h_n);
+      begin_as(context, own.grad_c_0, p.grad_c_n);
+    }
     if (plan.path != Path::stepwise) {
       prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
       sweep_backward(context, launch, memory->sweep, sweep, masks);
+    } else if (masks.pieces) {
+      const Shape shape{p.directions, p.sequences, p.hidden};
+      Tensor grad_h = context.allocate(shape);
+      Tensor grad_c = context.allocate(p.c_0 ? shape : Shape{0}, context.accumulator_type());
+      copy_pieces(context, sweep, masks, true, p.grad_h_n, grad_h);
+      copy_pieces(context, sweep, masks, true, p.grad_c_n, grad_c);
+      stepwise_backward(context, p, steps, sweep, masks, grads, grad_h, grad_c);
+      copy_pieces(context, sweep, masks, false, sweep.grad_h_0, grad_h, true);
+      copy_pieces(context, sweep, masks, false, sweep.grad_c_0, grad_c, true);
     } else {
       begin_as(context, own.grad_h_0, p.grad_h_n);
       Tensor grad_c = in_accumulator_type(context, own.grad_c_0);
@@ -310,7 +359,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
       if (grad_c.numel()) copy(own.grad_c_0, grad_c);
     }
     if (own.wants_x) multiply_grad_x(context, p, grads, own.grad_x);
-    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks.recurrent, own.grad_weights);
+    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks, own.grad_weights);
     if (l) p.grad_y = own.grad_x.const_data_ptr();
   }
 }
@@ -318,12 +367,12 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
 using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 
 Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
-                  bool tf32, const Plan& plan, const MaskArguments& masks = {}) {
+                  bool tf32, const Plan& plan, const Optional& pieces, const MaskArguments& masks = {}) {
   LayerBackward p{};
-  CheckedArguments arguments(p, given, check_options());
+  CheckedArguments arguments(p, given, check_options().with(pieces, given.batch_sizes));
   const CallContext context(given.x);
   arguments.set_backward(p, of_backward);
-  const StepMasks of_steps = checked_masks(masks, p, given.x);
+  const StepMasks of_steps = pieces ? checked_pieces(arguments, p, pieces) : checked_masks(masks, p, given.x);
   BackwardResults results(context, p, given.layers, given.x, given.weights, wants_x, wants_weights);
   if (p.steps && p.rows && has_states(p))
     run_backward(context, p, arguments, plan, tf32, given.x.size(0), given.batch_sizes, of_steps, results);
@@ -335,12 +384,12 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
 Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                        Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                        bool wants_x, bool wants_weights, bool tf32, int64_t path, int64_t tile, int64_t units,
-                       int64_t layers) {
+                       int64_t layers, Optional pieces) {
   const Cell known = take_cell(cell);
   return backward(
       {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
       {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
-      tf32, plan_of(path, tile, units));
+      tf32, plan_of(path, tile, units), pieces);
 }
 
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
@@ -351,7 +400,7 @@ Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_
   return backward(
       {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = 1},
       {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
-      false, plan_of(path, tile, units),
+      false, plan_of(path, tile, units), {},
       {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
@@ -372,13 +421,13 @@ std::vector<int64_t> cuda_clusters() {
 SEQKERNELS_FRAGMENT(m) {
   m.def(
       "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
-      "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+      "bool tf32, int path, int tile, int units, int layers=1, Tensor? pieces=None) "
+      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
   m.def(
       "cuda_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
       "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-      "bool tf32, int path, int tile, int units, int layers=1) -> (Tensor grad_x, Tensor[] grad_weights, Tensor "
-      "grad_h_0, "
-      "Tensor grad_c_0)");
+      "bool tf32, int path, int tile, int units, int layers=1, Tensor? pieces=None) "
+      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
   // By the masked_forward and masked_backward of seqkernels/masked_ops.py. float32 is multiplied as it is.
   m.def(
       "cuda_masked_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "

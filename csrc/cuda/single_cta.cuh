@@ -4,6 +4,7 @@
 // What the other threads need of them goes through shared memory, in two buffers, so that one barrier a step is enough.
 #pragma once
 #include "masks.cuh"
+#include "pieces.cuh"
 #include "tile.cuh"
 #include "weights.cuh"
 
@@ -85,6 +86,21 @@ struct ThreadTile {
             lane.unit + m * kMmaRows};
   }
 
+  // Which state of their pieces the two sequences have in a step, -1 where they do not run.
+  DEVICE void load_pieces(const Pieces& pieces, const Tile::Step& step, int (&found)[2]) const {
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+      found[s] = static_cast<int>(pieces.state(step.row + lane.sequence + s, lane.sequence + s < step.running));
+  }
+  // The same of their first pieces, in the order of the direction, or of their last.
+  DEVICE void load_outermost(const Pieces& pieces, bool last, int (&found)[2]) const {
+#pragma unroll
+    for (int s = 0; s < 2; s++)
+      found[s] = lane.sequence + s < tile.sequences()
+                     ? static_cast<int>(pieces.outermost(tile.first() + lane.sequence + s, last))
+                     : -1;
+  }
+
   // How many of the two units take part, if `sequences` of the tile do.
   DEVICE int count(int m, int s, int sequences) const { return lane.sequence + s < sequences ? present[m] : 0; }
   // Where they are in a buffer of factors.
@@ -98,6 +114,18 @@ struct ThreadTile {
   DEVICE void store_state(void* array, int m, int s, Pair<T> units) const {
     const Global<T> to(static_cast<T*>(array), states);
     store_units<false>(to, state(m, s), units, count(m, s, tile.sequences()));
+  }
+
+  // The same of a piece; zeros of none.
+  DEVICE Pair<T> load_piece(const void* array, const SweepArgs& s, const StepMasks& masks, int state, int m) const {
+    if (!array || state < 0) return {};
+    const Global<const T> from(static_cast<const T*>(array), s.directions * masks.states * hidden);
+    return load_units<false>(from, state * hidden + lane.unit + m * kMmaRows, present[m]);
+  }
+  DEVICE void store_piece(void* array, const SweepArgs& s, const StepMasks& masks, int state, int m,
+                          Pair<T> units) const {
+    const Global<T> to(static_cast<T*>(array), s.directions * masks.states * hidden);
+    store_units<false>(to, state * hidden + lane.unit + m * kMmaRows, units, present[m]);
   }
 
  private:

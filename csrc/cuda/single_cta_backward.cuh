@@ -14,23 +14,36 @@ struct SingleCtaBackward : C {
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
     const ThreadTile<C> mine(s, tile);
-    const BackwardArrays<C::CELL, T, C::EVEN> arrays(s, tile.direction());
+    const BackwardArrays<C::CELL, T, C::EVEN> arrays(s, tile.direction(), states_of(s));
     const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
 
     float grad_h[M_TILES][1][kElements], grad_c[M_TILES][2][2];
     load_states(s, mine, grad_h, grad_c);
 
     StepInputs<T> inputs[M_TILES][2];
+    [[maybe_unused]] int piece[2] = {}, piece_before[2] = {};
     const int64_t last = tile.count() - 1;
     typename Tile::Step now = tile.step(tile.prefetch(last)), before = tile.step(tile.prefetch(last - 1)),
                         earlier = tile.step(tile.prefetch(last - 2));
     const auto load = [&] {
+      if constexpr (C::MASKED)
+        if (s.masks.pieces) {
+          const Pieces pieces(s.masks, s, tile.direction());
+          mine.load_pieces(pieces, now, piece);
+          mine.load_pieces(pieces, before, piece_before);
+        }
       mine.each([&](int m, int s_) {
         inputs[m][s_] = {};
         const int count = mine.count(m, s_, now.running);
+        bool ran = mine.lane.sequence + s_ < before.running;
+        int64_t state = tile.first() + s_;
+        if constexpr (C::MASKED)
+          if (s.masks.pieces) {
+            ran = piece_before[s_] == piece[s_];
+            state = piece[s_] - tile.direction() * s.masks.states - mine.lane.sequence;
+          }
         if (count)
-          arrays.load(now.row + s_, before.row + s_, mine.lane.sequence + s_ < before.running, tile.first() + s_,
-                      m * kMmaRows, mine.lane, count, inputs[m][s_]);
+          arrays.load(now.row + s_, before.row + s_, ran, state, m * kMmaRows, mine.lane, count, inputs[m][s_]);
       });
     };
     load();
@@ -59,6 +72,7 @@ struct SingleCtaBackward : C {
       synchronize();
       // Load what the next step reads; the products hide the latency.
       const int running = now.running;
+      [[maybe_unused]] const int later[2] = {piece[0], piece[1]};
       now = before, before = earlier, earlier = tile.step(prefetched);
       load();
       // The gradient of the previous h: W^T times those of the gates; zeros for a sequence that does not run.
@@ -69,8 +83,16 @@ struct SingleCtaBackward : C {
         else
           multiply_all(weights, m, gradients, running, grad_h[m]);
       }
+      if constexpr (C::MASKED)
+        if (s.masks.pieces)
+          mine.each([&](int m, int s_) {
+            if (later[s_] >= 0 && later[s_] != piece[s_])
+              change_piece(s, mine, m, s_, later[s_], piece[s_], grad_h[m], grad_c[m][s_]);
+          });
     }
 
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) return;  // each has left its gradients
     mine.each([&](int m, int s_) {
       const float units[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
       mine.store_state(s.grad_h_0, m, s_, from_acc<T>(units));
@@ -96,12 +118,40 @@ struct SingleCtaBackward : C {
  private:
   static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, float (&grad_h)[M_TILES][1][kElements],
                                  float (&grad_c)[M_TILES][2][2]) {
+    [[maybe_unused]] int piece[2];
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) mine.load_outermost(Pieces(s.masks, s, mine.tile.direction()), true, piece);
+    const auto load = [&](const void* array, int m, int s_) {
+      if constexpr (C::MASKED)
+        if (s.masks.pieces) return mine.load_piece(array, s, s.masks, piece[s_], m);
+      return mine.load_state(array, m, s_);
+    };
     mine.each([&](int m, int s_) {
       float units[2];
-      to_acc(mine.load_state(s.grad_h_n, m, s_), units);
+      to_acc(load(s.grad_h_n, m, s_), units);
       grad_h[m][0][s_] = units[0], grad_h[m][0][2 + s_] = units[1];
-      to_acc(mine.load_state(s.grad_c_n, m, s_), grad_c[m][s_]);
+      to_acc(load(s.grad_c_n, m, s_), grad_c[m][s_]);
     });
+  }
+
+  // How many initial states a direction has.
+  static DEVICE int64_t states_of(const Parameters& s) {
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) return s.masks.states;
+    return s.sequences;
+  }
+
+  // Where a piece has begun: the gradients of its initial states leave, and those of the final states of the one before
+  // begin, if there is one.
+  static DEVICE void change_piece(const Parameters& s, const ThreadTile<C>& mine, int m, int s_, int begun, int before,
+                                  float (&grad_h)[1][kElements], float (&grad_c)[2]) {
+    float units[2] = {grad_h[0][s_], grad_h[0][2 + s_]};
+    mine.store_piece(s.grad_h_0, s, s.masks, begun, m, from_acc<T>(units));
+    if (kHasC<C::CELL>) mine.store_piece(s.grad_c_0, s, s.masks, begun, m, from_acc<T>(grad_c));
+    if (before < 0) return;
+    to_acc(mine.load_piece(s.grad_h_n, s, s.masks, before, m), units);
+    grad_h[0][s_] = units[0], grad_h[0][2 + s_] = units[1];
+    if (kHasC<C::CELL>) to_acc(mine.load_piece(s.grad_c_n, s, s.masks, before, m), grad_c);
   }
 
   // The gradients of the gates of two units, for all threads; zeros for a sequence that does not run.

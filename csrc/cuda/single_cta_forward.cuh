@@ -20,7 +20,8 @@ struct SingleCtaForward : C {
 
     Pair<T> h[M_TILES][2];
     float c[M_TILES][2][2], b_apart[M_TILES][2];
-    load_states(s, mine, arrays, h, c, b_apart);
+    [[maybe_unused]] int piece[2] = {}, next_piece[2] = {};
+    load_states(s, mine, arrays, h, c, b_apart, piece);
 
     // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
     Pair<T> x[M_TILES][2][G];
@@ -37,6 +38,8 @@ struct SingleCtaForward : C {
     for (int64_t k = 0; k < tile.count(); k++) {
       const Shared<T> before = mine.factors(k % 2), after = mine.factors((k + 1) % 2);
       const typename Tile::Prefetched after_next = tile.prefetch(k + 2);
+      if constexpr (C::MASKED)
+        if (s.masks.pieces) mine.load_pieces(Pieces(s.masks, s, tile.direction()), next, next_piece);
 #pragma unroll
       for (int m = 0; m < M_TILES; m++) {
         // The accumulators start from the gates of x, whose registers then take those of the next step.
@@ -59,14 +62,22 @@ struct SingleCtaForward : C {
             h[m][s_] = from_acc<T>(h_new), c[m][s_][0] = c_new[0], c[m][s_][1] = c_new[1];
             arrays.store_y(now.row + s_, m * kMmaRows, mine.lane, present, h[m][s_]);
             arrays.store_saved(now.row + s_, m * kMmaRows, mine.lane, present, saved, c_new);
+            if constexpr (C::MASKED)
+              if (s.masks.pieces && next_piece[s_] != piece[s_])
+                change_piece(s, mine, m, piece[s_], next_piece[s_], h[m][s_], c[m][s_]);
           }
           after.store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
         }
       }
+#pragma unroll
+      for (int s_ = 0; C::MASKED && s_ < 2; s_++)
+        if (mine.lane.sequence + s_ < now.running) piece[s_] = next_piece[s_];
       now = next, next = tile.step(after_next);
       synchronize();
     }
 
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) return;  // each has left its states
     mine.each([&](int m, int s_) {
       mine.store_state(s.h_n, m, s_, h[m][s_]);
       if (kHasC<C::CELL>) mine.store_state(s.c_n, m, s_, from_acc<T>(c[m][s_]));
@@ -87,10 +98,18 @@ struct SingleCtaForward : C {
  private:
   // The initial states, which go to all threads, and the biases that stay apart.
   static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays,
-                                 Pair<T> (&h)[M_TILES][2], float (&c)[M_TILES][2][2], float (&b_apart)[M_TILES][2]) {
+                                 Pair<T> (&h)[M_TILES][2], float (&c)[M_TILES][2][2], float (&b_apart)[M_TILES][2],
+                                 int (&piece)[2]) {
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) mine.load_outermost(Pieces(s.masks, s, mine.tile.direction()), false, piece);
+    const auto load = [&](const void* array, int m, int s_) {
+      if constexpr (C::MASKED)
+        if (s.masks.pieces) return mine.load_piece(array, s, s.masks, piece[s_], m);
+      return mine.load_state(array, m, s_);
+    };
     mine.each([&](int m, int s_) {
-      h[m][s_] = mine.load_state(s.h_0, m, s_);
-      to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
+      h[m][s_] = load(s.h_0, m, s_);
+      to_acc(load(s.c_0, m, s_), c[m][s_]);
       if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
       mine.factors(0).store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
     });
@@ -121,6 +140,16 @@ struct SingleCtaForward : C {
 #pragma unroll
     for (int i = 0; i < 2; i++)
       if (i < mine.count(m, s_, now.running)) masked.forward(i, saved[i], h_before[i], c[i], h_new[i], c_new[i]);
+  }
+
+  // Where a piece has ended: its states leave, and those of the next begin, if there is one.
+  static DEVICE void change_piece(const Parameters& s, const ThreadTile<C>& mine, int m, int ended, int next,
+                                  Pair<T>& h, float (&c)[2]) {
+    mine.store_piece(s.h_n, s, s.masks, ended, m, h);
+    if (kHasC<C::CELL>) mine.store_piece(s.c_n, s, s.masks, ended, m, from_acc<T>(c));
+    if (next < 0) return;
+    h = mine.load_piece(s.h_0, s, s.masks, next, m);
+    if (kHasC<C::CELL>) to_acc(mine.load_piece(s.c_0, s, s.masks, next, m), c);
   }
 
   // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.

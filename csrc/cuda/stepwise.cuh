@@ -4,6 +4,7 @@
 #pragma once
 #include "fold_biases.cuh"
 #include "masks.cuh"
+#include "pieces.cuh"
 
 namespace seqkernels::device {
 
@@ -53,6 +54,35 @@ struct MaskStatesKernel {
     const acc_t<T> masked = Global<const acc_t<T>>(static_cast<const acc_t<T>*>(p.mask), states).load(i) *
                             to_acc(Global<const T>(static_cast<const T*>(p.states), states).load(i));
     Global<T>(static_cast<T*>(p.result), states).store(i, from_acc<T>(added ? to_acc(added.load(i)) + masked : masked));
+  }
+};
+
+// A thread has one element.
+template <class T>
+struct CopyPiecesKernel {
+  static constexpr int threads = kThreads;
+  using Parameters = CopyPieces;
+
+  static DEVICE void run(const CopyPieces& p) {
+    const SweepArgs& s = p.layer;
+    Element at;
+    if (!element(s.sequences, s.hidden, at)) return;
+    const int d = block_y();
+    const int64_t state = Pieces(p.masks, s, d).outermost(at.row, p.last);
+    const int64_t i = state * s.hidden + at.column, j = (d * s.sequences + at.row) * s.hidden + at.column;
+    const Global<T> of_pieces(static_cast<T*>(p.of_pieces), s.directions * p.masks.states * s.hidden);
+    const int64_t states = s.directions * s.sequences * s.hidden;
+    const Global<T> of_sequences(static_cast<T*>(p.of_sequences), states);
+    const Global<acc_t<T>> accumulated(static_cast<acc_t<T>*>(p.of_sequences), states);
+    if (p.back) {
+      if (state >= 0) of_pieces.store(i, p.accumulated ? from_acc<T>(accumulated.load(j)) : of_sequences.load(j));
+      return;
+    }
+    const T given = state >= 0 && of_pieces ? of_pieces.load(i) : from_acc<T>(0);
+    if (p.accumulated)
+      accumulated.store(j, to_acc(given));
+    else
+      of_sequences.store(j, given);
   }
 };
 
@@ -111,6 +141,32 @@ struct StepForwardKernel {
     store_units<EVEN>(h, place, from_acc<T>(h_now), at.count);
     if (!p.has_projection) arrays.store_y(row, at.unit, {}, at.count, from_acc<T>(h_now));
     arrays.store_saved(row, at.unit, {}, at.count, saved, c_now);
+    if constexpr (MASKED)
+      if (p.masks.pieces) change_piece(p, at, t, from_acc<T>(h_now), c_now);
+  }
+
+ private:
+  // Behind step t: where a piece ended, its states leave, and those of the next begin.
+  static DEVICE void change_piece(const MaskedStepForward& p, const TwoUnits& at, int64_t t, Pair<T> h,
+                                  const acc_t<T> (&c)[2]) {
+    const ForwardArgs& s = p.layer;
+    const int d = block_y();
+    const Pieces pieces(p.masks, s, d);
+    const int64_t ended = pieces.in_step(t, at.row), next = pieces.in_step(d == 0 ? t + 1 : t - 1, at.row);
+    if (ended == next) return;
+    const int64_t of_pieces = s.directions * p.masks.states * s.hidden,
+                  of_sequences = s.directions * s.sequences * s.hidden;
+    const auto place = [&](int64_t state) { return state * s.hidden + at.unit; };
+    const int64_t mine = place(d * s.sequences + at.row);
+    store_units<false>(Global<T>(static_cast<T*>(s.h_n), of_pieces), place(ended), h, at.count);
+    if constexpr (kHasC<CELL>)
+      store_units<false>(Global<T>(static_cast<T*>(s.c_n), of_pieces), place(ended), from_acc<T>(c), at.count);
+    if (next < 0) return;
+    const Global<const T> h_0(static_cast<const T*>(s.h_0), of_pieces), c_0(static_cast<const T*>(s.c_0), of_pieces);
+    store_units<false>(Global<T>(static_cast<T*>(p.h), of_sequences), mine,
+                       load_units<false>(h_0, place(next), at.count), at.count);
+    for (int i = 0; kHasC<CELL> && i < at.count; i++)
+      Global<acc_t<T>>(static_cast<acc_t<T>*>(p.c), of_sequences).store(mine + i, to_acc(c_0.load(place(next) + i)));
   }
 };
 
@@ -130,14 +186,25 @@ struct StepBackwardKernel {
     const int64_t states = s.directions * s.sequences * s.hidden;
     const Global<T> grad_step(static_cast<T*>(p.grad_step), states * G), grad_h(static_cast<T*>(p.grad_h), states);
     const Global<acc_t<T>> grad_c(static_cast<acc_t<T>*>(p.grad_c), states);
-    if constexpr (MASKED) add_factors(p, place, at.count);
+    if constexpr (MASKED) {
+      add_factors(p, place, at.count);
+      if (p.masks.pieces) change_piece(p, at, t);
+    }
     acc_t<T> grad[2][kMaxBlocks] = {};
     if (at.row < steps.size(t)) {
-      const BackwardArrays<CELL, T, EVEN> arrays(s, d);
+      const BackwardArrays<CELL, T, EVEN> arrays(s, d, states_of(p));
       const int64_t row = steps.start(t) + at.row;
-      const bool ran = at.row < steps.size(t_before);
+      bool ran = at.row < steps.size(t_before);
+      int64_t first = at.row;  // state
+      const int64_t row_before = ran ? steps.start(t_before) + at.row : 0;
+      if constexpr (MASKED)
+        if (p.masks.pieces) {
+          const Pieces pieces(p.masks, s, d);
+          first = pieces.state(row, true) - d * p.masks.states;
+          ran = pieces.state(row_before, ran) == pieces.state(row, true);
+        }
       StepInputs<T> inputs = {};
-      arrays.load(row, ran ? steps.start(t_before) + at.row : 0, ran, at.row, at.unit, {}, at.count, inputs);
+      arrays.load(row, row_before, ran, first, at.unit, {}, at.count, inputs);
       acc_t<T> of_h[2], of_c[2] = {};
       to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.grad_h), states), place, at.count), of_h);
 #pragma unroll
@@ -161,6 +228,40 @@ struct StepBackwardKernel {
   }
 
  private:
+  // How many initial states a direction has.
+  static DEVICE int64_t states_of(const Parameters& p) {
+    if constexpr (MASKED)
+      if (p.masks.pieces) return p.masks.states;
+    return p.layer.sequences;
+  }
+
+  // Where step t is the last of its piece and another follows: the gradients of states become that other's, and begin
+  // as those of its own final states.
+  static DEVICE void change_piece(const MaskedStepBackward& p, const TwoUnits& at, int64_t t) {
+    const BackwardArgs& s = p.layer;
+    const int d = block_y();
+    const Pieces pieces(p.masks, s, d);
+    const int64_t later = pieces.in_step(d == 0 ? t + 1 : t - 1, at.row), now = pieces.in_step(t, at.row);
+    if (later < 0 || now < 0 || later == now) return;
+    const int64_t of_pieces = s.directions * p.masks.states * s.hidden,
+                  of_sequences = s.directions * s.sequences * s.hidden;
+    const int64_t from = now * s.hidden + at.unit, to = later * s.hidden + at.unit;
+    const int64_t mine = (d * s.sequences + at.row) * s.hidden + at.unit;
+    const Global<const T> grad_h_n(static_cast<const T*>(s.grad_h_n), of_pieces);
+    const Global<const T> grad_c_n(static_cast<const T*>(s.grad_c_n), of_pieces);
+    const Global<T> grad_h_0(static_cast<T*>(s.grad_h_0), of_pieces), grad_c_0(static_cast<T*>(s.grad_c_0), of_pieces);
+    const Global<T> grad_h(static_cast<T*>(p.grad_h), of_sequences);
+    const Global<acc_t<T>> grad_c(static_cast<acc_t<T>*>(p.grad_c), of_sequences);
+    for (int i = 0; i < at.count; i++) {
+      grad_h_0.store(to + i, grad_h.load(mine + i));
+      grad_h.store(mine + i, grad_h_n ? grad_h_n.load(from + i) : from_acc<T>(0));
+      if constexpr (kHasC<CELL>) {
+        grad_c_0.store(to + i, from_acc<T>(grad_c.load(mine + i)));
+        grad_c.store(mine + i, grad_c_n ? to_acc(grad_c_n.load(from + i)) : 0);
+      }
+    }
+  }
+
   // Adds to grad_h what the last product gave, which the next one overwrites; also where a sequence does not run now.
   static DEVICE void add_factors(const MaskedStepBackward& p, int64_t place, int count) {
     MaskStates of_h{};
@@ -243,6 +344,13 @@ struct FinishSweepKernel {
     Global<T>(static_cast<T*>(p.grad_b_ih[d]), p.biases).store(i, sums.load(i < p.folded ? i : i + apart));
   }
 
+  // Of all directions.
+  static DEVICE int64_t initial_states(const Parameters& p) {
+    if constexpr (MASKED)
+      if (p.masks.pieces) return p.layer.directions * p.masks.states;
+    return p.layer.directions * p.layer.sequences;
+  }
+
   static DEVICE void gather(const Parameters& p, Element at, int d) {
     const SweepArgs& s = p.layer;
     const Steps steps(s);
@@ -253,16 +361,22 @@ struct FinishSweepKernel {
     }
     const int64_t sequence = at.row - steps.start(low), before = d == 0 ? low - 1 : low + 1;
     const Global<const T> y(static_cast<const T*>(p.y), s.rows * s.directions * s.projected);
-    const Global<const T> h_0(static_cast<const T*>(p.h_0), s.directions * s.sequences * s.projected);
+    const Global<const T> h_0(static_cast<const T*>(p.h_0), initial_states(p) * s.projected);
     T h = from_acc<T>(0);
     if (sequence < steps.size(low)) {
-      h = sequence < steps.size(before)
-              ? y.load(((steps.start(before) + sequence) * s.directions + d) * s.projected + at.column)
-              : h_0.load((d * s.sequences + sequence) * s.projected + at.column);
       if constexpr (MASKED) {
-        const Global<const acc_t<T>> mask(static_cast<const acc_t<T>*>(p.mask),
+        const Pieces pieces(p.masks, s, d);
+        const int64_t state = d * s.sequences + sequence, first = pieces ? pieces.in_step(low, sequence) : state;
+        const bool ran = sequence < steps.size(before) && (!pieces || pieces.in_step(before, sequence) == first);
+        h = ran ? y.load(((steps.start(before) + sequence) * s.directions + d) * s.projected + at.column)
+                : h_0.load(first * s.projected + at.column);
+        const Global<const acc_t<T>> mask(static_cast<const acc_t<T>*>(p.masks.recurrent),
                                           s.directions * s.sequences * s.projected);
-        h = from_acc<T>(to_acc(h) * mask.load((d * s.sequences + sequence) * s.projected + at.column));
+        if (mask) h = from_acc<T>(to_acc(h) * mask.load(state * s.projected + at.column));
+      } else {
+        h = sequence < steps.size(before)
+                ? y.load(((steps.start(before) + sequence) * s.directions + d) * s.projected + at.column)
+                : h_0.load((d * s.sequences + sequence) * s.projected + at.column);
       }
     }
     Global<T>(static_cast<T*>(p.previous), s.directions * s.rows * s.projected)

@@ -57,9 +57,9 @@ void multiply_grad_w_ih(const CallContext& context, const Layer& p, const Direct
 
 // Gathers states, and writes the gradients of all biases.
 void finish(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep, const SweepGradients& grads,
-            const BackwardWorkspace& memory, const void* recurrent, Tensors& grad_weights) {
+            const BackwardWorkspace& memory, const StepMasks& masks, Tensors& grad_weights) {
   MaskedFinishSweep finish{};
-  finish.mask = recurrent;
+  finish.masks = masks;
   finish.layer = sweep;
   finish.h_0 = p.h_0, finish.y = p.y;
   finish.previous = memory.previous;
@@ -77,8 +77,9 @@ void finish(const CallContext& context, const LayerBackward& p, const BackwardAr
       finish.grad_b_hh[d] = of.b_hh->mutable_data_ptr();
     }
   }
-  check_launch(recurrent ? finish_sweep(finish, context.stream())
-                         : finish_sweep(static_cast<const FinishSweep&>(finish), context.stream()));
+  check_launch(masks.recurrent || masks.pieces
+                   ? finish_sweep(finish, context.stream())
+                   : finish_sweep(static_cast<const FinishSweep&>(finish), context.stream()));
 }
 
 }  // namespace
@@ -135,10 +136,10 @@ void multiply_grad_x(const CallContext& context, const Layer& p, const SweepGrad
 }
 
 void multiply_grad_weights(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep,
-                           const SweepGradients& grads, const BackwardWorkspace& memory, const void* recurrent,
+                           const SweepGradients& grads, const BackwardWorkspace& memory, const StepMasks& masks,
                            Tensors& grad_weights) {
   const int64_t N = sweep.rows, R = p.rows, H = p.hidden, P = p.projected;
-  finish(context, p, sweep, grads, memory, recurrent, grad_weights);
+  finish(context, p, sweep, grads, memory, masks, grad_weights);
   for (int d = 0; d < p.directions; d++) {
     const auto of = weights_of_direction(grad_weights.data(), grad_weights.size(), p.directions, d);
     const Direction grad(context, p, grads, d);

@@ -31,7 +31,8 @@ class Call(NamedTuple):
     capturing: bool = False  # a packed batch, into a CUDA graph
     bfloat16_parts: int = 0  # on a CPU torch lets factors of float32 be sums of so many bfloat16; 0: it does not
     vmapped: bool = False  # torch.vmap is at work, and no other transform
-    options: tuple[str, ...] = ()  # of `seqkernels.cell_options`: what its steps compute beside a plain cell's
+    # What its steps do beside a plain cell's: those of `seqkernels.cell_options`, or RESETS.
+    options: tuple[str, ...] = ()
 
     @property
     def gates(self) -> int:
@@ -43,6 +44,7 @@ class Call(NamedTuple):
         return self.gates * self.hidden_size * self.hidden_size
 
 
+RESETS = "resets"  # go from one piece of a sequence to the next (`seqkernels.resets`)
 CUDNN_STEPS = 65535  # that cuDNN takes at most
 
 
@@ -59,6 +61,8 @@ def no_options(call: Call) -> str:
 def gpus_have_options(call: Call) -> bool:
     """Whether kernels for GPUs have the options of a call. An RNN without norms saves its state alone, and its backward
     pass would need the one that zoneout has replaced."""
+    if call.options == (RESETS,):
+        return not call.projected
     others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
     return others == {"layer_norm"} or (not others and not (call.cell.startswith("rnn") and "zoneout" in call.options))
 

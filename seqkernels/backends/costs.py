@@ -30,6 +30,9 @@ CLOCK = 1700  # clocks a microsecond; the data sheets' boosts are 1,410 (A100) t
 SHARED = 128  # bytes a clock that a multiprocessor reads from its shared memory (Hopper tuning guide)
 L2 = 64  # bytes a clock and multiprocessor from the L2 cache (GA100 white paper: 5,120 for 80 of them)
 ROWS = 64  # that cuBLAS multiplies at once, however few there are
+COPIED = 16  # bytes a clock and multiprocessor that copies of rows move (H200: 4.8 TB/s by its data sheet)
+# Operations of torch that bring rows into the order of pieces, and back, beyond those that number pieces (counted).
+CUTTING = 29
 # One of the dependent launches of a step, where the GPU has little to do in it: 383 ms on an A100 for 8,000 steps of
 # four layers, a GRU of H = 130 forward and backward, are 128,000 launches (seen by nsys; cuDNN 9.1 in torch 2.6).
 LAUNCH = 3.0
@@ -64,6 +67,13 @@ class Terms(NamedTuple):
 
 def cost(found: Terms, gpu: GPU) -> float:
     return found.us(MEASURED.get(gpu.name, _UNMEASURED).get(found.key) or _UNMEASURED[found.key])
+
+
+def copies(call: Call, gpu: GPU) -> float:
+    """What it takes to copy rows of input and output into the order of pieces and back, as its share of a step."""
+    row = (call.input_size + call.directions * call.hidden_size) * call.dtype.itemsize
+    moved = 2 * call.sequences * row * (2 if call.training else 1)
+    return moved / (COPIED * gpu.multiprocessors * CLOCK) + CUTTING * LAUNCH / max(call.steps, 1)
 
 
 def of_call(backend: str, call: Call, gpu: GPU) -> float:

@@ -1,6 +1,6 @@
 """The operator pair by compiled kernels for the CPU: csrc/cpu, which defines the operators itself."""
 
-from seqkernels.backends.call import NO_TRANSFORMS, Call, no_options
+from seqkernels.backends.call import NO_TRANSFORMS, RESETS, Call, no_options
 from seqkernels.backends.precision import NATIVE_DTYPES
 from seqkernels.hardware import Machine
 
@@ -20,6 +20,8 @@ def unsupported(call: Call, machine: Machine) -> str | None:
 
 
 def _has_options(call: Call) -> bool:
+    if call.options == (RESETS,):
+        return True
     others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
     # An RNN without norms saves its state alone, and its backward pass would need the one that zoneout has replaced.
     return others == {"layer_norm"} or (not others and not call.cell.startswith("rnn"))

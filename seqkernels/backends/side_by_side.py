@@ -1,16 +1,17 @@
-"""Sequences that consist of pieces, for backends whose kernels know none: they run the pieces side by side.
+"""Sequences that consist of pieces, for kernels that know none: they run the pieces side by side.
 
-The operators take ``pieces`` ``[N]`` (`seqkernels.ops`). Here rows, and what is saved of them, are copied into the
-order of a ragged batch of the pieces and back, so that results are where those of kernels that know pieces are.
+The operators take ``pieces`` (`seqkernels.ops`). Here rows, and what is saved of them, are copied into the order of a
+ragged batch of the pieces and back, so that results are where those of kernels that know pieces are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seqkernels.backends.stack import SavedLayout
+from seqkernels.late_checks import fitting_pieces, out_of_sight
 
 
 class _Order(NamedTuple):
@@ -41,8 +42,17 @@ class _Order(NamedTuple):
         return layout.joined([part for pair in zip(blocks, [*ys, blocks[-1]], strict=True) for part in pair][:-1])
 
 
-def _side_by_side(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: int) -> _Order:
-    """The order of `count` pieces.
+class _Rows(NamedTuple):
+    """Of the rows that steps use, their step, sequence and piece, and the order of pieces."""
+
+    step: Tensor
+    sequence: Tensor
+    piece: Tensor
+    by_piece: Tensor
+
+
+def _checked(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: int) -> _Rows:
+    """The rows of `count` pieces, which are read.
 
     Raises:
         RuntimeError: pieces that do not fit; as csrc/check.h.
@@ -63,22 +73,56 @@ def _side_by_side(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: 
     follow = (sequence[before] == sequence[after]) & (step[before] + 1 == step[after])
     if not (follow | (pieces[before] != pieces[after])).all():
         raise RuntimeError("the rows of a piece do not follow each other in one sequence")
+    return _Rows(step, sequence, pieces, by_piece)
+
+
+def _side_by_side(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: int) -> _Order:
+    """The order of `count` pieces, checked."""
+    step, _, pieces, by_piece = _checked(pieces, batch_sizes, rows, count)
+    assert batch_sizes is not None
+    device, used = pieces.device, torch.arange(len(step), device=pieces.device)
     begins = torch.searchsorted(pieces[by_piece], torch.arange(count + 1, device=device))
     lengths, states = begins.diff().sort(descending=True, stable=True)
     of_piece, rank = torch.empty_like(step), states.argsort()
     of_piece[by_piece] = used - begins[pieces[by_piece]]
     index = torch.arange(rows, device=device)  # rows that no step uses stay behind the others
     index[: len(step)] = (of_piece * count + rank[pieces]).argsort()
-    running = count - torch.searchsorted(lengths.flip(0), torch.arange(len(sizes), device=device), right=True)
+    steps = torch.arange(len(batch_sizes), device=device)
+    running = count - torch.searchsorted(lengths.flip(0), steps, right=True)
     return _Order(index, index.argsort(), states, rank, running.to(batch_sizes.device))
 
 
-def forward_of(run: Callable) -> Callable:
-    """A backend's forward pass, with the argument pieces."""
+def of_rows(pieces: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """pieces ``[N]`` and batch_sizes of what an operator is given."""
+    if pieces.dim() != 2 or batch_sizes is not None:
+        return pieces, batch_sizes
+    steps, sequences = pieces.shape
+    return pieces.flatten(), torch.full((steps,), sequences, device="cpu")
+
+
+def _in_kernels(pieces: Tensor, batch_sizes: Tensor | None, x: Tensor, weights: Sequence[Tensor], h_0: Tensor) -> bool:
+    """Whether kernels that know pieces have those of this call, which are checked then: nothing is projected, and the
+    host knows how many sequences run."""
+    projected = len(weights) // max(len(h_0), 1) % 2 == 1
+    if projected or (batch_sizes is not None and out_of_sight(batch_sizes)):
+        return False
+    if batch_sizes is None and pieces.dim() != 2:
+        raise RuntimeError("pieces go with batch_sizes")
+    if not out_of_sight(pieces):
+        _checked(*of_rows(pieces, batch_sizes), x.shape[0], h_0.shape[1])
+    return True
+
+
+def forward_of(run: Callable, knows_pieces: bool = False) -> Callable:
+    """A backend's forward pass, with the argument pieces, which some backends know themselves."""
 
     def forward(cell, x, weights, h_0, c_0, batch_sizes, save, launch=(), layers=1, pieces=None):
         if pieces is None:
             return run(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
+        pieces = fitting_pieces(pieces, h_0.shape[1])
+        if knows_pieces and _in_kernels(pieces, batch_sizes, x, weights, h_0):
+            return run(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces)
+        pieces, batch_sizes = of_rows(pieces, batch_sizes)
         order = _side_by_side(pieces, batch_sizes, x.shape[0], h_0.shape[1])
         rows, states = order.to_rows(x), order.to_states(h_0, c_0)
         y, h_n, c_n, saved = run(cell, *rows, weights, *states, order.batch_sizes, save, [], layers)
@@ -90,7 +134,7 @@ def forward_of(run: Callable) -> Callable:
     return forward
 
 
-def backward_of(run: Callable) -> Callable:
+def backward_of(run: Callable, knows_pieces: bool = False) -> Callable:
     """A backend's backward pass, with the argument pieces."""
 
     def backward(
@@ -101,6 +145,12 @@ def backward_of(run: Callable) -> Callable:
         if pieces is None:
             grads = grad_y, grad_h_n, grad_c_n
             return run(cell, *grads, x, weights, h_0, c_0, batch_sizes, y, saved, *wants, launch, layers)
+        pieces = fitting_pieces(pieces, h_0.shape[1])
+        if knows_pieces and _in_kernels(pieces, batch_sizes, x, weights, h_0):
+            of_stack = x, weights, h_0, c_0, batch_sizes
+            options = wants_x, wants_weights, launch, layers, pieces
+            return run(cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *options)
+        pieces, batch_sizes = of_rows(pieces, batch_sizes)
         order = _side_by_side(pieces, batch_sizes, x.shape[0], h_0.shape[1])
         saved = order.saved(order.rows, saved, SavedLayout.of(cell, x, weights, h_0, layers))
         grad_y, x, y = order.to_rows(grad_y, x, y)

@@ -199,7 +199,7 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
     launches = []
 
     def cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, tf32, *launch):
-        *launch, layers = launch
+        *launch, layers, _ = launch
         launches.append((PassLaunch(*launch), tf32))
         D, P = len(h_0) // layers, h_0.shape[2]
         y = x.new_zeros(len(x), D * P)
@@ -209,7 +209,7 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
         return y, torch.zeros_like(h_0), c_n, saved
 
     def cuda_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, *more):
-        *_, tf32, path, tile, units, _ = more
+        *_, tf32, path, tile, units, _, _ = more
         launches.append((PassLaunch(path, tile, units), tf32))
         c = h_0.new_zeros(*h_0.shape[:2], 0) if c_0 is None else torch.zeros_like(c_0)
         return torch.zeros_like(x), [torch.zeros_like(weight) for weight in weights], torch.zeros_like(h_0), c

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqkernels import hardware
 from seqkernels._ops import ops
-from seqkernels.backends.call import Call
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
 from seqkernels.late_checks import fitting, fitting_backward
@@ -24,10 +24,11 @@ def forward(
     save: bool,
     launch: Sequence[int] = (),  # by `Launch`, the same for all layers
     layers: int = 1,
+    pieces: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, pieces=pieces)
     batch_sizes = fitting(x, h_0, batch_sizes)
-    return ops.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers)
+    return ops.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers, pieces)
 
 
 def backward(
@@ -46,11 +47,13 @@ def backward(
     wants_weights: bool,
     launch: Sequence[int] = (),
     layers: int = 1,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, pieces=pieces)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     grads, stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
-    return ops.cuda_backward(cell, *grads, *stack, y, saved, wants_x, wants_weights, bool(tf32), *passes[3:], layers)
+    options = wants_x, wants_weights, bool(tf32), *passes[3:], layers, pieces
+    return ops.cuda_backward(cell, *grads, *stack, y, saved, *options)
 
 
 # Those of seqkernels.masked_ops.
@@ -132,7 +135,14 @@ def _layer_with_norms(
 
 
 def _planned(
-    launch: Sequence[int], cell: str, x: Tensor, weights: list[Tensor], h_0: Tensor, layers: int, masked: bool = False
+    launch: Sequence[int],
+    cell: str,
+    x: Tensor,
+    weights: list[Tensor],
+    h_0: Tensor,
+    layers: int,
+    masked: bool = False,
+    pieces: Tensor | None = None,
 ) -> Sequence[int]:
     """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
 
@@ -148,7 +158,7 @@ def _planned(
     if not known:
         return _plan(cell, x, h_0, 0)
     projected = len(weights) // h_0.shape[0] % 2 == 1
-    options = ("masks",) if masked else ()
+    options = ("masks",) if masked else () if pieces is None else (RESETS,)
     return _plan(cell, x, h_0, weights[0].shape[0] // CELLS[cell].gates, projected, layers, options)
 
 

@@ -63,7 +63,11 @@ def factors(layer: Layer, y: Tensor, h_0: Tensor, direction: int) -> Tensor:
     before = t + 1 if reverse else t - 1
     there = before.clamp(0, layer.T - 1)
     ran = (before == there) & (sequence < sizes[there])
-    source = torch.where(ran, layer.B + starts[there] + sequence, sequence)
-    source = torch.where(row < starts[-1] + sizes[-1], source, layer.B + layer.N)
+    row_before, first = starts[there] + sequence, sequence
+    if layer.pieces is not None:
+        first = layer.pieces
+        ran &= layer.pieces[torch.where(ran, row_before, 0)] == first
+    source = torch.where(ran, layer.C + row_before, first)
+    source = torch.where(row < starts[-1] + sizes[-1], source, layer.C + layer.N)
     h = torch.cat([h_0, y, y.new_zeros(1, layer.P)])[source]
     return h if mask is None else (h * mask[sequence]).to(h.dtype)

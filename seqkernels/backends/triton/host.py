@@ -9,13 +9,16 @@ torch multiplies (the input projection, the gradients of x and of the weights, a
 torch.backends.cuda.matmul.
 """
 
+import functools
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from seqkernels.backends import stack
 from seqkernels.backends.arguments import NO_MASKS, StepMasks, check, check_backward
+from seqkernels.backends.side_by_side import of_rows
 from seqkernels.backends.triton import gradients
 from seqkernels.backends.triton.layer import Layer
 from seqkernels.backends.triton.tiles import DTYPES, NO_KERNEL
@@ -32,10 +35,12 @@ def forward(
     save: bool,
     launch: Sequence[int] = (),
     layers: int = 1,
+    pieces: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pieces, batch_sizes = (pieces, batch_sizes) if pieces is None else of_rows(pieces, batch_sizes)
     _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
-    batch_sizes = fitting(x, h_0, batch_sizes)
-    return stack.forward(_forward, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
+    batch_sizes, run = fitting(x, h_0, batch_sizes), functools.partial(_forward, pieces=pieces)
+    return stack.forward(run, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
 
 
 def masked_forward(
@@ -49,23 +54,29 @@ def masked_forward(
 
 
 def _forward(
-    cell, x, weights, h_0, c_0, batch_sizes, save, launch, masks=NO_MASKS
+    cell, x, weights, h_0, c_0, batch_sizes, save, launch, masks=NO_MASKS, pieces=None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One layer."""
-    layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks)
+    layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks, pieces)
     # Rows that no step uses come out as zeros.
     new = x.new_empty if batch_sizes is None else x.new_zeros
     y = new(layer.N, layer.D * layer.P)
     saved = new(layer.N, layer.D, layer.K * layer.H if save else 0)
     h_n = h_0.clone(memory_format=torch.contiguous_format)
-    c_n = h_0.new_zeros(layer.D, layer.B, 0) if c_0 is None else _copy(c_0, torch.float32)
+    c_n = h_0.new_zeros(layer.D, layer.C, 0) if c_0 is None else _copy(c_0, torch.float32)
     if layer.has_work:
         gates_x = x.new_empty(layer.D, layer.N, layer.G * layer.H)
         for w, gates in zip(layer.weights, gates_x, strict=True):
             _linear(x, w.w_ih, w.b_ih, out=gates)
         with layer.guard():
-            run = _resident_forward if layer.tile.resident else _stepwise_forward
-            run(layer, gates_x, h_n, c_n, y, saved, save)
+            if pieces is None:
+                run = _resident_forward if layer.tile.resident else _stepwise_forward
+                run(layer, gates_x, h_n, c_n, y, saved, save)
+            else:
+                initial = (state if state is None else state.contiguous() for state in (h_0, c_0))
+                states = dict(zip(STATES, (*initial, h_n, c_n), strict=True))
+                h, c = (_outermost(layer, state, last=False) for state in (h_n, c_n))
+                _stepwise_forward(layer, gates_x, h, c, y, saved, save, states)
     return y, h_n, c_n.to(x.dtype), saved
 
 
@@ -85,13 +96,15 @@ def backward(
     wants_weights: bool,
     launch: Sequence[int] = (),
     layers: int = 1,
+    pieces: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    pieces, batch_sizes = (pieces, batch_sizes) if pieces is None else of_rows(pieces, batch_sizes)
     _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved, layers)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     return stack.backward(
-        _backward, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
-        wants_weights, launch, layers,
+        functools.partial(_backward, pieces=pieces), cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0,
+        batch_sizes, y, saved, wants_x, wants_weights, launch, layers,
     )  # fmt: skip
 
 
@@ -111,14 +124,15 @@ def masked_backward(
 
 def _backward(
     cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch,
-    masks=NO_MASKS,
+    masks=NO_MASKS, pieces=None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
     """One layer."""
-    layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks)
-    D, B, N, H, P = layer.D, layer.B, layer.N, layer.H, layer.P
-    carried = torch.float32 if layer.tile.resident else x.dtype  # the stepwise path multiplies into it
-    grad_h = given_or_zeros(grad_h_n, (D, B, P), x, carried)
-    grad_c = given_or_zeros(grad_c_n, (D, B, 0 if c_0 is None else H), x, torch.float32)
+    layer = Layer(cell, x, weights, h_0, batch_sizes, launch, masks, pieces)
+    D, C, N, H, P = layer.D, layer.C, layer.N, layer.H, layer.P
+    # The stepwise path multiplies into it.
+    carried = torch.float32 if layer.tile.resident and pieces is None else x.dtype
+    grad_h = given_or_zeros(grad_h_n, (D, C, P), x, carried)
+    grad_c = given_or_zeros(grad_c_n, (D, C, 0 if c_0 is None else H), x, torch.float32)
     # Rows that no step uses have no gradient.
     new = x.new_empty if batch_sizes is None else x.new_zeros
     grad_gates = new(D, N, layer.F * H)
@@ -129,8 +143,17 @@ def _backward(
         grad_y = None if grad_y is None else grad_y.contiguous()
         y, saved = y.contiguous(), saved.contiguous()
         with layer.guard():
-            run = _resident_backward if layer.tile.resident else _stepwise_backward
-            run(layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected)
+            of_rows = h_0, c_0, y, saved, grad_gates, grad_projected
+            if pieces is None:
+                run = _resident_backward if layer.tile.resident else _stepwise_backward
+                run(layer, grad_y, grad_h, grad_c, *of_rows)
+            else:
+                of_final = grad_h.clone(), grad_c.clone()
+                states = dict(zip(GRADS_OF_STATES, (*of_final, grad_h, grad_c), strict=True))
+                of_h, of_c = (_outermost(layer, grad, last=True) for grad in of_final)
+                _stepwise_backward(layer, grad_y, of_h, of_c, *of_rows, states)
+                _put_outermost(layer, grad_h, of_h)
+                _put_outermost(layer, grad_c, of_c)
     grad_x = gradients.grad_x(layer, grad_gates) if wants_x else x.new_empty(0)
     if not wants_weights:
         grad_weights = [x.new_empty(0) for _ in weights]
@@ -149,6 +172,20 @@ def _check(cell, x, weights, h_0, c_0, batch_sizes, layers) -> None:
 
 # ---- the sweeps
 
+STATES, GRADS_OF_STATES = ("h_0", "c_0", "h_n", "c_n"), ("grad_h_n", "grad_c_n", "grad_h_0", "grad_c_0")
+NO_STATES, NO_GRADS = MappingProxyType(dict.fromkeys(STATES)), MappingProxyType(dict.fromkeys(GRADS_OF_STATES))
+
+
+def _outermost(layer: Layer, states: Tensor, last: bool) -> Tensor:
+    """Of the states of pieces ``[D, C, *]`` those that sequences begin with, or end with, ``[D, B, *]``."""
+    return torch.stack([of.index_select(0, index) for of, index in zip(states, layer.outermost(last), strict=True)])
+
+
+def _put_outermost(layer: Layer, states: Tensor, begins: Tensor) -> None:
+    """The inverse of those that sequences begin with."""
+    for of, index, begin in zip(states, layer.outermost(last=False), begins, strict=True):
+        of.index_copy_(0, index, begin)
+
 
 def _resident_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
     # A tile reads its states before it writes them, so they may change in place.
@@ -159,7 +196,8 @@ def _resident_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
     )  # fmt: skip
 
 
-def _stepwise_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
+def _stepwise_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save, of_pieces=NO_STATES) -> None:
+    """`of_pieces`: the states of all pieces; h_n and c_n are those that sequences begin with then."""
     D, B, H, P = layer.D, layer.B, layer.H, layer.P
     w_hh, b_hh = layer.stacked("w_hh").mT, layer.stacked("b_hh") if layer.bias else gates_x
     gates_h = y.new_empty(D, B, layer.G * H)
@@ -173,7 +211,7 @@ def _stepwise_forward(layer: Layer, gates_x, h_n, c_n, y, saved, save) -> None:
         layer.launch(
             "step_forward", layer.grid(rows, H), gates_x=gates_x, gates_h=gates_h, b_hh=b_hh, h=h, c=c_n, y=y,
             saved=saved, factors=None if recurrent is None else factors, k=k, BIAS=layer.bias, SAVE=save,
-            PROJECTED=layer.projected, NEEDS_H_PREV=layer.cell.needs_h_prev,
+            PROJECTED=layer.projected, NEEDS_H_PREV=layer.cell.needs_h_prev, **layer.of_pieces(), **of_pieces,
         )  # fmt: skip
         if layer.projected:
             torch.bmm(h[:, :rows], w_hr, out=projected[:, :rows])
@@ -189,7 +227,10 @@ def _resident_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved,
     )  # fmt: skip
 
 
-def _stepwise_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected) -> None:
+def _stepwise_backward(
+    layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved, grad_gates, grad_projected, of_pieces=NO_GRADS
+) -> None:
+    """`of_pieces`: the gradients of all pieces' states; grad_h and grad_c are those that sequences end with then."""
     D, B, H, P, projected = layer.D, layer.B, layer.H, layer.P, layer.projected
     w_hh, given = layer.stacked("w_hh"), grad_y is not None
     grad_y = grad_y if given else y
@@ -211,7 +252,7 @@ def _stepwise_backward(layer: Layer, grad_y, grad_h, grad_c, h_0, c_0, y, saved,
             c_0=c_0, y=y, saved=saved, grad_factors=None if recurrent is None else grad_factors,
             grad_gates=grad_gates, grad_step=grad_step, k=k,
             GRADS=layer.F, HAS_GRAD_Y=given and not projected, PROJECTED=projected,
-            NEEDS_H_PREV=layer.cell.needs_h_prev,
+            NEEDS_H_PREV=layer.cell.needs_h_prev, **layer.of_pieces(), **of_pieces,
         )  # fmt: skip
         grad_factors[:, :rows].baddbmm_(grad_step[:, :rows], w_hh)
     if recurrent is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seqkernels import hardware, late_checks
 from seqkernels.backends.arguments import NO_MASKS, StepMasks, Weights, by_direction
-from seqkernels.backends.call import Call
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.triton.tiles import Launch, launch_of
 
@@ -28,9 +28,11 @@ class Layer:
         batch_sizes: Tensor | None,
         launch: Sequence[int],
         masks: StepMasks = NO_MASKS,
+        pieces: Tensor | None = None,
     ):
-        self.cell, self.device, self.masks = CELLS[cell], x.device, masks
-        self.D, self.B, self.P = h_0.shape
+        self.cell, self.device, self.masks, self.pieces = CELLS[cell], x.device, masks, pieces
+        self.D, self.C, self.P = h_0.shape
+        self.B = self.C if pieces is None or batch_sizes is None else sum(batch_sizes[:1].tolist())
         self.weights: list[Weights] = by_direction(weights, self.D)
         self.N, self.G, self.K = x.shape[0], self.cell.gates, self.cell.saved_blocks
         self.F = self.G + self.cell.gates_apart  # blocks of grad_gates
@@ -53,6 +55,14 @@ class Layer:
             self.starts, self.sizes = _starts_and_sizes(batch_sizes, x.device)
         self.has_work = 0 not in (self.N, self.T, self.B, self.H + self.P)
 
+    def options(self) -> tuple[str, ...]:
+        """As `Call.options`."""
+        return (
+            (RESETS,)
+            if self.pieces is not None
+            else tuple(k for k, mask in self.masks._asdict().items() if mask is not None)
+        )
+
     def guard(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
@@ -61,6 +71,18 @@ class Layer:
         other = self.known[::-1] if self.D == 2 else self.known
         steps = [(k, rows) for k, rows in enumerate(map(max, self.known, other)) if rows]
         return steps[::-1] if back else steps
+
+    def of_pieces(self) -> dict[str, Any]:
+        """What a kernel of single steps takes of them."""
+        return {"pieces": self.pieces, "C": None if self.pieces is None else self.C}
+
+    def outermost(self, last: bool) -> Tensor:
+        """The states ``[D, B]`` of the pieces that sequences begin with in the order of a direction, or end with."""
+        assert self.pieces is not None
+        sequence = torch.arange(self.B, device=self.device)
+        ends = self.T - torch.searchsorted(self.sizes.flip(0), sequence, right=True) - 1
+        first, behind = self.pieces[sequence], self.pieces[self.starts[ends] + sequence]
+        return torch.stack(([behind, first] if last else [first, behind])[: self.D])
 
     def stacked(self, name: str) -> Tensor:
         """One weight of all directions ``[D, *]``; a view where there is one direction."""
@@ -93,7 +115,7 @@ def _launch(planned: Sequence[int], x: Tensor, layer: Layer) -> Launch:
         hidden_size=layer.H,
         projected=layer.projected,
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
-        options=tuple(name for name, mask in layer.masks._asdict().items() if mask is not None),
+        options=layer.options(),
     )
     return launch_of(call, hardware.gpu_of(x.device))
 

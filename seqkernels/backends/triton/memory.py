@@ -6,7 +6,7 @@ import triton.language as tl
 from seqkernels.backends.triton.algebra import store
 
 # Sizes change from call to call: no kernel is compiled again because one is a multiple of 16, or 1.
-kernel = triton.jit(do_not_specialize=["T", "B", "N", "k"])
+kernel = triton.jit(do_not_specialize=["T", "B", "C", "N", "k"])
 
 
 @triton.jit
@@ -24,6 +24,24 @@ def rows_of_step(starts, sizes, t, T, B, RAGGED: tl.constexpr):
     else:
         start, size = t.to(tl.int64) * B, tl.where(there, B, 0).to(tl.int64)
     return start, size
+
+
+@triton.jit
+def states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED: tl.constexpr):
+    """Of sequences that consist of pieces, which state of ``[D, C, H]`` is that of each one's piece in step t; -1 where
+    it does not run."""
+    start, size = rows_of_step(starts, sizes, t, T, B, RAGGED)
+    running = first + lane < size
+    return tl.where(running, direction * C + tl.load(pieces + (start + first) + lane, running, 0), -1)
+
+
+@triton.jit
+def initial_state(states, state, lane, unit, piece, H: tl.constexpr):
+    """Where a sequence's own initial state is, or with pieces that of its piece."""
+    if piece is None:
+        return states + state + (lane * H + unit)
+    else:
+        return states + (piece * H + unit)
 
 
 @triton.jit
@@ -100,7 +118,7 @@ def load_x(
 def load_step(
     grad_y, y, saved, h_0, c_0, starts, sizes, t, direction, first, lane, unit, here, T, B,
     HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr, H: tl.constexpr, D: tl.constexpr, SAVED: tl.constexpr,
-    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr,
+    RAGGED: tl.constexpr, HAS_GRAD_Y: tl.constexpr, piece=None, piece_before=None,
 ):  # fmt: skip
     """What cell_backward needs of step t -> (the tile's first row of [N], what runs, gradient of y, s_0..s_3, now,
     before)."""
@@ -111,18 +129,20 @@ def load_step(
     start_before, size_before = rows_of_step(starts, sizes, tl.where(direction == 0, t - 1, t + 1), T, B, RAGGED)
     place_before = (start_before + first) * D + direction
     ran = running & (first + lane < size_before)
+    if piece is not None:
+        ran = ran & (piece == piece_before)
     state = (direction * B + first) * H
     if NEEDS_H_PREV:
         in_row = lane * D * SAVED * H + unit
         s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, SAVED)
-        before = tl.load(h_0 + state + (lane * H + unit), running & ~ran, 0.0)
+        before = tl.load(initial_state(h_0, state, lane, unit, piece, H), running & ~ran, 0.0)
         before = tl.where(ran, tl.load(y + place_before * H + (lane * D * H + unit), ran, 0.0), before)
         now = before
     elif HAS_C:
         in_row = lane * D * SAVED * H + unit
         s_0, s_1, s_2, s_3 = load_blocks(saved + place * SAVED * H, in_row, running, H, SAVED - 1)
         now = tl.load(saved + (place * SAVED + SAVED - 1) * H + in_row, running, 0.0)
-        before = tl.load(c_0 + state + (lane * H + unit), running & ~ran, 0.0)
+        before = tl.load(initial_state(c_0, state, lane, unit, piece, H), running & ~ran, 0.0)
         before = tl.where(ran, tl.load(saved + (place_before * SAVED + SAVED - 1) * H + in_row, ran, 0.0), before)
     else:
         now = tl.load(y + place * H + (lane * D * H + unit), running, 0.0)

@@ -12,6 +12,7 @@ from seqkernels.backends.triton.memory import (
     load_step,
     load_x,
     rows_of_step,
+    states_of_step,
     step_of,
     store_blocks,
 )
@@ -26,7 +27,9 @@ def step_forward(
     c,  # [D, B, H] float32, changed in place
     starts, sizes, y, saved, recurrent, candidate, zoneout_h, zoneout_c,
     factors,  # [D, B, H] h of the next product, which is masked; else None
-    k, T, B, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr,
+    pieces,  # [N] of sequences that consist of pieces; else None
+    h_0, c_0, h_n, c_n,  # [D, C, H] their states
+    k, T, B, C, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr,
     BIAS: tl.constexpr, SAVE: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
@@ -56,13 +59,27 @@ def step_forward(
     h_t = zoned(before, h_t, load_rows(zoneout_h, at, direction, lane, unit, running, H, D))
     c_t = zoned(c_before, c_t, load_rows(zoneout_c, at, direction, lane, unit, running, H, D))
     place = at * D + direction
-    store(h + state, h_t, running)
+    h_next, c_next = h_t, c_t
+    if pieces is not None:
+        # Where a piece ends, its states leave, and those of the next begin.
+        t = step_of(k, T, direction)
+        ended = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
+        t = step_of(k + 1, T, direction)
+        next = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
+        ends = running & (ended != next)
+        begins = ends & (next >= 0)
+        store(h_n + (ended * H + unit), h_t, ends)
+        h_next = tl.where(begins, tl.load(h_0 + (next * H + unit), begins, 0.0), h_t)
+        if HAS_C:
+            store(c_n + (ended * H + unit), c_t, ends)
+            c_next = tl.where(begins, tl.load(c_0 + (next * H + unit), begins, 0.0), c_t)
+    store(h + state, h_next, running)
     if recurrent is not None:
         store(factors + state, h_t * tl.load(recurrent + state, running, 0.0), running)
     if not PROJECTED:
         store(y + place * H + (lane * D * H + unit), h_t, running)
     if HAS_C:
-        store(c + state, c_t, running)
+        store(c + state, c_next, running)
     if SAVE and SAVED > 0:
         in_row = lane * D * SAVED * H + unit
         store_blocks(saved + place * SAVED * H, in_row, running, H, s_0, s_1, s_2, s_3, SAVED)
@@ -97,18 +114,26 @@ def step_backward(
     h_0,  # [D, B, H]
     c_0, starts, sizes, y, saved, recurrent, candidate, zoneout_h, zoneout_c,
     grad_factors,  # [D, B, H] that of h in masked products, which is taken to grad_h, and zero afterwards; else None
+    pieces,  # [N] as in step_forward, where h_0 and c_0 are [D, C, H]
+    grad_h_n, grad_c_n, grad_h_0, grad_c_0,  # [D, C, H]
     grad_gates,  # [D, N, GRADS*H]
     grad_step,  # [D, B, G*H] gradients of the gates of h; zeros for sequences that do not run
-    k, T, B, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    GATES: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr, GRADS: tl.constexpr, HAS_GRAD_Y: tl.constexpr,
-    PROJECTED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+    k, T, B, C, N, CELL: tl.constexpr, HAS_C: tl.constexpr, NEEDS_H_PREV: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr, RAGGED: tl.constexpr, GRADS: tl.constexpr,
+    HAS_GRAD_Y: tl.constexpr, PROJECTED: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     first, direction = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(2).to(tl.int64)
     lane, unit = tl.arange(0, ROWS)[None, :], (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None]
     here = (first + lane < B) & (unit < H)
+    piece, piece_before = None, None
+    if pieces is not None:
+        t = step_of(k, T, direction)
+        piece = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
+        t = step_of(k - 1, T, direction)
+        piece_before = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, step_of(k, T, direction), direction, first, lane, unit, here, T, B,
-        HAS_C, NEEDS_H_PREV, H, D, SAVED, RAGGED, HAS_GRAD_Y,
+        HAS_C, NEEDS_H_PREV, H, D, SAVED, RAGGED, HAS_GRAD_Y, piece, piece_before,
     )  # fmt: skip
     of_state = direction * B + first
     state = of_state * H + (lane * H + unit)
@@ -117,11 +142,23 @@ def step_backward(
         of_factor = tl.load(recurrent + state, running, 0.0)
         total += of_factor * tl.load(grad_factors + state, running, 0.0).to(tl.float32)
         store(grad_factors + state, tl.zeros_like(total), running)
+    begun, later = running, piece
+    if pieces is not None:
+        # Where the step behind is of another piece, the gradients of its initial states leave, and those of the final
+        # states of this one begin.
+        t = step_of(k + 1, T, direction)
+        later = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
+        begun = running & (later >= 0) & (later != piece)
+        store(grad_h_0 + (later * H + unit), total, begun)
+        total = tl.where(begun, tl.load(grad_h_n + (piece * H + unit), begun, 0.0), total)
     if HAS_GRAD_Y:
         total += grad.to(tl.float32)
     grad_c_t = total
     if HAS_C:
         grad_c_t = tl.load(grad_c + state, running, 0.0)
+        if pieces is not None:
+            store(grad_c_0 + (later * H + unit), grad_c_t, begun)
+            grad_c_t = tl.where(begun, tl.load(grad_c_n + (piece * H + unit), begun, 0.0), grad_c_t)
     s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
     of_candidate = load_mask(candidate, state, running)
     stays_h = load_rows(zoneout_h, at, direction, lane, unit, running, H, D)

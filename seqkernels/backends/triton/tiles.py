@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from seqkernels.backends import costs
-from seqkernels.backends.call import Call
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import GPU
 
@@ -77,7 +77,7 @@ def launch_of(call: Call, gpu: GPU) -> Launch:
     family, odd = _family(gpu), call.hidden_size % 16 != 0
     widest = _WIDEST[family][CELLS[call.cell].display_name][odd][precision]
     # Options take registers, too. Hopper has enough for norms, or for masks but of an LSTM that needs more to address.
-    if norms and (masks or family != "hopper"):
+    if RESETS in masks or (norms and (masks or family != "hopper")):
         widest = 0
     elif masks and family != "hopper":
         widest //= 2
