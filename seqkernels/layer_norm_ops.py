@@ -33,7 +33,6 @@ from torch import Tensor
 from seqkernels import flops, inplace
 from seqkernels._ops import ops
 from seqkernels.backends import autocast, cuda, torch_steps, triton
-from seqkernels.backends.arguments import by_direction
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import to_acc
 from seqkernels.backends.torch_steps import Direction, Variant
@@ -76,13 +75,9 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the operator of the plan's backend -> y, h_n, c_n, in the dtype of x; save: gradients are wanted."""
-    dtype, count = x.dtype, h_0.shape[0]
+    dtype = x.dtype
     x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
-    of_norms = torch_steps.norms_by_direction(to_acc(*norms), count)
-    directions = [
-        torch_steps.direction_of(x, w, own, layer_norm)
-        for w, own in zip(by_direction(weights, count), of_norms, strict=True)
-    ]
+    directions = torch_steps.directions_of(x, weights, to_acc(*norms), h_0.shape[0], layer_norm)
     gates_x = _stacked([of.of_x for of in directions], 1)
     parameters = (_stacked(tensors) for tensors in list(zip(*directions, strict=True))[1:-1])  # the last are w_hr
     of_layer = gates_x, *parameters, h_0, c_0, batch_sizes

@@ -1,6 +1,7 @@
 """Zoneout, dropout within the recurrence, layer norm and blocks: against the specification, and as parts of modules."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
+from seqkernels import reference
 from seqkernels._ops import ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.cells import CELLS as FACTS
@@ -86,8 +88,6 @@ def results(layer, layout: str, training: bool):
     torch.manual_seed(1)
     with recording() as drawn:
         output, end = call(layer, layout, x, states)
-    if drawn.rows is None:  # weights alone are changed
-        drawn.masks = []
     ys = [output[:length, b] for b, length in enumerate(lengths)]
     spec_ys, *spec_end = specified(layer, [x[:length, b] for b, length in enumerate(lengths)], states, drawn, lengths)
     inputs = x, *states, *layer.parameters()
@@ -340,7 +340,7 @@ def test_blocks_are_a_block_diagonal_matrix(cell, blocks, backend, dtype):
 
 def states_of(layer):
     torch.manual_seed(3)
-    sizes = [6, 6][: FACTS[layer.mode.lower()].states]
+    sizes = [layer.proj_size or 6, 6][: FACTS[layer.mode.lower()].states]
     return tuple(torch.randn(4, 3, size, dtype=layer.weight_ih_l0.dtype) for size in sizes)
 
 
@@ -553,35 +553,69 @@ def test_what_does_not_fit_is_refused(make, error, sentence):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, name in EACH if cell in ("gru", "ligru")])
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, name in EACH if cell in ("gru", "lstm", "ligru")])
 def test_all_states_are_those_of_the_same_call(cell, name, recompute):
     layer, found = layer_of(cell, name, dropout=0.2, recompute=recompute), []
-    x, h_0 = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(4, 3, 6, dtype=torch.float64)
+    x, hx = torch.randn(5, 3, 4, dtype=torch.float64), states_of(layer)
     for all_states in (False, True):
         torch.manual_seed(1)
-        y, h_n, *h = layer(x, h_0, lengths=LENGTHS, return_all_states=all_states)
-        found.append((y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), list(layer.parameters()))))
+        y, end, *states = layer(x, hx if cell == "lstm" else hx[0], lengths=LENGTHS, return_all_states=all_states)
+        loss = y.square().sum() + sum(state.sum() for state in as_tuple(end))
+        found.append((y, *as_tuple(end), *torch.autograd.grad(loss, list(layer.parameters()))))
     torch.testing.assert_close(*found)
-    (h,) = h
-    assert h.shape == (2, *y.shape) and torch.equal(h[1], y)
-    for b, length in enumerate(LENGTHS):
-        for layer_h, ends in zip(h, h_n.unflatten(0, (2, 2)), strict=True):
-            forward, backward = layer_h[:, b].chunk(2, 1)
-            if length:
-                torch.testing.assert_close(ends[:, b], torch.stack([forward[length - 1], backward[0]]))
+    states = as_tuple(*states)
+    assert torch.equal(states[0][1], y) and all(state.shape == (2, *y.shape) for state in states)
+    for all_of_layers, state_n in zip(states, as_tuple(end), strict=True):
+        for b, length in enumerate(LENGTHS):
+            for of_layer, ends in zip(all_of_layers, state_n.unflatten(0, (2, 2)), strict=True):
+                forward, backward = of_layer[:, b].chunk(2, 1)
+                if length:
+                    torch.testing.assert_close(ends[:, b], torch.stack([forward[length - 1], backward[0]]))
 
 
-def test_all_states_compile_with_options():
-    layer = layer_of("gru", "norm", return_all_states=True).eval()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OPTIONS), ("all", {"proj_size": 3})])
+def test_all_states_of_an_lstm_as_specified(name, options, training, monkeypatch):
+    layer, steps = layer_of("lstm", name, **options).train(training), []
+    x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
+    hx = states_of(layer)
+    with recording() as drawn:
+        states = layer(x, hx, lengths=torch.tensor(LENGTHS), return_all_states=True)[2]
+
+    def step(*args, step=reference.step):
+        steps.append(step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(reference, "step", step)
+    specified(layer, [x[:length, b] for b, length in enumerate(LENGTHS)], hx, drawn, LENGTHS)
+    expected, each = [state.new_zeros(state.shape) for state in states], iter(steps)
+    for number, d, (b, length) in itertools.product(range(2), range(2), enumerate(LENGTHS)):
+        for t in reversed(range(length)) if d else range(length):
+            for of_all, state in zip(expected, next(each), strict=True):
+                of_all[number, t, b, d * len(state) : (d + 1) * len(state)] = state
+    torch.testing.assert_close(list(states), expected)
+    weights = [torch.randn_like(state) for state in expected]
+    losses = [sum((w * s).sum() for w, s in zip(weights, of, strict=True)) for of in (states, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, [x, *layer.parameters()]) for loss in losses))
+
+
+@pytest.mark.parametrize("name", ["norm", "all", "all blocks"])
+def test_all_states_compile_with_options(name):
+    layer = layer_of("lstm", name, return_all_states=True)
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        layer.train(training)
+        found = []
+        for run in (layer, compiled):
+            torch.manual_seed(1)
+            found.append(run(x))
+        torch.testing.assert_close(*found)
 
 
 def test_calls_that_do_not_fit_are_refused():
     x = torch.randn(5, 3, 4)
-    with pytest.raises(ValueError, match="return_all_states of an LSTM goes with no zoneout"):
-        sk.LSTM(4, 6, zoneout=0.1)(x, return_all_states=True)
     layer = sk.GRU(4, 6, layer_norm=True)
     layer.backend = "cudnn"
     with pytest.raises(ValueError, match=r"no backend runs gru.*cudnn: "):
