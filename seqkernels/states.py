@@ -14,7 +14,7 @@ from seqkernels.backends.cells import CELLS
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
-from seqkernels.inputs import Inputs, prepare, restore_layout
+from seqkernels.inputs import prepare, restore_layers, restore_layout
 
 if TYPE_CHECKING:
     from seqkernels.drop_in import Layer
@@ -118,18 +118,8 @@ def recurrent(
         ends.append(end)
         x = y
     output, states = restore_layout(inputs, ys[-1], *(torch.cat(of_layers) for of_layers in zip(*ends, strict=True)))
-    h = _stacked(ys, inputs)
-    return output, states, h if inputs.c_0 is None else (h, _stacked(cs, inputs))
-
-
-def _stacked(layers: list[Tensor], inputs: Inputs) -> Tensor:
-    found = []
-    for rows in layers:
-        restored = inputs.rows.restore_layout(rows)
-        if isinstance(restored, PackedSequence):
-            restored = restored.data
-        found.append(restored.values() if restored.is_nested else restored)
-    return torch.stack(found)
+    h = restore_layers(inputs, ys)
+    return output, states, h if inputs.c_0 is None else (h, restore_layers(inputs, cs))
 
 
 def _cell_states(x, y, weights, h_0, c_0, batch_sizes, norms, variant: Variant, recompute: bool) -> Tensor:
