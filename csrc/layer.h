@@ -76,6 +76,7 @@ constexpr double kNormEpsilon = 1e-5;  // that is added to a variance: torch_ste
 // row of `saved` is [(G+S-1)*H]: the normalized sums, and c.
 struct Norms {
   bool of_sum;            // of both products, else of W_hh h alone
+  int64_t blocks;         // of units that W_hh does not connect; it is [D, G*H, H/blocks]
   int statistics_of_row;  // 1, of a layer that normalizes c 3
   const void* gates_x;    // [N, D, G*H]
   const void* scale;      // [D, G*H]

@@ -97,10 +97,10 @@ def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
     of_step = options.of_step(parts.training, projected)
     if of_step:
         call = call._replace(options=of_step)
-    if options.blocks > 1:
+    if options.runs_by_block():
         call = call._replace(hidden_size=call.hidden_size // options.blocks, layers=1)
     plan = select.plan_of(call, inputs.rows.data.device, backend)
-    if options.blocks == 1 or (of_step and plan.backend == "torch_eager"):
+    if not options.runs_by_block() or (of_step and plan.backend == "torch_eager"):
         return plan
     order = "side by side" if plan.backend in ops.ENSEMBLES and not of_step else "one after another"
     each = f"{order} {options.blocks} blocks of units"
@@ -137,7 +137,7 @@ def run_layer(
     options, args = parts.cell_options, (x, weights, h_0, c_0, batch_sizes)
     if plan.backend == "torch_eager" and options.of_step(parts.training):
         return _steps(call.cell, *args, parts.norms, variant_of(options, masks), recompute)
-    if options.blocks > 1:
+    if options.runs_by_block():
         return _by_blocks(plan, call, options.blocks, *args, masks, recompute)
     return _by_kernels(plan, call, *args, masks, recompute, parts.norms, options.layer_norm)
 
