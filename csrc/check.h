@@ -50,6 +50,7 @@ class CheckedArguments {
         has_c_(arguments.c_0.has_value()) {
     p.cell = arguments.cell;
     p.scalar = scalar_of(type_);
+    p.saved_blocks = saved_blocks_of(p.cell);
     set_sizes(p, arguments);
     set_arrays(p, arguments);
     set_steps(p, rows_, arguments.batch_sizes, options.read_sizes);

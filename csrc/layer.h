@@ -27,6 +27,7 @@ struct Layer {
   Scalar scalar;
   int64_t steps, sequences, rows, input, hidden, projected;  // rows: those that a step uses
   int directions;
+  int saved_blocks;  // K: that of the cell, but 1 of an RNN with zoneout, which saves the h that may be replaced
   bool has_projection;
   bool bfloat16_products;      // the machine multiplies pairs of bfloat16
   bool bfloat16_tiles;         // and tiles of them

@@ -70,8 +70,7 @@ void set_products(Layer& p, const Launch& launch) {
 
 // What one layer with options has besides; none of them of a plain one.
 void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
-  masks.check_without_norm(p, x);
-  check(!masks.any() || saved_blocks_of(p.cell), "there are no CPU kernels with masks of ", name_of(p.cell));
+  masks.check_for(p, x);
   masks.set(p);
 }
 
@@ -144,8 +143,8 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
   LayerBackward p{};
   CheckedArguments arguments(p, given);
   arguments.set_pieces(p, pieces, given.batch_sizes.has_value());
-  arguments.set_backward(p, of_backward);
   set_masks(p, masks, given.x);
+  arguments.set_backward(p, of_backward);
   set_products(p, launch);
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = given.x.scalar_type();
