@@ -69,9 +69,9 @@ class SavedLayout {
   const int64_t blocks, y;  // elements of a layer
 
   SavedLayout(const Layer& p, int64_t rows)
-      : blocks(rows * p.directions * saved_blocks_of(p.cell) * p.hidden),
+      : blocks(rows * p.directions * p.saved_blocks * p.hidden),
         y(rows * p.directions * p.projected),
-        one_layer_{rows, p.directions, saved_blocks_of(p.cell) * p.hidden} {}
+        one_layer_{rows, p.directions, p.saved_blocks * p.hidden} {}
 
   int64_t blocks_of(int64_t layer) const { return layer * (aligned(blocks) + aligned(y)); }
   int64_t y_of(int64_t layer) const { return blocks_of(layer) + aligned(blocks); }

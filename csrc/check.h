@@ -59,6 +59,7 @@ class CheckedArguments {
         has_c_(arguments.c_0.has_value()) {
     p.cell = arguments.cell;
     p.scalar = scalar_of(type_);
+    p.saved_blocks = saved_blocks_of(p.cell);
     set_sizes(p, arguments);
     set_arrays(p, arguments);
     if (options.sequences >= 0) p.sequences = options.sequences;

@@ -27,6 +27,7 @@ struct Layer {
   Scalar scalar;
   int64_t steps, sequences, rows, input, hidden, projected;  // rows: those that a step uses
   int directions;
+  int saved_blocks;  // K: that of the cell, but 1 of an RNN with zoneout, which saves the h that may be replaced
   bool has_projection;
   bool bfloat16_products;      // the machine multiplies pairs of bfloat16
   bool bfloat16_tiles;         // and tiles of them
@@ -76,6 +77,7 @@ constexpr double kNormEpsilon = 1e-5;  // that is added to a variance: torch_ste
 // row of `saved` is [(G+S-1)*H]: the normalized sums, and c.
 struct Norms {
   bool of_sum;            // of both products, else of W_hh h alone
+  int64_t blocks;         // of units that W_hh does not connect; it is [D, G*H, H/blocks]
   int statistics_of_row;  // 1, of a layer that normalizes c 3
   const void* gates_x;    // [N, D, G*H]
   const void* scale;      // [D, G*H]

@@ -19,15 +19,8 @@ struct MaskArguments {
     check(!zoneout_c || states_of(p.cell) == 2, "zoneout_c goes with an LSTM only");
   }
 
-  // The same of a layer that has no layer norm.
-  void check_without_norm(const Layer& p, const Tensor& x) const {
-    check(!any() || !p.has_projection, "there are no kernels with masks and a projection");
-    check(saved_blocks_of(p.cell) || !(candidate || zoneout_h || zoneout_c), "of the masks a kernel of ",
-          name_of(p.cell), " has recurrent alone");
-    check_for(p, x);
-  }
-
   void set(Layer& p) const {
+    if (zoneout_h && !saved_blocks_of(p.cell)) p.saved_blocks = 1;
     p.recurrent = pointer(recurrent);
     p.candidate = pointer(candidate);
     p.zoneout_h = pointer(zoneout_h);

@@ -77,6 +77,11 @@ class CellOptions:
         names += ["proj_size"] if names and projected else []
         return (*names, *(["blocks"] if self.layer_norm and self.blocks > 1 else []))
 
+    def runs_by_block(self) -> bool:
+        """Whether a layer is a recurrence for each block, which layer norm over the gates of all of them does not let
+        it be."""
+        return self.blocks > 1 and not self.layer_norm
+
     @property
     def zoneouts(self) -> tuple[float, float]:
         """Of h, and of c."""

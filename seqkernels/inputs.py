@@ -1,6 +1,6 @@
 """A call's arguments, checked, as the operators take them and as `select` sees them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -109,6 +109,17 @@ def restore_layout(inputs: Inputs, y: Tensor, h_n: Tensor, c_n: Tensor) -> tuple
     if inputs.unbatched:
         h_n, c_n = h_n.squeeze(1), c_n.squeeze(1) if has_c else c_n
     return rows.restore_layout(y), (h_n, c_n) if has_c else h_n
+
+
+def restore_layers(inputs: Inputs, layers: Iterable[Tensor]) -> Tensor:
+    """What layers have at every step, each ``[N, *]``, in the layout of the input, the layers stacked before it."""
+    found = []
+    for rows in layers:
+        restored = inputs.rows.restore_layout(rows)
+        if isinstance(restored, PackedSequence):
+            restored = restored.data
+        found.append(restored.values() if restored.is_nested else restored)
+    return torch.stack(found)
 
 
 def _with_batch(state: State | None) -> State | None:

@@ -4,7 +4,7 @@ What comes of the input is computed before it, for all rows at once, in torch op
 
 ``layer_norm_forward.<backend>``, everything in float32 or float64
     gates_x ``[N, D, G*H]``: W_ih x where its sum with W_hh h is normalized (of_sum), else N(W_ih x; scale_ih) + b_ih
-    w_hh ``[D, G*H, H]``
+    w_hh ``[D, G*H, H]``, of k blocks ``[D, G*H, H/k]``
     scale, shift ``[D, G*H]``: of the norm of W_hh h or, of_sum, of the sum; shift is None without bias
     scale_c, shift_c ``[D, H]``: of the norm of an LSTM's c where h is read from it; None where there is no such
     h_0 ``[D, B, H]``, c_0 ``[D, B, H]`` (LSTM), batch_sizes: as of ``recurrence_forward``
@@ -21,7 +21,7 @@ part of it: a backward pass has them of gates_x and what is saved. With ``save=F
     -> gradients of gates_x, w_hh, scale, shift, scale_c, shift_c, h_0 and c_0; empty ones, ``[0]``, of what is None,
     and with ``wants_w_hh=False`` of w_hh.
 
-Masks have no gradients. A projection and blocks are none of this operator's.
+Masks have no gradients. A projection is none of this operator's, and blocks are the CPU's alone.
 """
 
 import functools
@@ -33,7 +33,6 @@ from torch import Tensor
 from seqkernels import flops, inplace
 from seqkernels._ops import ops
 from seqkernels.backends import autocast, cuda, torch_steps, triton
-from seqkernels.backends.arguments import by_direction
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.precision import to_acc
 from seqkernels.backends.torch_steps import Direction, Variant
@@ -76,13 +75,9 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the operator of the plan's backend -> y, h_n, c_n, in the dtype of x; save: gradients are wanted."""
-    dtype, count = x.dtype, h_0.shape[0]
+    dtype = x.dtype
     x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
-    of_norms = torch_steps.norms_by_direction(to_acc(*norms), count)
-    directions = [
-        torch_steps.direction_of(x, w, own, layer_norm)
-        for w, own in zip(by_direction(weights, count), of_norms, strict=True)
-    ]
+    directions = torch_steps.directions_of(x, weights, to_acc(*norms), h_0.shape[0], layer_norm)
     gates_x = _stacked([of.of_x for of in directions], 1)
     parameters = (_stacked(tensors) for tensors in list(zip(*directions, strict=True))[1:-1])  # the last are w_hr
     of_layer = gates_x, *parameters, h_0, c_0, batch_sizes
@@ -106,8 +101,23 @@ def _backward_by(sweep_back: Callable, cell, grad_y, grad_h_n, grad_c_n, gates_x
     grads = sweep_back(cell, grad_y, grad_h_n, grad_c_n, gates_x, w_hh, *left, launch)
     grad_gates_x, grad_sums, factors, *others = grads
     of_sum = left[-4]
-    grad_w_hh = torch.bmm(grad_sums.permute(1, 2, 0), factors.transpose(0, 1)) if wants_w_hh else w_hh.new_empty(0)
+    grad_w_hh = _grad_w_hh(grad_sums, factors, w_hh) if wants_w_hh else w_hh.new_empty(0)
     return grad_sums if of_sum else grad_gates_x, grad_w_hh, *others
+
+
+def _grad_w_hh(grad_sums: Tensor, factors: Tensor, w_hh: Tensor) -> Tensor:
+    """From the gradients ``[N, D, G*H]`` of the products and h ``[N, D, H]`` before each step, as they have it."""
+    (directions, _, units), blocks = w_hh.shape, _blocks_of(factors, w_hh)
+    if blocks == 1:
+        return torch.bmm(grad_sums.permute(1, 2, 0), factors.transpose(0, 1))
+    of_blocks = factors.unflatten(2, (blocks, units)).permute(1, 2, 0, 3).flatten(0, 1)  # [D*k, N, H/k]
+    grads = grad_sums.unflatten(2, (-1, blocks, units)).permute(1, 3, 2, 4, 0)  # [D, k, G, H/k, N]
+    products = torch.bmm(grads.flatten(2, 3).flatten(0, 1), of_blocks)
+    return products.view(directions, blocks, -1, units, units).transpose(1, 2).reshape(w_hh.shape)
+
+
+def _blocks_of(h: Tensor, w_hh: Tensor) -> int:
+    return h.shape[2] // w_hh.shape[2] if w_hh.shape[2] else 1
 
 
 def _fake_forward(cell, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, *rest):
@@ -174,7 +184,7 @@ def _double_backward(ctx, *grad_grads):
     with torch.enable_grad():
         inputs: list = cut(ctx.saved_tensors[:11], deeper)
         grads, of_layer, (h_0, c_0) = inputs[:3], inputs[3:], inputs[9:]
-        variant = Variant("gates" if ctx.of_sum else True, 1, *masks)
+        variant = Variant("gates" if ctx.of_sum else True, _blocks_of(h_0, of_layer[1]), *masks)
         results = torch_steps.sweep(ctx.cell, _directions_of(*of_layer[:6]), h_0, c_0, batch_sizes, variant)
         wanted = [t for t in of_layer if t is not None]
         outputs: list = list(derivatives(results, grads, wanted, [True] * len(wanted), True))

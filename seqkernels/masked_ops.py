@@ -6,8 +6,9 @@ float64 for float64 and else in float32, contiguous, None where nothing is maske
 recurrent ``[D, B, P]``, candidate ``[D, B, H]``, zoneout_h ``[N, D, P]``, zoneout_c ``[N, D, H]``:
 `seqkernels.cell_options.Masks`
 
-`saved` is what a plain layer saves; its c is the one that is carried. There is no projection, and of an RNN's masks
-recurrent alone. A backend says by `Backend.unsupported` which it has.
+`saved` is what a plain layer saves; its c is the one that is carried. An RNN with zoneout_h saves h before its old one
+may replace it, ``[N, D, H]``. A backend says by `Backend.unsupported` which masks it has, and whether beside a
+projection.
 """
 
 import functools
@@ -19,6 +20,7 @@ from torch import Tensor
 from seqkernels import flops, inplace
 from seqkernels._ops import ops
 from seqkernels.backends import autocast, cuda, torch_steps, triton
+from seqkernels.backends.cells import CELLS
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
 from seqkernels.double_backward import cut, derivatives
@@ -57,8 +59,10 @@ def forward(
     return getattr(ops.masked_forward, plan.backend)(*args, list(plan.launch) or [0])[:3]
 
 
-def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, *masks_save_and_launch):
-    return fake_forward(cell, x, weights, h_0, c_0, batch_sizes, masks_save_and_launch[-2])
+def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, recurrent, candidate, zoneout_h, zoneout_c, save, launch):
+    y, h_n, c_n, saved = fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save)
+    saves_h = save and zoneout_h is not None and not CELLS[cell].saved_blocks
+    return y, h_n, c_n, x.new_empty(zoneout_h.shape) if saves_h else saved
 
 
 def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *rest):

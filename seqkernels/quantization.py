@@ -27,8 +27,8 @@ def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] |
             `model.named_modules()` has it. None: all.
 
     Left as they are, with the reason in the report: layers that are not float32 on the CPU, with weights that are not
-    finite, of more columns than int32 has room for, or parametrized; with return_all_states, learn_initial_state, or
-    options of cells but dropouts; with parameters and buffers of somebody else's; subclasses; and modules whose
+    finite, of more columns than int32 has room for, or parametrized; with learn_initial_state, or options of cells
+    but dropouts; with parameters and buffers of somebody else's; subclasses; and modules whose
     `forward` somebody has replaced.
 
     Raises:
@@ -65,7 +65,8 @@ def _reason_against(module: nn.Module) -> str | None:
         return "its weights are parametrized: torch.nn.utils.parametrize.remove_parametrizations makes them plain"
     if type(module) not in (*_LAYERS, *_CELLS):
         return "it is a subclass"
-    if reason := reason_against_options(module, "a quantized layer", DROPOUTS):  # inference drops nothing
+    harmless = *DROPOUTS, "return_all_states"  # inference drops nothing
+    if reason := reason_against_options(module, "a quantized layer", harmless):
         return reason
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     if more := own - {*itertools.chain(*_names(module))}:

@@ -6,6 +6,9 @@ both scales, plus biases, are the gates; gates, activations and states are float
 
 A row whose largest number is below 2^-120 counts as zeros. A row of x or h with an infinity or NaN makes all gates of
 its step NaN.
+
+The operator ``quantized_recurrence`` is a stack of layers, as ``recurrence_forward`` -> y, h_n, c_n;
+``quantized_all_states`` gives what every layer has at every step, y ``[L, N, D*P]``, h_n, c_n and c ``[L, N, D*H]``.
 """
 
 from collections.abc import Sequence
@@ -19,7 +22,7 @@ from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.inputs import prepare, restore_layout
+from seqkernels.inputs import prepare, restore_layers, restore_layout
 
 PACKED = "packed_"  # a buffer, before the name of its weight
 SMALLEST = 2.0**-120  # 127 / SMALLEST is finite
@@ -85,7 +88,7 @@ class _Quantized(nn.Module):
     names: list[list[str]]  # for each layer and direction, of its weights and biases
     num_layers = 1
     proj_size = 0
-    bidirectional = batch_first = False
+    bidirectional = batch_first = return_all_states = False
 
     __prepare_scriptable__ = drop_in.refuse_script
 
@@ -113,7 +116,8 @@ class _Quantized(nn.Module):
         batch_first: bool,
         reset: Tensor | PackedSequence | None = None,
         reset_to: State | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
+        all_states: bool = False,
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
         data = input.data if isinstance(input, PackedSequence) else input
         if self.training:
             raise RuntimeError(f"{self._get_name()} is for inference: call eval() of the model")
@@ -134,10 +138,13 @@ class _Quantized(nn.Module):
         if inputs.save:
             raise RuntimeError(f"{self._get_name()} has no gradients: call it under torch.no_grad()")
         (rows_of, h_0, c_0, *_), packed = inputs, list(self._buffers.values())
-        results = ops.quantized_recurrence(
-            self.cell, rows_of.data, packed, h_0, c_0, rows_of.batch_sizes, self.num_layers
-        )
-        return restore_layout(inputs, *results)
+        args = self.cell, rows_of.data, packed, h_0, c_0, rows_of.batch_sizes, self.num_layers
+        if not all_states:
+            return restore_layout(inputs, *ops.quantized_recurrence(*args))
+        y, h_n, c_n, c = ops.quantized_all_states(*args)
+        h = restore_layers(inputs, y)
+        states = h if c_0 is None else (h, restore_layers(inputs, c))
+        return *restore_layout(inputs, y[-1], h_n, c_n), states
 
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step of a stream through all layers, as that of the layer in floating point; its bits are those of the
@@ -150,7 +157,7 @@ class _Quantized(nn.Module):
             raise ValueError("a bidirectional layer has no step: its second direction begins at the end of a stream")
         if input.dim() not in (1, 2):
             raise ValueError(f"a step takes [sequences, features] or [features], got {input.dim()} dimensions")
-        y, state = self._run(input.unsqueeze(0), state, None, False)
+        y, state = self._run(input.unsqueeze(0), state, None, False)  # type: ignore[misc]
         return y.squeeze(0), state  # type: ignore[union-attr]
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
@@ -196,7 +203,8 @@ class QuantizedLayer(_Quantized):
     """What `quantize_` makes of an RNN, GRU, LSTM or LiGRU: the same calls, for inference on CPUs."""
 
     def extra_repr(self) -> str:
-        return nn.RNNBase.extra_repr(self)  # type: ignore[arg-type]
+        all_states = ", return_all_states=True" if self.return_all_states else ""
+        return nn.RNNBase.extra_repr(self) + all_states  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -206,8 +214,10 @@ class QuantizedLayer(_Quantized):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to: State | None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:
-        """As that of the layer in floating point, in float32. What resets have cut runs side by side.
+        return_all_states: bool | None = None,
+    ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
+        """As that of the layer in floating point, in float32. What resets have cut runs side by side. All states have
+        the bits of steps.
 
         Raises:
             RuntimeError: gradients are wanted, the layer is in training mode, or the input on another device.
@@ -215,9 +225,10 @@ class QuantizedLayer(_Quantized):
             ValueError, RuntimeError, TypeError: torch.nn's own for what does not fit.
         """
         if tracer := drop_in.tracer_of(input, hx, lengths, reset, reset_to):
-            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to}
+            options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_all_states": return_all_states}
             return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]
-        return self._run(input, hx, lengths, self.batch_first, reset, reset_to)
+        all_states = self.return_all_states if return_all_states is None else return_all_states
+        return self._run(input, hx, lengths, self.batch_first, reset, reset_to, all_states)
 
 
 class QuantizedCell(_Quantized):
@@ -259,6 +270,13 @@ def _fake(cell, x, weights, h_0, c_0, batch_sizes, layers=1):
     return x.new_empty(x.shape[0], columns), torch.empty_like(h_0, memory_format=torch.contiguous_format), c_n
 
 
+def _fake_all_states(cell, x, weights, h_0, c_0, batch_sizes, layers=1):
+    y, h_n, c_n = _fake(cell, x, weights, h_0, c_0, batch_sizes, layers)
+    columns = h_0.shape[0] // layers * c_n.shape[2]
+    return x.new_empty(layers, *y.shape), h_n, c_n, x.new_empty(layers, x.shape[0], columns)
+
+
 _library = torch.library.Library(ops.name, "FRAGMENT")
-if not THIS_MACHINE.native_missing:  # csrc/cpu/ops.cpp defines the operator
-    torch.library.register_fake(add_op_namespace_prefix("quantized_recurrence"), _fake, lib=_library)
+if not THIS_MACHINE.native_missing:  # csrc/cpu/ops.cpp defines the operators
+    for _name, _of in (("quantized_recurrence", _fake), ("quantized_all_states", _fake_all_states)):
+        torch.library.register_fake(add_op_namespace_prefix(_name), _of, lib=_library)

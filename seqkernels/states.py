@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.checkpoint import checkpoint
 
-from seqkernels import checks, functional, modes, onnx_export, with_options
-from seqkernels.backends import arguments, precision, stack, torch_eager
+from seqkernels import checks, functional, modes, onnx_export, ops, with_options
+from seqkernels.backends import stack, torch_steps
 from seqkernels.backends.cells import CELLS
+from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
-from seqkernels.inputs import Inputs, prepare, restore_layout
+from seqkernels.inputs import prepare, restore_layers, restore_layout
 
 if TYPE_CHECKING:
     from seqkernels.drop_in import Layer
@@ -87,8 +87,6 @@ def recurrent(
     directions = 2 if bidirectional else 1
     checks.check_recompute(recompute)
     parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers * directions, bias)
-    if parts is not None and CELLS[cell].states == 2 and parts.cell_options.given():
-        raise ValueError(f"return_all_states of an LSTM goes with no {' and no '.join(parts.cell_options.given())}")
     if onnx_export.exporting():
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")
     ragged = lengths, None, None, reset, reset_to
@@ -97,61 +95,38 @@ def recurrent(
     plan = functional.plan_of(inputs, parts, backend)
     of_layers: Sequence[with_options.Parts | None] = [None] * num_layers
     if parts is not None:
-        weights, of_layers = with_options.of_layers(weights, parts, num_layers, num_layers * directions)
-    x, ys, cs, ends = inputs.rows.data, [], [], []
-    for layer, (of_layer, h_0, c_0) in enumerate(stack.each(num_layers, weights, inputs.h_0, inputs.c_0)):
+        weights = with_options.dropped(weights, parts, num_layers * directions)
+        of_layers = parts.of_layers(num_layers)
+    x, batch_sizes, call = inputs.rows.data, inputs.rows.batch_sizes, inputs.call._replace(layers=1)
+    ys, cs, ends = [], [], []
+    each = stack.each(num_layers, weights, inputs.h_0, inputs.c_0)
+    for layer, ((of_layer, h_0, c_0), own) in enumerate(zip(each, of_layers, strict=True)):
         if layer and training and dropout > 0:
             x = F.dropout(x, dropout, True)
-        rows, call = inputs.rows._replace(data=x), inputs.call._replace(layers=1)
-        save = modes.wants_gradients(x, h_0, c_0, *of_layer)
-        one = inputs._replace(rows=rows, h_0=h_0, c_0=c_0, save=save, call=call)
-        y, *end = functional.run(plan, one, of_layer, 0.0, recompute, of_layers[layer])
-        if inputs.c_0 is not None:
-            wanted = recompute and modes.wants_gradients(y, c_0, *of_layer)
-            cs.append(_recomputed(one, y, of_layer) if wanted else _cell_states(one, y, of_layer))
+        args = of_layer, h_0, c_0, batch_sizes
+        if own is None:
+            wanted = modes.wants_gradients(x, h_0, c_0, *of_layer)
+            y, *end = ops.recurrence_forward(plan, call, x, *args, wanted, recompute)
+            variant = Variant()
+        else:
+            x, masks = with_options.drawn(own, x, h_0, c_0, batch_sizes)
+            y, *end = with_options.run_layer(plan, call, own, x, *args, masks, recompute)
+            variant = with_options.variant_of(own.cell_options, masks)
+        if c_0 is not None:
+            cs.append(_cell_states(x, y, *args, () if own is None else own.norms, variant, recompute))
         ys.append(y)
         ends.append(end)
         x = y
     output, states = restore_layout(inputs, ys[-1], *(torch.cat(of_layers) for of_layers in zip(*ends, strict=True)))
-    h = _stacked(ys, inputs)
-    return output, states, h if inputs.c_0 is None else (h, _stacked(cs, inputs))
+    h = restore_layers(inputs, ys)
+    return output, states, h if inputs.c_0 is None else (h, restore_layers(inputs, cs))
 
 
-def _stacked(layers: list[Tensor], inputs: Inputs) -> Tensor:
-    found = []
-    for rows in layers:
-        restored = inputs.rows.restore_layout(rows)
-        if isinstance(restored, PackedSequence):
-            restored = restored.data
-        found.append(restored.values() if restored.is_nested else restored)
-    return torch.stack(found)
+def _cell_states(x, y, weights, h_0, c_0, batch_sizes, norms, variant: Variant, recompute: bool) -> Tensor:
+    """c ``[N, D*H]`` of one LSTM layer whose output is y: the operators give that of the last step alone."""
 
+    def compute(x, y, weights, norms, h_0, c_0) -> Tensor:
+        return torch_steps.cell_states(x, weights, norms, y, h_0, c_0, batch_sizes, variant)
 
-def _recomputed(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`_cell_states`, of which nothing but its arguments is saved."""
-    return checkpoint(_cell_states, inputs, y, weights, use_reentrant=False, preserve_rng_state=False)
-
-
-def _cell_states(inputs: Inputs, y: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """c ``[N, D*H]`` of one LSTM layer whose output is y ``[N, D*P]``.
-
-    The operators give c of the last step alone. With h of all steps known, the gates of all steps are two products,
-    and c is a sum over time, of single numbers.
-    """
-    assert inputs.c_0 is not None
-    dtype, rows, directions = y.dtype, len(y), len(inputs.h_0)
-    x, y, h_0, c_0, *weights = precision.to_acc(inputs.rows.data, y, inputs.h_0, inputs.c_0, *weights)
-    steps = torch_eager.steps_of(inputs.rows.batch_sizes, rows, h_0.shape[1])
-    found = []
-    for d, w in enumerate(arguments.by_direction(weights, directions)):
-        h_prev = torch_eager.all_previous(steps, d == 1, y.chunk(directions, 1)[d], h_0[d])
-        gates = F.linear(x, w.w_ih, w.b_ih) + F.linear(h_prev, w.w_hh, w.b_hh)
-        i, kept, g, _ = torch_eager.lstm_gates(gates)
-        added = i * g
-        c, of_steps = c_0[d], []
-        for start, size in reversed(steps) if d else steps:
-            now = slice(start, start + size)
-            of_steps.append(kept[now] * c[:size] + added[now])
-            c = torch.cat([of_steps[-1], c[size:]])
-        found.append(torch_eager.in_rows(of_steps[::-1] if d else of_steps, rows, c_0.shape[2], c_0))
-    return torch.cat(found, 1).to(dtype)
+    again = recompute and modes.wants_gradients(y, c_0, *weights, *norms)
+    return with_options.computed(compute, again, x, y, list(weights), list(norms), h_0, c_0)

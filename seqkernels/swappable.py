@@ -51,10 +51,11 @@ def reason_against_forward(module: nn.Module) -> str | None:
 
 
 def reason_against_options(module: nn.Module, other: str = "torch.nn", harmless: Sequence[str] = ()) -> str | None:
-    """Which options of ours a module has that `other` has not; `harmless`: options of cells that are no reason."""
+    """Which options of ours a module has that `other` has not; `harmless`: options that are no reason."""
     options = [name for name in ("return_all_states", "learn_initial_state") if getattr(module, name, False)]
     cell_options: Any = getattr(module, "cell_options", None)
-    options += [name for name in cell_options.given() if name not in harmless] if cell_options else []
+    options += cell_options.given() if cell_options else []
+    options = [name for name in options if name not in harmless]
     return f"{other} has no {' and no '.join(options)}" if options else None
 
 

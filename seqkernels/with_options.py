@@ -5,7 +5,6 @@ runs them. What changes a step itself, only the backends run that have it (`Call
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,6 +32,10 @@ class Parts(NamedTuple):
         options = self.cell_options
         drops = self.training and options.input_dropout > 0
         return drops or options.blocks > 1 or bool(options.of_step(self.training))
+
+    def of_layers(self, layers: int) -> "list[Parts]":
+        """The parts of each layer."""
+        return [self._replace(norms=of_layer) for of_layer, *_ in stack.each(layers, self.norms)]
 
 
 def parts_of(
@@ -94,10 +97,10 @@ def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
     of_step = options.of_step(parts.training, projected)
     if of_step:
         call = call._replace(options=of_step)
-    if options.blocks > 1:
+    if options.runs_by_block():
         call = call._replace(hidden_size=call.hidden_size // options.blocks, layers=1)
     plan = select.plan_of(call, inputs.rows.data.device, backend)
-    if options.blocks == 1 or (of_step and plan.backend == "torch_eager"):
+    if not options.runs_by_block() or (of_step and plan.backend == "torch_eager"):
         return plan
     order = "side by side" if plan.backend in ops.ENSEMBLES and not of_step else "one after another"
     each = f"{order} {options.blocks} blocks of units"
@@ -108,26 +111,39 @@ def run(
     plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], parts: Parts, dropout: float, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n, as `seqkernels.functional.run`."""
-    options, training, layers = parts.cell_options, parts.training, inputs.call.layers
-    x, batch_sizes, call = inputs.rows.data, inputs.rows.batch_sizes, inputs.call._replace(layers=1)
-    h_n, c_n, of_step = [], [], options.of_step(training)
-    norms = [of_layer for of_layer, *_ in stack.each(layers, parts.norms)]
-    for layer, (of_layer, h_0, c_0) in enumerate(stack.each(layers, weights, inputs.h_0, inputs.c_0)):
+    layers = inputs.call.layers
+    x, call, h_n, c_n = inputs.rows.data, inputs.call._replace(layers=1), [], []
+    each = stack.each(layers, weights, inputs.h_0, inputs.c_0)
+    for layer, ((of_layer, h_0, c_0), own) in enumerate(zip(each, parts.of_layers(layers), strict=True)):
         if layer and dropout > 0:
             x = F.dropout(x, dropout, True)
-        masks = cell_options.draw(options, training, x, h_0, c_0)
-        if masks.input is not None:
-            x = _masked_rows(x, masks.input, batch_sizes)
-        args = x, of_layer, h_0, c_0, batch_sizes
-        if of_step and plan.backend == "torch_eager":
-            x, h, c = _steps(call.cell, *args, norms[layer], options, masks, recompute)
-        elif options.blocks > 1:
-            x, h, c = _by_blocks(plan, call, options.blocks, *args, masks, recompute)
-        else:
-            x, h, c = _by_kernels(plan, call, *args, masks, recompute, norms[layer], options.layer_norm)
+        x, masks = drawn(own, x, h_0, c_0, inputs.rows.batch_sizes)
+        x, h, c = run_layer(plan, call, own, x, of_layer, h_0, c_0, inputs.rows.batch_sizes, masks, recompute)
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n)
+
+
+def drawn(parts: Parts, x: Tensor, h_0: Tensor, c_0: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Masks]:
+    """The masks of one layer, and its input, to which its own has been applied."""
+    masks = cell_options.draw(parts.cell_options, parts.training, x, h_0, c_0)
+    return x if masks.input is None else _masked_rows(x, masks.input, batch_sizes), masks
+
+
+def run_layer(
+    plan: select.Plan, call, parts: Parts, x: Tensor, weights, h_0, c_0, batch_sizes, masks: Masks, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer, whose input is masked already -> y, h_n, c_n."""
+    options, args = parts.cell_options, (x, weights, h_0, c_0, batch_sizes)
+    if plan.backend == "torch_eager" and options.of_step(parts.training):
+        return _steps(call.cell, *args, parts.norms, variant_of(options, masks), recompute)
+    if options.runs_by_block():
+        return _by_blocks(plan, call, options.blocks, *args, masks, recompute)
+    return _by_kernels(plan, call, *args, masks, recompute, parts.norms, options.layer_norm)
+
+
+def variant_of(options: CellOptions, masks: Masks) -> Variant:
+    return Variant(options.layer_norm, options.blocks, *masks[1:])
 
 
 def _by_kernels(
@@ -146,10 +162,10 @@ def _by_kernels(
         of_layer = x, weights, norms, h_0, c_0, batch_sizes
         return layer_norm_ops.forward(plan, call.cell, *of_layer, layer_norm, masks, save)
 
-    return _computed(compute, wanted and recompute, x, list(weights), list(norms), h_0, c_0)
+    return computed(compute, wanted and recompute, x, list(weights), list(norms), h_0, c_0)
 
 
-def _computed(compute: Callable, again: bool, x: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+def computed(compute: Callable, again: bool, x: Tensor, *args):
     """In the dtype of autocast, and of its intermediate results nothing saved if they are to be computed `again`."""
     if torch.is_autocast_enabled(x.device.type):
         compute = autocast.cast_arguments(compute, x.device.type)
@@ -195,23 +211,15 @@ def _of_all_blocks(states: Tensor) -> Tensor:
 
 
 def _steps(
-    cell: str, x, weights, h_0, c_0, batch_sizes, norms, options: CellOptions, masks: Masks, recompute: bool
+    cell: str, x, weights, h_0, c_0, batch_sizes, norms, variant: Variant, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer in plain torch operations, in the dtype that an operator would get."""
-    variant = Variant(options.layer_norm, options.blocks, *masks[1:])
 
     def compute(x, weights, norms, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
         return option_ops.forward(cell, x, weights, norms, h_0, c_0, batch_sizes, variant)
 
     again = recompute and modes.wants_gradients(x, h_0, c_0, *weights, *norms)
-    return _computed(compute, again, x, list(weights), list(norms), h_0, c_0)
-
-
-def of_layers(weights: Sequence[Tensor], parts: Parts, layers: int, count: int) -> tuple[Sequence[Tensor], list[Parts]]:
-    """The weights of `count` layers and directions as `dropped`, and the parts of each layer's call with its own."""
-    options = replace(parts.cell_options, weight_dropout=0.0)  # they are dropped once
-    norms = [of_layer for of_layer, *_ in stack.each(layers, parts.norms)]
-    return dropped(weights, parts, count), [Parts(options, of_layer, parts.training) for of_layer in norms]
+    return computed(compute, again, x, list(weights), list(norms), h_0, c_0)
 
 
 def dropped(weights: Sequence[Tensor], parts: Parts, count: int) -> Sequence[Tensor]:

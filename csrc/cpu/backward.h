@@ -127,9 +127,17 @@ class BackwardSweep {
   void undo_projection(int64_t running) const {
     const auto row = [&](int64_t r) { return reinterpret_cast<const F*>(grad_row(r) + memory.columns.projected); };
     for (int64_t r = 0; r < running; r++)
-      for (int64_t u = outputs.first; u < outputs.last; u += kLane)
-        memory.store_gradient(grad_row(r) + memory.columns.projected + u, load(mine.grad_h + r * memory.ldp + u),
-                              outputs.last - u);
+      for (int64_t u = outputs.first; u < outputs.last; u += kLane) {
+        C* const grad_h = mine.grad_h + r * memory.ldp + u;
+        V grad = load(grad_h);
+        if (kMasked && zoneout_h) {
+          const V stayed =
+              grad * load(at.at_row(zoneout_h, row0 + r * at.task.stride, p.projected) + u, outputs.last - u);
+          grad -= stayed;
+          store(grad_h, stayed);
+        }
+        memory.store_gradient(grad_row(r) + memory.columns.projected + u, grad, outputs.last - u);
+      }
     work.wait();
     const int64_t first = units.first / kLane, last = vectors_of<C>(units.last);
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) {
@@ -168,14 +176,14 @@ class BackwardSweep {
       const S* h_prev = first ? at.at_state(static_cast<const S*>(p.h_0), state, P) : at.at_row(y, row_before, P);
       state_before = load(h_prev + unit, lanes);
     } else {
-      state_now = load(at.at_row(y, row, P) + unit, lanes);
+      state_now = load((kMasked && zoneout_h ? at.at_row(saved, row, H) : at.at_row(y, row, P)) + unit, lanes);
     }
     C* grad_h = mine.grad_h + r * memory.ldp + unit;
     const bool projected = Traits::can_project && p.has_projection;
     V of_h = load(projected ? mine.grad_unprojected + r * memory.ldh + unit : grad_h);
     // What zoneout passes on to the states before.
     [[maybe_unused]] V stayed_h{}, stayed_c{};
-    if (kMasked && zoneout_h) {
+    if (kMasked && zoneout_h && !projected) {
       stayed_h = of_h * load(at.at_row(zoneout_h, row, P) + unit, lanes);
       of_h -= stayed_h;
     }
@@ -187,14 +195,14 @@ class BackwardSweep {
         state_now = lstm_c(blocks, state_before, keep);  // that h came from
       }
     [[maybe_unused]] V past;
-    if constexpr (kMasked)
+    if constexpr (kMasked && K > 0)
       past = dropped_backward<kCell>(keep, of_h, grad_c, blocks, state_now, state_before, grad);
     else
       past = cell_backward<kCell>(of_h, grad_c, blocks, state_now, state_before, grad);
     if constexpr (kHasC) store(mine.grad_c + r * memory.ldh + unit, kMasked && zoneout_c ? grad_c + stayed_c : grad_c);
     if constexpr (Traits::needs_h_prev)
       store(grad_h, kMasked && zoneout_h ? past + stayed_h : past);
-    else if (kMasked && zoneout_h)
+    else if (kMasked && zoneout_h && !projected)
       store(grad_h, stayed_h);
     number_t<F>* grad_gates = grad_row(r) + unit;
 #pragma GCC unroll 8
@@ -248,7 +256,7 @@ void prepare_backward(const LayerBackward& p, const BackwardMemory<S, F>& memory
         const bool first = row_before == row || (p.pieces && p.pieces[row_before] != state);
         memory.before[d][row] = first ? -1 - state : row_before;
       }
-      for (int64_t b = 0; p.recurrent && b < p.batch_sizes[t]; b++) memory.sequence[p.offsets[t] + b] = b;
+      for (int64_t b = 0; memory.sequence && b < p.batch_sizes[t]; b++) memory.sequence[p.offsets[t] + b] = b;
     }
   }
 }

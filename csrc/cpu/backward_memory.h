@@ -84,7 +84,7 @@ struct BackwardMemory {
   F* w_ih;             // of all directions, one below the other
   number_t<F>* grads;  // [rows of a chunk, D, grad_row]
   int64_t* before[2];  // [N] per direction: row of y that a row started from, or -1 - state for h_0
-  int64_t* sequence;   // [N] of each row, where their products have masks
+  int64_t* sequence;   // [N] of each row, whose masks weight gradients may need, or null
   F* panels;           // [members, panel_size]: right factors of a weight gradient; as slices
   F* turned;           // [members, kWeightMr, turned_row]: left factors of the microkernel, by tiles
   TaskArenas tasks;
@@ -122,7 +122,7 @@ struct BackwardMemory {
       one.column_sums = arena.take<C>(ldg);
       before[d] = arena.take<int64_t>(wants_weights ? p.rows : 0);
     }
-    sequence = arena.take<int64_t>(wants_weights && p.recurrent ? p.rows : 0);
+    sequence = wants_weights && (p.recurrent || p.candidate) ? arena.take<int64_t>(p.rows) : nullptr;
     grads = arena.take<number_t<F>>(min(p.rows, chunk_steps * p.sequences) * p.directions * grad_row);
     panels = arena.take<F>(schedule.members * panel_size);
     turned = arena.take<F>(schedule.members * kWeightMr * turned_row);

@@ -57,9 +57,10 @@ class ForwardSweep {
   using V = Vec<C>;
   using Traits = CellTraits<kCell>;
   static constexpr int kLane = kLanes<C>;
-  static constexpr int G = Traits::gates, K = Traits::saved_blocks;
   static constexpr bool kHasC = Traits::states == 2;
   static constexpr bool kPairs = !std::is_same<C, F>::value;
+  // An RNN with zoneout saves its h, before the old one may replace it.
+  static constexpr int G = Traits::gates, K = Traits::saved_blocks ? Traits::saved_blocks : kMasked;
 
  public:
   ForwardSweep(const LayerForward& p, const Memory& memory, const typename Memory::PerTask& mine, const Task& task,
@@ -224,12 +225,13 @@ class ForwardSweep {
     if constexpr (kHasC) c = load(c_of);
     [[maybe_unused]] const cell_t<S> h_before = h, c_before = c;
     cell_forward<kCell>(x, recurrent, h, c, blocks);
-    if constexpr (kMasked)
+    if constexpr (kMasked && Traits::saved_blocks > 0)
       if (candidate) {
         const C* of_sequence = at.at_state(candidate, at.sequence(r), p.hidden) + unit;
         const cell_t<S> mask = load(of_sequence, min(p.hidden - unit, kLane));
         drop_candidate<kCell>(mask, blocks, h_before, c_before, h, c);
       }
+    if constexpr (kMasked && !Traits::saved_blocks) blocks[0] = h;
     if constexpr (kHasC) {
       if (kMasked && zoneout_c) c = zoned(zoneout_c, r, unit, p.hidden, load(c_of), c);
       store(c_of, c);

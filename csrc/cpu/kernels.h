@@ -45,7 +45,7 @@ struct Kernels {
 };
 
 // What quantized.cpp offers in the same way. Weights are packed (seqkernels/quantized.py), all else is float32;
-// saved is null.
+// saved [N, D, H] gets an LSTM's c of every row, unless it is null.
 struct QuantizedKernels {
   int64_t (*bytes)(const LayerForward&, const Schedule&);
   void (*forward)(const LayerForward&, const Schedule&, int begin, int end, void* memory);

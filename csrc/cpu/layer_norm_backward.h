@@ -86,7 +86,12 @@ class LayerNormBackwardSweep {
     for (int64_t r = 0; r < running; r++) normalize_backward(r);
     add_step(mine.scale, mine.shift, columns);
     work.wait();
-    multiply_gradients(running, t % 2);
+    if (p.norms.blocks == 1) {
+      multiply_gradients(running, t % 2);
+    } else {
+      for (int64_t k = work.first(p.norms.blocks); k < work.last(p.norms.blocks); k++) multiply_block(k, running);
+      work.wait();
+    }
     change_states(t, before);
   }
 
@@ -267,17 +272,30 @@ class LayerNormBackwardSweep {
   void multiply_gradients(int64_t running, bool backwards) const {
     const int64_t H = p.hidden, first = units.first / kLane, last = vectors_of<C>(units.last);
     const auto row = [&](int64_t r) -> const C* { return of_row(p.grad_sums, r, memory.columns); };
-    const auto put = [&](int64_t r, int64_t unit, int64_t lanes, V x) {
-      C* const grad_h = mine.grad_h + r * memory.ldh + unit;
-      if (p.recurrent) x *= load(at.at_state(static_cast<const C*>(p.recurrent), at.sequence(r), H) + unit, lanes);
-      store(grad_h, load(grad_h) + x);
-    };
+    const auto put = [&](int64_t r, int64_t unit, int64_t lanes, V x) { add_to_h(r, unit, lanes, x); };
     if (!memory.once) return product(memory.hh, of.w_hh, first, last, running, {memory.hh.k}, row, put, backwards);
     const C* const w_hh = static_cast<const C*>(p.weights[at.task.direction].w_hh);
     C* const slice = mine.slices + work.begin * memory.once_size;
     product_once<C>(
         memory.hh, [&](int64_t k) { return w_hh + k * H; }, first, last, running, row, put, slice,
         reinterpret_cast<V*>(slice + Memory::kSliceSize));
+  }
+
+  // The same of block k, whose gates lie H columns apart.
+  void multiply_block(int64_t k, int64_t running) const {
+    const int64_t H = p.hidden, first = k * memory.hh.units;
+    Depth depth{memory.hh.units};
+    depth.segments = G, depth.gap = H;
+    product(
+        memory.hh, of.w_hh + k * memory.hh.size(), 0, memory.hh.vectors(), running, depth,
+        [&](int64_t r) -> const C* { return of_row(p.grad_sums, r, memory.columns) + first; },
+        [&](int64_t r, int64_t unit, int64_t lanes, V x) { add_to_h(r, first + unit, lanes, x); });
+  }
+
+  SEQKERNELS_INLINE void add_to_h(int64_t r, int64_t unit, int64_t lanes, V x) const {
+    C* const grad_h = mine.grad_h + r * memory.ldh + unit;
+    if (p.recurrent) x *= load(at.at_state(static_cast<const C*>(p.recurrent), at.sequence(r), p.hidden) + unit, lanes);
+    store(grad_h, load(grad_h, lanes) + x, lanes);
   }
 
   const LayerNormBackward& p;
@@ -311,14 +329,24 @@ void finish_norms(const LayerNormBackward& p, const LayerNormBackwardMemory<C>& 
   finish(p.grad_shift_c, p.hidden, [](const Task& task) { return task.shift_c; });
 }
 
+// Panel j of all blocks' panels: of a block the rows of every gate, which lie H apart in w_hh.
+template <class C>
+void pack_block(const LayerNormBackwardMemory<C>& memory, const C* w_hh, int64_t j, C* packed) {
+  const auto& hh = memory.hh;
+  const int64_t k = j / hh.count(), H = hh.units * memory.blocks;
+  for (int64_t gate = 0; gate < memory.columns / H; gate++)
+    pack_rows(hh, j % hh.count(), w_hh + (gate * H + k * hh.units) * hh.units, hh.units, gate * hh.units,
+              (gate + 1) * hh.units, packed + k * hh.size());
+}
+
 template <Cell kCell, class C>
 void layer_norm_backward(const LayerNormBackward& p, const Schedule& schedule, int begin, int end, void* base) {
   const LayerNormBackwardMemory<C> memory(p, schedule, base);
   const WorkRange all = whole_range(schedule, begin, end);
+  const int64_t panels = memory.once ? 0 : memory.blocks * memory.hh.count();
   for (int d = 0; d < p.directions; d++) {
-    for (int64_t j = all.first(memory.hh.count()); !memory.once && j < all.last(memory.hh.count()); j++)
-      pack_rows(memory.hh, j, static_cast<const C*>(p.weights[d].w_hh), memory.columns, 0, memory.hh.depth,
-                memory.direction[d].w_hh);
+    for (int64_t j = all.first(panels); j < all.last(panels); j++)
+      pack_block(memory, static_cast<const C*>(p.weights[d].w_hh), j, memory.direction[d].w_hh);
     if (!all.begin) memory.direction[d].load(p, p.norms, d);
   }
   all.wait();

@@ -76,20 +76,29 @@ class LayerNormForwardSweep {
 
   // What is normalized: W_hh h, and of_sum W_ih x beside it.
   void multiply_states(int64_t running, bool backwards) const {
-    const int64_t columns = memory.hh.units, vectors = memory.hh.vectors();
-    const auto row = [&](int64_t r) { return mine.factors + r * memory.ldh; };
-    const auto put = [&](int64_t r, int64_t column, int64_t lanes, V x) {
-      if (p.norms.of_sum) x += load(of_row(p.norms.gates_x, r, columns) + column, lanes);
-      store(mine.sums + r * memory.lds + column, x);
+    const int64_t vectors = memory.hh.vectors();
+    if (memory.matrices == 1) return multiply_matrix(0, work.first(vectors), work.last(vectors), running, backwards);
+    for (int64_t i = work.first(memory.matrices); i < work.last(memory.matrices); i++)
+      multiply_matrix(i, 0, vectors, running, backwards);
+  }
+
+  // Vectors [first, last) of what matrix i of W_hh gives, which multiplies the units of its block.
+  void multiply_matrix(int64_t i, int64_t first, int64_t last, int64_t running, bool backwards) const {
+    const int64_t n = memory.hh.k, column0 = i * memory.hh.units;
+    const C* const h = mine.factors + i % p.norms.blocks * n;
+    const auto row = [&](int64_t r) { return h + r * memory.ldh; };
+    const auto put = [&](int64_t r, int64_t unit, int64_t lanes, V x) {
+      const int64_t column = column0 + unit;
+      if (p.norms.of_sum) x += load(of_row(p.norms.gates_x, r, memory.columns) + column, lanes);
+      store(mine.sums + r * memory.lds + column, x, lanes);
     };
     if (memory.packed)
-      return product(memory.hh, of.w_hh, work.first(vectors), work.last(vectors), running, {memory.hh.k}, row, put,
-                     backwards);
-    const C* w_hh = static_cast<const C*>(p.weights[at.task.direction].w_hh);
-    for (int64_t u = work.first(vectors); u < work.last(vectors); u++)
+      return product(memory.hh, of.w_hh + i * memory.hh.size(), first, last, running, {n}, row, put, backwards);
+    const C* const w_hh = static_cast<const C*>(p.weights[at.task.direction].w_hh) + column0 * n;
+    for (int64_t unit = first * kLane; unit < min(last * kLane, memory.hh.units); unit += kLane)
       for (int64_t r = 0; r < running; r++) {
-        const int64_t column = u * kLane, left = columns - column;
-        put(r, column, min(left, kLane), dots(w_hh + column * p.hidden, left, p.hidden, row(r)));
+        const int64_t left = memory.hh.units - unit;
+        put(r, unit, min(left, kLane), dots(w_hh + unit * n, left, n, row(r)));
       }
   }
 
@@ -180,9 +189,14 @@ template <Cell kCell, class C>
 void layer_norm_forward(const LayerNormForward& p, const Schedule& schedule, int begin, int end, void* base) {
   const LayerNormForwardMemory<C> memory(p, schedule, base);
   const WorkRange all = whole_range(schedule, begin, end);
+  const auto& hh = memory.hh;
+  const int64_t panels = memory.packed ? memory.matrices * hh.count() : 0;
   for (int d = 0; d < p.directions; d++) {
-    for (int64_t j = all.first(memory.hh.count()); memory.packed && j < all.last(memory.hh.count()); j++)
-      pack_transposed(memory.hh, j, static_cast<const C*>(p.weights[d].w_hh), p.hidden, memory.direction[d].w_hh);
+    for (int64_t j = all.first(panels); j < all.last(panels); j++) {
+      const int64_t i = j / hh.count();
+      const C* const matrix = static_cast<const C*>(p.weights[d].w_hh) + i * hh.units * hh.k;
+      pack_transposed(hh, j % hh.count(), matrix, hh.k, memory.direction[d].w_hh + i * hh.size());
+    }
     if (!all.begin) memory.direction[d].load(p, p.norms, d);
   }
   all.wait();

@@ -42,20 +42,24 @@ struct LayerNormForwardMemory {
     C* sums;                    // [count, lds]: what is normalized
   };
 
-  const bool packed;  // W_hh is; few rows are multiplied with it where it lies
-  const Panels<C> hh;
+  const bool packed;       // W_hh is; few rows are multiplied with it where it lies
+  const int64_t columns;   // G*H
+  const int64_t matrices;  // one below the other in W_hh: with blocks each gate's of each block
+  const Panels<C> hh;      // of one of them
   const int64_t ldh, lds;
   PerDirection direction[2] = {};
   TaskArenas tasks;
 
   LayerNormForwardMemory(const LayerNormForward& p, const Schedule& schedule, void* base)
       : packed(p.rows > kFewRows),
-        hh(p.hidden, gates_of(p.cell) * p.hidden, 1),
+        columns(gates_of(p.cell) * p.hidden),
+        matrices(p.norms.blocks > 1 ? gates_of(p.cell) * p.norms.blocks : 1),
+        hh(p.hidden / p.norms.blocks, columns / matrices, 1),
         ldh(leading<C>(p.hidden)),
-        lds(leading<C>(hh.units + kLanes<C>)) {
+        lds(leading<C>(columns + kLanes<C>)) {
     Arena arena{static_cast<char*>(base)};
     for (int d = 0; d < p.directions; d++) {
-      direction[d].w_hh = arena.take<C>(packed ? hh.size() : 0);
+      direction[d].w_hh = arena.take<C>(packed ? matrices * hh.size() : 0);
       direction[d].take(p, arena);
     }
     tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });
@@ -103,8 +107,8 @@ struct LayerNormBackwardMemory {
   };
   static constexpr int64_t kSliceSize = kKc * kMaxVectors * kLanes<C>;
 
-  const Panels<C> hh;
-  const int64_t columns;  // G*H
+  const int64_t columns, blocks;  // columns: G*H
+  const Panels<C> hh;             // of a block, whose gates lie one below the other
   const int64_t ldh, lds;
   const bool once;          // a single step of few rows: W_hh is packed slice by slice where it is used (product_once)
   const int64_t once_size;  // of a member's memory for that: a slice, and sums behind it
@@ -112,15 +116,16 @@ struct LayerNormBackwardMemory {
   TaskArenas tasks;
 
   LayerNormBackwardMemory(const LayerNormBackward& p, const Schedule& schedule, void* base)
-      : hh(gates_of(p.cell) * p.hidden, p.hidden, 1),
-        columns(hh.k),
+      : columns(gates_of(p.cell) * p.hidden),
+        blocks(p.norms.blocks),
+        hh(columns / p.norms.blocks, p.hidden / p.norms.blocks, 1),
         ldh(leading<C>(p.hidden)),
         lds(leading<C>(columns + kLanes<C>)),
-        once(p.steps == 1 && p.rows <= kRowsOnce),
+        once(p.steps == 1 && p.rows <= kRowsOnce && p.norms.blocks == 1),
         once_size(once ? kSliceSize + p.rows * ldh : 0) {
     Arena arena{static_cast<char*>(base)};
     for (int d = 0; d < p.directions; d++) {
-      direction[d].w_hh = arena.take<C>(once ? 0 : hh.size());
+      direction[d].w_hh = arena.take<C>(once ? 0 : p.norms.blocks * hh.size());
       direction[d].take(p, arena);
     }
     tasks = TaskArenas(arena, [&](Arena& task) { take_task(p, schedule, task); });

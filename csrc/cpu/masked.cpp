@@ -1,4 +1,4 @@
-// The instances of both sweeps for layers with masks, which no cell has that saves nothing.
+// The instances of both sweeps for layers with masks.
 #include "backward.h"
 #include "forward.h"
 #include "instances.h"
@@ -9,11 +9,7 @@ namespace {
 // call(number of S, traits)
 template <class Call>
 void with_masked(const Layer& p, const Call& call) {
-  with_scalar(p.scalar, [&](auto s) {
-    with_cell(p.cell, [&](auto traits) {
-      if constexpr (decltype(traits)::saved_blocks > 0) call(s, traits);
-    });
-  });
+  with_scalar(p.scalar, [&](auto s) { with_cell(p.cell, [&](auto traits) { call(s, traits); }); });
 }
 
 }  // namespace

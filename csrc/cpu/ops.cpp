@@ -70,8 +70,7 @@ void set_products(Layer& p, const Launch& launch) {
 
 // What one layer with options has besides; none of them of a plain one.
 void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
-  masks.check_without_norm(p, x);
-  check(!masks.any() || saved_blocks_of(p.cell), "there are no CPU kernels with masks of ", name_of(p.cell));
+  masks.check_for(p, x);
   masks.set(p);
 }
 
@@ -144,8 +143,8 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
   LayerBackward p{};
   CheckedArguments arguments(p, given, CheckOptions{}.with(pieces, given.batch_sizes));
   arguments.set_pieces(p, pieces);
-  arguments.set_backward(p, of_backward);
   set_masks(p, masks, given.x);
+  arguments.set_backward(p, of_backward);
   set_products(p, launch);
   p.wants_weights = wants_weights && p.rows && has_states(p);
   const ScalarType type = given.x.scalar_type();
@@ -204,38 +203,62 @@ Backward recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h
                   wants_weights, launch, pieces);
 }
 
-// A stack of quantized layers, for inference: weights are packed int8 (seqkernels/quantized.py), all else float32.
-std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
-                                                        Optional c_0, Optional batch_sizes, int64_t layers) {
+// A stack of quantized layers, for inference: weights are packed int8 (seqkernels/quantized.py), all else float32. y is
+// that of the last layer; where `c` is wanted, those of all layers, and c their c of every row.
+std::tuple<Tensor, Tensor, Tensor> run_quantized(const StackArguments& given, Optional* c) {
   LayerForward p{};
-  const QuantizedArguments arguments(p, {.cell = take_cell(cell),
-                                         .x = x,
-                                         .weights = weights,
-                                         .h_0 = h_0,
-                                         .c_0 = c_0,
-                                         .batch_sizes = batch_sizes,
-                                         .layers = layers});
+  const QuantizedArguments arguments(p, given);
   p.int8_products = int8_products();
   p.int8_tiles = int8_tiles();
-  const int64_t N = x.size(0), D = p.directions, L = layers, B = p.sequences, H = p.hidden, P = p.projected;
-  Tensor y = allocate(ScalarType::Float, Shape{N, D * P});
+  const int64_t N = given.x.size(0), D = p.directions, L = given.layers, B = p.sequences, H = p.hidden, P = p.projected;
+  constexpr int64_t bytes = sizeof(float);
+  Tensor y = allocate(ScalarType::Float, c ? Shape{L, N, D * P} : Shape{N, D * P});
   Tensor h_n = allocate(ScalarType::Float, Shape{L * D, B, P});
-  Tensor c_n = allocate(ScalarType::Float, Shape{L * D, B, c_0 ? H : 0});
-  const auto state = [&](Tensor& of, int64_t layer, int64_t n) {
-    return of.numel() ? static_cast<float*>(of.mutable_data_ptr()) + layer * D * B * n : nullptr;
+  Tensor c_n = allocate(ScalarType::Float, Shape{L * D, B, given.c_0 ? H : 0});
+  if (c) *c = allocate(ScalarType::Float, Shape{L, N, given.c_0 ? D * H : 0});
+  const auto of_layer = [&](Tensor& of, int64_t layer, int64_t size) {
+    return of.numel() ? static_cast<float*>(of.mutable_data_ptr()) + layer * size : nullptr;
   };
-  Between between(ScalarType::Float, 1, L, p, N);
+  Between between(ScalarType::Float, 1, c ? 1 : L, p, N);
   const QuantizedKernels& kernels = seqkernels::quantized_kernels();
   run(p, 1, L, Pass<LayerForward>{kernels.bytes, kernels.forward}, [&](LayerForward& own, int64_t, int64_t l) {
     arguments.set_layer(own, l, own.y);
-    own.y = l == L - 1 ? pointer(y) : between.of(0, l);
-    own.h_n = state(h_n, l, P);
-    own.c_n = state(c_n, l, H);
-    copy_states(arguments, own, own.h_n, own.h_0, P, sizeof(float));
-    copy_states(arguments, own, own.c_n, own.c_0, H, sizeof(float));
-    zero_rows(own.y, N * D * P * static_cast<int64_t>(sizeof(float)), N, p.rows);
+    own.y = c ? of_layer(y, l, N * D * P) : l == L - 1 ? pointer(y) : between.of(0, l);
+    own.saved = c ? of_layer(**c, l, N * D * H) : nullptr;
+    own.h_n = of_layer(h_n, l, D * B * P);
+    own.c_n = of_layer(c_n, l, D * B * H);
+    copy_states(arguments, own, own.h_n, own.h_0, P, bytes);
+    copy_states(arguments, own, own.c_n, own.c_0, H, bytes);
+    zero_rows(own.y, N * D * P * bytes, N, p.rows);
+    zero_rows(own.saved, N * D * H * bytes, N, p.rows);
   });
   return {y, h_n, c_n};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
+                                                        Optional c_0, Optional batch_sizes, int64_t layers) {
+  return run_quantized({.cell = take_cell(cell),
+                        .x = x,
+                        .weights = weights,
+                        .h_0 = h_0,
+                        .c_0 = c_0,
+                        .batch_sizes = batch_sizes,
+                        .layers = layers},
+                       nullptr);
+}
+
+Forward quantized_all_states(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0,
+                             Optional batch_sizes, int64_t layers) {
+  Optional c;
+  const auto [y, h_n, c_n] = run_quantized({.cell = take_cell(cell),
+                                            .x = x,
+                                            .weights = weights,
+                                            .h_0 = h_0,
+                                            .c_0 = c_0,
+                                            .batch_sizes = batch_sizes,
+                                            .layers = layers},
+                                           &c);
+  return {y, h_n, c_n, *c};
 }
 
 Forward masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
@@ -291,6 +314,9 @@ SEQKERNELS_FRAGMENT(m) {
   m.def(
       "quantized_recurrence(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
       "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def(
+      "quantized_all_states(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
+      "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c)");
   // One layer with masks (seqkernels/masked_ops.py, whose schema this is).
   m.def(
       "masked_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
@@ -309,6 +335,7 @@ SEQKERNELS_IMPL(CPU, m) {
   m.impl("recurrence_forward.cpu_ensemble", TORCH_BOX(&recurrence_forward<true>));
   m.impl("recurrence_backward.cpu_ensemble", TORCH_BOX(&recurrence_backward<true>));
   m.impl("quantized_recurrence", TORCH_BOX(&quantized_recurrence));
+  m.impl("quantized_all_states", TORCH_BOX(&quantized_all_states));
   m.impl("masked_forward.cpu", TORCH_BOX(&masked_forward));
   m.impl("masked_backward.cpu", TORCH_BOX(&masked_backward));
 }

@@ -191,7 +191,11 @@ class QuantizedSweep {
     if constexpr (Traits::needs_h_prev) h = load(mine.h + r * memory.ldp + unit);
     if constexpr (kHasC) c = load(c_of);
     cell_forward<kCell>(x, recurrent, h, c, unused);
-    if constexpr (kHasC) store(c_of, c);
+    if constexpr (kHasC) {
+      store(c_of, c);
+      if (p.saved && unit < p.hidden)
+        store(at.at_row(static_cast<float*>(p.saved), row0 + r * at.task.stride, p.hidden) + unit, c, p.hidden - unit);
+    }
     if (Traits::can_project && p.has_projection)
       store(mine.unprojected + r * memory.ldh + unit, h);
     else

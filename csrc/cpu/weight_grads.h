@@ -154,6 +154,29 @@ void sum_columns(const BackwardMemory<S, F>& memory, const WorkRange& work, cons
   }
 }
 
+// rows(row, unit, lanes) of what an LSTM has projected, o tanh(c): with the c that zoneout may have replaced.
+template <class S, class F>
+auto unprojected_rows(const LayerBackward& p, const BackwardMemory<S, F>& memory, int d) {
+  using V = Vec<acc_t<S>>;
+  const int64_t H = p.hidden, D = p.directions, K = saved_blocks_of(p.cell);
+  const S* saved = static_cast<const S*>(p.saved) + d * K * H;
+  const S* c_0 = static_cast<const S*>(p.c_0) + d * p.states * H;
+  const acc_t<S>* candidate = static_cast<const acc_t<S>*>(p.candidate);
+  if (candidate) candidate += d * p.sequences * H;
+  return [=, &memory, zoned = p.zoneout_c != nullptr](int64_t row, int64_t unit, int64_t lanes) -> V {
+    const auto block = [&](int64_t of_row, int k) { return load(saved + (of_row * D * K + k) * H + unit, lanes); };
+    V c = block(row, 4);
+    if (zoned) {
+      const int64_t before = memory.before[d][row];
+      const V gates[] = {block(row, 0), block(row, 1), block(row, 2)};
+      const V c_before = before < 0 ? V(load(c_0 + (-1 - before) * H + unit, lanes)) : V(block(before, 4));
+      const V mask = candidate ? load(candidate + memory.sequence[row] * H + unit, lanes) : V{} + 1;
+      c = lstm_c(gates, c_before, mask);
+    }
+    return block(row, 3) * tanh(c);
+  };
+}
+
 // Adds a chunk's part of all gradients of direction d's weights.
 template <class S, class F>
 void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory, const WorkRange& work,
@@ -180,17 +203,9 @@ void weight_gradients(const LayerBackward& p, const BackwardMemory<S, F>& memory
         return recurrent ? h * load(recurrent + memory.sequence[row] * P + unit, lanes) : h;
       },
       [&](int64_t column) { return sums.grad_w_hh + column * P; });
-  if (p.has_projection) {
-    const int64_t K = saved_blocks_of(p.cell);
-    const S* saved = static_cast<const S*>(p.saved) + d * K * H;
-    add_products(
-        memory, work, chunk, add, grads + columns.projected, stride, P, H, tiles,
-        [&](int64_t row, int64_t unit, int64_t lanes) {  // o tanh(c), which an LSTM projects
-          const S* from = saved + row * D * K * H + unit;
-          return load(from + 3 * H, lanes) * tanh(load(from + 4 * H, lanes));
-        },
-        [&](int64_t column) { return sums.grad_w_hr + column * H; });
-  }
+  if (p.has_projection)
+    add_products(memory, work, chunk, add, grads + columns.projected, stride, P, H, tiles,
+                 unprojected_rows(p, memory, d), [&](int64_t column) { return sums.grad_w_hr + column * H; });
   sum_columns(memory, work, chunk, d, add, p.directions);
 }
 

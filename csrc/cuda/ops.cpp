@@ -57,7 +57,10 @@ namespace {
 using namespace seqkernels;
 
 StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor& x) {
-  masks.check_without_norm(p, x);
+  check(!masks.any() || !p.has_projection, "there are no kernels with masks and a projection");
+  check(saved_blocks_of(p.cell) || !(masks.candidate || masks.zoneout_h || masks.zoneout_c),
+        "of the masks a kernel of ", name_of(p.cell), " has recurrent alone");
+  masks.check_for(p, x);
   return {.recurrent = masks.pointer(masks.recurrent),
           .candidate = masks.pointer(masks.candidate),
           .zoneout_h = masks.pointer(masks.zoneout_h),

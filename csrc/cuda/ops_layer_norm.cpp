@@ -10,7 +10,8 @@ namespace {
 
 using namespace seqkernels;
 
-Plan plan_of(const std::vector<int64_t>& launch) {
+Plan plan_of(const std::vector<int64_t>& launch, const Norms& norms) {
+  check(norms.blocks == 1, "there are no kernels with layer norm and blocks");
   check(launch.size() == 3, "a pass is launched by a path, a tile and units");
   return seqkernels::plan_of(launch[0], launch[1], launch[2]);
 }
@@ -55,7 +56,7 @@ Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tenso
   const LayerNormArguments arguments(
       p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
       check_options().read_sizes);
-  const Plan plan = plan_of(launch);
+  const Plan plan = plan_of(launch, p.norms);
   const CallContext context(gates_x);
   const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden;
   Tensor y = context.allocate({N, D * H}), h_n = context.allocate({D, B, H});
@@ -103,7 +104,7 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
       p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
       check_options().read_sizes);
   arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved, statistics});
-  const Plan plan = plan_of(launch);
+  const Plan plan = plan_of(launch, p.norms);
   const CallContext context(gates_x);
   const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
   Tensor grad_gates_x = context.allocate(of_sum ? Shape{0} : Shape{N, D, GH});

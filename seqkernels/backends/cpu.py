@@ -23,8 +23,7 @@ def _has_options(call: Call) -> bool:
     if call.options == (RESETS,):
         return True
     others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
-    # An RNN without norms saves its state alone, and its backward pass would need the one that zoneout has replaced.
-    return others == {"layer_norm"} or (not others and not call.cell.startswith("rnn"))
+    return others <= {"layer_norm", "blocks"} or others == {"proj_size"}
 
 
 def reason_not_default(call: Call, machine: Machine) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seqkernels.backends.arguments import Weights, by_direction
 from seqkernels.backends.precision import to_acc
-from seqkernels.backends.torch_eager import in_rows, step, steps_of
+from seqkernels.backends.torch_eager import all_previous, in_rows, lstm_gates, step, steps_of
 
 EPS = 1e-5  # that is added to a variance, as in torch.nn.LayerNorm and haste
 
@@ -66,17 +66,20 @@ def forward(
     variant: Variant,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer -> y ``[N, D*P]``, h_n and c_n."""
-    dtype, count = x.dtype, h_0.shape[0]
+    dtype = x.dtype
     x, h_0, c_0, *weights = to_acc(x, h_0, c_0, *weights)
-    of_directions = zip(by_direction(weights, count), norms_by_direction(to_acc(*norms), count), strict=True)
-    directions = [direction_of(x, w, of_direction, variant.layer_norm) for w, of_direction in of_directions]
+    directions = directions_of(x, weights, to_acc(*norms), h_0.shape[0], variant.layer_norm)
     y, h_n, c_n = sweep(cell, directions, h_0, c_0, batch_sizes, variant)
     return y.to(dtype), h_n.to(dtype), c_n.to(dtype)
 
 
-def norms_by_direction(norms: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
-    each = len(norms) // directions
-    return [norms[d * each : (d + 1) * each] for d in range(directions)]
+def directions_of(
+    x: Tensor, weights: Sequence[Tensor], norms: Sequence[Tensor], count: int, layer_norm: bool | str
+) -> list[Direction]:
+    """Those of one layer, of which everything is in the dtype of computation."""
+    each = len(norms) // count
+    of_norms = (norms[d * each : (d + 1) * each] for d in range(count))
+    return [direction_of(x, *own, layer_norm) for own in zip(by_direction(weights, count), of_norms, strict=True)]
 
 
 def sweep(
@@ -108,6 +111,45 @@ def sweep(
     return torch.cat(ys, 1), torch.stack(h_n), torch.stack(c_n)
 
 
+def cell_states(
+    x: Tensor,  # [N, I]
+    weights: Sequence[Tensor],
+    norms: Sequence[Tensor],  # of each direction
+    y: Tensor,  # [N, D*P]
+    h_0: Tensor,  # [D, B, P]
+    c_0: Tensor,  # [D, B, H]
+    batch_sizes: Tensor | None,  # [T]
+    variant: Variant,
+) -> Tensor:
+    """c ``[N, D*H]`` at every step of one LSTM layer whose output is y.
+
+    With h of all steps known, the gates of all steps are two products, and c is a sum over time, of single numbers.
+    """
+    dtype, (rows, _), directions = y.dtype, y.shape, len(h_0)
+    x, y, h_0, c_0, *weights = to_acc(x, y, h_0, c_0, *weights)
+    steps = steps_of(batch_sizes, rows, h_0.shape[1])
+    found = []
+    for d, of in enumerate(directions_of(x, weights, to_acc(*norms), directions, variant.layer_norm)):
+
+        def of_rows(mask: Tensor, d: int = d) -> Tensor:
+            return in_rows([mask[d, :size] for _, size in steps], rows, mask.shape[2], mask)
+
+        h_before = all_previous(steps, d == 1, y.chunk(directions, 1)[d], h_0[d])
+        if variant.recurrent is not None:
+            h_before = h_before * of_rows(variant.recurrent)
+        gates_x, gates_h = _Sums(of, variant).gates(of.of_x, h_before)
+        i, kept, g, _ = lstm_gates(gates_x + gates_h)
+        added = i * g if variant.candidate is None else i * (g * of_rows(variant.candidate))
+        c, of_steps = c_0[d], []
+        for start, size in reversed(steps) if d else steps:
+            now = slice(start, start + size)
+            c_t = kept[now] * c[:size] + added[now]
+            of_steps.append(_zoned(c[:size], c_t, variant.zoneout_c, (now, d)))
+            c = torch.cat([of_steps[-1], c[size:]])
+        found.append(in_rows(of_steps[::-1] if d else of_steps, rows, c_0.shape[2], c_0))
+    return torch.cat(found, 1).to(dtype)
+
+
 def _times(state: Tensor, mask: Tensor | None, at: tuple) -> Tensor:
     return state if mask is None else state * mask[at]
 
@@ -128,6 +170,8 @@ class _Sums:
 
     def gates(self, of_x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """What a cell adds up to its gates: that of the input and that of h."""
+        if self.blocks == 1 and not self.kind:
+            return of_x, F.linear(h, self.w_hh, self.of.shift)
         of_h = F.linear(h, self.w_hh) if self.blocks == 1 else self._by_blocks(h)
         if self.kind == "gates":
             return torch.zeros_like(of_x), _normalized(of_x + of_h, self.of.scale, self.of.shift)

@@ -1,6 +1,7 @@
 """Zoneout, dropout within the recurrence, layer norm and blocks: against the specification, and as parts of modules."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
+from seqkernels import reference
 from seqkernels._ops import ops
 from seqkernels.backends import torch_steps
 from seqkernels.backends.cells import CELLS as FACTS
@@ -86,8 +88,6 @@ def results(layer, layout: str, training: bool):
     torch.manual_seed(1)
     with recording() as drawn:
         output, end = call(layer, layout, x, states)
-    if drawn.rows is None:  # weights alone are changed
-        drawn.masks = []
     ys = [output[:length, b] for b, length in enumerate(lengths)]
     spec_ys, *spec_end = specified(layer, [x[:length, b] for b, length in enumerate(lengths)], states, drawn, lengths)
     inputs = x, *states, *layer.parameters()
@@ -211,6 +211,11 @@ IN_KERNELS = {
     "norm": {"layer_norm": True},
     "norm and masks": {"zoneout": 0.2, "recurrent_dropout": 0.3, "candidate_dropout": 0.3, "layer_norm": "gates"},
 }
+OF_ONE_CELL = {
+    "rnn_tanh": {"zoneout": 0.3},
+    "gru": {"layer_norm": True, "blocks": 4},
+    "lstm": {"zoneout": 0.2, "recurrent_dropout": 0.3, "candidate_dropout": 0.3, "proj_size": 20},
+}
 
 
 def run_by(backend, cell: str, options: dict, dtype, sequences: int, seed: int, exact=False):
@@ -229,11 +234,17 @@ def run_by(backend, cell: str, options: dict, dtype, sequences: int, seed: int, 
 
 @pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=str(NO_CPU_KERNELS))
 @pytest.mark.parametrize(
-    ("name", "dtype"),
+    ("cell", "name", "dtype"),
     # What a loop of torch's errs by in float64 is the error of the specification itself, which norms enlarge.
-    [(name, dtype) for name in IN_KERNELS for dtype in DTYPES if not (dtype == torch.float64 and "norm" in name)],
+    [
+        *(
+            (cell, name, dtype)
+            for cell, name, dtype in itertools.product(("gru", "lstm", "ligru"), IN_KERNELS, DTYPES)
+            if not (dtype == torch.float64 and "norm" in name)
+        ),
+        *((cell, "of one cell", torch.bfloat16) for cell in OF_ONE_CELL),
+    ],
 )
-@pytest.mark.parametrize("cell", ["gru", "lstm", "ligru"])
 @pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "baseline"], indirect=True)  # others have the same
 def test_kernels_are_as_close_as_torch(cell, name, dtype, instruction_set, monkeypatch):
     """As a loop of torch's operations in that dtype; torch_eager in float64 is as specified (test_as_specified)."""
@@ -251,11 +262,12 @@ def test_kernels_are_as_close_as_torch(cell, name, dtype, instruction_set, monke
     torch.set_num_threads(2)
     kinked = cell == "ligru" and dtype.itemsize == 2  # as in specification.judged
     contenders = ("cpu", False), ("torch_eager", False), ("torch_eager", True)
+    options = IN_KERNELS.get(name) or OF_ONE_CELL[cell]
     found: list[list] = [[] for _ in contenders]
     # No draw of one sequence alone: what a norm of few steps enlarges, it enlarges by chance.
     for seed, sequences in enumerate((21, 21, 4)):
         for draws, (backend, exact) in zip(found, contenders, strict=True):
-            results = run_by(backend, cell, IN_KERNELS[name], dtype, sequences, seed, exact)
+            results = run_by(backend, cell, options, dtype, sequences, seed, exact)
             draws.append({key: results[key] for key in results if not kinked or key in ("output", "h_n")})
     assert_as_close_as_torch(*found, dtype)
 
@@ -340,7 +352,7 @@ def test_blocks_are_a_block_diagonal_matrix(cell, blocks, backend, dtype):
 
 def states_of(layer):
     torch.manual_seed(3)
-    sizes = [6, 6][: FACTS[layer.mode.lower()].states]
+    sizes = [layer.proj_size or 6, 6][: FACTS[layer.mode.lower()].states]
     return tuple(torch.randn(4, 3, size, dtype=layer.weight_ih_l0.dtype) for size in sizes)
 
 
@@ -375,6 +387,10 @@ def test_operators_keep_what_torch_asks_of_them(name):
     if name in ("zoneout", "recurrent", "candidate") and not NO_CPU_KERNELS:
         args = "lstm", x, layer._flat_weights, *states, None, *masks[1:], True, [0]
         torch.library.opcheck(ops.masked_forward.cpu, args)
+        if name == "zoneout":  # with which an RNN saves more than without
+            weights = layer_of("rnn_tanh", name, num_layers=1)._flat_weights
+            args = "rnn_tanh", x, weights, states[0], None, None, *masks[1:4], None, True, [0]
+            torch.library.opcheck(ops.masked_forward.cpu, args)
     args = "lstm", x, layer._flat_weights, list(layer._norms()), *states, None, *masks[1:]
     kind = str(options["layer_norm"]) if "layer_norm" in options else ""
     torch.library.opcheck(ops.options_forward.torch_eager, (*args, kind, layer.cell_options.blocks))
@@ -490,17 +506,17 @@ def test_explain_says_which_way_runs():
     for options in (masks, {"layer_norm": True}, {"layer_norm": "gates", **masks}):
         assert sk.explain(sk.LSTM(4, 6, **options), x).backend == plain.backend
     assert sk.explain(sk.RNN(4, 6, layer_norm=True, zoneout=0.1), x).backend == plain.backend
-    layer = sk.LSTM(4, 6, candidate_dropout=0.1, layer_norm=True, blocks=2)
+    of_blocks, projected = sk.GRU(4, 6, layer_norm=True, blocks=2), sk.LSTM(4, 6, zoneout=0.1, proj_size=3)
+    for layer in (sk.RNN(4, 6, zoneout=0.1), of_blocks, projected):
+        assert sk.explain(layer, x).backend == plain.backend
+    layer = sk.LSTM(4, 6, candidate_dropout=0.1, layer_norm=True, proj_size=3)
     plan = sk.explain(layer, x)
     assert plan.backend == "torch_eager"
-    options = "candidate_dropout, layer_norm, blocks"
+    options = "candidate_dropout, layer_norm, proj_size"
     assert plan.kernel == f"{options}: a step at a time in plain torch operations"
     assert NO_CPU_KERNELS or dict(plan.refusals)["cpu"] == f"it has no kernel with {options}"
     assert f"{options}: a step" in str(sk.explain(layer))
     assert sk.explain(sk.LSTM(4, 6, candidate_dropout=0.1).eval(), x) == plain
-    for option in ({"zoneout": 0.1}, {"layer_norm": True}):
-        assert sk.explain(sk.LSTM(4, 6, proj_size=3, **option), x).backend == "torch_eager"
-    assert sk.explain(sk.RNN(4, 6, zoneout=0.1), x).backend == "torch_eager"
     assert "side by side 2 blocks of units" in sk.explain(sk.GRU(4, 6, blocks=2), x).kernel
     of_step = sk.GRU(4, 6, blocks=2, recurrent_dropout=0.5)
     assert "one after another 2 blocks of units" in sk.explain(of_step, x).kernel
@@ -553,35 +569,68 @@ def test_what_does_not_fit_is_refused(make, error, sentence):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, name in EACH if cell in ("gru", "ligru")])
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, name in EACH if cell in ("gru", "lstm", "ligru")])
 def test_all_states_are_those_of_the_same_call(cell, name, recompute):
     layer, found = layer_of(cell, name, dropout=0.2, recompute=recompute), []
-    x, h_0 = torch.randn(5, 3, 4, dtype=torch.float64), torch.randn(4, 3, 6, dtype=torch.float64)
+    x, hx = torch.randn(5, 3, 4, dtype=torch.float64), states_of(layer)
     for all_states in (False, True):
         torch.manual_seed(1)
-        y, h_n, *h = layer(x, h_0, lengths=LENGTHS, return_all_states=all_states)
-        found.append((y, h_n, *torch.autograd.grad(y.square().sum() + h_n.sum(), list(layer.parameters()))))
+        y, end, *states = layer(x, hx if cell == "lstm" else hx[0], lengths=LENGTHS, return_all_states=all_states)
+        loss = y.square().sum() + sum(state.sum() for state in as_tuple(end))
+        found.append((y, *as_tuple(end), *torch.autograd.grad(loss, list(layer.parameters()))))
     torch.testing.assert_close(*found)
-    (h,) = h
-    assert h.shape == (2, *y.shape) and torch.equal(h[1], y)
-    for b, length in enumerate(LENGTHS):
-        for layer_h, ends in zip(h, h_n.unflatten(0, (2, 2)), strict=True):
-            forward, backward = layer_h[:, b].chunk(2, 1)
-            if length:
-                torch.testing.assert_close(ends[:, b], torch.stack([forward[length - 1], backward[0]]))
+    states = as_tuple(*states)
+    assert torch.equal(states[0][1], y) and all(state.shape == (2, *y.shape) for state in states)
+    for all_of_layers, state_n in zip(states, as_tuple(end), strict=True):
+        for b, length in enumerate(LENGTHS):
+            for of_layer, ends in zip(all_of_layers, state_n.unflatten(0, (2, 2)), strict=True):
+                forward, backward = of_layer[:, b].chunk(2, 1)
+                if length:
+                    torch.testing.assert_close(ends[:, b], torch.stack([forward[length - 1], backward[0]]))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in OPTIONS), ("all", {"proj_size": 3})])
+def test_all_states_of_an_lstm_as_specified(name, options, training, monkeypatch):
+    layer, steps = layer_of("lstm", name, **options).train(training), []
+    x = torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)
+    hx = states_of(layer)
+    with recording() as drawn:
+        states = layer(x, hx, lengths=torch.tensor(LENGTHS), return_all_states=True)[2]
+
+    def step(*args, step=reference.step):
+        steps.append(step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(reference, "step", step)
+    specified(layer, [x[:length, b] for b, length in enumerate(LENGTHS)], hx, drawn, LENGTHS)
+    expected, each = [state.new_zeros(state.shape) for state in states], iter(steps)
+    for number, d, (b, length) in itertools.product(range(2), range(2), enumerate(LENGTHS)):
+        for t in reversed(range(length)) if d else range(length):
+            for of_all, state in zip(expected, next(each), strict=True):
+                of_all[number, t, b, d * len(state) : (d + 1) * len(state)] = state
+    torch.testing.assert_close(list(states), expected)
+    weights = [torch.randn_like(state) for state in expected]
+    losses = [sum((w * s).sum() for w, s in zip(weights, of, strict=True)) for of in (states, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, [x, *layer.parameters()]) for loss in losses))
 
 
 def test_all_states_compile_with_options():
-    layer = layer_of("gru", "norm", return_all_states=True).eval()
+    layer = layer_of("lstm", num_layers=1, bidirectional=False, return_all_states=True)
     x = torch.randn(5, 3, 4, dtype=torch.float64)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        layer.train(training)
+        found = []
+        for run in (layer, compiled):
+            torch.manual_seed(1)
+            found.append(run(x))
+        torch.testing.assert_close(*found)
 
 
 def test_calls_that_do_not_fit_are_refused():
     x = torch.randn(5, 3, 4)
-    with pytest.raises(ValueError, match="return_all_states of an LSTM goes with no zoneout"):
-        sk.LSTM(4, 6, zoneout=0.1)(x, return_all_states=True)
     layer = sk.GRU(4, 6, layer_norm=True)
     layer.backend = "cudnn"
     with pytest.raises(ValueError, match=r"no backend runs gru.*cudnn: "):

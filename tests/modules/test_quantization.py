@@ -90,6 +90,37 @@ def test_a_sequence_in_one_call_has_the_bits_of_its_steps(instruction_set, seque
     assert same_bits(whole, (torch.stack(steps), now))
 
 
+@pytest.mark.parametrize(("cell", "options"), [*((cell, {}) for cell in KINDS), ("lstm", {"proj_size": 20})], ids=str)
+def test_all_states_have_the_bits_of_steps(instruction_set, cell, options):
+    layer = layer_of(cell, 20, 40, num_layers=2, return_all_states=True, **options)
+    x, now, steps = torch.randn(7, 3, 20), state_of(layer, 3), []
+    *whole, states = layer(x, now)
+    assert same_bits(whole, layer(x, now, return_all_states=False))
+    for x_t in x:
+        steps.append(tensors_of(layer.step(x_t, now)))
+        now = tuple(steps[-1][1:]) if cell == "lstm" else steps[-1][1]
+    states = states if cell == "lstm" else (states,)
+    for found, expected in zip(states, list(zip(*steps, strict=True))[1:], strict=True):
+        assert torch.equal(found, torch.stack(expected, 1))
+
+
+def test_all_states_of_ragged_sequences_in_both_directions():
+    layer = layer_of("lstm", 20, 40, num_layers=2, bidirectional=True)
+    x, lengths = torch.randn(6, 3, 20), [4, 0, 6]
+    output, ends, states = layer(x, lengths=lengths, return_all_states=True)
+    packed = pack_padded_sequence(x[:, ::2], lengths[::2], enforce_sorted=False)
+    of_rows = layer(packed, return_all_states=True)
+    assert torch.equal(states[0][1], output) and torch.equal(of_rows[2][0][1], of_rows[0].data)
+    for state, rows, end in zip(states, of_rows[2], ends, strict=True):
+        alone = torch.stack([pad_packed_sequence(of_rows[0]._replace(data=one))[0] for one in rows])
+        assert torch.equal(state[:, :, ::2], alone) and not state[:, :, 1].any()
+        forward, backward = end.view(2, 2, 3, 40).unbind(1)
+        for b, length in enumerate(lengths):
+            if length:
+                assert torch.equal(state[:, length - 1, b, :40], forward[:, b])
+                assert torch.equal(state[:, 0, b, 40:], backward[:, b])
+
+
 @pytest.mark.parametrize("cell", KINDS)
 def test_a_sequence_has_the_same_bits_in_any_batch(instruction_set, cell):
     layer = layer_of(cell, 20, 60, bidirectional=True)
@@ -315,7 +346,6 @@ def test_what_is_left_has_a_reason():
         "not finite": broken,
         "torch.float64": sk.GRU(3, 4, dtype=torch.float64),
         "meta": sk.GRU(3, 4, device="meta"),
-        "return_all_states": sk.GRU(3, 4, return_all_states=True),
         "learn_initial_state": sk.GRU(3, 4, learn_initial_state=True),
         "has no zoneout and no blocks": sk.GRU(3, 4, zoneout=0.1, blocks=2, input_dropout=0.1),
         "has no layer_norm": sk.GRU(3, 4, layer_norm=True),
@@ -432,7 +462,8 @@ def arguments_of(cell: str, **options):
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 7}], ids=str)
 def test_opcheck(options):
-    torch.library.opcheck(torch.ops.seqkernels.quantized_recurrence.default, arguments_of("lstm", **options))
+    for operator in (torch.ops.seqkernels.quantized_recurrence, torch.ops.seqkernels.quantized_all_states):
+        torch.library.opcheck(operator.default, arguments_of("lstm", **options))
 
 
 def test_the_operator_refuses_what_does_not_fit():

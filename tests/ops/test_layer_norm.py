@@ -14,7 +14,7 @@ from seqkernels.double_backward import derivatives
 pytestmark = pytest.mark.skipif(bool(MISSING["cpu"]), reason=str(MISSING["cpu"]))
 
 
-def layer(cell, rows, sequences, hidden, directions=2, of_sum=False, masked=True, bias=True):
+def layer(cell, rows, sequences, hidden, directions=2, of_sum=False, masked=True, bias=True, blocks=1):
     """The arguments of the operator: those with gradients, and those behind them."""
     torch.manual_seed(0)
     gates, has_c = FACTS[cell].gates * hidden, FACTS[cell].states == 2
@@ -28,7 +28,7 @@ def layer(cell, rows, sequences, hidden, directions=2, of_sum=False, masked=True
     normalizes_c, state = has_c and not of_sum, (directions, sequences, hidden)
     of_layer = [
         random(rows, directions, gates),
-        random(directions, gates, hidden),
+        random(directions, gates, hidden // blocks),
         random(directions, gates),
         random(directions, gates, wanted=bias),
         random(directions, hidden, wanted=normalizes_c),
@@ -50,7 +50,8 @@ def by_torch(cell, of_layer, batch_sizes, masks, of_sum):
     directions = [
         Direction(of_x, *(None if t is None else t[d] for t in parameters)) for d, of_x in enumerate(gates_x.unbind(1))
     ]
-    variant = Variant("gates" if of_sum else True, 1, *masks)
+    blocks = h_0.shape[2] // parameters[0].shape[2] if h_0.shape[2] else 1
+    variant = Variant("gates" if of_sum else True, blocks, *masks)
     return torch_steps.sweep(cell, directions, h_0, c_0, batch_sizes, variant)
 
 
@@ -80,11 +81,20 @@ def test_both_passes_give_what_torch_gives(cell, of_sum, instruction_set):
     assert_same(cell, *layer(cell, 4, 2, 9, 1, of_sum), of_sum=of_sum)  # by weights where they lie
 
 
+@pytest.mark.parametrize("of_sum", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_blocks_give_what_torch_gives(cell, of_sum, instruction_set):
+    for rows, sequences, hidden, blocks in ((15, 5, 21, 3), (16, 4, 80, 4), (6, 6, 12, 12), (4, 2, 10, 2)):
+        assert_same(cell, *layer(cell, rows, sequences, hidden, of_sum=of_sum, blocks=blocks), of_sum=of_sum)
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_every_division_of_the_work_gives_the_same(cell):
     """Threads share the units of one sequence, the sequences of a batch, or both."""
-    for sequences, directions, of_sum in ((1, 1, False), (1, 2, True), (70, 1, False), (3, 2, False)):
-        of_layer, masks = layer(cell, 12 * sequences, sequences, 230, directions, of_sum)
+    for sequences, directions, of_sum, blocks in (
+        (1, 1, False, 1), (1, 2, True, 1), (70, 1, False, 1), (3, 2, False, 1), (1, 1, False, 5), (3, 1, True, 2),
+    ):  # fmt: skip
+        of_layer, masks = layer(cell, 12 * sequences, sequences, 230, directions, of_sum, blocks=blocks)
         found = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

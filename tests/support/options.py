@@ -20,7 +20,7 @@ class Drawn:
 
 @contextmanager
 def recording():
-    drawn, draw, keep, run = Drawn(), cell_options.draw, cell_options.keep, with_options.run
+    drawn, draw, keep, plan_of = Drawn(), cell_options.draw, cell_options.keep, with_options.plan_of
 
     def of_layer(*args) -> cell_options.Masks:
         drawn.masks.append(draw(*args))
@@ -32,15 +32,15 @@ def recording():
             drawn.weights.append(mask)
         return mask
 
-    def of_rows(plan, inputs, *args):
+    def of_rows(inputs, *args):
         drawn.rows = inputs.rows
-        return run(plan, inputs, *args)
+        return plan_of(inputs, *args)
 
-    cell_options.draw, cell_options.keep, with_options.run = of_layer, of_weight, of_rows
+    cell_options.draw, cell_options.keep, with_options.plan_of = of_layer, of_weight, of_rows
     try:
         yield drawn
     finally:
-        cell_options.draw, cell_options.keep, with_options.run = draw, keep, run
+        cell_options.draw, cell_options.keep, with_options.plan_of = draw, keep, plan_of
 
 
 def as_specified(masks: cell_options.Masks, rows: Rows, lengths) -> reference.Masks:
