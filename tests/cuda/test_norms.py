@@ -72,6 +72,20 @@ def test_sizes_of_zero(launch):
 
 
 @BOTH_PATHS
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_what_no_step_uses_reaches_nothing(cell, launch):
+    """Rows behind all steps that are not finite, also of zoneout, and sequences that never run, some of a tile and
+    whole tiles."""
+    layer, rest = arguments(cell, cell == "gru", masked=True, batch_sizes=(5, 5), spare=0, hidden=17)
+    for sizes in (torch.tensor([3, 1]), torch.tensor([1, 0])):
+        for rows in (layer[0], *rest[3:5]):
+            if rows is not None:
+                rows[sizes.sum() :] = torch.nan
+        tile = 2 if launch == SINGLE_CTA else 0
+        assert_right(cell, layer, [sizes, *rest[1:]], launch._replace(tile=tile))
+
+
+@BOTH_PATHS
 @OF_SUM
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_sizes_that_only_the_gpu_knows(cell, of_sum, launch, sizes_on_gpu):
