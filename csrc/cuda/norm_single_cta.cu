@@ -17,9 +17,11 @@ const char* norm_sweep(const Pass& args, const LaunchShape& shape, const void* p
   return by_value<kSingleCtaWidths>(width, kNone, [&](auto of_width) -> const char* {
     constexpr int WIDTH = decltype(of_width)::value;
     if constexpr (has_width(Math::fp32_fma, WIDTH, false)) {
-      constexpr Variant variant = variant_of(Arch::sm_90, CELL, Math::fp32_fma, Pass::backward, false);
-      constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
-      return launch_with<Kernel<NormConfig<ARCH, CELL, Fp32Fma, Pass::backward, WIDTH>>>(args, shape, packed, stream);
+      return by_arch(shape.arch, [&](auto of_arch) {
+        constexpr Variant variant = variant_of(decltype(of_arch)::value, CELL, Math::fp32_fma, Pass::backward, false);
+        constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
+        return launch_with<Kernel<NormConfig<ARCH, CELL, Fp32Fma, Pass::backward, WIDTH>>>(args, shape, packed, stream);
+      });
     } else {
       return kNone;
     }
