@@ -12,12 +12,11 @@
 #define SEQKERNELS_LAYER_NORM_FORWARD \
   "(str cell, " SEQKERNELS_LAYER_NORM \
   ", bool save, int[] launch) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor statistics)"
-#define SEQKERNELS_LAYER_NORM_SWEEP_BACK                                                                          \
-  "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, " SEQKERNELS_LAYER_NORM                         \
-  ", Tensor y, Tensor saved, Tensor statistics, int[] launch) -> (Tensor grad_gates_x, Tensor grad_sums, Tensor " \
-  "factors, "                                                                                                     \
-  "Tensor grad_scale, Tensor grad_shift, Tensor grad_scale_c, Tensor grad_shift_c, Tensor grad_h_0, "             \
-  "Tensor grad_c_0)"
+#define SEQKERNELS_LAYER_NORM_SWEEP_BACK                                                                   \
+  "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, " SEQKERNELS_LAYER_NORM                  \
+  ", Tensor y, Tensor saved, Tensor statistics, int[] launch) -> (Tensor grad_gates_x, Tensor grad_sums, " \
+  "Tensor factors, Tensor grad_scale, Tensor grad_shift, Tensor grad_scale_c, Tensor grad_shift_c, "       \
+  "Tensor grad_h_0, Tensor grad_c_0)"
 
 namespace seqkernels {
 

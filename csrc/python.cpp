@@ -176,8 +176,7 @@ static PyMethodDef methods[] = {
      METH_VARARGS | METH_KEYWORDS,
      "cuda_candidates(*, cell, hidden, projected, dtype, tf32, directions, sequences, target, shared_memory, "
      "multiprocessors, clusters, backward, masked, layer_norm): all ways to run a pass on a GPU, and what speaks "
-     "against them "
-     "(csrc/cuda/plan.h)."},
+     "against them (csrc/cuda/plan.h)."},
     {nullptr, nullptr, 0, nullptr},
 };
 

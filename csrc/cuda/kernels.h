@@ -96,8 +96,7 @@ struct MaskedStepBackward : StepBackward {
   const void* grad_factors;  // [D, B, H] gradients of these that are still to be added to grad_h
 };
 
-// ---- layers with layer norm, stepwise or in one launch: what is what is said at LayerNormForward and
-// LayerNormBackward
+// ---- layers with layer norm, stepwise or in one launch: LayerNormForward and LayerNormBackward say what is what
 
 struct NormStep : SweepArgs {
   int64_t k, running;  // stepwise: the step
