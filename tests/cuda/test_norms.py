@@ -3,7 +3,7 @@ float64 (tests/support/norms.py)."""
 
 import pytest
 import torch
-from cuda_paths import SINGLE_CTA, STEPWISE, faulty, path
+from cuda_paths import SINGLE_CTA, STEPWISE, THIS_GPU, faulty, path
 from norms import arguments, assert_rounding_alone, both_passes, results
 from operators import BACKENDS, CELLS
 
@@ -101,6 +101,18 @@ def test_no_order_of_threads_changes_a_bit(cell, launch, emulator):
         emulator.seed(seed)
         found, _ = both_passes("cuda", cell, layer, rest, of_both(launch))
         assert all(torch.equal(ours, first) for ours, first in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_where_the_weights_lie_changes_no_bit(cell, shared_memory):
+    """Behind what warps exchange; with less shared memory fewer of them, down to none but those in registers."""
+    layer, rest = arguments(cell, False, masked=True, batch_sizes=(2, 1), hidden=127)
+    found = []
+    for bytes_of_a_block in (THIS_GPU.shared_memory, 99 << 10, 34 << 10):
+        shared_memory(bytes_of_a_block)
+        found.append(both_passes("cuda", cell, layer, rest, of_both(SINGLE_CTA))[0])
+    first, *others = found
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @BOTH_PATHS
