@@ -4,20 +4,21 @@
 
 namespace seqkernels::device {
 
-// An RNN saves nothing, so that its backward pass could not do without the state that zoneout has replaced; its
-// candidate is the state. So it has the mask `recurrent` alone.
+// An RNN, which saves nothing else, saves the h that zoneout may replace, as its backward pass needs it.
 template <Cell CELL, class T>
 class MaskedStep {
   using A = acc_t<T>;
   static constexpr bool kHasCandidate = CellTraits<CELL>::saved_blocks > 0;
 
  public:
-  // `row`: of y, where the sequence runs.
-  DEVICE MaskedStep(const StepMasks& masks, const SweepArgs& s, int direction, int64_t sequence, int64_t row, int unit)
+  // `row`: of y, where the sequence runs. `new_h`: what an RNN saves, [N, D, H], if it does.
+  DEVICE MaskedStep(const StepMasks& masks, const SweepArgs& s, int direction, int64_t sequence, int64_t row, int unit,
+                    void* new_h = nullptr)
       : recurrent_(static_cast<const A*>(masks.recurrent), s.directions * s.sequences * s.hidden),
         candidate_(static_cast<const A*>(masks.candidate), s.directions * s.sequences * s.hidden),
         zoneout_h_(static_cast<const A*>(masks.zoneout_h), s.rows * s.directions * s.hidden),
         zoneout_c_(static_cast<const A*>(masks.zoneout_c), s.rows * s.directions * s.hidden),
+        new_h_(static_cast<T*>(kHasCandidate || !masks.zoneout_h ? nullptr : new_h), s.rows * s.directions * s.hidden),
         in_states_((direction * s.sequences + sequence) * s.hidden + unit),
         in_rows_((row * s.directions + direction) * s.hidden + unit) {}
 
@@ -27,6 +28,8 @@ class MaskedStep {
   // The states of unit i after the step, from what cell_forward() gave for those before.
   DEVICE void forward(int i, const A* saved, A h_before, A c_before, A& h, A& c) const {
     drop(i, saved, h_before, c_before, h, c);
+    if constexpr (!kHasCandidate)
+      if (new_h_) new_h_.store(in_rows_ + i, from_acc<T>(h));
     zone_h(i, h_before, h);
     if constexpr (kHasC<CELL>) zone_c(i, c_before, c);
   }
@@ -74,18 +77,21 @@ class MaskedStep {
  private:
   // Of what zones out, the gradient goes to the state before, and not to the step.
   DEVICE void backward(int i, const A* saved, A now, A before, A grad_y, A& grad_h, A& grad_c, A* grad) const {
-    const A mask = candidate(i), new_h = grad_h + grad_y, past_h = kHasCandidate ? stays_h(i, new_h) : 0;
+    const A mask = candidate(i), grad_new_h = grad_h + grad_y, past_h = stays_h(i, grad_new_h);
     A past_c = 0;
+    if constexpr (!kHasCandidate)
+      if (new_h_) now = to_acc(new_h_.load(in_rows_ + i));
     if (kHasC<CELL> && zoneout_c_) {
       past_c = stays_c(i, grad_c);
       grad_c -= past_c;
       now = lstm_c(saved, before, mask);  // that h came from
     }
-    grad_h = cell_back(mask, new_h - past_h, grad_c, saved, now, before, grad) + past_h;
+    grad_h = cell_back(mask, grad_new_h - past_h, grad_c, saved, now, before, grad) + past_h;
     grad_c += past_c;
   }
 
   Global<const A> recurrent_, candidate_, zoneout_h_, zoneout_c_;
+  Global<T> new_h_;
   int64_t in_states_, in_rows_;
 };
 

@@ -56,11 +56,10 @@ namespace {
 
 using namespace seqkernels;
 
-StepMasks checked_masks(const MaskArguments& masks, const Layer& p, const Tensor& x) {
+StepMasks checked_masks(const MaskArguments& masks, Layer& p, const Tensor& x) {
   check(!masks.any() || !p.has_projection, "there are no kernels with masks and a projection");
-  check(saved_blocks_of(p.cell) || !(masks.candidate || masks.zoneout_h || masks.zoneout_c),
-        "of the masks a kernel of ", name_of(p.cell), " has recurrent alone");
   masks.check_for(p, x);
+  masks.set(p);
   return {.recurrent = masks.pointer(masks.recurrent),
           .candidate = masks.pointer(masks.candidate),
           .zoneout_h = masks.pointer(masks.zoneout_h),
@@ -374,8 +373,8 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
   LayerBackward p{};
   CheckedArguments arguments(p, given, check_options().with(pieces, given.batch_sizes));
   const CallContext context(given.x);
-  arguments.set_backward(p, of_backward);
   const StepMasks of_steps = pieces ? checked_pieces(arguments, p, pieces) : checked_masks(masks, p, given.x);
+  arguments.set_backward(p, of_backward);
   BackwardResults results(context, p, given.layers, given.x, given.weights, wants_x, wants_weights);
   if (p.steps && p.rows && has_states(p))
     run_backward(context, p, arguments, plan, tf32, given.x.size(0), given.batch_sizes, of_steps, results);

@@ -131,7 +131,7 @@ struct StepForwardKernel {
       cell_forward<CELL>(x_i[i], of_h[i], h_now[i], c_now[i], saved[i]);
       if constexpr (MASKED)
         if (i < at.count) {
-          const MaskedStep<CELL, T> masked(p.masks, s, d, at.row, row, at.unit);
+          const MaskedStep<CELL, T> masked(p.masks, s, d, at.row, row, at.unit, s.saved);
           masked.forward(i, saved[i], h_before, c_before, h_now[i], c_now[i]);
           const Global<T> factors(static_cast<T*>(p.factors), states);
           if (factors) factors.store(place + i, from_acc<T>(masked.in_products(i, h_now[i])));
@@ -211,7 +211,8 @@ struct StepBackwardKernel {
       for (int i = 0; i < 2; i++)
         if (kHasC<CELL> && i < at.count) of_c[i] = grad_c.load(place + i);
       if constexpr (MASKED)
-        MaskedStep<CELL, T>(p.masks, s, d, at.row, row, at.unit).backward(inputs, at.count, of_h, of_c, grad);
+        MaskedStep<CELL, T>(p.masks, s, d, at.row, row, at.unit, const_cast<void*>(s.saved))
+            .backward(inputs, at.count, of_h, of_c, grad);
       else
         arrays.step(inputs, of_h, of_c, grad);
       arrays.store_gates(row, at.unit, {}, at.count, grad);

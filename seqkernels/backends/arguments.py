@@ -52,7 +52,6 @@ class StepMasks(NamedTuple):
         """The same of a layer that has no layer norm, after `check`."""
         self.check(cell, x, h_0, hidden_size := weights[0].shape[0] // CELLS[cell].gates)
         _require(self == NO_MASKS or h_0.shape[2] == hidden_size, "there are no kernels with masks and a projection")
-        _require(CELLS[cell].saved_blocks > 0 or self.zoneout_h is None, "there are no kernels with zoneout of an RNN")
 
 
 NO_MASKS = StepMasks()

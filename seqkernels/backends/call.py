@@ -59,12 +59,11 @@ def no_options(call: Call) -> str:
 
 
 def gpus_have_options(call: Call) -> bool:
-    """Whether kernels for GPUs have the options of a call. An RNN without norms saves its state alone, and its backward
-    pass would need the one that zoneout has replaced."""
+    """Whether kernels for GPUs have the options of a call."""
     if call.options == (RESETS,):
         return not call.projected
     others = set(call.options) - {"zoneout", "recurrent_dropout", "candidate_dropout"}
-    return others == {"layer_norm"} or (not others and not (call.cell.startswith("rnn") and "zoneout" in call.options))
+    return others <= {"layer_norm"}
 
 
 NO_TRANSFORMS = "torch.func transforms and forward-mode AD need operations that torch can differentiate itself"

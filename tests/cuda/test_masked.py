@@ -132,11 +132,14 @@ def test_where_no_single_cta_has_masks_layers_say_so():
             both_passes(call, masks_of(call, MASKS["all"]), launch)
 
 
+@pytest.mark.parametrize("names", [("recurrent",), ("zoneout_h",), ("recurrent", "zoneout_h")], ids=" and ".join)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["ragged both ways", "spare rows"])
 @pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
-def test_an_rnn_has_dropout_of_h_in_its_products(cell, shape):
-    call = Call(cell, **SHAPES[shape])
-    assert_rounding_alone(call, masks_of(call, MASKS["recurrent"]))
+def test_an_rnn_has_dropout_of_h_in_its_products_and_zoneout(cell, shape, dtype, names):
+    """Of zoneout it saves the h that may be replaced."""
+    call = Call(cell, dtype=dtype, **SHAPES[shape])
+    assert_rounding_alone(call, masks_of(call, names))
 
 
 LARGE = ("many rows", "deep", "long", "many units", "one long sequence", "two long sequences both ways")
@@ -184,8 +187,8 @@ def test_masks_that_do_not_fit_say_so():
     ):
         with pytest.raises(RuntimeError, match=sentence):
             both_passes(call, masks)
-    with pytest.raises(RuntimeError, match="of the masks a kernel of rnn_tanh has recurrent alone"):
-        both_passes(replace(call, cell="rnn_tanh"), (None, None, zoneout_h, None))
+    with pytest.raises(RuntimeError, match="candidate goes with gated cells only"):
+        both_passes(replace(call, cell="rnn_tanh"), (None, candidate, None, None))
 
 
 OPTIONS = {
@@ -212,8 +215,7 @@ def results_by(backend: str, layer, lengths, training: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "name"), [*itertools.product(CELLS, OPTIONS), ("rnn_tanh", "zoneout")])
 def test_layers_with_options(cell, name, training):
     layer = layer_of(cell, OPTIONS[name])
     for lengths in (None, torch.tensor([4, 0, 7])):

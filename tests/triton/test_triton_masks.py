@@ -17,7 +17,8 @@ from seqkernels.hardware import NO_TRITON
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason=NO_TRITON)
 MASKS = ("recurrent", "candidate", "zoneout_h", "zoneout_c")
-OF_CELL = {"gru": MASKS[:3], "lstm": MASKS, "ligru": MASKS[:3], "rnn_tanh": MASKS[:1], "rnn_relu": MASKS[:1]}
+OF_RNN = "recurrent", "zoneout_h"
+OF_CELL = {"gru": MASKS[:3], "lstm": MASKS, "ligru": MASKS[:3], "rnn_tanh": OF_RNN, "rnn_relu": OF_RNN}
 RAGGED = {"directions": 2, "sequences": 4, "batch_sizes": (4, 3, 0), "spare_rows": 1, "dtype": torch.float32}
 
 
@@ -126,9 +127,6 @@ def test_masks_that_do_not_fit_are_refused():
         run(cell, *layer, None, masks[1][..., 1:], None, None, save, [0])
     with pytest.raises(RuntimeError, match=r"zoneout_h is torch\.float32, got torch\.float16"):
         run(cell, *layer, None, None, masks[2].half(), None, save, [0])
-    with pytest.raises(RuntimeError, match="no kernels with zoneout of an RNN"):
-        plain, *layer, save = Call("rnn_tanh", **RAGGED).arguments()
-        run(plain, *layer, None, None, masks[2], None, save, [0])
 
 
 OPTIONS = {"zoneout": 0.3, "recurrent_dropout": 0.4, "candidate_dropout": 0.4}

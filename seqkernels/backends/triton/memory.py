@@ -145,7 +145,8 @@ def load_step(
         before = tl.load(initial_state(c_0, state, lane, unit, piece, H), running & ~ran, 0.0)
         before = tl.where(ran, tl.load(saved + (place_before * SAVED + SAVED - 1) * H + in_row, ran, 0.0), before)
     else:
-        now = tl.load(y + place * H + (lane * D * H + unit), running, 0.0)
+        # Of an RNN whose h is zoned out, the h before that.
+        now = tl.load((saved if SAVED > 0 else y) + place * H + (lane * D * H + unit), running, 0.0)
         s_0, s_1, s_2, s_3, before = now, now, now, now, now
     grad = now
     if HAS_GRAD_Y:
