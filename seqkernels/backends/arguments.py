@@ -30,6 +30,10 @@ class StepMasks(NamedTuple):
     zoneout_h: Tensor | None = None  # [N, D, P]
     zoneout_c: Tensor | None = None  # [N, D, H]
 
+    def saved_blocks(self, cell: str) -> int:
+        """K of the layer: an RNN, which saves nothing else, saves the h that zoneout may replace."""
+        return CELLS[cell].saved_blocks or int(self.zoneout_h is not None)
+
     def check(self, cell: str, x: Tensor, h_0: Tensor, hidden_size: int) -> None:
         """csrc says the same in C++.
 
@@ -141,13 +145,15 @@ def check_backward(
     y: Tensor,
     saved: Tensor,
     layers: int = 1,
+    masks: StepMasks = NO_MASKS,
 ) -> None:
     """What the operator of the backward pass takes besides, after `check`."""
     N, (LD, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
     D = LD // layers
     grad_y, grad_h_n, grad_c_n = grads
     expect("y", y, (N, D * P), x)
-    expect("saved", saved, SavedLayout.of(cell, x, weights, h_0, layers).shape(), x)
+    layout = SavedLayout.of(cell, x, weights, h_0, layers)._replace(blocks=masks.saved_blocks(cell) * H)
+    expect("saved", saved, layout.shape(), x)
     expect("grad_y", grad_y, (N, D * P), x)
     expect("grad_h_n", grad_h_n, (LD, B, P), x)
     expect("grad_c_n", grad_c_n, (LD, B, 0 if c_0 is None else H), x)

@@ -115,7 +115,7 @@ def masked_backward(
     grads, masks = (grad_y, grad_h_n, grad_c_n), StepMasks(recurrent, candidate, zoneout_h, zoneout_c)
     _check(cell, x, weights, h_0, c_0, batch_sizes, 1)
     masks.check_without_norm(cell, x, weights, h_0)
-    check_backward(cell, grads, x, weights, h_0, c_0, y, saved)
+    check_backward(cell, grads, x, weights, h_0, c_0, y, saved, masks=masks)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     return _backward(
         cell, *grads, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, wants_weights, launch, masks

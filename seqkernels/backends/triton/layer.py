@@ -34,9 +34,7 @@ class Layer:
         self.D, self.C, self.P = h_0.shape
         self.B = self.C if pieces is None or batch_sizes is None else sum(batch_sizes[:1].tolist())
         self.weights: list[Weights] = by_direction(weights, self.D)
-        self.N, self.G = x.shape[0], self.cell.gates
-        # An RNN saves nothing but the h that zoneout may replace.
-        self.K = self.cell.saved_blocks or int(masks.zoneout_h is not None)
+        self.N, self.G, self.K = x.shape[0], self.cell.gates, masks.saved_blocks(cell)
         self.F = self.G + self.cell.gates_apart  # blocks of grad_gates
         self.H = self.weights[0].w_hh.shape[0] // self.G
         self.projected = self.weights[0].w_hr is not None
