@@ -9,72 +9,38 @@ struct SingleCtaBackward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
   using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedBackwardArgs, BackwardArgs>>;
+  using Arrays = BackwardArrays<C::CELL, T, C::EVEN>;
+  using Step = typename Tile::Step;
   static constexpr int G = C::G, M_TILES = C::M_TILES;
 
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
     const ThreadTile<C> mine(s, tile);
-    const BackwardArrays<C::CELL, T, C::EVEN> arrays(s, tile.direction(), states_of(s));
+    const Arrays arrays(s, tile.direction(), states_of(s));
     const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
 
     float grad_h[M_TILES][1][kElements], grad_c[M_TILES][2][2];
     load_states(s, mine, grad_h, grad_c);
 
     StepInputs<T> inputs[M_TILES][2];
-    [[maybe_unused]] int piece[2] = {}, piece_before[2] = {};
+    [[maybe_unused]] int piece[2] = {};
     const int64_t last = tile.count() - 1;
-    typename Tile::Step now = tile.step(tile.prefetch(last)), before = tile.step(tile.prefetch(last - 1)),
-                        earlier = tile.step(tile.prefetch(last - 2));
-    const auto load = [&] {
-      if constexpr (C::MASKED)
-        if (s.masks.pieces) {
-          const Pieces pieces(s.masks, s, tile.direction());
-          mine.load_pieces(pieces, now, piece);
-          mine.load_pieces(pieces, before, piece_before);
-        }
-      mine.each([&](int m, int s_) {
-        inputs[m][s_] = {};
-        const int count = mine.count(m, s_, now.running);
-        bool ran = mine.lane.sequence + s_ < before.running;
-        int64_t state = tile.first() + s_;
-        if constexpr (C::MASKED)
-          if (s.masks.pieces) {
-            ran = piece_before[s_] == piece[s_];
-            state = piece[s_] - tile.direction() * s.masks.states - mine.lane.sequence;
-          }
-        if (count)
-          arrays.load(now.row + s_, before.row + s_, ran, state, m * kMmaRows, mine.lane, count, inputs[m][s_]);
-      });
-    };
-    load();
+    Step now = tile.step(tile.prefetch(last)), before = tile.step(tile.prefetch(last - 1)),
+         earlier = tile.step(tile.prefetch(last - 2));
+    load(s, mine, arrays, now, before, piece, inputs);
 
     for (int64_t k = last; k >= 0; k--) {
       const Shared<T> gradients = mine.factors(k % 2);
       const typename Tile::Prefetched prefetched = tile.prefetch(k - 3);
-      // Gradients of the gates, which are stored for the weights' gradients and go to all threads.
       mine.each([&](int m, int s_) {
-        const bool running = mine.lane.sequence + s_ < now.running;
-        float grad[2][kMaxBlocks] = {}, h_new[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
-        float c_new[2] = {grad_c[m][s_][0], grad_c[m][s_][1]};
-        zero_absent(h_new, mine.present[m]);
-        if constexpr (C::MASKED)
-          mine.masks(s.masks, s, now.row, m, s_)
-              .backward(inputs[m][s_], mine.count(m, s_, now.running), h_new, c_new, grad);
-        else
-          arrays.step(inputs[m][s_], h_new, c_new, grad);
-        if (running) {
-#pragma unroll
-          for (int i = 0; i < 2; i++) grad_h[m][0][i * 2 + s_] = h_new[i], grad_c[m][s_][i] = c_new[i];
-          arrays.store_gates(now.row + s_, m * kMmaRows, mine.lane, mine.present[m], grad);
-        }
-        publish(gradients, mine.place(m, s_), grad, running);
+        run_step(s, mine, arrays, now, m, s_, inputs[m][s_], grad_h[m], grad_c[m][s_], gradients);
       });
       synchronize();
       // Load what the next step reads; the products hide the latency.
       const int running = now.running;
       [[maybe_unused]] const int later[2] = {piece[0], piece[1]};
       now = before, before = earlier, earlier = tile.step(prefetched);
-      load();
+      load(s, mine, arrays, now, before, piece, inputs);
       // The gradient of the previous h: W^T times those of the gates; zeros for a sequence that does not run.
 #pragma unroll
       for (int m = 0; m < M_TILES; m++) {
@@ -91,13 +57,7 @@ struct SingleCtaBackward : C {
           });
     }
 
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) return;  // each has left its gradients
-    mine.each([&](int m, int s_) {
-      const float units[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
-      mine.store_state(s.grad_h_0, m, s_, from_acc<T>(units));
-      if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, m, s_, from_acc<T>(grad_c[m][s_]));
-    });
+    store_states(s, mine, grad_h, grad_c);
   }
 
   // Adds the products of the first `sequences` sequences to `sum`.
@@ -132,6 +92,61 @@ struct SingleCtaBackward : C {
       grad_h[m][0][s_] = units[0], grad_h[m][0][2 + s_] = units[1];
       to_acc(load(s.grad_c_n, m, s_), grad_c[m][s_]);
     });
+  }
+
+  // The gradients of the initial states; pieces have left theirs.
+  static DEVICE void store_states(const Parameters& s, const ThreadTile<C>& mine,
+                                  const float (&grad_h)[M_TILES][1][kElements], const float (&grad_c)[M_TILES][2][2]) {
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) return;
+    mine.each([&](int m, int s_) {
+      const float units[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
+      mine.store_state(s.grad_h_0, m, s_, from_acc<T>(units));
+      if (kHasC<C::CELL>) mine.store_state(s.grad_c_0, m, s_, from_acc<T>(grad_c[m][s_]));
+    });
+  }
+
+  // What a step reads, and of which pieces it is.
+  static DEVICE void load(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays, const Step& now,
+                          const Step& before, int (&piece)[2], StepInputs<T> (&inputs)[M_TILES][2]) {
+    [[maybe_unused]] int piece_before[2];
+    if constexpr (C::MASKED)
+      if (s.masks.pieces) {
+        const Pieces pieces(s.masks, s, mine.tile.direction());
+        mine.load_pieces(pieces, now, piece);
+        mine.load_pieces(pieces, before, piece_before);
+      }
+    mine.each([&](int m, int s_) {
+      inputs[m][s_] = {};
+      const int count = mine.count(m, s_, now.running);
+      bool ran = mine.lane.sequence + s_ < before.running;
+      int64_t state = mine.tile.first() + s_;
+      if constexpr (C::MASKED)
+        if (s.masks.pieces) {
+          ran = piece_before[s_] == piece[s_];
+          state = piece[s_] - mine.tile.direction() * s.masks.states - mine.lane.sequence;
+        }
+      if (count) arrays.load(now.row + s_, before.row + s_, ran, state, m * kMmaRows, mine.lane, count, inputs[m][s_]);
+    });
+  }
+
+  // Gradients of the gates, which are stored for the weights' gradients and go to all threads.
+  static DEVICE void run_step(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays, const Step& now,
+                              int m, int s_, const StepInputs<T>& inputs, float (&grad_h)[1][kElements],
+                              float (&grad_c)[2], Shared<T> gradients) {
+    const bool running = mine.lane.sequence + s_ < now.running;
+    float grad[2][kMaxBlocks] = {}, h_new[2] = {grad_h[0][s_], grad_h[0][2 + s_]}, c_new[2] = {grad_c[0], grad_c[1]};
+    zero_absent(h_new, mine.present[m]);
+    if constexpr (C::MASKED)
+      mine.masks(s.masks, s, now.row, m, s_).backward(inputs, mine.count(m, s_, now.running), h_new, c_new, grad);
+    else
+      arrays.step(inputs, h_new, c_new, grad);
+    if (running) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) grad_h[0][i * 2 + s_] = h_new[i], grad_c[i] = c_new[i];
+      arrays.store_gates(now.row + s_, m * kMmaRows, mine.lane, mine.present[m], grad);
+    }
+    publish(gradients, mine.place(m, s_), grad, running);
   }
 
   // How many initial states a direction has.

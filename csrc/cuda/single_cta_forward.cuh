@@ -10,6 +10,7 @@ struct SingleCtaForward : C {
   using MathPolicy = typename C::MathPolicy;
   using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedForwardArgs, ForwardArgs>>;
   using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
+  using Step = typename Tile::Step;
   static constexpr int G = C::G, M_TILES = C::M_TILES;
 
   static DEVICE void run(const Parameters& s) {
@@ -25,8 +26,8 @@ struct SingleCtaForward : C {
 
     // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
     Pair<T> x[M_TILES][2][G];
-    typename Tile::Step now = tile.step(tile.prefetch(0)), next = tile.step(tile.prefetch(1));
-    const auto load = [&](int m, const typename Tile::Step& step) {
+    Step now = tile.step(tile.prefetch(0)), next = tile.step(tile.prefetch(1));
+    const auto load = [&](int m, const Step& step) {
 #pragma unroll
       for (int s_ = 0; s_ < 2; s_++)
         arrays.load_gates(step.row + s_, m * kMmaRows, mine.lane, mine.count(m, s_, step.running), x[m][s_]);
@@ -48,24 +49,9 @@ struct SingleCtaForward : C {
         load(m, next);
         // Add W h.
         multiply_all(weights, m, before, now.running, sum);
-        // Activations of all elements, and what they yield: the new state, y, what the backward pass needs.
 #pragma unroll
         for (int s_ = 0; s_ < 2; s_++) {
-          float saved[2][kMaxBlocks], h_new[2], c_new[2] = {c[m][s_][0], c[m][s_][1]};
-          to_acc(h[m][s_], h_new);
-          activate(sum, x_apart, s_, h_new, c_new, saved);
-          if constexpr (C::MASKED) apply_masks(s, mine, now, m, s_, saved, h[m][s_], c[m][s_], h_new, c_new);
-          // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
-          if (mine.lane.sequence + s_ < now.running) {
-            const int present = mine.present[m];
-            zero_absent(h_new, present);
-            h[m][s_] = from_acc<T>(h_new), c[m][s_][0] = c_new[0], c[m][s_][1] = c_new[1];
-            arrays.store_y(now.row + s_, m * kMmaRows, mine.lane, present, h[m][s_]);
-            arrays.store_saved(now.row + s_, m * kMmaRows, mine.lane, present, saved, c_new);
-            if constexpr (C::MASKED)
-              if (s.masks.pieces && next_piece[s_] != piece[s_])
-                change_piece(s, mine, m, piece[s_], next_piece[s_], h[m][s_], c[m][s_]);
-          }
+          run_step(s, mine, arrays, now, m, s_, sum, x_apart, piece[s_], next_piece[s_], h[m][s_], c[m][s_]);
           after.store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
         }
       }
@@ -115,6 +101,25 @@ struct SingleCtaForward : C {
     });
   }
 
+  // Activations of two units of a sequence, and what they yield: the new state, y, what the backward pass needs.
+  static DEVICE void run_step(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays, const Step& now,
+                              int m, int s_, const float (&sum)[G][kElements], const float (&x_apart)[kElements],
+                              int piece, int next_piece, Pair<T>& h, float (&c)[2]) {
+    float saved[2][kMaxBlocks], h_new[2], c_new[2] = {c[0], c[1]};
+    to_acc(h, h_new);
+    activate(sum, x_apart, s_, h_new, c_new, saved);
+    if constexpr (C::MASKED) apply_masks(s, mine, now, m, s_, saved, h, c, h_new, c_new);
+    // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
+    if (mine.lane.sequence + s_ >= now.running) return;
+    const int present = mine.present[m];
+    zero_absent(h_new, present);
+    h = from_acc<T>(h_new), c[0] = c_new[0], c[1] = c_new[1];
+    arrays.store_y(now.row + s_, m * kMmaRows, mine.lane, present, h);
+    arrays.store_saved(now.row + s_, m * kMmaRows, mine.lane, present, saved, c_new);
+    if constexpr (C::MASKED)
+      if (s.masks.pieces && next_piece != piece) change_piece(s, mine, m, piece, next_piece, h, c);
+  }
+
   // h of two units as products read it.
   static DEVICE Pair<T> factors(const Parameters& s, const ThreadTile<C>& mine, int m, int s_, Pair<T> h) {
     if constexpr (C::MASKED) {
@@ -131,9 +136,9 @@ struct SingleCtaForward : C {
   }
 
   // What masks change about the states that a step gave two units of a sequence, if it runs.
-  static DEVICE void apply_masks(const Parameters& s, const ThreadTile<C>& mine, const typename Tile::Step& now, int m,
-                                 int s_, const float (&saved)[2][kMaxBlocks], Pair<T> h, const float (&c)[2],
-                                 float (&h_new)[2], float (&c_new)[2]) {
+  static DEVICE void apply_masks(const Parameters& s, const ThreadTile<C>& mine, const Step& now, int m, int s_,
+                                 const float (&saved)[2][kMaxBlocks], Pair<T> h, const float (&c)[2], float (&h_new)[2],
+                                 float (&c_new)[2]) {
     float h_before[2];
     to_acc(h, h_before);
     const auto masked = mine.masks(s.masks, s, now.row, m, s_);
