@@ -5,6 +5,17 @@
 #include "layer.h"
 #include "tensors.h"
 
+// The schemas of the pair of operators, which seqkernels/ops.py explains. `masks`: nothing, or SEQKERNELS_MASKS.
+// `launch`: how a backend launches a pass, and, of stacks of layers, SEQKERNELS_OF_STACK.
+#define SEQKERNELS_STACK "Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
+#define SEQKERNELS_OF_STACK ", int layers=1, Tensor? pieces=None"
+#define SEQKERNELS_FORWARD_SCHEMA(masks, launch) \
+  "(str cell, " SEQKERNELS_STACK masks "bool save, " launch ") -> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
+#define SEQKERNELS_BACKWARD_SCHEMA(masks, launch)                                          \
+  "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, " SEQKERNELS_STACK masks \
+  "Tensor y, Tensor saved, bool wants_x, bool wants_weights, " launch                      \
+  ") -> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
+
 namespace seqkernels {
 
 inline Cell cell_of(const std::string& name) {

@@ -4,8 +4,7 @@
 
 #define SEQKERNELS_LAYER_NORM                                                                                \
   "Tensor gates_x, Tensor w_hh, Tensor scale, Tensor? shift, Tensor? scale_c, Tensor? shift_c, Tensor h_0, " \
-  "Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, "              \
-  "Tensor? zoneout_c, bool of_sum"
+  "Tensor? c_0, Tensor? batch_sizes, " SEQKERNELS_MASKS "bool of_sum"
 
 // The forward pass is the pair's of layer_norm_ops.py. The sweep is what its backward pass begins with: it gives the
 // gradients of what is normalized, and h before each step as W_hh meets it, of which both are that of W_hh.

@@ -2,6 +2,8 @@
 #pragma once
 #include "check.h"
 
+#define SEQKERNELS_MASKS "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, "
+
 namespace seqkernels {
 
 struct MaskArguments {

@@ -295,38 +295,21 @@ Backward masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, 
 
 // The schema is that of every backend (seqkernels/ops.py, which explains every argument). That of this one stands here,
 // so that programs without Python find it: they load this library, and run packages of AOTInductor.
-#define SEQKERNELS_FORWARD_SCHEMA                                                                    \
-  "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, " \
-  "int[] launch=[], int layers=1, Tensor? pieces=None) "                                             \
-  "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)"
-#define SEQKERNELS_BACKWARD_SCHEMA                                                                          \
-  "(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, Tensor h_0, " \
-  "Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "            \
-  "int[] launch=[], int layers=1, Tensor? pieces=None) "                                                    \
-  "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)"
+#define SEQKERNELS_FORWARD SEQKERNELS_FORWARD_SCHEMA("", "int[] launch=[]" SEQKERNELS_OF_STACK)
+#define SEQKERNELS_BACKWARD SEQKERNELS_BACKWARD_SCHEMA("", "int[] launch=[]" SEQKERNELS_OF_STACK)
 
 SEQKERNELS_FRAGMENT(m) {
-  m.def("recurrence_forward.cpu" SEQKERNELS_FORWARD_SCHEMA);
-  m.def("recurrence_backward.cpu" SEQKERNELS_BACKWARD_SCHEMA);
-  m.def("recurrence_forward.cpu_ensemble" SEQKERNELS_FORWARD_SCHEMA);
-  m.def("recurrence_backward.cpu_ensemble" SEQKERNELS_BACKWARD_SCHEMA);
+  m.def("recurrence_forward.cpu" SEQKERNELS_FORWARD);
+  m.def("recurrence_backward.cpu" SEQKERNELS_BACKWARD);
+  m.def("recurrence_forward.cpu_ensemble" SEQKERNELS_FORWARD);
+  m.def("recurrence_backward.cpu_ensemble" SEQKERNELS_BACKWARD);
   // By seqkernels/quantized.py, which explains its arguments.
-  m.def(
-      "quantized_recurrence(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
-  m.def(
-      "quantized_all_states(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c)");
+  m.def("quantized_recurrence(str cell, " SEQKERNELS_STACK "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def("quantized_all_states(str cell, " SEQKERNELS_STACK
+        "int layers=1) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor c)");
   // One layer with masks (seqkernels/masked_ops.py, whose schema this is).
-  m.def(
-      "masked_forward.cpu(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save, int[] launch) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
-  m.def(
-      "masked_backward.cpu(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, "
-      "Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, "
-      "Tensor? zoneout_h, Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int[] launch) "
-      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+  m.def("masked_forward.cpu" SEQKERNELS_FORWARD_SCHEMA(SEQKERNELS_MASKS, "int[] launch"));
+  m.def("masked_backward.cpu" SEQKERNELS_BACKWARD_SCHEMA(SEQKERNELS_MASKS, "int[] launch"));
 }
 
 SEQKERNELS_IMPL(CPU, m) {

@@ -91,14 +91,13 @@ void zero_rows(const CallContext&, const Layer&, void* data, int64_t elements, i
 // Fills a state that changes in place with the initial state (its gradient with that of the final one), or with zeros.
 void begin_as(const CallContext&, Tensor& state, const void* initial);
 
-// ---- step by step: stepwise_host.cpp. States come in as the initial ones (gradients as those of the final ones), and
-// change in place; c and its gradient in the accumulator type. Of pieces only those that sequences begin with come in,
-// and those of the others are read from the sweep's arguments; there all leave their last.
+// ---- step by step: stepwise_host.cpp. The final states, or the gradients of the initial ones, come out; of pieces
+// where the sweep's arguments point.
 
 void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, const ForwardArgs&, const StepMasks&,
-                      Tensor& h, Tensor& c);
+                      Tensor& h_n, Tensor& c_n);
 void stepwise_backward(const CallContext&, const Layer&, const StepOffsets&, const BackwardArgs&, const StepMasks&,
-                       const SweepGradients&, Tensor& grad_h, Tensor& grad_c);
+                       const SweepGradients&, Tensor& grad_h_0, Tensor& grad_c_0);
 
 // The same of a layer with layer norm; the states and their gradients are in `step` already.
 void stepwise_forward(const CallContext&, const Layer&, const StepOffsets&, NormStepForward& step, Tensor& h);

@@ -5,6 +5,7 @@
 #include "../mask_arguments.h"
 #include "../names.h"
 #include "host.h"
+#include "results.h"
 
 #ifndef SEQKERNELS_EMULATOR
 #include <cuda_runtime_api.h>
@@ -76,68 +77,7 @@ StepMasks checked_pieces(CheckedArguments& arguments, Layer& p, const Optional& 
   return masks;
 }
 
-// The part of one layer in a tensor of all layers, [L*D, B, *].
-Tensor of_layer(const CallContext& context, Tensor& all, int64_t layers, int64_t layer) {
-  if (layers == 1 || !all.numel()) return all;
-  const Shape shape{all.size(0) / layers, all.size(1), all.size(2)};
-  return context.view(context.at(all.mutable_data_ptr(), layer * (all.numel() / layers)), shape);
-}
-
-Tensor in_accumulator_type(const CallContext& context, const Tensor& like) {
-  const auto sizes = like.sizes();
-  return context.allocate(Shape(sizes.begin(), sizes.end()), context.accumulator_type());
-}
-
-// What layers pass to each other, [N, D*P], where it is not saved: two buffers that alternate.
-class Between {
- public:
-  Between(const CallContext& context, int64_t layers, const Layer& p, int64_t rows)
-      : count_(std::min<int64_t>(layers - 1, 2)), size_(SavedLayout::aligned(rows * p.directions * p.projected)) {
-    if (count_) rows_ = context.allocate({count_ * size_});
-  }
-
-  void* of(const CallContext& context, int64_t layer) {
-    return size_ ? context.at(rows_->mutable_data_ptr(), layer % count_ * size_) : nullptr;
-  }
-
- private:
-  int64_t count_, size_;
-  Optional rows_;
-};
-
-// The states of the pieces that sequences begin with, in the order of a pass, and, behind it, those that they end with.
-void copy_pieces(const CallContext& context, const SweepArgs& sweep, const StepMasks& masks, bool last,
-                 const void* of_pieces, Tensor& of_sequences, bool back = false) {
-  if (!of_sequences.numel()) return;
-  CopyPieces p{};
-  p.layer = sweep;
-  p.masks = masks;
-  p.last = last, p.back = back;
-  p.accumulated = of_sequences.scalar_type() == context.accumulator_type();
-  p.of_pieces = const_cast<void*>(of_pieces);
-  p.of_sequences = of_sequences.mutable_data_ptr();
-  check_launch(copy_pieces(p, context.stream()));
-}
-
 // ---- forward
-
-struct ForwardResults {
-  bool save;
-  Tensor y, h_n, c_n, saved;
-
-  ForwardResults(const CallContext& context, const Layer& p, int64_t layers, int64_t rows, bool save)
-      : save(save),
-        y(context.allocate({rows, p.directions * p.projected})),
-        h_n(context.allocate({layers * p.directions, p.states, p.projected})),
-        c_n(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})),
-        saved(context.allocate(save ? SavedLayout(p, rows).shape(layers) : Shape{rows, p.directions, 0})) {}
-};
-
-// No step: the final states are the initial ones.
-void copy_states(ForwardResults& results, const Tensor& h_0, const Optional& c_0) {
-  copy(results.h_n, h_0);
-  if (c_0) copy(results.c_n, *c_0);
-}
 
 // Where layer `l` writes its results.
 void set_results(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, int64_t l,
@@ -196,19 +136,8 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
     }
     if (plan.path != Path::stepwise) {
       sweep_forward(context, launch, memory->sweep, sweep, masks);
-    } else if (masks.pieces) {
-      const Shape shape{p.directions, p.sequences, p.hidden};
-      Tensor h = context.allocate(shape);
-      Tensor c = context.allocate(p.c_0 ? shape : Shape{0}, context.accumulator_type());
-      copy_pieces(context, sweep, masks, false, p.h_0, h);
-      copy_pieces(context, sweep, masks, false, p.c_0, c);
-      stepwise_forward(context, p, steps, sweep, masks, h, c);
     } else {
-      Tensor c = in_accumulator_type(context, c_n);
-      begin_as(context, h_n, p.h_0);
-      begin_as(context, c, p.c_0);
-      stepwise_forward(context, p, steps, sweep, masks, h_n, c);
-      if (c.numel()) copy(c_n, c);
+      stepwise_forward(context, p, steps, sweep, masks, h_n, c_n);
     }
   }
 }
@@ -252,51 +181,6 @@ Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor
 }
 
 // ---- backward
-
-// Memory for the gradient of a tensor; empty where the gradient is not wanted.
-Tensor allocate_like(const CallContext& context, const Tensor& tensor, bool wanted) {
-  const auto sizes = tensor.sizes();
-  return context.allocate(wanted ? Shape(sizes.begin(), sizes.end()) : Shape{0});
-}
-
-struct BackwardResults {
-  bool wants_x, wants_weights;
-  Tensor grad_x;
-  Tensors grad_weights;
-  Tensor grad_h_0, grad_c_0;
-
-  // The results of all layers.
-  BackwardResults(const CallContext& context, const LayerBackward& p, int64_t layers, const Tensor& x,
-                  const Tensors& weights, bool wants_x, bool wants_weights)
-      : wants_x(wants_x),
-        wants_weights(wants_weights),
-        grad_x(allocate_like(context, x, wants_x)),
-        grad_h_0(context.allocate({layers * p.directions, p.states, p.projected})),
-        grad_c_0(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})) {
-    for (const Tensor& weight : weights) grad_weights.push_back(allocate_like(context, weight, wants_weights));
-  }
-
-  // The part of one layer; `grad_x` is the gradient of its input.
-  BackwardResults(const CallContext& context, BackwardResults& all, int64_t layers, int64_t layer, const Tensor& grad_x,
-                  bool wants_x)
-      : wants_x(wants_x),
-        wants_weights(all.wants_weights),
-        grad_x(grad_x),
-        grad_h_0(of_layer(context, all.grad_h_0, layers, layer)),
-        grad_c_0(of_layer(context, all.grad_c_0, layers, layer)) {
-    const size_t each = all.grad_weights.size() / layers;
-    const auto first = all.grad_weights.begin() + layer * each;
-    grad_weights.assign(first, first + each);
-  }
-};
-
-// No step: the gradients of the initial states are those of the final ones, all others zeros.
-void pass_gradients(const CallContext& context, const LayerBackward& first, BackwardResults& results) {
-  begin_as(context, results.grad_h_0, first.grad_h_n);
-  begin_as(context, results.grad_c_0, first.grad_c_n);
-  zero(results.grad_x);
-  for (Tensor& grad : results.grad_weights) zero(grad);
-}
 
 // Rows that no step uses have no gradient.
 SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged,
@@ -344,21 +228,8 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
     if (plan.path != Path::stepwise) {
       prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
       sweep_backward(context, launch, memory->sweep, sweep, masks);
-    } else if (masks.pieces) {
-      const Shape shape{p.directions, p.sequences, p.hidden};
-      Tensor grad_h = context.allocate(shape);
-      Tensor grad_c = context.allocate(p.c_0 ? shape : Shape{0}, context.accumulator_type());
-      copy_pieces(context, sweep, masks, true, p.grad_h_n, grad_h);
-      copy_pieces(context, sweep, masks, true, p.grad_c_n, grad_c);
-      stepwise_backward(context, p, steps, sweep, masks, grads, grad_h, grad_c);
-      copy_pieces(context, sweep, masks, false, sweep.grad_h_0, grad_h, true);
-      copy_pieces(context, sweep, masks, false, sweep.grad_c_0, grad_c, true);
     } else {
-      begin_as(context, own.grad_h_0, p.grad_h_n);
-      Tensor grad_c = in_accumulator_type(context, own.grad_c_0);
-      begin_as(context, grad_c, p.grad_c_n);
-      stepwise_backward(context, p, steps, sweep, masks, grads, own.grad_h_0, grad_c);
-      if (grad_c.numel()) copy(own.grad_c_0, grad_c);
+      stepwise_backward(context, p, steps, sweep, masks, grads, own.grad_h_0, own.grad_c_0);
     }
     if (own.wants_x) multiply_grad_x(context, p, grads, own.grad_x);
     if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks, own.grad_weights);
@@ -418,29 +289,16 @@ std::vector<int64_t> cuda_clusters() {
 
 }  // namespace
 
+#define SEQKERNELS_PASS "int path, int tile, int units"
+
 // What seqkernels/backends/cuda/host.py calls. Beside the arguments of the operators in seqkernels/ops.py: whether
 // float32 factors may be rounded to TF32, and the plan of the pass (plan.h).
 SEQKERNELS_FRAGMENT(m) {
-  m.def(
-      "cuda_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, "
-      "bool tf32, int path, int tile, int units, int layers=1, Tensor? pieces=None) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
-  m.def(
-      "cuda_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
-      "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor y, Tensor saved, bool wants_x, bool wants_weights, "
-      "bool tf32, int path, int tile, int units, int layers=1, Tensor? pieces=None) "
-      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+  m.def("cuda_forward" SEQKERNELS_FORWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS SEQKERNELS_OF_STACK));
+  m.def("cuda_backward" SEQKERNELS_BACKWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS SEQKERNELS_OF_STACK));
   // By the masked_forward and masked_backward of seqkernels/masked_ops.py. float32 is multiplied as it is.
-  m.def(
-      "cuda_masked_forward(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, "
-      "Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, Tensor? zoneout_c, bool save, "
-      "int path, int tile, int units) "
-      "-> (Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
-  m.def(
-      "cuda_masked_backward(str cell, Tensor? grad_y, Tensor? grad_h_n, Tensor? grad_c_n, Tensor x, Tensor[] weights, "
-      "Tensor h_0, Tensor? c_0, Tensor? batch_sizes, Tensor? recurrent, Tensor? candidate, Tensor? zoneout_h, "
-      "Tensor? zoneout_c, Tensor y, Tensor saved, bool wants_x, bool wants_weights, int path, int tile, int units) "
-      "-> (Tensor grad_x, Tensor[] grad_weights, Tensor grad_h_0, Tensor grad_c_0)");
+  m.def("cuda_masked_forward" SEQKERNELS_FORWARD_SCHEMA(SEQKERNELS_MASKS, SEQKERNELS_PASS));
+  m.def("cuda_masked_backward" SEQKERNELS_BACKWARD_SCHEMA(SEQKERNELS_MASKS, SEQKERNELS_PASS));
   m.def("cuda_clusters() -> int[]");
 }
 

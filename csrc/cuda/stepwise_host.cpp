@@ -43,6 +43,25 @@ class FirstRows {
   Optional view_;
 };
 
+Tensor in_accumulator_type(const CallContext& context, const Tensor& like) {
+  const auto sizes = like.sizes();
+  return context.allocate(Shape(sizes.begin(), sizes.end()), context.accumulator_type());
+}
+
+// The states of the pieces that sequences begin with, in the order of a pass, and, behind it, those that they end with.
+void copy_pieces(const CallContext& context, const SweepArgs& sweep, const StepMasks& masks, bool last,
+                 const void* of_pieces, Tensor& of_sequences, bool back = false) {
+  if (!of_sequences.numel()) return;
+  CopyPieces p{};
+  p.layer = sweep;
+  p.masks = masks;
+  p.last = last, p.back = back;
+  p.accumulated = of_sequences.scalar_type() == context.accumulator_type();
+  p.of_pieces = const_cast<void*>(of_pieces);
+  p.of_sequences = of_sequences.mutable_data_ptr();
+  check_launch(copy_pieces(p, context.stream()));
+}
+
 void multiply_by_mask(const CallContext& context, const SweepArgs& sweep, const void* mask, const Tensor& states,
                       const Tensor* added, Tensor& result) {
   MaskStates p{};
@@ -54,10 +73,12 @@ void multiply_by_mask(const CallContext& context, const SweepArgs& sweep, const 
   check_launch(mask_states(p, context.stream()));
 }
 
-}  // namespace
+// States come in as the initial ones (gradients as those of the final ones), and change in place; c and its gradient in
+// the accumulator type. Of pieces only those that sequences begin with come in, and those of the others are read from
+// the sweep's arguments; there all leave their last.
 
-void stepwise_forward(const CallContext& context, const Layer& p, const StepOffsets& steps, const ForwardArgs& sweep,
-                      const StepMasks& masks, Tensor& h, Tensor& c) {
+void forward_steps(const CallContext& context, const Layer& p, const StepOffsets& steps, const ForwardArgs& sweep,
+                   const StepMasks& masks, Tensor& h, Tensor& c) {
   const int64_t D = p.directions, B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
   const Tensor w_hh = all_directions(context, p, &WeightsOf<const void*>::w_hh, GH, P);
   const Tensor w_hh_t = transposed(context, p, w_hh, GH, P);
@@ -98,8 +119,8 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
   }
 }
 
-void stepwise_backward(const CallContext& context, const Layer& p, const StepOffsets& steps, const BackwardArgs& sweep,
-                       const StepMasks& masks, const SweepGradients& grads, Tensor& grad_h, Tensor& grad_c) {
+void backward_steps(const CallContext& context, const Layer& p, const StepOffsets& steps, const BackwardArgs& sweep,
+                    const StepMasks& masks, const SweepGradients& grads, Tensor& grad_h, Tensor& grad_c) {
   const int64_t D = p.directions, B = p.sequences, H = p.hidden, P = p.projected, GH = gates_of(p.cell) * H;
   const Tensor w_hh = all_directions(context, p, &WeightsOf<const void*>::w_hh, GH, P);
   Tensor grad_step = context.allocate({D, B, GH}), unprojected = grad_h, projected = grad_h, w_hr = grad_h;
@@ -141,6 +162,46 @@ void stepwise_backward(const CallContext& context, const Layer& p, const StepOff
     multiply_each(rows_of_grad_factors(step.running), rows_of_gates(step.running), w_hh, !masks.recurrent);
   }
   if (masks.recurrent) multiply_by_mask(context, sweep, masks.recurrent, grad_factors, &grad_h, grad_h);
+}
+
+}  // namespace
+
+void stepwise_forward(const CallContext& context, const Layer& p, const StepOffsets& steps, const ForwardArgs& sweep,
+                      const StepMasks& masks, Tensor& h_n, Tensor& c_n) {
+  if (masks.pieces) {
+    const Shape shape{p.directions, p.sequences, p.hidden};
+    Tensor h = context.allocate(shape);
+    Tensor c = context.allocate(sweep.c_0 ? shape : Shape{0}, context.accumulator_type());
+    copy_pieces(context, sweep, masks, false, sweep.h_0, h);
+    copy_pieces(context, sweep, masks, false, sweep.c_0, c);
+    forward_steps(context, p, steps, sweep, masks, h, c);
+  } else {
+    Tensor c = in_accumulator_type(context, c_n);
+    begin_as(context, h_n, sweep.h_0);
+    begin_as(context, c, sweep.c_0);
+    forward_steps(context, p, steps, sweep, masks, h_n, c);
+    if (c.numel()) copy(c_n, c);
+  }
+}
+
+void stepwise_backward(const CallContext& context, const Layer& p, const StepOffsets& steps, const BackwardArgs& sweep,
+                       const StepMasks& masks, const SweepGradients& grads, Tensor& grad_h_0, Tensor& grad_c_0) {
+  if (masks.pieces) {
+    const Shape shape{p.directions, p.sequences, p.hidden};
+    Tensor grad_h = context.allocate(shape);
+    Tensor grad_c = context.allocate(sweep.c_0 ? shape : Shape{0}, context.accumulator_type());
+    copy_pieces(context, sweep, masks, true, sweep.grad_h_n, grad_h);
+    copy_pieces(context, sweep, masks, true, sweep.grad_c_n, grad_c);
+    backward_steps(context, p, steps, sweep, masks, grads, grad_h, grad_c);
+    copy_pieces(context, sweep, masks, false, sweep.grad_h_0, grad_h, true);
+    copy_pieces(context, sweep, masks, false, sweep.grad_c_0, grad_c, true);
+  } else {
+    Tensor grad_c = in_accumulator_type(context, grad_c_0);
+    begin_as(context, grad_h_0, sweep.grad_h_n);
+    begin_as(context, grad_c, sweep.grad_c_n);
+    backward_steps(context, p, steps, sweep, masks, grads, grad_h_0, grad_c);
+    if (grad_c.numel()) copy(grad_c_0, grad_c);
+  }
 }
 
 void stepwise_forward(const CallContext& context, const Layer& p, const StepOffsets& steps, NormStepForward& step,
