@@ -25,8 +25,13 @@ def check_call(
     cu_seqlens: Tensor | None,
     reset: Tensor | PackedSequence | None = None,
     reset_to: State | None = None,
-) -> bool:
-    """Arguments of a call of `count` layers and directions -> whether the input is one unbatched sequence."""
+) -> tuple[bool, Tensor | None]:
+    """Arguments of a call of `count` layers and directions -> whether the input is one unbatched sequence, and the mask
+    of resets, of packed and nested inputs that of the rows.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: torch.nn's own, and those for what it does not have.
+    """
     if len(weights) != (4 if bias else 2) * count:
         _check_count(len(weights), count, bias, cell)
     unbatched = _is_unbatched(cell, input, hx, lengths, cu_seqlens)
@@ -36,7 +41,7 @@ def check_call(
         _check_input(input, weights, 3 if cu_seqlens is None else 2)
     if reset_to is not None:
         _check_reset_to(cell, reset, reset_to)
-    return unbatched
+    return unbatched, None if reset is None else _reset_mask(reset, input, cu_seqlens)
 
 
 def _check_count(given: int, count: int, bias: bool, cell: str) -> None:
@@ -196,9 +201,8 @@ def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor
     _check_weights(weights, input)
 
 
-def reset_mask(reset: Tensor | PackedSequence, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Tensor:
-    """The mask of an input in any layout of `seqkernels.functional.gru`, checked; of packed and nested ones its rows.
-
+def _reset_mask(reset: Tensor | PackedSequence, input: Tensor | PackedSequence, cu_seqlens: Tensor | None) -> Tensor:
+    """
     Raises:
         TypeError: no mask of torch.bool.
         ValueError: a mask of another shape, on another device than the input or the CPU, or of other sequences.

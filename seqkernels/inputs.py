@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, hardware, late_checks, modes, resets, select, varlen
-from seqkernels.backends.call import RESETS, Call
+from seqkernels import checks, late_checks, modes, resets, varlen
+from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 from seqkernels.storage import expect_storage
@@ -50,13 +50,12 @@ def prepare(
     if lengths is None and cu_seqlens is None and not torch.compiler.is_compiling():  # their own checks look as well
         late_checks.look()
     ragged = lengths, cu_seqlens, reset, reset_to
-    unbatched = checks.check_call(cell, input, hx, weights, num_layers * directions, bias, *ragged)
+    unbatched, mask = checks.check_call(cell, input, hx, weights, num_layers * directions, bias, *ragged)
     transformed = modes.transformed()
     if unbatched:
         hx, reset_to = _with_batch(hx), _with_batch(reset_to)
     h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
     given = None if h_0 is None else h_0.shape[1]
-    mask = None if reset is None else checks.reset_mask(reset, input, cu_seqlens)
     layout = batch_first, lengths, cu_seqlens, max_seqlen, given, transformed
 
     def facts_of(rows: varlen.Rows, *states: Tensor | None) -> tuple[Call, bool]:
@@ -64,21 +63,13 @@ def prepare(
         return modes.facts_of(cell, rows.data, weights, states, *sizes)
 
     facts, projected = None, len(weights) // (num_layers * directions) % 2 == 1
-    if mask is not None and pieces and resets.on_cpu(mask, input, transformed, backend):
-        rows = resets.in_place(input, mask, *layout)
-    elif mask is None or resets.marks_nothing(mask):
+    if mask is None:
         rows = varlen.rows_of(input, *layout)
-    elif pieces and not (transformed or projected) and resets.rows_lie(input, lengths, cu_seqlens):
-        rows = varlen.rows_of(input, *layout)
-        facts = facts_of(rows, *_tensors(hx), *_tensors(reset_to))
-        of_pieces = "device" if late_checks.out_of_sight(mask) else "packed"
-        if select.goes_piecewise(facts[0], of_pieces, hardware.machine_of(rows.data.device), backend):
-            facts = facts[0]._replace(options=(RESETS,)), facts[1]
-            rows = resets.numbered(input, mask, batch_first, rows)
-        else:
-            rows, facts = resets.cut(input, mask, *layout), None
     else:
-        rows = resets.cut(input, mask, *layout)
+        states = *_tensors(hx), *_tensors(reset_to)
+        rows, facts = resets.rows_of(
+            input, mask, layout, pieces, projected, backend, lambda rows: facts_of(rows, *states)
+        )
     w_hh = weights[1]
     features = w_hh.shape[1] * blocks, w_hh.shape[0] // CELLS[cell].gates
     if features[0] != features[1] and not projected:

@@ -60,7 +60,7 @@ def recurrent(
     count = num_layers * directions
     _check(cell, input, weights, count, cu_seqlens)
     assert isinstance(input, Tensor)
-    unbatched = checks.check_call(cell, input, hx, weights, count, bias, lengths, None)
+    unbatched, _ = checks.check_call(cell, input, hx, weights, count, bias, lengths, None)
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
     if unbatched:
         input, states = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in states)

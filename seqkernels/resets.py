@@ -10,7 +10,7 @@ pieces as there could be, one for each row, and most of them are empty. Where ro
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +18,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import late_checks, modes, varlen
+from seqkernels import hardware, late_checks, modes, select, varlen
 from seqkernels._ops import ops
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.varlen import Rows
+
+
+def rows_of(
+    input: Tensor | PackedSequence,
+    mask: Tensor,
+    layout: tuple,
+    pieces: bool,
+    projected: bool,
+    backend: str | None,
+    facts_of: Callable[[Rows], tuple[Call, bool]],
+) -> tuple[Rows, tuple[Call, bool] | None]:
+    """An input whose steps `mask` marks, as rows, by `layout` as `varlen.rows_of` takes it. With it, what `facts_of`
+    says of the call, where the choice of a kernel has asked for that.
+
+    pieces: operators run the call, by `backend` if it is forced, which take sequences that consist of pieces.
+    """
+    batch_first, lengths, cu_seqlens, _, _, transformed = layout
+    if pieces and on_cpu(mask, input, transformed, backend):
+        return in_place(input, mask, *layout), None
+    if marks_nothing(mask):
+        return varlen.rows_of(input, *layout), None
+    if pieces and not (transformed or projected) and rows_lie(input, lengths, cu_seqlens):
+        rows = varlen.rows_of(input, *layout)
+        call, wanted = facts_of(rows)
+        of_pieces = "device" if late_checks.out_of_sight(mask) else "packed"
+        if select.goes_piecewise(call, of_pieces, hardware.machine_of(rows.data.device), backend):
+            return numbered(input, mask, batch_first, rows), (call._replace(options=(RESETS,)), wanted)
+    return cut(input, mask, *layout), None
 
 
 def marks_nothing(mask: Tensor) -> bool:
