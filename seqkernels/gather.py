@@ -23,7 +23,7 @@ def gather_of(transformed: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _checked_gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    expect_storage(rows=rows, index=index, inverse=inverse)
+    expect_storage(("rows", rows), ("index", index), ("inverse", inverse))
     if index.device.type == "cpu" and rows.shape[0] and not (index < 0).any():
         return rows.index_select(0, index)  # no row goes nowhere: one pass instead of two
     return _gather_rows(rows, index, inverse)

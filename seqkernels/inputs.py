@@ -156,5 +156,5 @@ def _given_state(
         checks.check_state(tensor, size, data, f"Expected {which} size {{}}, got {{}}", name)
         # torch selects from a freed storage all the same
         if not (torch.compiler.is_compiling() or transformed):
-            expect_storage(**{f"{'hc'[k]}_0" if name == "hidden" else which: tensor})
+            expect_storage((f"{'hc'[k]}_0" if name == "hidden" else which, tensor))
     return found

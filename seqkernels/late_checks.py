@@ -121,7 +121,7 @@ def batch_sizes_of(lengths: Tensor, steps: int, rows: int) -> tuple[Tensor, int]
 
 def _check_lengths(lengths: Tensor, steps: int) -> Tensor:
     """Operator: lengths between 0 and `steps`; those on a GPU are made so there."""
-    expect_storage(lengths=lengths)
+    expect_storage(("lengths", lengths))
     look()
     if not out_of_sight(lengths):
         if not (lengths >= 0).logical_and(lengths <= steps).all():
@@ -141,7 +141,7 @@ def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
     """Operator: sequences one after another in all of the rows; those on a GPU are made so there."""
-    expect_storage(cu_seqlens=cu_seqlens)
+    expect_storage(("cu_seqlens", cu_seqlens))
     look()
     if not out_of_sight(cu_seqlens):
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():

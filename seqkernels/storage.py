@@ -3,13 +3,13 @@
 from torch import Tensor
 
 
-def expect_storage(**tensors: Tensor | None) -> None:
+def expect_storage(*named: tuple[str, Tensor | None]) -> None:
     """A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
 
     Raises:
         RuntimeError: that of a tensor has been, with torch's own sentence, and the tensor's name before it.
     """
-    for name, tensor in tensors.items():
+    for name, tensor in named:
         if tensor is None or tensor.numel() == 0:
             continue
         sizes, strides = list(tensor.shape), list(tensor.stride())

@@ -11,6 +11,8 @@ from seqkernels.backends.cells import CELLS
 from seqkernels.backends.stack import SavedLayout
 from seqkernels.storage import expect_storage
 
+Given = tuple[str, Tensor | None, Sequence[int]]  # an argument: its name, what is given, the shape it is to have
+
 
 class Weights(NamedTuple):
     """The weights of one direction, None where there is none."""
@@ -48,7 +50,7 @@ class StepMasks(NamedTuple):
                 _require(mask.shape == shape, f"{name} is {list(shape)}, got {list(mask.shape)}")
                 _require(mask.dtype == dtype, f"{name} is {dtype}, got {mask.dtype}")
                 _require(mask.device == x.device and mask.is_contiguous(), f"{name} is contiguous, and where x is")
-                expect_storage(**{name: mask})
+        expect_storage(*zip(self._fields, self, strict=True))
         _require(facts.saved_blocks > 0 or self.candidate is None, "candidate goes with gated cells only")
         _require(facts.states == 2 or self.zoneout_c is None, "zoneout_c goes with an LSTM only")
 
@@ -108,13 +110,11 @@ def check(
     H = GH // G
     _require(H * G == GH, f"w_ih has {GH} rows, no multiple of {G} gates")
     _require(projected or P == H, f"h_0 has {P} features, but the hidden size is {H}")
+    given: list[Given] = []
     for k, w in enumerate(directions):
         shapes = (GH, I if k < D else D * P), (GH, P), (GH,), (GH,), (P, H)
-        for name, tensor, shape in zip(Weights._fields, w, shapes, strict=True):
-            expect(name, tensor, shape, x)
-    expect("h_0", h_0, (LD, B, P), x)
-    expect("c_0", c_0, (LD, B, H), x)
-    expect_storage(x=x)
+        given += zip(Weights._fields, w, shapes, strict=True)
+    expect(x, *given, ("h_0", h_0, (LD, B, P)), ("c_0", c_0, (LD, B, H)), ("x", x, x.shape))
     check_steps(batch_sizes, x, B)
 
 
@@ -125,7 +125,7 @@ def check_steps(batch_sizes: Tensor | None, x: Tensor, sequences: int) -> None:
         _require(N == 0 or (B > 0 and N % B == 0), f"{N} rows are no whole number of steps of {B} sequences")
         return
     _require(batch_sizes.dtype == torch.int64 and batch_sizes.dim() == 1, "batch_sizes is [steps], int64")
-    expect_storage(batch_sizes=batch_sizes)
+    expect_storage(("batch_sizes", batch_sizes))
     if not late_checks.out_of_sight(batch_sizes):
         sizes = batch_sizes.tolist()
         falling = all(0 <= size <= before for before, size in zip([B, *sizes], sizes, strict=False))
@@ -151,21 +151,25 @@ def check_backward(
     N, (LD, B, P), H = x.shape[0], h_0.shape, weights[0].shape[0] // CELLS[cell].gates
     D = LD // layers
     grad_y, grad_h_n, grad_c_n = grads
-    expect("y", y, (N, D * P), x)
     layout = SavedLayout.of(cell, x, weights, h_0, layers)._replace(blocks=masks.saved_blocks(cell) * H)
-    expect("saved", saved, layout.shape(), x)
-    expect("grad_y", grad_y, (N, D * P), x)
-    expect("grad_h_n", grad_h_n, (LD, B, P), x)
-    expect("grad_c_n", grad_c_n, (LD, B, 0 if c_0 is None else H), x)
+    expect(
+        x,
+        ("y", y, (N, D * P)),
+        ("saved", saved, layout.shape()),
+        ("grad_y", grad_y, (N, D * P)),
+        ("grad_h_n", grad_h_n, (LD, B, P)),
+        ("grad_c_n", grad_c_n, (LD, B, 0 if c_0 is None else H)),
+    )
 
 
-def expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """An argument, if given, has this shape and the memory for it, and the dtype and device of x; else RuntimeError."""
-    if tensor is not None:
-        _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
-        _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
-        _require(tensor.device == x.device, f"{name} is on another device than x")
-        expect_storage(**{name: tensor})
+def expect(x: Tensor, *arguments: Given) -> None:
+    """Those that are given have their shapes, the memory for them, and the dtype and device of x; else RuntimeError."""
+    for name, tensor, shape in arguments:
+        if tensor is not None:
+            _require(tensor.shape == shape, f"{name} is {list(shape)}, got {list(tensor.shape)}")
+            _require(tensor.dtype == x.dtype, f"{name} has another dtype than x")
+            _require(tensor.device == x.device, f"{name} is on another device than x")
+    expect_storage(*((name, tensor) for name, tensor, _ in arguments))
 
 
 def _require(holds: bool, sentence: str) -> None:

@@ -64,13 +64,16 @@ def layer_norm_backward(
     masks, parameters = StepMasks(recurrent, candidate, zoneout_h, zoneout_c), (scale, shift, scale_c, shift_c)
     layer = _layer(cell, gates_x, w_hh, parameters, h_0, c_0, batch_sizes, masks, launch)
     N, D, H, GH, apart = layer.N, layer.D, layer.H, layer.G * layer.H, layer.cell.gates_apart and not of_sum
-    expect("y", y, (N, D * H), gates_x)
-    expect("saved", saved, (N, D, _blocks(layer) * H), gates_x)
-    expect("statistics", statistics, (N, D, _statistics(scale_c)), gates_x)
-    expect("grad_y", grad_y, (N, D * H), gates_x)
-    expect("grad_h_n", grad_h_n, tuple(h_0.shape), gates_x)
     grad_c_n = None if c_0 is None else grad_c_n
-    expect("grad_c_n", grad_c_n, tuple(h_0.shape), gates_x)
+    expect(
+        gates_x,
+        ("y", y, (N, D * H)),
+        ("saved", saved, (N, D, _blocks(layer) * H)),
+        ("statistics", statistics, (N, D, _statistics(scale_c))),
+        ("grad_y", grad_y, (N, D * H)),
+        ("grad_h_n", grad_h_n, h_0.shape),
+        ("grad_c_n", grad_c_n, h_0.shape),
+    )
     # Rows that no step uses have no gradient.
     new = gates_x.new_empty if batch_sizes is None else gates_x.new_zeros
     grad_normed, grad_sums = new(N, D, GH), new(N, D, GH)
@@ -148,9 +151,8 @@ def _layer(cell, gates_x, w_hh, parameters, h_0, c_0, batch_sizes, masks: StepMa
     (D, B, H), N, GH = h_0.shape, gates_x.shape[0], CELLS[cell].gates * h_0.shape[2]
     shapes = {"gates_x": (N, D, GH), "w_hh": (D, GH, H), "scale": (D, GH), "shift": (D, GH)}
     shapes |= {"scale_c": (D, H), "shift_c": (D, H), "h_0": (D, B, H), "c_0": (D, B, H)}
-    tensors = dict(zip(shapes, (gates_x, w_hh, *parameters, h_0, c_0), strict=True))
-    for name, tensor in tensors.items():
-        expect(name, tensor, shapes[name], gates_x)
+    tensors = gates_x, w_hh, *parameters, h_0, c_0
+    expect(gates_x, *zip(shapes, tensors, shapes.values(), strict=True))
     check_steps(batch_sizes, gates_x, B)
     masks.check(cell, gates_x, h_0, H)
     if len(launch) < 2 and H:  # nothing was planned
