@@ -44,11 +44,6 @@ class LayerNormBackwardSweep {
     V h_before, c_before{}, h, c{}, keep;
   };
 
-  // Of an array [N, D, n], what belongs to sequence r in the step that runs.
-  C* of_row(void* x, int64_t r, int64_t n) const { return at.at_row(static_cast<C*>(x), row0 + r * at.task.stride, n); }
-  const C* of_row(const void* x, int64_t r, int64_t n) const {
-    return at.at_row(static_cast<const C*>(x), row0 + r * at.task.stride, n);
-  }
   int64_t saved_row() const { return memory.columns + (kHasC ? p.hidden : 0); }
   int64_t lanes_at(int64_t unit) const { return min(p.hidden - unit, kLane); }
 
@@ -97,8 +92,8 @@ class LayerNormBackwardSweep {
 
   Step step_of(int64_t r, int64_t unit) const {
     Step step = states_before(r, unit);
-    const C* const saved = of_row(p.saved, r, saved_row());
-    const C* const gates_x = p.norms.of_sum ? nullptr : of_row(p.norms.gates_x, r, memory.columns);
+    const C* const saved = at.of_row<C>(p.saved, row0, r, saved_row());
+    const C* const gates_x = p.norms.of_sum ? nullptr : at.of_row<C>(p.norms.gates_x, row0, r, memory.columns);
     V x[G], recurrent[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
@@ -139,15 +134,15 @@ class LayerNormBackwardSweep {
   // The gradient of the h that the cell gives; `stayed`: what zoneout passes on to the h before.
   V grad_of_h(int64_t r, int64_t unit, V& stayed) const {
     V grad = load(mine.grad_h + r * memory.ldh + unit);
-    if (p.grad_y) grad += load(of_row(p.grad_y, r, p.hidden) + unit, lanes_at(unit));
-    stayed = p.zoneout_h ? grad * load(of_row(p.zoneout_h, r, p.hidden) + unit, lanes_at(unit)) : V{};
+    if (p.grad_y) grad += load(at.of_row<C>(p.grad_y, row0, r, p.hidden) + unit, lanes_at(unit));
+    stayed = p.zoneout_h ? grad * load(at.of_row<C>(p.zoneout_h, row0, r, p.hidden) + unit, lanes_at(unit)) : V{};
     return grad - stayed;
   }
 
   // Of an LSTM whose c is normalized, the gradients of o and of what h is read from. The other gates stay where their
   // gradients will be.
   void read_c_backward(int64_t r) const {
-    const C* const statistics = of_row(p.statistics, r, p.norms.statistics_of_row);
+    const C* const statistics = at.of_row<C>(p.statistics, row0, r, p.norms.statistics_of_row);
     const Moments<C> moments(statistics[1], statistics[2]);
     const int64_t lds = memory.lds;
     for (int64_t unit = units.first; unit < units.last; unit += kLane) {
@@ -173,7 +168,7 @@ class LayerNormBackwardSweep {
     const C *const grads = mine.grad_c_normalized + r * ldh, *const c = mine.c + r * ldh;
     C means[2] = {}, inverse_c = 0;
     if (normalizes_c) {
-      inverse_c = of_row(p.statistics, r, p.norms.statistics_of_row)[2];
+      inverse_c = at.of_row<C>(p.statistics, row0, r, p.norms.statistics_of_row)[2];
       means_of_gradient(H, grads, c, means);
     }
     for (int64_t unit = units.first; unit < units.last; unit += kLane) {
@@ -183,7 +178,7 @@ class LayerNormBackwardSweep {
       V grad_h = grad_of_h(r, unit, stayed_h);
       if constexpr (kHasC) {
         grad_c = load(mine.grad_c + r * ldh + unit);
-        if (p.zoneout_c) stayed_c = grad_c * load(of_row(p.zoneout_c, r, H) + unit, lanes);
+        if (p.zoneout_c) stayed_c = grad_c * load(at.of_row<C>(p.zoneout_c, row0, r, H) + unit, lanes);
         grad_c -= stayed_c;
       }
       if (normalizes_c) {
@@ -208,7 +203,7 @@ class LayerNormBackwardSweep {
   void store_gradients(int64_t r, int64_t unit, const V* grad, bool has_o) const {
     const int64_t H = p.hidden, lanes = lanes_at(unit);
     C* const of_gates = mine.grad_gates + r * memory.lds + unit;
-    C* const of_x = p.grad_gates_x ? of_row(p.grad_gates_x, r, memory.columns) + unit : nullptr;
+    C* const of_x = p.grad_gates_x ? at.of_row<C>(p.grad_gates_x, row0, r, memory.columns) + unit : nullptr;
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
       V x = grad[g < G - A ? g : g + A];
@@ -224,7 +219,7 @@ class LayerNormBackwardSweep {
   void put_factors(int64_t r, int64_t unit, V h) const {
     const int64_t H = p.hidden, lanes = lanes_at(unit);
     if (p.recurrent) h *= load(at.at_state(static_cast<const C*>(p.recurrent), at.sequence(r), H) + unit, lanes);
-    store(of_row(p.factors, r, H) + unit, h, lanes);
+    store(at.of_row<C>(p.factors, row0, r, H) + unit, h, lanes);
   }
 
   static void means_of_gradient(int64_t n, const C* grad, const C* normalized, C* means) {
@@ -238,9 +233,10 @@ class LayerNormBackwardSweep {
   // The gradients of what was normalized, from those of the gates.
   void normalize_backward(int64_t r) const {
     const int64_t n = memory.columns;
-    const C inverse = *of_row(p.statistics, r, p.norms.statistics_of_row);
-    const C *const normalized = of_row(p.saved, r, saved_row()), *const grads = mine.grad_gates + r * memory.lds;
-    C* const result = of_row(p.grad_sums, r, n);
+    const C inverse = *at.of_row<C>(p.statistics, row0, r, p.norms.statistics_of_row);
+    const C* const normalized = at.of_row<C>(p.saved, row0, r, saved_row());
+    const C* const grads = mine.grad_gates + r * memory.lds;
+    C* const result = at.of_row<C>(p.grad_sums, row0, r, n);
     C means[2];
     means_of<C, 2>(n, means, [&](int64_t i, V* sums) {
       const V grad = load(grads + i) * load(of.scale + i);
@@ -271,7 +267,7 @@ class LayerNormBackwardSweep {
   // What reaches h through its products.
   void multiply_gradients(int64_t running, bool backwards) const {
     const int64_t H = p.hidden, first = units.first / kLane, last = vectors_of<C>(units.last);
-    const auto row = [&](int64_t r) -> const C* { return of_row(p.grad_sums, r, memory.columns); };
+    const auto row = [&](int64_t r) -> const C* { return at.of_row<C>(p.grad_sums, row0, r, memory.columns); };
     const auto put = [&](int64_t r, int64_t unit, int64_t lanes, V x) { add_to_h(r, unit, lanes, x); };
     if (!memory.once) return product(memory.hh, of.w_hh, first, last, running, {memory.hh.k}, row, put, backwards);
     const C* const w_hh = static_cast<const C*>(p.weights[at.task.direction].w_hh);
@@ -288,7 +284,7 @@ class LayerNormBackwardSweep {
     depth.segments = G, depth.gap = H;
     product(
         memory.hh, of.w_hh + k * memory.hh.size(), 0, memory.hh.vectors(), running, depth,
-        [&](int64_t r) -> const C* { return of_row(p.grad_sums, r, memory.columns) + first; },
+        [&](int64_t r) -> const C* { return at.of_row<C>(p.grad_sums, row0, r, memory.columns) + first; },
         [&](int64_t r, int64_t unit, int64_t lanes, V x) { add_to_h(r, first + unit, lanes, x); });
   }
 

@@ -34,12 +34,6 @@ class LayerNormForwardSweep {
   }
 
  private:
-  // Of an array [N, D, n], what belongs to sequence r in the step that runs.
-  C* of_row(void* x, int64_t r, int64_t n) const { return at.at_row(static_cast<C*>(x), row0 + r * at.task.stride, n); }
-  const C* of_row(const void* x, int64_t r, int64_t n) const {
-    return at.at_row(static_cast<const C*>(x), row0 + r * at.task.stride, n);
-  }
-
   // Between step t and the next: what ended leaves its states, what begins takes them.
   void change_states(int64_t t, int64_t next) const {
     const int64_t H = p.hidden;
@@ -89,7 +83,7 @@ class LayerNormForwardSweep {
     const auto row = [&](int64_t r) { return h + r * memory.ldh; };
     const auto put = [&](int64_t r, int64_t unit, int64_t lanes, V x) {
       const int64_t column = column0 + unit;
-      if (p.norms.of_sum) x += load(of_row(p.norms.gates_x, r, memory.columns) + column, lanes);
+      if (p.norms.of_sum) x += load(at.of_row<C>(p.norms.gates_x, row0, r, memory.columns) + column, lanes);
       store(mine.sums + r * memory.lds + column, x, lanes);
     };
     if (memory.packed)
@@ -107,10 +101,10 @@ class LayerNormForwardSweep {
     const int64_t H = p.hidden, columns = G * H, saved_row = columns + (kHasC ? H : 0);
     const C* const sums = mine.sums + r * memory.lds;
     const Moments<C> moments(sums, columns);
-    const C* const gates_x = p.norms.of_sum ? nullptr : of_row(p.norms.gates_x, r, columns);
+    const C* const gates_x = p.norms.of_sum ? nullptr : at.of_row<C>(p.norms.gates_x, row0, r, columns);
     const C* const keep = p.candidate ? at.at_state(static_cast<const C*>(p.candidate), at.sequence(r), H) : nullptr;
-    C* const saved = p.saved ? of_row(p.saved, r, saved_row) : nullptr;
-    if (p.statistics && !work.begin) *of_row(p.statistics, r, p.norms.statistics_of_row) = moments.inverse;
+    C* const saved = p.saved ? at.of_row<C>(p.saved, row0, r, saved_row) : nullptr;
+    if (p.statistics && !work.begin) *at.of_row<C>(p.statistics, row0, r, p.norms.statistics_of_row) = moments.inverse;
     for (int64_t unit = units.first; unit < units.last; unit += kLane) {
       const int64_t lanes = min(H - unit, kLane);
       V x[G], recurrent[G], blocks[kMaxBlocks];
@@ -147,7 +141,7 @@ class LayerNormForwardSweep {
     const C* const c = mine.c_new + r * memory.ldh;
     const Moments<C> moments(c, p.hidden);
     if (p.statistics && !work.begin) {
-      C* const statistics = of_row(p.statistics, r, p.norms.statistics_of_row);
+      C* const statistics = at.of_row<C>(p.statistics, row0, r, p.norms.statistics_of_row);
       statistics[1] = moments.mean, statistics[2] = moments.inverse;
     }
     for (int64_t unit = units.first; unit < units.last; unit += kLane) {
@@ -158,7 +152,7 @@ class LayerNormForwardSweep {
 
   SEQKERNELS_INLINE void put_h(int64_t r, int64_t unit, V h) const {
     h = zoned(p.zoneout_h, r, unit, load(mine.h + r * memory.ldh + unit), h);
-    store(of_row(p.y, r, p.hidden) + unit, h, min(p.hidden - unit, kLane));
+    store(at.of_row<C>(p.y, row0, r, p.hidden) + unit, h, min(p.hidden - unit, kLane));
     store(mine.h_next + r * memory.ldh + unit, h);
     if (p.recurrent) put_factors(mine.factors_next, r, unit, h);
   }
@@ -172,7 +166,7 @@ class LayerNormForwardSweep {
   // The new state of one vector of units, of which `stays` [N, D, H] keeps the old one.
   SEQKERNELS_INLINE V zoned(const void* stays, int64_t r, int64_t unit, V before, V now) const {
     if (!stays) return now;
-    return now + load(of_row(stays, r, p.hidden) + unit, min(p.hidden - unit, kLane)) * (before - now);
+    return now + load(at.of_row<C>(stays, row0, r, p.hidden) + unit, min(p.hidden - unit, kLane)) * (before - now);
   }
 
   const LayerNormForward& p;

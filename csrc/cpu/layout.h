@@ -34,6 +34,15 @@ struct Layout {
   T* at_row(T* x, int64_t row, int64_t n) const {
     return x + (row * p.directions + task.direction) * n;
   }
+  // The same of sequence r in the step whose first row is row0.
+  template <class T>
+  T* of_row(void* x, int64_t row0, int64_t r, int64_t n) const {
+    return at_row(static_cast<T*>(x), row0 + r * task.stride, n);
+  }
+  template <class T>
+  const T* of_row(const void* x, int64_t row0, int64_t r, int64_t n) const {
+    return at_row(static_cast<const T*>(x), row0 + r * task.stride, n);
+  }
   // x is [D, C, n], or null
   template <class T>
   T* at_state(T* x, int64_t state, int64_t n) const {
