@@ -6,6 +6,7 @@ more. Whatever is not plain takes the long way, and so does what the operator re
 """
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,24 +28,25 @@ def run(layer: "_Recurrent", input: Tensor | PackedSequence, hx: State | None) -
     if torch.compiler.is_compiling() or type(input) is not Tensor or _does_more(layer) or _is_watched():
         return None
     weights = layer._weights()
-    if not (input.is_cpu and input.dim() == 3 and input.numel() and input.dtype == weights[0].dtype):
+    if not (input.is_cpu and input.dim() == 3 and input.numel() and input.dtype == weights[0].dtype) or input.is_nested:
         return None
     late_checks.look()
-    cell, directions, size = layer.mode.lower(), 1 + layer.bidirectional, layer.hidden_size
+    cell, directions, size = layer.mode.lower(), 2 if layer.bidirectional else 1, layer.hidden_size
     time_major = input.transpose(0, 1) if layer.batch_first else input
     steps, sequences, features = time_major.shape
     count, projected = layer.num_layers * directions, layer.proj_size
     shapes = [(count, sequences, projected or size), (count, sequences, size)][: CELLS[cell].states]
+    states: Sequence[Tensor]
     if hx is None:
         states = [input.new_zeros(shape) for shape in shapes]
     else:
-        states = [hx] if isinstance(hx, Tensor) else list(hx)
-        if [(type(state), state.shape) for state in states] != [(Tensor, shape) for shape in shapes]:
+        states = hx if len(shapes) == 2 and isinstance(hx, (tuple, list)) else (hx,)  # type: ignore[assignment]
+        if [state.shape if type(state) is Tensor else None for state in states] != shapes:
             return None
     wanted = modes.wants_gradients(input, *states, *weights)
     if len(weights) != count * ((4 if layer.bias else 2) + (projected > 0)) or checks.any_expanded(weights):
         return None
-    if wanted and layer.num_layers > 1:  # some of which may be frozen, or run again
+    if wanted and layer.num_layers > 1:  # some of which may be frozen
         return None
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
     rows = time_major.reshape(steps * sequences, features)
@@ -54,7 +56,7 @@ def run(layer: "_Recurrent", input: Tensor | PackedSequence, hx: State | None) -
         plan, call = _planned(*facts, layer.backend, hardware.THIS_MACHINE)
         if plan.backend != "cpu":  # what others are told depends on sizes
             return None
-        y, h_n, c_n = ops.recurrence_forward(plan, call, rows, weights, h_0, c_0, None, wanted, layer.recompute)
+        y, h_n, c_n = ops.recurrence_forward(plan, call, rows, weights, h_0, c_0, None, wanted)
     except (RuntimeError, ValueError):
         return None
     y = y.view(steps, sequences, y.shape[1])
@@ -63,7 +65,7 @@ def run(layer: "_Recurrent", input: Tensor | PackedSequence, hx: State | None) -
 
 def _does_more(layer: "_Recurrent") -> bool:
     more = layer.cell_options is not None or layer.learn_initial_state or layer.return_all_states
-    return more or (layer.training and layer.dropout > 0)
+    return more or layer.recompute is not False or (layer.training and layer.dropout > 0)
 
 
 def _is_watched() -> bool:

@@ -79,7 +79,7 @@ def test_results_are_the_long_ways(cell, options, gradients, long_calls, monkeyp
         with torch.set_grad_enabled(gradients):
             before = len(long_calls)
             short = outcome(layer, x, hx)
-            assert len(long_calls) - before == (gradients and layer.num_layers > 1)
+            assert len(long_calls) - before == (layer.recompute or (gradients and layer.num_layers > 1))
             with monkeypatch.context() as patched:
                 patched.setattr(plain_calls, "run", lambda *_: None)
                 assert_same(short, outcome(layer, x, hx))
@@ -97,6 +97,11 @@ WRONG = {
     "dtype of hx": lambda x: (x, torch.zeros(1, 3, 6, dtype=torch.float64)),
     "dimensions of hx": lambda x: (x, torch.zeros(3, 6)),
     "pair of hx": lambda x: (x, (torch.zeros(1, 3, 6), torch.zeros(1, 3, 6))),
+    "list as hx": lambda x: (x, [torch.zeros(1, 3, 6)]),
+    "number as hx": lambda x: (x, 5),
+    "numbers as hx": lambda x: (x, (0.0, 0.0)),
+    "iterator as hx": lambda x: (x, iter([torch.zeros(1, 3, 6)] * 2)),
+    "nested, strided": lambda x: (torch.nested.nested_tensor([x[:, 0], x[:2, 1]]), None),
     "freed hx": lambda x: (x, freed(torch.zeros(1, 3, 6))),
     "freed": lambda x: (freed(x), None),
 }
@@ -130,6 +135,8 @@ CHANGES = {
     "data": lambda layer: layer.weight_hh_l0.data.mul_(2),
     "the dtype": lambda layer: layer.double(),
     "dropout": lambda layer: setattr(layer, "dropout", 0.5),
+    "recompute": lambda layer: setattr(layer, "recompute", 1),
+    "the number of directions": lambda layer: setattr(layer, "bidirectional", None),
     "options": lambda layer: setattr(layer, "cell_options", sk.CellOptions(zoneout=0.5)),
 }
 
@@ -160,3 +167,17 @@ def test_whoever_watches_sees_the_long_way(long_calls, caplog):
     layer(x, return_all_states=True)
     layer(x.view(5, 12)[:, :4])  # one sequence
     assert len(long_calls) >= 4 and "cpu" in caplog.text
+
+
+def test_a_graph_of_fx_may_begin_with_the_state_alone():
+    class OfState(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = layer_of("gru")
+            self.register_buffer("x", torch.randn(5, 3, 4))
+
+        def forward(self, hx):
+            return self.rnn(self.x, hx)[0]
+
+    model, hx = OfState(), torch.randn(1, 3, 6)
+    assert torch.equal(torch.fx.symbolic_trace(model)(hx), model(hx))
