@@ -45,7 +45,7 @@ class LayerNormArguments : public CheckedArguments {
     p.norms.statistics_of_row = given.scale_c ? 3 : 1;
     p.norms.gates_x = required(given.gates_x, "gates_x", {N, D, GH});
     const int64_t units = given.w_hh.dim() == 3 ? given.w_hh.size(2) : H;  // of a block
-    p.norms.blocks = units && H % units == 0 ? H / units : 1;
+    p.norms.blocks = H && units && H % units == 0 ? H / units : 1;
     const void* w_hh = required(given.w_hh, "w_hh", {D, GH, H / p.norms.blocks});
     for (int d = 0; d < D; d++)
       p.weights[d].w_hh = w_hh ? static_cast<const char*>(w_hh) + d * GH * units * given.w_hh.element_size() : nullptr;

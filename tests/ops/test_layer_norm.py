@@ -136,6 +136,9 @@ def test_what_kernels_cannot_have_is_refused():
         by_kernels("rnn_tanh", layer("rnn_tanh", 6, 3, 4)[0], None, [None, masks[1], None, None], False)
     with pytest.raises(RuntimeError, match=r"w_hh is \[2, 12, 4\], got \[2, 12, 3\]"):
         by_kernels("gru", [of_layer[0], of_layer[1][:, :, :3], *of_layer[2:]], None, masks, False)
+    of_none, of_no_units = layer("gru", 6, 3, 0)
+    with pytest.raises(RuntimeError, match=r"w_hh is \[2, 0, 0\], got \[2, 0, 4\]"):  # the columns of no whole blocks
+        by_kernels("gru", [of_none[0], of_none[1].new_empty(2, 0, 4), *of_none[2:]], None, of_no_units, False)
     of_layer, masks = layer("lstm", 6, 3, 4)
     of_layer[4] = None
     with pytest.raises(RuntimeError, match="shift_c goes with scale_c"):
