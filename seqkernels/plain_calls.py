@@ -43,9 +43,9 @@ def run(layer: "_Recurrent", input: Tensor | PackedSequence, hx: State | None) -
         states = hx if len(shapes) == 2 and isinstance(hx, (tuple, list)) else (hx,)  # type: ignore[assignment]
         if [state.shape if type(state) is Tensor else None for state in states] != shapes:
             return None
-    wanted = modes.wants_gradients(input, *states, *weights)
     if len(weights) != count * ((4 if layer.bias else 2) + (projected > 0)) or checks.any_expanded(weights):
         return None
+    wanted = modes.wants_gradients(input, *states, *weights)
     if wanted and layer.num_layers > 1:  # some of which may be frozen
         return None
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
