@@ -103,7 +103,7 @@ class CheckedArguments {
 
   // The same of pieces whose numbers fit, where nobody reads them.
   void set_pieces_unread(Layer& p, const Tensor& pieces) {
-    check(p.batch_sizes, "pieces go with batch_sizes on the CPU");
+    check(p.batch_sizes || !p.steps, "pieces go with batch_sizes on the CPU");
     check(pieces.scalar_type() == ScalarType::Long && pieces.numel() == rows_ && pieces.device() == device_,
           "pieces is [rows], int64, where x is, one for each of the ", rows_, " rows of x");
     take_pieces(p, pieces);

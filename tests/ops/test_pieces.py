@@ -52,6 +52,23 @@ def test_results_and_gradients_are_those_of_the_pieces_alone(cell, directions, l
     torch.testing.assert_close(*of_each)
 
 
+PADDED = torch.tensor([[0, 1, 2], [0, 3, 2], [0, 3, 4], [5, 3, 4]])  # piece 6 has no rows
+
+
+def padded_arguments(call: Call) -> tuple:
+    """With pieces, but without batch_sizes."""
+    args = replace(call, batch_sizes=(PADDED.shape[1],) * len(PADDED), spare_rows=0).arguments(requires_grad=True)
+    return *args[:5], None, True, [], 1, PADDED
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_sequence_has_no_pieces(backend):
+    cell, x, weights, h_0, *rest, pieces = padded_arguments(replace(CALL, sequences=7, dtype=torch.float32))
+    y, h_n, *_ = forward(backend)(cell, x[:0], weights, h_0, *rest, pieces[:, :0])
+    assert y.shape == (0, 5) and torch.equal(h_n, h_0)
+    assert torch.equal(torch.autograd.grad(h_n.square().sum(), h_0)[0], 2 * h_0)
+
+
 @pytest.mark.parametrize("shape", [{"hidden": 33, "dtype": torch.bfloat16}, {"hidden": 160}], ids=["pairs", "wide"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_results_of_many_pieces_are_those_of_a_ragged_batch(backend, shape):
