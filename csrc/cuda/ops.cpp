@@ -166,7 +166,7 @@ Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, O
   const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
   return forward(
       {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
-      save, tf32, plan_of(path, tile, units), pieces);
+      save, tf32 && !pieces, plan_of(path, tile, units), pieces);
 }
 
 // One layer with masks.
@@ -262,7 +262,7 @@ Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Op
   return backward(
       {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
       {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
-      tf32, plan_of(path, tile, units), pieces);
+      tf32 && !pieces, plan_of(path, tile, units), pieces);
 }
 
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
@@ -292,7 +292,8 @@ std::vector<int64_t> cuda_clusters() {
 #define SEQKERNELS_PASS "int path, int tile, int units"
 
 // What seqkernels/backends/cuda/host.py calls. Beside the arguments of the operators in seqkernels/ops.py: whether
-// float32 factors may be rounded to TF32, and the plan of the pass (plan.h).
+// float32 factors may be rounded to TF32, but for kernels with pieces, which multiply them as they are, and the plan of
+// the pass (plan.h).
 SEQKERNELS_FRAGMENT(m) {
   m.def("cuda_forward" SEQKERNELS_FORWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS SEQKERNELS_OF_STACK));
   m.def("cuda_backward" SEQKERNELS_BACKWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS SEQKERNELS_OF_STACK));

@@ -49,12 +49,12 @@ def call_of(cell: str, shape: str, **more) -> tuple[Call, Tensor]:
     return replace(call, sequences=int(pieces.max()) + 1), pieces
 
 
-def passes_by(launch, call: Call, pieces: Tensor):
+def passes_by(launch, call: Call, pieces: Tensor, tf32: bool = False):
     """Both operators, without the plan."""
     there, layers = pieces.clamp(min=0).to(torch.get_default_device()), call.layers
 
     def run(operator):
-        return lambda *args: operator(*args[: len(args) - (2 if layers > 1 else 0)], False, *launch, layers, there)
+        return lambda *args: operator(*args[: len(args) - (2 if layers > 1 else 0)], tf32, *launch, layers, there)
 
     return run(OPERATORS.cuda_forward), run(OPERATORS.cuda_backward)
 
@@ -94,6 +94,12 @@ def test_pieces_by_a_single_cta_err_by_rounding_alone(cell, shape, dtype):
     for tile in (3, 8):
         call, pieces = call_of(cell, shape, dtype=dtype)
         assert_rounding_alone(call, pieces, SINGLE_CTA._replace(tile=tile))
+
+
+def test_float32_is_multiplied_as_it_is_where_tf32_is_allowed():
+    call, pieces = call_of("gru", "even", dtype=torch.float32)
+    exact, allowed = (both_passes(call, *passes_by(SINGLE_CTA, call, pieces, tf32)) for tf32 in (False, True))
+    assert all(map(torch.equal, exact, allowed))
 
 
 @pytest.mark.parametrize("launch", [STEPWISE, SINGLE_CTA], ids=["stepwise", "single CTA"])
