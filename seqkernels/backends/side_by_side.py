@@ -100,6 +100,13 @@ def of_rows(pieces: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor 
     return pieces.flatten(), torch.full((steps,), sequences, device="cpu")
 
 
+def sequences_of(h_0: Tensor, batch_sizes: Tensor | None, pieces: Tensor | None) -> int:
+    """How many sequences there are; with pieces batch_sizes are on the CPU."""
+    if pieces is None:
+        return h_0.shape[1]
+    return pieces.shape[-1] if batch_sizes is None else sum(batch_sizes[:1].tolist())
+
+
 def _in_kernels(pieces: Tensor, batch_sizes: Tensor | None, x: Tensor, weights: Sequence[Tensor], h_0: Tensor) -> bool:
     """Whether kernels that know pieces have those of this call, which are checked then: nothing is projected, and the
     host knows how many sequences run."""

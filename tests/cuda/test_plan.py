@@ -10,7 +10,7 @@ from gpus import GPUS, MIG
 
 import seqkernels as sk
 from seqkernels import functional, hardware
-from seqkernels.backends.call import Call
+from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, cheapest
 from seqkernels.backends.stack import SavedLayout
@@ -239,6 +239,17 @@ def test_a_launch_is_what_explain_says(seed, launched):
     assert len(launched) == 2  # with all layers
     forward, backward = launched
     assert str(Launch(False, forward[0], backward[0])) == said
+
+
+def test_pieces_are_launched_as_their_sequences_are(launched):
+    """Where nothing was planned, as in compiled code, there are more states than sequences."""
+    pieces, weights = torch.arange(6).expand(40, 6), [torch.zeros(96, 3), torch.zeros(96, 32)]
+    for batch_sizes, given in ((None, pieces), (torch.full((40,), 6), pieces.flatten())):
+        args = "gru", torch.zeros(240, 3), weights, torch.zeros(1, 246, 32), None, batch_sizes, False
+        torch.ops.seqkernels.recurrence_forward.cuda(*args, [], 1, given)
+    call = Call("gru", "cuda", SINGLE, hidden_size=32, sequences=6, options=(RESETS,))
+    expected, _ = cheapest(call, hardware.gpu_of(torch.zeros(0).device), False)
+    assert expected.tile == 6 and [launch for launch, _ in launched] == [expected] * 2
 
 
 def test_what_is_said_of_a_gpu_names_its_clusters():

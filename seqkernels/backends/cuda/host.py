@@ -11,6 +11,7 @@ from seqkernels._ops import ops
 from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
+from seqkernels.backends.side_by_side import sequences_of
 from seqkernels.late_checks import fitting, fitting_backward
 
 
@@ -26,7 +27,7 @@ def forward(
     layers: int = 1,
     pieces: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, pieces=pieces)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, batch_sizes, pieces)
     batch_sizes = fitting(x, h_0, batch_sizes)
     return ops.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers, pieces)
 
@@ -49,7 +50,7 @@ def backward(
     layers: int = 1,
     pieces: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, pieces=pieces)
+    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, batch_sizes, pieces)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     grads, stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     options = wants_x, wants_weights, bool(tf32), *passes[3:], layers, pieces
@@ -141,8 +142,9 @@ def _planned(
     weights: list[Tensor],
     h_0: Tensor,
     layers: int,
-    masked: bool = False,
+    batch_sizes: Tensor | None = None,
     pieces: Tensor | None = None,
+    masked: bool = False,
 ) -> Sequence[int]:
     """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
 
@@ -159,7 +161,8 @@ def _planned(
         return _plan(cell, x, h_0, 0)
     projected = len(weights) // h_0.shape[0] % 2 == 1
     options = ("masks",) if masked else () if pieces is None else (RESETS,)
-    return _plan(cell, x, h_0, weights[0].shape[0] // CELLS[cell].gates, projected, layers, options)
+    hidden_size, sequences = weights[0].shape[0] // CELLS[cell].gates, sequences_of(h_0, batch_sizes, pieces)
+    return _plan(cell, x, h_0, hidden_size, projected, layers, options, sequences)
 
 
 def _expect_kernels() -> None:
@@ -175,12 +178,12 @@ def _plan(
     projected: bool = False,
     layers: int = 1,
     options: tuple[str, ...] = (),
+    sequences: int | None = None,  # None: as many as states
 ) -> Sequence[int]:
     """For what arrives without a plan; hidden_size is 0 where it does not fit, so that the operator says what is
     wrong."""
     if not hidden_size:
         return Launch(False, PassLaunch(), PassLaunch()).to_ints()
-    all_directions, sequences, _ = h_0.shape
     call = Call(
         cell=cell,
         device_type=x.device.type,
@@ -188,8 +191,8 @@ def _plan(
         hidden_size=hidden_size,
         projected=projected,
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
-        directions=all_directions // layers,
-        sequences=sequences,
+        directions=h_0.shape[0] // layers,
+        sequences=h_0.shape[1] if sequences is None else sequences,
         options=options,
     )
     return launch_of(call, hardware.gpu_of(x.device)).to_ints()

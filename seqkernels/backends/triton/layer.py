@@ -13,6 +13,7 @@ from seqkernels import hardware, late_checks
 from seqkernels.backends.arguments import NO_MASKS, StepMasks, Weights, by_direction
 from seqkernels.backends.call import RESETS, Call
 from seqkernels.backends.cells import CELLS
+from seqkernels.backends.side_by_side import sequences_of
 from seqkernels.backends.triton.tiles import Launch, launch_of
 
 
@@ -32,7 +33,7 @@ class Layer:
     ):
         self.cell, self.device, self.masks, self.pieces = CELLS[cell], x.device, masks, pieces
         self.D, self.C, self.P = h_0.shape
-        self.B = self.C if pieces is None or batch_sizes is None else sum(batch_sizes[:1].tolist())
+        self.B = sequences_of(h_0, batch_sizes, pieces)
         self.weights: list[Weights] = by_direction(weights, self.D)
         self.N, self.G, self.K = x.shape[0], self.cell.gates, masks.saved_blocks(cell)
         self.F = self.G + self.cell.gates_apart  # blocks of grad_gates
