@@ -51,16 +51,12 @@ class _Rows(NamedTuple):
     by_piece: Tensor
 
 
-def _checked(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: int) -> _Rows:
+def _checked(pieces: Tensor, batch_sizes: Tensor, count: int) -> _Rows:
     """The rows of `count` pieces, which are read.
 
     Raises:
         RuntimeError: pieces that do not fit; as csrc/check.h.
     """
-    if batch_sizes is None:
-        raise RuntimeError("pieces go with batch_sizes")
-    if pieces.dtype != torch.int64 or pieces.shape != (rows,):
-        raise RuntimeError(f"pieces is [rows], int64, one for each of the {rows} rows of x")
     device = pieces.device
     sizes = batch_sizes.to(device)
     step = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
@@ -76,10 +72,10 @@ def _checked(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: int) 
     return _Rows(step, sequence, pieces, by_piece)
 
 
-def _side_by_side(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: int) -> _Order:
+def _side_by_side(pieces: Tensor, batch_sizes: Tensor, count: int) -> _Order:
     """The order of `count` pieces, checked."""
-    step, _, pieces, by_piece = _checked(pieces, batch_sizes, rows, count)
-    assert batch_sizes is not None
+    rows = len(pieces)
+    step, _, pieces, by_piece = _checked(pieces, batch_sizes, count)
     device, used = pieces.device, torch.arange(len(step), device=pieces.device)
     begins = torch.searchsorted(pieces[by_piece], torch.arange(count + 1, device=device))
     lengths, states = begins.diff().sort(descending=True, stable=True)
@@ -92,12 +88,21 @@ def _side_by_side(pieces: Tensor, batch_sizes: Tensor | None, rows: int, count: 
     return _Order(index, index.argsort(), states, rank, running.to(batch_sizes.device))
 
 
-def of_rows(pieces: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """pieces ``[N]`` and batch_sizes of what an operator is given."""
-    if pieces.dim() != 2 or batch_sizes is not None:
-        return pieces, batch_sizes
-    steps, sequences = pieces.shape
-    return pieces.flatten(), torch.full((steps,), sequences, device="cpu")
+def of_rows(pieces: Tensor, batch_sizes: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """pieces ``[N]`` and batch_sizes of what an operator is given.
+
+    Raises:
+        RuntimeError: pieces that are not one number for each row.
+    """
+    if batch_sizes is None and pieces.dim() == 2:
+        steps, sequences = pieces.shape
+        pieces, batch_sizes = pieces.flatten(), torch.full((steps,), sequences, device="cpu")
+    if batch_sizes is None:
+        raise RuntimeError("pieces go with batch_sizes, or are [steps, sequences]")
+    rows = len(x)
+    if pieces.dtype != torch.int64 or pieces.shape != (rows,) or pieces.device != x.device:
+        raise RuntimeError(f"pieces is [rows], int64, where x is, one for each of the {rows} rows of x")
+    return pieces.contiguous(), batch_sizes
 
 
 def sequences_of(h_0: Tensor, batch_sizes: Tensor | None, pieces: Tensor | None) -> int:
@@ -113,10 +118,8 @@ def _in_kernels(pieces: Tensor, batch_sizes: Tensor | None, x: Tensor, weights: 
     projected = len(weights) // max(len(h_0), 1) % 2 == 1
     if projected or (batch_sizes is not None and out_of_sight(batch_sizes)):
         return False
-    if batch_sizes is None and pieces.dim() != 2:
-        raise RuntimeError("pieces go with batch_sizes")
     if not out_of_sight(pieces):
-        _checked(*of_rows(pieces, batch_sizes), x.shape[0], h_0.shape[1])
+        _checked(*of_rows(pieces, batch_sizes, x), h_0.shape[1])
     return True
 
 
@@ -129,8 +132,8 @@ def forward_of(run: Callable, knows_pieces: bool = False) -> Callable:
         pieces = fitting_pieces(pieces, h_0.shape[1])
         if knows_pieces and _in_kernels(pieces, batch_sizes, x, weights, h_0):
             return run(cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces)
-        pieces, batch_sizes = of_rows(pieces, batch_sizes)
-        order = _side_by_side(pieces, batch_sizes, x.shape[0], h_0.shape[1])
+        pieces, batch_sizes = of_rows(pieces, batch_sizes, x)
+        order = _side_by_side(pieces, batch_sizes, h_0.shape[1])
         rows, states = order.to_rows(x), order.to_states(h_0, c_0)
         y, h_n, c_n, saved = run(cell, *rows, weights, *states, order.batch_sizes, save, [], layers)
         y, h_n, c_n = order.back(y, h_n, c_n)
@@ -157,8 +160,8 @@ def backward_of(run: Callable, knows_pieces: bool = False) -> Callable:
             of_stack = x, weights, h_0, c_0, batch_sizes
             options = wants_x, wants_weights, launch, layers, pieces
             return run(cell, grad_y, grad_h_n, grad_c_n, *of_stack, y, saved, *options)
-        pieces, batch_sizes = of_rows(pieces, batch_sizes)
-        order = _side_by_side(pieces, batch_sizes, x.shape[0], h_0.shape[1])
+        pieces, batch_sizes = of_rows(pieces, batch_sizes, x)
+        order = _side_by_side(pieces, batch_sizes, h_0.shape[1])
         saved = order.saved(order.rows, saved, SavedLayout.of(cell, x, weights, h_0, layers))
         grad_y, x, y = order.to_rows(grad_y, x, y)
         grad_h_n, grad_c_n, h_0, c_0 = order.to_states(grad_h_n, grad_c_n, h_0, c_0)

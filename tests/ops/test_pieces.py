@@ -62,6 +62,16 @@ def padded_arguments(call: Call) -> tuple:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_pieces_of_padded_sequences_lie_anywhere(backend):
+    *args, pieces = padded_arguments(replace(CALL, sequences=7, dtype=torch.float32))
+    expected = by_pieces(*args, pieces.flatten())
+    for given in (pieces, pieces.t().contiguous().t()):
+        torch.testing.assert_close(forward(backend)(*args, given)[:3], expected)
+    args[5], apart = torch.tensor([3] * 4), torch.stack([pieces.flatten(), 6 - pieces.flatten()], 1)[:, 0]
+    torch.testing.assert_close(forward(backend)(*args, apart)[:3], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_sequence_has_no_pieces(backend):
     cell, x, weights, h_0, *rest, pieces = padded_arguments(replace(CALL, sequences=7, dtype=torch.float32))
     y, h_n, *_ = forward(backend)(cell, x[:0], weights, h_0, *rest, pieces[:, :0])

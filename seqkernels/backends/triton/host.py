@@ -37,7 +37,8 @@ def forward(
     layers: int = 1,
     pieces: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pieces, batch_sizes = (pieces, batch_sizes) if pieces is None else of_rows(pieces, batch_sizes)
+    if pieces is not None:
+        pieces, batch_sizes = of_rows(pieces, batch_sizes, x)
     _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     batch_sizes, run = fitting(x, h_0, batch_sizes), functools.partial(_forward, pieces=pieces)
     return stack.forward(run, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers)
@@ -98,7 +99,8 @@ def backward(
     layers: int = 1,
     pieces: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    pieces, batch_sizes = (pieces, batch_sizes) if pieces is None else of_rows(pieces, batch_sizes)
+    if pieces is not None:
+        pieces, batch_sizes = of_rows(pieces, batch_sizes, x)
     _check(cell, x, weights, h_0, c_0, batch_sizes, layers)
     check_backward(cell, (grad_y, grad_h_n, grad_c_n), x, weights, h_0, c_0, y, saved, layers)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
