@@ -161,7 +161,7 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
     grads = operator(*args) if differentiated else _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
-    if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes):
+    if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes, pieces):
         # Nobody has read h of the last layer, so that its projection w_hr has had no part in anything: no gradient, as
         # in torch.nn.
         each, first = len(weights) // h_0.shape[-3], len(weights) - len(weights) // ctx.layers
@@ -189,12 +189,14 @@ def _y_again(ctx, backend: str, x, weights, h_0, c_0, batch_sizes, pieces, saved
 
 def reads_y(cell: str, x: Tensor, h_0: Tensor, batch_sizes: Tensor | None, pieces: Tensor | None = None) -> bool:
     """Whether a backward pass reads y: for the state before each step but the first, and for all of an RNN."""
-    return pieces is not None or _several_steps(x, h_0, batch_sizes) or not CELLS[cell].saved_blocks
+    return _several_steps(x, h_0, batch_sizes, pieces) or not CELLS[cell].saved_blocks
 
 
-def _several_steps(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None) -> bool:
+def _several_steps(x: Tensor, h_0: Tensor, batch_sizes: Tensor | None, pieces: Tensor | None) -> bool:
     # Not by len: in a trace it makes a number of what may be any.
-    return x.shape[-2] > h_0.shape[-2] if batch_sizes is None else batch_sizes.shape[0] > 1
+    if batch_sizes is not None:
+        return batch_sizes.shape[0] > 1
+    return x.shape[-2] > h_0.shape[-2] if pieces is None else pieces.shape[-2] > 1
 
 
 def _registered_backward_of(backend: str):

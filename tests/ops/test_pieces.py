@@ -79,6 +79,14 @@ def test_no_sequence_has_no_pieces(backend):
     assert torch.equal(torch.autograd.grad(h_n.square().sum(), h_0)[0], 2 * h_0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_projection_between_steps_has_a_gradient_however_many_states_there_are(backend):
+    args = padded_arguments(Call("lstm", projected=2, sequences=20, dtype=torch.float32))
+    results = forward(backend)(*args), by_pieces(*args[:-1], PADDED.flatten())
+    grads = (torch.autograd.grad(c_n.square().sum(), args[2]) for _, _, c_n, *_ in results)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("shape", [{"hidden": 33, "dtype": torch.bfloat16}, {"hidden": 160}], ids=["pairs", "wide"])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])
 def test_results_of_many_pieces_are_those_of_a_ragged_batch(backend, shape):
