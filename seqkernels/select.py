@@ -36,7 +36,6 @@ class Plan(NamedTuple):
     refusals: tuple[tuple[str, str], ...]
     kernel: str = ""  # which of its kernels, where there is a choice and the call has its sizes
     launch: tuple[int, ...] = ()  # what its operators are told: the backend's own `Launch`; (): they plan by themselves
-    us: float | None = None  # of a step, estimated
 
     def __str__(self) -> str:
         lines = [f"{self.backend}: {self.reason}" + (f"; {self.kernel}" if self.kernel else "")]
@@ -67,8 +66,7 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
         if reason:
             raise _nothing_runs(call, {forced: reason})
         module = _MODULES[forced]
-        launch = module.kernel(call, machine), module.plan_launch(call, machine)
-        return Plan(forced, "forced", (), *launch, module.estimate(call, machine))
+        return Plan(forced, "forced", (), module.kernel(call, machine), module.plan_launch(call, machine))
     against: dict[str, str] = {}
     estimates: dict[str, float | None] = {}  # of those that may run it
     for name, module in _MODULES.items():
@@ -84,7 +82,7 @@ def plan(call: Call, machine: Machine = THIS_MACHINE, backend: str | None = None
     module, cost = _MODULES[chosen], estimates[chosen]
     reason = module.DESCRIPTION + ("" if cost is None else f", {_in_words(cost, chosen, call, machine)}")
     refusals = tuple((name, against[name]) for name in BACKENDS if name != chosen)
-    return Plan(chosen, reason, refusals, module.kernel(call, machine), module.plan_launch(call, machine), cost)
+    return Plan(chosen, reason, refusals, module.kernel(call, machine), module.plan_launch(call, machine))
 
 
 _planned = functools.lru_cache(maxsize=4096)(plan)
@@ -111,14 +109,23 @@ def goes_piecewise(call: Call, layout: str, machine: Machine, backend: str | Non
     forced, and they are not estimated to take longer than others, for which all rows are copied into the order of the
     pieces and back. For those `layout` is that of the pieces; that there are more of them, and shorter ones, than
     sequences is left out of account."""
-    resets, forced = call._replace(options=(RESETS,)), backend or machine.forced_backend
-    if all(unsupported(name, resets, machine) for name in ([forced] if forced else PIECEWISE)):
+    decide = _goes_piecewise if torch.compiler.is_compiling() else _known_to_go_piecewise
+    return decide(call, layout, machine, backend)
+
+
+def _goes_piecewise(call: Call, layout: str, machine: Machine, backend: str | None) -> bool:
+    within, copied = call._replace(options=(RESETS,)), call._replace(layout=layout)
+    forced = backend or machine.forced_backend
+    if forced and unsupported(forced, within, machine):
         return False
-    make = plan if torch.compiler.is_compiling() else _planned
-    within, copied = make(resets, machine, backend), make(call._replace(layout=layout), machine, backend)
-    if within.us is None or copied.us is None or machine.gpu is None:
-        return within.backend in PIECEWISE
-    return within.us <= copied.us + costs.copies(call, machine.gpu)
+    chosen, other = (plan(of, machine, backend).backend for of in (within, copied))
+    us, us_copied = _MODULES[chosen].estimate(within, machine), _MODULES[other].estimate(copied, machine)
+    if us is None or us_copied is None or machine.gpu is None:
+        return chosen in PIECEWISE
+    return us <= us_copied + costs.copies(call, machine.gpu)
+
+
+_known_to_go_piecewise = functools.lru_cache(maxsize=4096)(_goes_piecewise)
 
 
 def _cheapest(estimates: dict[str, float | None]) -> str:

@@ -69,6 +69,13 @@ def test_options_run_in_triton(cell, options, backend):
         assert dict(chosen.refusals)["triton"] == f"it has no kernel with {', '.join(options)}"
 
 
+def test_a_forced_plan_is_the_same_for_any_number_of_steps():
+    """explain says each different plan of a model's layers once."""
+    machine = TRITON._replace(gpu=GPUS["NVIDIA H200"])
+    calls = (Call("gru", "cuda", torch.float32, hidden_size=64, sequences=8, steps=steps) for steps in (4, 64))
+    assert len({plan(call, machine, "triton") for call in calls}) == 1
+
+
 def test_a_forced_backend_runs_or_is_refused_with_its_reason():
     call = Call("gru", "cpu", torch.float32)
     assert plan(call, THIS_MACHINE, "torch_eager").backend == "torch_eager"
