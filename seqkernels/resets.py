@@ -271,8 +271,8 @@ def _cuts(reset: Tensor, place: Tensor, begins: Tensor) -> _Cuts:
 def _numbered(rows: Rows, marks: Tensor) -> Rows:
     """Rows with the number of the piece that each is of, on a CPU; `marks`: the mask of the rows ``[N]``, or, where all
     sequences run in all steps, ``[T, B]``."""
-    pieces, sequence, anew, last, any = ops.number_pieces(marks, rows.batch_sizes, rows.sequences)
-    if not any:
+    pieces, sequence, anew, last = ops.number_pieces(marks, rows.batch_sizes, rows.sequences)
+    if anew.shape[0] == rows.sequences and not anew.any():  # nothing is marked
         return rows
     if rows.sorted_indices is not None and rows.unsorted_indices is not None:
         sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]

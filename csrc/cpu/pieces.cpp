@@ -3,7 +3,6 @@
 #include <numeric>
 #include <tuple>
 
-#include "../check.h"
 #include "../names.h"
 #include "memory.h"
 
@@ -19,8 +18,8 @@ Tensor tensor_of(const std::vector<T>& values) {
 }
 
 // marks [N] of rows and batch_sizes [T], or marks [T, B] -> pieces in the shape of marks; of each piece its sequence
-// [C] and whether its first row is marked [C]; the last piece of each sequence [B]; and whether any row is marked.
-std::tuple<Tensor, Tensor, Tensor, Tensor, bool> number_pieces(Tensor marks, Optional batch_sizes, int64_t sequences) {
+// [C] and whether its first row is marked [C]; and the last piece of each sequence [B].
+std::tuple<Tensor, Tensor, Tensor, Tensor> number_pieces(Tensor marks, Optional batch_sizes, int64_t sequences) {
   check(marks.scalar_type() == ScalarType::Bool && marks.dim() == (batch_sizes ? 1 : 2),
         "marks is [rows] with batch_sizes, else [steps, sequences], bool");
   check(!batch_sizes || (batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1),
@@ -59,8 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, bool> number_pieces(Tensor marks, Opt
     }
   }
   std::fill(piece + row, piece + rows, -1);
-  const bool any = std::find(anew.begin(), anew.end(), true) != anew.end();
-  return {pieces, tensor_of(sequence_of), tensor_of(anew), tensor_of(last), any};
+  return {pieces, tensor_of(sequence_of), tensor_of(anew), tensor_of(last)};
 }
 
 }  // namespace
@@ -68,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, bool> number_pieces(Tensor marks, Opt
 SEQKERNELS_FRAGMENT(m) {
   m.def(
       "number_pieces(Tensor marks, Tensor? batch_sizes, int sequences) "
-      "-> (Tensor pieces, Tensor sequence_of, Tensor anew, Tensor last, bool any)");
+      "-> (Tensor pieces, Tensor sequence_of, Tensor anew, Tensor last)");
 }
 
 SEQKERNELS_IMPL(CPU, m) { m.impl("number_pieces", TORCH_BOX(&number_pieces)); }

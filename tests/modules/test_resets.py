@@ -371,6 +371,16 @@ def test_fx_traces_a_mask():
     torch.testing.assert_close(torch.fx.symbolic_trace(model, {"lengths": None})(x, mask), model(x, mask))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_takes_other_masks():
+    model = Masked(sk.GRU(4, 5))
+    x, masks = torch.randn(STEPS, 2, 4), [torch.rand(STEPS, 2) < share for share in (0.5, 0.8, 0.0, 1.0)]
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (x, masks[0].index_fill(0, torch.tensor(2), True)))
+        for mask in masks:
+            torch.testing.assert_close(traced(x, mask), model(x, mask))
+
+
 def test_explain_takes_a_mask():
     assert sk.explain(sk.GRU(4, 5), torch.randn(3, 2, 4), reset=torch.ones(3, 2, dtype=torch.bool)).backend
 
