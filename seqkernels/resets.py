@@ -261,7 +261,7 @@ def _cuts(reset: Tensor, place: Tensor, begins: Tensor) -> _Cuts:
     """Arguments as those of `_rows`."""
     places, begins = reset.shape[0] + begins.shape[0], begins.contiguous()  # of others searchsorted warns
     marks = reset.new_zeros(places).scatter(0, place, reset)
-    starts = marks.index_fill(0, begins, True)
+    starts = marks.index_fill(0, begins, 1)  # torch.jit.trace has none by True
     piece = starts.cumsum(0) - 1
     readable = _readable(starts)
     begin = _places_of(starts, piece, readable)

@@ -372,8 +372,10 @@ def test_fx_traces_a_mask():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
-def test_a_trace_takes_other_masks():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_trace_takes_other_masks(on_cpu, monkeypatch):
     model = Masked(sk.GRU(4, 5))
+    monkeypatch.setattr(resets, "on_cpu", lambda *_: on_cpu)
     x, masks = torch.randn(STEPS, 2, 4), [torch.rand(STEPS, 2) < share for share in (0.5, 0.8, 0.0, 1.0)]
     with torch.no_grad():
         traced = torch.jit.trace(model, (x, masks[0].index_fill(0, torch.tensor(2), True)))
