@@ -27,12 +27,22 @@ def rows_of_step(starts, sizes, t, T, B, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED: tl.constexpr):
-    """Of sequences that consist of pieces, which state of ``[D, C, H]`` is that of each one's piece in step t; -1 where
-    it does not run."""
-    start, size = rows_of_step(starts, sizes, t, T, B, RAGGED)
+def states_of_step(pieces, C, starts, sizes, k, direction, first, lane, T, B, RAGGED: tl.constexpr):
+    """Of sequences that consist of pieces, which state of ``[D, C, H]`` is that of each one's piece in the k-th step;
+    -1 where it does not run."""
+    start, size = rows_of_step(starts, sizes, step_of(k, T, direction), T, B, RAGGED)
     running = first + lane < size
     return tl.where(running, direction * C + tl.load(pieces + (start + first) + lane, running, 0), -1)
+
+
+@triton.jit
+def at_border(state, left, piece, begun, next, running, unit, H: tl.constexpr):
+    """A state where another piece is next: it leaves as that of its own piece, and becomes that of the next, if there
+    is one; of a gradient the next piece is the one before. Elsewhere it stays."""
+    leaves = running & (piece >= 0) & (piece != next)
+    begins = leaves & (next >= 0)
+    store(left + (piece * H + unit), state, leaves)
+    return tl.where(begins, tl.load(begun + (next * H + unit), begins, 0.0), state)
 
 
 @triton.jit

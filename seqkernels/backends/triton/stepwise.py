@@ -5,6 +5,7 @@ import triton.language as tl
 
 from seqkernels.backends.triton.algebra import cell_forward, masked_backward, store, to_acc, zoned
 from seqkernels.backends.triton.memory import (
+    at_border,
     kernel,
     load_blocks,
     load_mask,
@@ -61,18 +62,11 @@ def step_forward(
     place = at * D + direction
     h_next, c_next = h_t, c_t
     if pieces is not None:
-        # Where a piece ends, its states leave, and those of the next begin.
-        t = step_of(k, T, direction)
-        ended = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
-        t = step_of(k + 1, T, direction)
-        next = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
-        ends = running & (ended != next)
-        begins = ends & (next >= 0)
-        store(h_n + (ended * H + unit), h_t, ends)
-        h_next = tl.where(begins, tl.load(h_0 + (next * H + unit), begins, 0.0), h_t)
+        ended = states_of_step(pieces, C, starts, sizes, k, direction, first, lane, T, B, RAGGED)
+        next = states_of_step(pieces, C, starts, sizes, k + 1, direction, first, lane, T, B, RAGGED)
+        h_next = at_border(h_t, h_n, ended, h_0, next, running, unit, H)
         if HAS_C:
-            store(c_n + (ended * H + unit), c_t, ends)
-            c_next = tl.where(begins, tl.load(c_0 + (next * H + unit), begins, 0.0), c_t)
+            c_next = at_border(c_t, c_n, ended, c_0, next, running, unit, H)
     store(h + state, h_next, running)
     if recurrent is not None:
         store(factors + state, h_t * tl.load(recurrent + state, running, 0.0), running)
@@ -127,10 +121,8 @@ def step_backward(
     here = (first + lane < B) & (unit < H)
     piece, piece_before = None, None
     if pieces is not None:
-        t = step_of(k, T, direction)
-        piece = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
-        t = step_of(k - 1, T, direction)
-        piece_before = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
+        piece = states_of_step(pieces, C, starts, sizes, k, direction, first, lane, T, B, RAGGED)
+        piece_before = states_of_step(pieces, C, starts, sizes, k - 1, direction, first, lane, T, B, RAGGED)
     at, running, grad, s_0, s_1, s_2, s_3, now, before = load_step(
         grad_y, y, saved, h_0, c_0, starts, sizes, step_of(k, T, direction), direction, first, lane, unit, here, T, B,
         HAS_C, NEEDS_H_PREV, H, D, SAVED, RAGGED, HAS_GRAD_Y, piece, piece_before,
@@ -142,23 +134,16 @@ def step_backward(
         of_factor = tl.load(recurrent + state, running, 0.0)
         total += of_factor * tl.load(grad_factors + state, running, 0.0).to(tl.float32)
         store(grad_factors + state, tl.zeros_like(total), running)
-    begun, later = running, piece
     if pieces is not None:
-        # Where the step behind is of another piece, the gradients of its initial states leave, and those of the final
-        # states of this one begin.
-        t = step_of(k + 1, T, direction)
-        later = states_of_step(pieces, C, starts, sizes, t, direction, first, lane, T, B, RAGGED)
-        begun = running & (later >= 0) & (later != piece)
-        store(grad_h_0 + (later * H + unit), total, begun)
-        total = tl.where(begun, tl.load(grad_h_n + (piece * H + unit), begun, 0.0), total)
+        later = states_of_step(pieces, C, starts, sizes, k + 1, direction, first, lane, T, B, RAGGED)
+        total = at_border(total, grad_h_0, later, grad_h_n, piece, running, unit, H)
     if HAS_GRAD_Y:
         total += grad.to(tl.float32)
     grad_c_t = total
     if HAS_C:
         grad_c_t = tl.load(grad_c + state, running, 0.0)
         if pieces is not None:
-            store(grad_c_0 + (later * H + unit), grad_c_t, begun)
-            grad_c_t = tl.where(begun, tl.load(grad_c_n + (piece * H + unit), begun, 0.0), grad_c_t)
+            grad_c_t = at_border(grad_c_t, grad_c_0, later, grad_c_n, piece, running, unit, H)
     s_0, s_1, s_2, s_3, now, before = to_acc(s_0, s_1, s_2, s_3, now, before)
     of_candidate = load_mask(candidate, state, running)
     stays_h = load_rows(zoneout_h, at, direction, lane, unit, running, H, D)
