@@ -54,8 +54,7 @@ MASKS = ("zoneout", "recurrent_dropout", "candidate_dropout")
     [
         ("gru", MASKS, "triton"),
         ("lstm", MASKS[:1], "triton"),
-        ("rnn_tanh", MASKS[1:2], "triton"),
-        ("rnn_tanh", MASKS[:1], "torch_eager"),  # its backward pass would need the state before zoneout
+        ("rnn_tanh", MASKS[:2], "triton"),
         ("lstm", ("zoneout", "proj_size"), "torch_eager"),
         ("gru", ("zoneout", "layer_norm"), "triton"),
         ("rnn_relu", ("layer_norm",), "triton"),
