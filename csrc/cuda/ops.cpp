@@ -64,7 +64,9 @@ StepMasks checked_masks(const MaskArguments& masks, Layer& p, const Tensor& x) {
   return {.recurrent = masks.pointer(masks.recurrent),
           .candidate = masks.pointer(masks.candidate),
           .zoneout_h = masks.pointer(masks.zoneout_h),
-          .zoneout_c = masks.pointer(masks.zoneout_c)};
+          .zoneout_c = masks.pointer(masks.zoneout_c),
+          .pieces = nullptr,
+          .states = 0};
 }
 
 // Pieces whose numbers seqkernels/backends/side_by_side.py has checked: nobody here reads what is on a GPU.

@@ -22,7 +22,12 @@ void set_step(NormStep& step, const Layer& p, const Norms& norms, int64_t rows, 
   set_sweep(step, p, rows, false);
   step.starts = steps.starts(), step.sizes = steps.sizes();
   step.norms = norms;
-  step.masks = {.recurrent = p.recurrent, .candidate = p.candidate, .zoneout_h = p.zoneout_h, .zoneout_c = p.zoneout_c};
+  step.masks = {.recurrent = p.recurrent,
+                .candidate = p.candidate,
+                .zoneout_h = p.zoneout_h,
+                .zoneout_c = p.zoneout_c,
+                .pieces = nullptr,
+                .states = 0};
 }
 
 // All steps in one launch.
