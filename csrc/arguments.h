@@ -62,6 +62,20 @@ struct StackArguments {
   bool ensemble = false;
 };
 
+// As an operator gets them. Before any check, so that none leaves the string behind.
+inline StackArguments take_stack(StringHandle cell, const Tensor& x, const Tensors& weights, const Tensor& h_0,
+                                 const Optional& c_0, const Optional& batch_sizes, int64_t layers,
+                                 bool ensemble = false) {
+  return {.cell = take_cell(cell),
+          .x = x,
+          .weights = weights,
+          .h_0 = h_0,
+          .c_0 = c_0,
+          .batch_sizes = batch_sizes,
+          .layers = layers,
+          .ensemble = ensemble};
+}
+
 // What the operator of the backward pass takes besides.
 struct BackwardArguments {
   const Optional& grad_y;

@@ -25,9 +25,28 @@ struct LayerNormGiven {
   const Optional &shift, &scale_c, &shift_c;
   const Tensor& h_0;
   const Optional &c_0, &batch_sizes;
-  const MaskArguments& masks;
+  MaskArguments masks;
   bool of_sum;
 };
+
+// As take_stack().
+inline LayerNormGiven take_layer_norm(StringHandle cell, const Tensor& gates_x, const Tensor& w_hh, const Tensor& scale,
+                                      const Optional& shift, const Optional& scale_c, const Optional& shift_c,
+                                      const Tensor& h_0, const Optional& c_0, const Optional& batch_sizes,
+                                      const MaskArguments& masks, bool of_sum) {
+  return {.cell = take_cell(cell),
+          .gates_x = gates_x,
+          .w_hh = w_hh,
+          .scale = scale,
+          .shift = shift,
+          .scale_c = scale_c,
+          .shift_c = shift_c,
+          .h_0 = h_0,
+          .c_0 = c_0,
+          .batch_sizes = batch_sizes,
+          .masks = masks,
+          .of_sum = of_sum};
+}
 
 // The gradients of results, and what the forward pass left.
 struct LayerNormGivenBackward {

@@ -176,29 +176,14 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
 template <bool ensemble>
 Forward recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                            bool save, Launch launch, int64_t layers, Optional pieces) {
-  return forward({.cell = take_cell(cell),
-                  .x = x,
-                  .weights = weights,
-                  .h_0 = h_0,
-                  .c_0 = c_0,
-                  .batch_sizes = batch_sizes,
-                  .layers = layers,
-                  .ensemble = ensemble},
-                 save, launch, pieces);
+  return forward(take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble), save, launch, pieces);
 }
 
 template <bool ensemble>
 Backward recurrence_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                              Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                              bool wants_x, bool wants_weights, Launch launch, int64_t layers, Optional pieces) {
-  return backward({.cell = take_cell(cell),
-                   .x = x,
-                   .weights = weights,
-                   .h_0 = h_0,
-                   .c_0 = c_0,
-                   .batch_sizes = batch_sizes,
-                   .layers = layers,
-                   .ensemble = ensemble},
+  return backward(take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble),
                   {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x,
                   wants_weights, launch, pieces);
 }
@@ -237,40 +222,20 @@ std::tuple<Tensor, Tensor, Tensor> run_quantized(const StackArguments& given, Op
 
 std::tuple<Tensor, Tensor, Tensor> quantized_recurrence(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                                                         Optional c_0, Optional batch_sizes, int64_t layers) {
-  return run_quantized({.cell = take_cell(cell),
-                        .x = x,
-                        .weights = weights,
-                        .h_0 = h_0,
-                        .c_0 = c_0,
-                        .batch_sizes = batch_sizes,
-                        .layers = layers},
-                       nullptr);
+  return run_quantized(take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers), nullptr);
 }
 
 Forward quantized_all_states(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0,
                              Optional batch_sizes, int64_t layers) {
   Optional c;
-  const auto [y, h_n, c_n] = run_quantized({.cell = take_cell(cell),
-                                            .x = x,
-                                            .weights = weights,
-                                            .h_0 = h_0,
-                                            .c_0 = c_0,
-                                            .batch_sizes = batch_sizes,
-                                            .layers = layers},
-                                           &c);
+  const auto [y, h_n, c_n] = run_quantized(take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers), &c);
   return {y, h_n, c_n, *c};
 }
 
 Forward masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                        Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool save,
                        Launch launch) {
-  const StackArguments given{.cell = take_cell(cell),
-                             .x = x,
-                             .weights = weights,
-                             .h_0 = h_0,
-                             .c_0 = c_0,
-                             .batch_sizes = batch_sizes,
-                             .layers = 1};
+  const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, 1);
   return forward(given, save, launch, std::nullopt,
                  {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
@@ -279,13 +244,7 @@ Backward masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, 
                          Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
                          Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
                          bool wants_x, bool wants_weights, Launch launch) {
-  const StackArguments given{.cell = take_cell(cell),
-                             .x = x,
-                             .weights = weights,
-                             .h_0 = h_0,
-                             .c_0 = c_0,
-                             .batch_sizes = batch_sizes,
-                             .layers = 1};
+  const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, 1);
   return backward(given, {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved},
                   wants_x, wants_weights, launch, std::nullopt,
                   {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});

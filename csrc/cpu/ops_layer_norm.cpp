@@ -32,20 +32,10 @@ Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tenso
                            Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool of_sum,
                            bool save, std::vector<int64_t>) {
   LayerNormForward p{};
-  const MaskArguments masks{
-      .recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c};
-  LayerNormArguments arguments(p, {.cell = take_cell(cell),
-                                   .gates_x = gates_x,
-                                   .w_hh = w_hh,
-                                   .scale = scale,
-                                   .shift = shift,
-                                   .scale_c = scale_c,
-                                   .shift_c = shift_c,
-                                   .h_0 = h_0,
-                                   .c_0 = c_0,
-                                   .batch_sizes = batch_sizes,
-                                   .masks = masks,
-                                   .of_sum = of_sum});
+  LayerNormArguments arguments(
+      p, take_layer_norm(
+             cell, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes,
+             {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c}, of_sum));
   const ScalarType type = gates_x.scalar_type();
   const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, bytes = gates_x.element_size();
   Tensor y = allocate_rows(p, type, {N, D * H});
@@ -72,20 +62,10 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
                                Optional zoneout_h, Optional zoneout_c, bool of_sum, Tensor y, Tensor saved,
                                Tensor statistics, std::vector<int64_t>) {
   LayerNormBackward p{};
-  const MaskArguments masks{
-      .recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c};
-  LayerNormArguments arguments(p, {.cell = take_cell(cell),
-                                   .gates_x = gates_x,
-                                   .w_hh = w_hh,
-                                   .scale = scale,
-                                   .shift = shift,
-                                   .scale_c = scale_c,
-                                   .shift_c = shift_c,
-                                   .h_0 = h_0,
-                                   .c_0 = c_0,
-                                   .batch_sizes = batch_sizes,
-                                   .masks = masks,
-                                   .of_sum = of_sum});
+  LayerNormArguments arguments(
+      p, take_layer_norm(
+             cell, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes,
+             {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c}, of_sum));
   arguments.set_backward(
       p,
       {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved, .statistics = statistics});

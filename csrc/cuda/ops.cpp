@@ -165,21 +165,17 @@ Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& p
 
 Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                      bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers, Optional pieces) {
-  const Cell known = take_cell(cell);  // first, so that no check leaves the string behind
-  return forward(
-      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
-      save, tf32 && !pieces, plan_of(path, tile, units), pieces);
+  const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers);
+  return forward(given, save, tf32 && !pieces, plan_of(path, tile, units), pieces);
 }
 
 // One layer with masks.
 Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0,
                             Optional batch_sizes, Optional recurrent, Optional candidate, Optional zoneout_h,
                             Optional zoneout_c, bool save, int64_t path, int64_t tile, int64_t units) {
-  const Cell known = take_cell(cell);
-  return forward(
-      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = 1},
-      save, false, plan_of(path, tile, units), {},
-      {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
+  const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, 1);
+  return forward(given, save, false, plan_of(path, tile, units), {},
+                 {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
 // ---- backward
@@ -260,23 +256,19 @@ Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Op
                        Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                        bool wants_x, bool wants_weights, bool tf32, int64_t path, int64_t tile, int64_t units,
                        int64_t layers, Optional pieces) {
-  const Cell known = take_cell(cell);
-  return backward(
-      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = layers},
-      {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
-      tf32 && !pieces, plan_of(path, tile, units), pieces);
+  const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers);
+  return backward(given, {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved},
+                  wants_x, wants_weights, tf32 && !pieces, plan_of(path, tile, units), pieces);
 }
 
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                               Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Optional recurrent,
                               Optional candidate, Optional zoneout_h, Optional zoneout_c, Tensor y, Tensor saved,
                               bool wants_x, bool wants_weights, int64_t path, int64_t tile, int64_t units) {
-  const Cell known = take_cell(cell);
-  return backward(
-      {.cell = known, .x = x, .weights = weights, .h_0 = h_0, .c_0 = c_0, .batch_sizes = batch_sizes, .layers = 1},
-      {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved}, wants_x, wants_weights,
-      false, plan_of(path, tile, units), {},
-      {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
+  const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, 1);
+  return backward(given, {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved},
+                  wants_x, wants_weights, false, plan_of(path, tile, units), {},
+                  {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
 }
 
 // Of clusters of 1, 2, ... 16 blocks, how many the current GPU runs at the same time: 0 where it has no code for them.

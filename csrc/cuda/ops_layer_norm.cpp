@@ -57,9 +57,11 @@ Forward layer_norm_forward(StringHandle cell, Tensor gates_x, Tensor w_hh, Tenso
                            Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool of_sum,
                            bool save, std::vector<int64_t> launch) {
   LayerNormForward p{};
-  const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
   const LayerNormArguments arguments(
-      p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
+      p,
+      take_layer_norm(cell, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes,
+                      {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c},
+                      of_sum),
       check_options().read_sizes);
   const Plan plan = plan_of(launch, p.norms);
   const CallContext context(gates_x);
@@ -104,11 +106,15 @@ Backward layer_norm_sweep_back(StringHandle cell, Optional grad_y, Optional grad
                                Optional zoneout_h, Optional zoneout_c, bool of_sum, Tensor y, Tensor saved,
                                Tensor statistics, std::vector<int64_t> launch) {
   LayerNormBackward p{};
-  const MaskArguments masks{recurrent, candidate, zoneout_h, zoneout_c};
   LayerNormArguments arguments(
-      p, {take_cell(cell), gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, masks, of_sum},
+      p,
+      take_layer_norm(cell, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes,
+                      {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c},
+                      of_sum),
       check_options().read_sizes);
-  arguments.set_backward(p, {grad_y, grad_h_n, grad_c_n, y, saved, statistics});
+  arguments.set_backward(
+      p,
+      {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved, .statistics = statistics});
   const Plan plan = plan_of(launch, p.norms);
   const CallContext context(gates_x);
   const int64_t N = arguments.all_rows, D = p.directions, B = p.sequences, H = p.hidden, GH = gates_of(p.cell) * H;
