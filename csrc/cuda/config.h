@@ -224,7 +224,7 @@ constexpr SingleCtaLayout masked_single_cta_layout(const Variant& v, int width) 
 // Layers with layer norm, with masks or without, have as few, which multiply float32 exactly. Behind each buffer of
 // factors lies what warps exchange for means of rows: two numbers for each warp and sequence.
 constexpr bool has_norm_single_cta(Cell cell, Scalar scalar) {
-  return (cell == Cell::gru || cell == Cell::lstm) && scalar == Scalar::float32;
+  return has_masked_single_cta(cell, scalar) && scalar == Scalar::float32;
 }
 constexpr int kMeansBytes = 2 * (max_single_cta_width(Math::fp32_fma) / kMmaRows) * kMaxTile * 4;
 constexpr SingleCtaLayout norm_single_cta_layout(const Variant& v, int width) {

@@ -13,14 +13,13 @@ namespace seqkernels {
 struct SweepLaunch {
   Path path;
   bool backward, masked, layer_norm;
+  int64_t hidden;  // by which a single CTA is chosen: where LayerFacts::by_odd(), as_odd()
   LaunchShape shape{};
   int64_t packed_bytes = 0;  // of the weights of a single CTA, all directions
   GridGroups groups{};       // of the persistent grid
 
   SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, const StepMasks&, bool backward,
               bool layer_norm = false);
-
-  bool by_odd() const { return masked || layer_norm; }  // as LayerFacts has it
 };
 
 struct SweepWorkspace {

@@ -164,17 +164,28 @@ void backward_steps(const CallContext& context, const Layer& p, const StepOffset
   if (masks.recurrent) multiply_by_mask(context, sweep, masks.recurrent, grad_factors, &grad_h, grad_h);
 }
 
+// The states of sequences that change in place, [D, B, H], or their gradients. Where sequences consist of pieces, they
+// begin as the states of those that a pass begins with.
+struct OfSequences {
+  Tensor h, c;
+
+  OfSequences(const CallContext& context, const SweepArgs& sweep, const StepMasks& masks, bool last, const void* h_of,
+              const void* c_of, bool has_c)
+      : h(context.allocate({sweep.directions, sweep.sequences, sweep.hidden})),
+        c(context.allocate(has_c ? Shape{sweep.directions, sweep.sequences, sweep.hidden} : Shape{0},
+                           context.accumulator_type())) {
+    copy_pieces(context, sweep, masks, last, h_of, h);
+    copy_pieces(context, sweep, masks, last, c_of, c);
+  }
+};
+
 }  // namespace
 
 void stepwise_forward(const CallContext& context, const Layer& p, const StepOffsets& steps, const ForwardArgs& sweep,
                       const StepMasks& masks, Tensor& h_n, Tensor& c_n) {
   if (masks.pieces) {
-    const Shape shape{p.directions, p.sequences, p.hidden};
-    Tensor h = context.allocate(shape);
-    Tensor c = context.allocate(sweep.c_0 ? shape : Shape{0}, context.accumulator_type());
-    copy_pieces(context, sweep, masks, false, sweep.h_0, h);
-    copy_pieces(context, sweep, masks, false, sweep.c_0, c);
-    forward_steps(context, p, steps, sweep, masks, h, c);
+    OfSequences now(context, sweep, masks, false, sweep.h_0, sweep.c_0, sweep.c_0);
+    forward_steps(context, p, steps, sweep, masks, now.h, now.c);
   } else {
     Tensor c = in_accumulator_type(context, c_n);
     begin_as(context, h_n, sweep.h_0);
@@ -187,14 +198,10 @@ void stepwise_forward(const CallContext& context, const Layer& p, const StepOffs
 void stepwise_backward(const CallContext& context, const Layer& p, const StepOffsets& steps, const BackwardArgs& sweep,
                        const StepMasks& masks, const SweepGradients& grads, Tensor& grad_h_0, Tensor& grad_c_0) {
   if (masks.pieces) {
-    const Shape shape{p.directions, p.sequences, p.hidden};
-    Tensor grad_h = context.allocate(shape);
-    Tensor grad_c = context.allocate(sweep.c_0 ? shape : Shape{0}, context.accumulator_type());
-    copy_pieces(context, sweep, masks, true, sweep.grad_h_n, grad_h);
-    copy_pieces(context, sweep, masks, true, sweep.grad_c_n, grad_c);
-    backward_steps(context, p, steps, sweep, masks, grads, grad_h, grad_c);
-    copy_pieces(context, sweep, masks, false, sweep.grad_h_0, grad_h, true);
-    copy_pieces(context, sweep, masks, false, sweep.grad_c_0, grad_c, true);
+    OfSequences grad(context, sweep, masks, true, sweep.grad_h_n, sweep.grad_c_n, sweep.c_0);
+    backward_steps(context, p, steps, sweep, masks, grads, grad.h, grad.c);
+    copy_pieces(context, sweep, masks, false, sweep.grad_h_0, grad.h, true);
+    copy_pieces(context, sweep, masks, false, sweep.grad_c_0, grad.c, true);
   } else {
     Tensor grad_c = in_accumulator_type(context, grad_c_0);
     begin_as(context, grad_h_0, sweep.grad_h_n);

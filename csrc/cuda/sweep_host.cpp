@@ -47,10 +47,13 @@ Masked with_masks(const Args& sweep, const StepMasks& masks) {
 
 SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan& plan, const SweepArgs& sweep,
                          const StepMasks& masks, bool backward, bool layer_norm)
-    : path(plan.path), backward(backward), masked(masks.any()), layer_norm(layer_norm) {
+    : path(plan.path),
+      backward(backward),
+      masked(masks.any()),
+      layer_norm(layer_norm),
+      hidden(masked || layer_norm ? as_odd(p.hidden) : p.hidden) {
   if (path == Path::stepwise) return;
   shape = checked_shape(context, p, plan, sweep.tf32, masked, backward, layer_norm);
-  const int64_t hidden = by_odd() ? as_odd(p.hidden) : p.hidden;
   if (path == Path::single_cta) packed_bytes = p.directions * single_cta_packed_bytes(p.cell, p.scalar, hidden);
   if (path == Path::persistent_grid) check_launch(persistent_grid_groups(sweep, shape, backward, groups));
 }
@@ -66,8 +69,7 @@ void prepare_weights(const CallContext& context, const SweepArgs& sweep, const v
     return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
   const Math math = math_of(sweep.scalar, sweep.tf32);
   const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0);
-  const int64_t hidden = launch.by_odd() ? as_odd(sweep.hidden) : sweep.hidden;
-  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, hidden));
+  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, launch.hidden));
   PackWeights pack{};
   pack.fold = fold;
   std::copy_n(w_hh, 2, pack.w_hh);
