@@ -20,6 +20,7 @@ from torch import Tensor
 from seqkernels import flops, inplace
 from seqkernels._ops import ops
 from seqkernels.backends import autocast, cuda, torch_steps, triton
+from seqkernels.backends.arguments import StepMasks
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import Masks
@@ -61,8 +62,8 @@ def forward(
 
 def _fake_forward(cell, x, weights, h_0, c_0, batch_sizes, recurrent, candidate, zoneout_h, zoneout_c, save, launch):
     y, h_n, c_n, saved = fake_forward(cell, x, weights, h_0, c_0, batch_sizes, save)
-    saves_h = save and zoneout_h is not None and not CELLS[cell].saved_blocks
-    return y, h_n, c_n, x.new_empty(zoneout_h.shape) if saves_h else saved
+    blocks = StepMasks(recurrent, candidate, zoneout_h, zoneout_c).saved_blocks(cell)
+    return y, h_n, c_n, x.new_empty(zoneout_h.shape) if save and blocks > CELLS[cell].saved_blocks else saved
 
 
 def _fake_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, *rest):

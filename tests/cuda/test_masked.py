@@ -9,6 +9,7 @@ import torch
 from cases import WITH_RELU
 from cuda_paths import SINGLE_CTA, STEPWISE, path
 from operators import BACKENDS, SHAPES, Call, to_float64
+from options import assert_derivatives
 from torch import Tensor
 
 import seqkernels as sk
@@ -227,14 +228,7 @@ def test_layers_with_options(cell, name, training):
 def test_gradients_of_gradients(cell):
     layer = layer_of(cell, OPTIONS["all, in blocks"], bidirectional=False)
     layer.backend = "cuda"
-    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
-
-    def run(*_):
-        torch.manual_seed(1)
-        return layer(x)[0]
-
-    assert torch.autograd.gradcheck(run, (x, *layer.parameters()), fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()), fast_mode=True)
+    assert_derivatives(layer, torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import torch
 from cuda_paths import SINGLE_CTA, STEPWISE, THIS_GPU, faulty, path
 from norms import arguments, assert_rounding_alone, both_passes, results
 from operators import BACKENDS, CELLS
+from options import assert_derivatives
 
 import seqkernels as sk
 from seqkernels._ops import ops
@@ -219,14 +220,7 @@ def test_a_layer_in_16_bits_is_computed_in_float32():
 def test_gradients_of_gradients(cell, norm):
     layer = layer_of(cell, norm, bidirectional=False, zoneout=0.2, recurrent_dropout=0.3)
     layer.backend = "cuda"
-    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
-
-    def run(*_):
-        torch.manual_seed(1)
-        return layer(x)[0]
-
-    assert torch.autograd.gradcheck(run, (x, *layer.parameters()), fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, (x, *layer.parameters()), fast_mode=True)
+    assert_derivatives(layer, torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True))
 
 
 def test_explain_says_how_they_run():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import CELLS, DTYPES
 from operators import NO_CPU_KERNELS
-from options import recording, specified
+from options import assert_derivatives, recording, specified
 from tolerances import assert_as_close_as_torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -177,15 +177,7 @@ def test_sequences_of_nothing_keep_their_state(cell, name):
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_gradients_of_gradients(cell, name):
     layer = layer_of(cell, name, num_layers=1, bidirectional=False)
-    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
-
-    def run(*_):
-        torch.manual_seed(1)
-        return layer(x)[0]
-
-    inputs = x, *layer.parameters()
-    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
-    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    assert_derivatives(layer, torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

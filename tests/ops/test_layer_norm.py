@@ -3,12 +3,11 @@ every division of the work. tests/modules/test_cell_options.py has the layers, a
 
 import pytest
 import torch
+from norms import by_torch
 from operators import CELLS, MISSING, nan_in_fresh_memory
 
 from seqkernels._ops import ops
-from seqkernels.backends import torch_steps
 from seqkernels.backends.cells import CELLS as FACTS
-from seqkernels.backends.torch_steps import Direction, Variant
 from seqkernels.double_backward import derivatives
 
 pytestmark = pytest.mark.skipif(bool(MISSING["cpu"]), reason=str(MISSING["cpu"]))
@@ -43,16 +42,6 @@ def layer(cell, rows, sequences, hidden, directions=2, of_sum=False, masked=True
 
 def by_kernels(cell, of_layer, batch_sizes, masks, of_sum):
     return ops.layer_norm_forward.cpu(cell, *of_layer, batch_sizes, *masks, of_sum, True, [0])[:3]
-
-
-def by_torch(cell, of_layer, batch_sizes, masks, of_sum):
-    gates_x, *parameters, h_0, c_0 = of_layer
-    directions = [
-        Direction(of_x, *(None if t is None else t[d] for t in parameters)) for d, of_x in enumerate(gates_x.unbind(1))
-    ]
-    blocks = h_0.shape[2] // parameters[0].shape[2] if h_0.shape[2] else 1
-    variant = Variant("gates" if of_sum else True, blocks, *masks)
-    return torch_steps.sweep(cell, directions, h_0, c_0, batch_sizes, variant)
 
 
 def both_passes(run, cell, of_layer, batch_sizes, masks, of_sum):

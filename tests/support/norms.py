@@ -70,16 +70,23 @@ def both_passes(
     return [y, h_n, c_n, *derivatives((y, h_n, c_n), grads, wanted, [True] * len(wanted), False)], grads
 
 
-def results(backend: str, cell: str, layer: list, rest: list, launch: Sequence[int] = (0,)) -> tuple[list, list]:
-    """Outputs and gradients, ours and in float64."""
-    found, grads = both_passes(backend, cell, layer, rest, launch)
-    gates_x, *parameters, h_0, c_0 = exact = [t if t is None else t.double().requires_grad_() for t in layer]
+def by_torch(cell: str, layer: list, batch_sizes: Tensor | None, masks: list, of_sum: bool) -> tuple:
+    """y, h_n and c_n by torch's operations, which have gradients."""
+    gates_x, *parameters, h_0, c_0 = layer
     directions = [
         Direction(of_x, *(None if t is None else t[d] for t in parameters)) for d, of_x in enumerate(gates_x.unbind(1))
     ]
+    blocks = h_0.shape[2] // parameters[0].shape[2] if h_0.shape[2] else 1
+    variant = Variant("gates" if of_sum else True, blocks, *masks)
+    return torch_steps.sweep(cell, directions, h_0, c_0, batch_sizes, variant)
+
+
+def results(backend: str, cell: str, layer: list, rest: list, launch: Sequence[int] = (0,)) -> tuple[list, list]:
+    """Outputs and gradients, ours and in float64."""
+    found, grads = both_passes(backend, cell, layer, rest, launch)
+    exact = [t if t is None else t.double().requires_grad_() for t in layer]
     batch_sizes, *masks, of_sum = rest
-    variant = Variant("gates" if of_sum else True, 1, *to_float64(masks))
-    right = torch_steps.sweep(cell, directions, h_0, c_0, batch_sizes, variant)
+    right = by_torch(cell, exact, batch_sizes, to_float64(masks), of_sum)
     wanted = [t for t in exact if t is not None]
     return found, [*right, *derivatives(right, to_float64(grads), wanted, [True] * len(wanted), False)]
 

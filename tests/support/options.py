@@ -43,6 +43,18 @@ def recording():
         cell_options.draw, cell_options.keep, with_options.plan_of = draw, keep, plan_of
 
 
+def assert_derivatives(layer, x: Tensor) -> None:
+    """First and second ones of a layer in float64, which draws the same masks in every call."""
+
+    def run(*_):
+        torch.manual_seed(1)
+        return layer(x)[0]
+
+    inputs = x, *layer.parameters()
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
 def as_specified(masks: cell_options.Masks, rows: Rows, lengths) -> reference.Masks:
     """Masks in the user's order of sequences, those of rows by sequence and step."""
     order = torch.arange(rows.sequences) if rows.unsorted_indices is None else rows.unsorted_indices.cpu()
