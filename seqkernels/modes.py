@@ -68,7 +68,8 @@ def facts_of(
     """A call on rows x ``[N, I]`` of so many sequences, or one step of a cell, as `select` sees it; and whether
     gradients are wanted."""
     device, training = x.device, wants_gradients(x, *states, *weights)
-    parts = hardware.bfloat16_parts(device, x.dtype) if hardware.THIS_MACHINE.splits_float32 else 0
+    splits = device.type == "cpu" and hardware.THIS_MACHINE.splits_float32
+    parts = hardware.bfloat16_parts(device, x.dtype) if splits else 0
     vmapped = transformed and only_vmap()
     transformed = transformed and not vmapped
     # When compiling no size is asked for, as that would put a guard on it; torch.jit.trace has none that is a number;
@@ -91,7 +92,7 @@ def facts_of(
         transformed=transformed,
         hidden_size=weights[1].shape[0] // CELLS[cell].gates,
         projected=len(weights) // (num_layers * directions) % 2 == 1,
-        tf32=dtype == torch.float32 and hardware.tf32(device),
+        tf32=x.is_cuda and dtype == torch.float32 and hardware.tf32(device),
         input_size=x.shape[1],
         layers=num_layers,
         directions=directions,

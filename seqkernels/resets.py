@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from seqkernels import hardware, late_checks, modes, select, varlen
 from seqkernels._ops import ops
 from seqkernels.backends.call import RESETS, Call
+from seqkernels.gather import gather_rows
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.varlen import Rows
 
@@ -320,14 +321,13 @@ def _rows(
     index = inverse.new_full((used + 1,), -1).scatter(0, to, torch.arange(total, device=device))[:used]
     late_checks.mark_fitting(batch_sizes, count, used)
     index, inverse = _queued(index, input.device), _queued(inverse, input.device)
-    gather = varlen.gather_of(transformed)
     return Rows(
-        data=gather(input, index, inverse),
+        data=gather_rows(input, index, inverse, transformed),
         batch_sizes=batch_sizes,
         sequences=count,
         sorted_indices=_queued(sequence[order], input.device),
         unsorted_indices=_queued(rank[piece[ends]], input.device),
-        restore_layout=lambda y: gather(y, inverse, index),
+        restore_layout=lambda y: gather_rows(y, inverse, index, transformed),
         anew=_queued(F.pad(marks, (0, 1))[begin_of], input.device),
     )
 

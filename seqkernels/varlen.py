@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks
 from seqkernels._ops import ops
-from seqkernels.gather import gather_of
+from seqkernels.gather import gather_rows
 
 
 class Rows(NamedTuple):
@@ -131,11 +131,10 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
     index, inverse = row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    gather = gather_of(transformed)
-    data = gather(input.reshape(total, input.shape[2]), index, inverse)
+    data = gather_rows(input.reshape(total, input.shape[2]), index, inverse, transformed)
 
     def restore_layout(y: Tensor) -> Tensor:
-        return gather(y, inverse, index).view(*input.shape[:2], y.shape[1])
+        return gather_rows(y, inverse, index, transformed).view(*input.shape[:2], y.shape[1])
 
     return _sorted(data, batch_sizes, sequences, sorted_indices, restore_layout)
 
@@ -156,11 +155,10 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     sorted_indices = lengths.argsort(descending=True, stable=True)
     index, inverse = row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)
-    gather = gather_of(transformed)
-    data = gather(input, index, inverse)
+    data = gather_rows(input, index, inverse, transformed)
 
     def restore_layout(y: Tensor) -> Tensor:
-        return gather(y, inverse, index)
+        return gather_rows(y, inverse, index, transformed)
 
     return _sorted(data, batch_sizes, sequences, sorted_indices, restore_layout)
 
