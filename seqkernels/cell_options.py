@@ -77,18 +77,18 @@ class CellOptions:
         names += ["proj_size"] if names and projected else []
         return (*names, *(["blocks"] if self.layer_norm and self.blocks > 1 else []))
 
-    def runs_by_block(self) -> bool:
-        """Whether a layer is a recurrence for each block, which layer norm over the gates of all of them does not let
-        it be."""
-        return self.blocks > 1 and not self.layer_norm
-
     @property
     def zoneouts(self) -> tuple[float, float]:
         """Of h, and of c."""
         return self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
 
-    def norm_sizes(self, cell: str, hidden_size: int, bias: bool) -> dict[str, int]:
-        """The parameters of layer norm that a direction has: scales, which begin as ones, and the shift of c, zeros."""
+    def norm_sizes(self, cell: str, hidden_size: int, bias: bool, projected: bool) -> dict[str, int]:
+        """The parameters of layer norm that a direction has: scales, which begin as ones, and the shift of c, zeros.
+
+        Raises:
+            ValueError: options that this cell, or one of these sizes, cannot have.
+        """
+        self._check_cell(cell, hidden_size, projected)
         gates, has_c = CELLS[cell].gates * hidden_size, CELLS[cell].states == 2
         if not self.layer_norm:
             return {}
@@ -99,15 +99,11 @@ class CellOptions:
             sizes |= {"scale_c": hidden_size} | ({"shift_c": hidden_size} if bias else {})
         return sizes
 
-    def check_cell(self, cell: str, hidden_size: int, projected: bool) -> None:
-        """
-        Raises:
-            ValueError: what this cell, or one of these sizes, cannot have.
-        """
+    def _check_cell(self, cell: str, hidden_size: int, projected: bool) -> None:
         name = CELLS[cell].display_name
         if isinstance(self.zoneout, tuple) and CELLS[cell].states == 1:
             raise ValueError(f"zoneout of two probabilities is for LSTM, which has two states; {name} has one")
-        if self.candidate_dropout and cell.startswith("rnn"):
+        if self.candidate_dropout and CELLS[cell].gates == 1:
             raise ValueError("candidate_dropout is for gated cells: of an RNN the candidate is the state itself")
         if self.blocks > 1 and projected:
             raise ValueError("blocks go with no proj_size: a projection connects all units")
@@ -146,7 +142,7 @@ def draw(options: CellOptions, training: bool, x: Tensor, h_0: Tensor, c_0: Tens
     rows = x.shape[0], directions
 
     def dropout(p: float, *size: int) -> Tensor | None:
-        return keep(p, size, x) if training and p else None
+        return dropout_mask(p, size, x) if training and p else None
 
     def zoneout(p: float, *size: int) -> Tensor | None:
         return None if not p else _stays(p, size, x) if training else x.new_full((), p, dtype=_dtype(x)).expand(size)
@@ -161,8 +157,8 @@ def draw(options: CellOptions, training: bool, x: Tensor, h_0: Tensor, c_0: Tens
     )
 
 
-def keep(p: float, size: Sequence[int], like: Tensor) -> Tensor:
-    """A mask of dropout: 0, or 1 / (1 - p)."""
+def dropout_mask(p: float, size: Sequence[int], like: Tensor) -> Tensor:
+    """0, or 1 / (1 - p)."""
     return (~_drawn(p, size, like)).to(_dtype(like)) / (1 - p)
 
 

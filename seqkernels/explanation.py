@@ -77,7 +77,7 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         backend = getattr(module, "backend", None)
         more: dict[str, Any] = {"bias": module.bias, "pieces": not options, "blocks": blocks, "backend": backend}
         made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, **more)
-        parts = with_options.Parts(options, (), module.training) if options else None
+        parts = with_options.made_of(options, (), module.training, module.proj_size > 0) if options else None
         plan = functional.plan_of(made, parts, backend)
         if made.rows.anew is None:
             return plan

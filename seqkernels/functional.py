@@ -243,10 +243,10 @@ def run(
     parts: with_options.Parts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n."""
+    if parts is not None and parts.by_layer:
+        return with_options.run(plan, inputs, weights, parts, dropout, recompute)
     if parts is not None:
         weights = with_options.dropped(weights, parts, len(inputs.h_0))
-        if parts.by_layer():
-            return with_options.run(plan, inputs, weights, parts, dropout, recompute)
     rows, h_0, c_0, _, save, call = inputs
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     of_all = plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces

@@ -80,9 +80,8 @@ class _Recurrent(drop_in.Layer):
     def _take_options(self, options: CellOptions) -> None:
         """Check options, and make the parameters they have."""
         cell, hidden_size = cell_of(self), self.hidden_size
-        options.check_cell(cell, hidden_size, bool(self.proj_size))
-        self.cell_options = options
-        sizes, suffixes = options.norm_sizes(cell, hidden_size, self.bias), ("", "_reverse")[: 1 + self.bidirectional]
+        sizes = options.norm_sizes(cell, hidden_size, self.bias, bool(self.proj_size))
+        self.cell_options, suffixes = options, ("", "_reverse")[: 1 + self.bidirectional]
         places = [f"_l{layer}{suffix}" for layer in range(self.num_layers) for suffix in suffixes]
         for place in places if options.blocks > 1 else ():
             w_hh = getattr(self, f"weight_hh{place}")

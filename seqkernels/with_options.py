@@ -26,16 +26,21 @@ class Parts(NamedTuple):
     cell_options: CellOptions
     norms: Sequence[Tensor]  # for each layer, for each direction those of `CellOptions.norm_sizes`, in that order
     training: bool
-
-    def by_layer(self) -> bool:  # no property: torch.compile of 2.10 knows none of a named tuple
-        """Whether layers do something else than those without options, but for what their weights are."""
-        options = self.cell_options
-        drops = self.training and options.input_dropout > 0
-        return drops or options.blocks > 1 or bool(options.of_step(self.training))
+    of_step: tuple[str, ...]  # `CellOptions.of_step`
+    by_block: bool  # a layer is a recurrence for each block, which norms over the gates of all do not let it be
+    by_layer: bool  # layers do something else than those without options, but for what their weights are
 
     def of_layers(self, layers: int) -> "list[Parts]":
         """The parts of each layer."""
-        return [self._replace(norms=of_layer) for of_layer, *_ in stack.each(layers, self.norms)]
+        each = len(self.norms) // layers
+        return [self._replace(norms=self.norms[k * each : (k + 1) * each]) for k in range(layers)]
+
+
+def made_of(options: CellOptions, norms: Sequence[Tensor], training: bool, projected: bool) -> Parts:
+    """The parts of a call, unchecked."""
+    of_step, several = options.of_step(training, projected), options.blocks > 1
+    by_layer = several or of_step != () or (training and options.input_dropout > 0)
+    return Parts(options, norms, training, of_step, by_block=several and not options.layer_norm, by_layer=by_layer)
 
 
 def parts_of(
@@ -59,9 +64,10 @@ def parts_of(
         return None
     if not isinstance(options, CellOptions):
         raise TypeError(f"cell_options are seqkernels.CellOptions, got {type(options).__name__}")
+    projected = len(weights) // count % 2 == 1
     if len(weights) >= 2 * count:  # else `checks.check_call` says what is wrong
-        _check_sizes(cell, weights[1], options, norms, count, bias, projected=len(weights) // count % 2 == 1)
-    return Parts(options, norms, training)
+        _check_sizes(cell, weights[1], options, norms, count, bias, projected)
+    return made_of(options, norms, training, projected)
 
 
 def _check_sizes(
@@ -69,11 +75,10 @@ def _check_sizes(
 ) -> None:
     gates = w_hh.shape[0]
     hidden_size = gates // CELLS[cell].gates
-    options.check_cell(cell, hidden_size, projected)
+    sizes = options.norm_sizes(cell, hidden_size, bias, projected)
     if options.blocks > 1 and w_hh.shape[1] * options.blocks != hidden_size:
         columns = hidden_size // options.blocks
         raise RuntimeError(f"of {options.blocks} blocks w_hh is [{gates}, {columns}], got {list(w_hh.shape)}")
-    sizes = options.norm_sizes(cell, hidden_size, bias)
     if len(norms) != len(sizes) * count:
         names = f" ({', '.join(sizes)})" if sizes else ""
         raise ValueError(
@@ -92,18 +97,16 @@ def plan_of(inputs: Inputs, parts: Parts, backend: str | None) -> select.Plan:
     Raises:
         ValueError: the backend that is forced has no such cells.
     """
-    options, call = parts.cell_options, inputs.call
-    projected = inputs.c_0 is not None and inputs.c_0.shape[2] != inputs.h_0.shape[2]
-    of_step = options.of_step(parts.training, projected)
-    if of_step:
-        call = call._replace(options=of_step)
-    if options.runs_by_block():
-        call = call._replace(hidden_size=call.hidden_size // options.blocks, layers=1)
+    call, blocks = inputs.call, parts.cell_options.blocks
+    if parts.of_step:
+        call = call._replace(options=parts.of_step)
+    if parts.by_block:
+        call = call._replace(hidden_size=call.hidden_size // blocks, layers=1)
     plan = select.plan_of(call, inputs.rows.data.device, backend)
-    if not options.runs_by_block() or (of_step and plan.backend == "torch_eager"):
+    if not parts.by_block or (parts.of_step and plan.backend == "torch_eager"):
         return plan
-    order = "side by side" if plan.backend in ops.ENSEMBLES and not of_step else "one after another"
-    each = f"{order} {options.blocks} blocks of units"
+    order = "side by side" if plan.backend in ops.ENSEMBLES and not parts.of_step else "one after another"
+    each = f"{order} {blocks} blocks of units"
     return plan._replace(kernel=f"{plan.kernel}, {each}" if plan.kernel else each)
 
 
@@ -111,7 +114,7 @@ def run(
     plan: select.Plan, inputs: Inputs, weights: Sequence[Tensor], parts: Parts, dropout: float, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers, with dropout between them -> y, h_n, c_n, as `seqkernels.functional.run`."""
-    layers = inputs.call.layers
+    layers, weights = inputs.call.layers, dropped(weights, parts, len(inputs.h_0))
     x, call, h_n, c_n = inputs.rows.data, inputs.call._replace(layers=1), [], []
     each = stack.each(layers, weights, inputs.h_0, inputs.c_0)
     for layer, ((of_layer, h_0, c_0), own) in enumerate(zip(each, parts.of_layers(layers), strict=True)):
@@ -135,9 +138,9 @@ def run_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer, whose input is masked already -> y, h_n, c_n."""
     options, args = parts.cell_options, (x, weights, h_0, c_0, batch_sizes)
-    if plan.backend == "torch_eager" and options.of_step(parts.training):
+    if plan.backend == "torch_eager" and parts.of_step:
         return _steps(call.cell, *args, parts.norms, variant_of(options, masks), recompute)
-    if options.runs_by_block():
+    if parts.by_block:
         return _by_blocks(plan, call, options.blocks, *args, masks, recompute)
     return _by_kernels(plan, call, *args, masks, recompute, parts.norms, options.layer_norm)
 
@@ -228,7 +231,7 @@ def dropped(weights: Sequence[Tensor], parts: Parts, count: int) -> Sequence[Ten
     if not p or not parts.training:
         return weights
     return [
-        (weight * cell_options.keep(p, weight.shape, weight)).to(weight.dtype) if k % each == 1 else weight
+        (weight * cell_options.dropout_mask(p, weight.shape, weight)).to(weight.dtype) if k % each == 1 else weight
         for k, weight in enumerate(weights)
     ]
 

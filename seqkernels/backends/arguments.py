@@ -56,8 +56,9 @@ class StepMasks(NamedTuple):
 
     def check_without_norm(self, cell: str, x: Tensor, weights: Sequence[Tensor], h_0: Tensor) -> None:
         """The same of a layer that has no layer norm, after `check`."""
-        self.check(cell, x, h_0, hidden_size := weights[0].shape[0] // CELLS[cell].gates)
-        _require(self == NO_MASKS or h_0.shape[2] == hidden_size, "there are no kernels with masks and a projection")
+        self.check(cell, x, h_0, weights[0].shape[0] // CELLS[cell].gates)
+        projected = len(weights) // len(h_0) % 2 == 1
+        _require(self == NO_MASKS or not projected, "there are no kernels with masks and a projection")
 
 
 NO_MASKS = StepMasks()

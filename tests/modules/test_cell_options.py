@@ -114,6 +114,18 @@ def test_a_projection_as_specified(name):
     torch.testing.assert_close(ours, spec, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{"zoneout": 0.3}, {"layer_norm": True}, {"layer_norm": "gates"}], ids=str)
+def test_a_projection_to_as_many_features(options):
+    """Sizes say nothing of it then: the number of weights does."""
+    weights = [torch.randn(shape) for shape in ((24, 3), (24, 6), (24,), (24,), (6, 6))]
+    options = sk.CellOptions(**options)
+    norms = [torch.rand(size) for size in options.norm_sizes("lstm", 6, True, True).values()]
+    call = torch.randn(5, 2, 3), None, weights
+    y, states = sk.functional.lstm(*call, cell_options=options, norms=norms)
+    expected = sk.functional.lstm(*call, cell_options=options, norms=norms, backend="torch_eager")
+    torch.testing.assert_close((y, states), expected)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_without_bias_as_specified(cell, name):

@@ -20,14 +20,14 @@ class Drawn:
 
 @contextmanager
 def recording():
-    drawn, draw, keep, plan_of = Drawn(), cell_options.draw, cell_options.keep, with_options.plan_of
+    drawn, draw, plan_of, dropout_mask = Drawn(), cell_options.draw, with_options.plan_of, cell_options.dropout_mask
 
     def of_layer(*args) -> cell_options.Masks:
         drawn.masks.append(draw(*args))
         return drawn.masks[-1]
 
     def of_weight(p, size, like) -> Tensor:
-        mask = keep(p, size, like)
+        mask = dropout_mask(p, size, like)
         if getattr(like, "dim", int)() == 2 and tuple(size) == tuple(like.shape) and like.requires_grad:
             drawn.weights.append(mask)
         return mask
@@ -36,11 +36,11 @@ def recording():
         drawn.rows = inputs.rows
         return plan_of(inputs, *args)
 
-    cell_options.draw, cell_options.keep, with_options.plan_of = of_layer, of_weight, of_rows
+    cell_options.draw, with_options.plan_of, cell_options.dropout_mask = of_layer, of_rows, of_weight
     try:
         yield drawn
     finally:
-        cell_options.draw, cell_options.keep, with_options.plan_of = draw, keep, plan_of
+        cell_options.draw, with_options.plan_of, cell_options.dropout_mask = draw, plan_of, dropout_mask
 
 
 def assert_derivatives(layer, x: Tensor) -> None:
