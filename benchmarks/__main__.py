@@ -177,7 +177,7 @@ def train_task(options: argparse.Namespace) -> int:
 
 
 def train_variants(kind: type[Task], variants: dict[str, argparse.Namespace], world: distributed.World) -> int:
-    if world.size > 1 and not kind.shares_batches:
+    if world.size > 1 and not kind.shards_batches:
         raise InputError(f"torchrun cannot divide the batches of {kind.name}.")
     tasks = {label: kind(variant, world) for label, variant in variants.items()}
     classes = {label: rnn_classes(task.options.module, task.cell) for label, task in tasks.items()}

@@ -21,7 +21,7 @@ class World(NamedTuple):
         """The process that prints and writes."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> tuple[Tensor, float]:
+    def shard(self, rows: Tensor) -> tuple[Tensor, float]:
         """This process's rows of a batch, and what its mean loss counts for in the mean over the processes.
 
         A process for which no row is left takes the first one and counts it for nothing: every process must take

@@ -20,7 +20,7 @@ SIZES = {name: PROBLEMS[name] for name in ("step", "names", "news", "charlm", "c
 SIZES["step512"] = Problem(1, 1, 512, 512)
 CELLS = ("GRU", "LSTM", "RNN")
 INT8, BFLOAT16, AO = "seqkernels int8", "seqkernels bfloat16", "torch.ao int8"
-MOST = 0.05  # relative error: int8 is no more exact than some per cent
+MAX_ERROR = 0.05  # relative error: int8 is no more exact than some per cent
 
 
 def ours(case: Case) -> Callable[[], list[Tensor]]:
@@ -87,7 +87,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
         case,
         {name: functools.partial(make, case) for name, make in CONTENDERS.items()},
         lambda name, contender: errors(contender.run(), expected),
-        lambda rows: max(rows[INT8]["errors"]) < MOST,
+        lambda rows: max(rows[INT8]["errors"]) < MAX_ERROR,
         rounds,
         INT8,
     )

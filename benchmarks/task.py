@@ -37,7 +37,7 @@ class Task(ABC):
     metric: str
     unit: str
     cell = "GRU"  # which of torch.nn's recurrent modules is compared with ours
-    shares_batches = False  # whether `torchrun` can divide its batches
+    shards_batches = False  # whether `torchrun` can divide its batches
     options: argparse.Namespace
     samples: int  # in one epoch
     description: str  # of data and model, for people

@@ -12,8 +12,8 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
 
     backend: str | None = None
 
-    __prepare_scriptable__ = drop_in.refuse_script
-    allow_grad_accumulation = drop_in.refuse_opacus
+    __prepare_scriptable__ = drop_in.fail_on_script
+    allow_grad_accumulation = drop_in.fail_on_opacus
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""

@@ -149,7 +149,7 @@ def _check_input(data: Tensor, weights: Sequence[Tensor], dimensions: int) -> No
     _check_weights(weights, data)
 
 
-def refuse_columns(w_hh: Tensor, hidden_size: int) -> NoReturn:
+def fail_on_columns(w_hh: Tensor, hidden_size: int) -> NoReturn:
     shape = [w_hh.shape[0], hidden_size]
     raise RuntimeError(f"w_hh is {shape}, got {list(w_hh.shape)}; that of blocks goes with cell_options that have them")
 

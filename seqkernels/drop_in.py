@@ -59,12 +59,12 @@ class FlatWeights(list):
         super().__setitem__(index, value)
         self._module._flat_weights = self
 
-    def _refuse(self, *_):
+    def _fail(self, *_):
         raise TypeError("of _flat_weights only items can be put in place of others; or assign a whole list to it")
 
     # Each would change this list and not the layer.
-    append = extend = insert = pop = remove = clear = sort = reverse = _refuse  # type: ignore[assignment]
-    __delitem__ = __iadd__ = __imul__ = _refuse
+    append = extend = insert = pop = remove = clear = sort = reverse = _fail  # type: ignore[assignment]
+    __delitem__ = __iadd__ = __imul__ = _fail
 
     def __reduce__(self):
         return list, (list(self),)
@@ -94,13 +94,13 @@ def traced(tracer: fx.Tracer, module: nn.Module, input, hx, **options) -> Proxy:
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
 
 
-def refuse_script(module: nn.Module) -> NoReturn:
+def fail_on_script(module: nn.Module) -> NoReturn:
     """torch.jit.script asks a module for `__prepare_scriptable__` before it looks at its code."""
     ours = f"seqkernels.{type(module).__name__}"
     raise RuntimeError(f"TorchScript has no {ours}: take torch.export, or script the model after swap_out(model)")
 
 
-def refuse_opacus(module: nn.Module) -> NoReturn:
+def fail_on_opacus(module: nn.Module) -> NoReturn:
     """Opacus calls `allow_grad_accumulation` on what it wraps, before it takes samples' gradients from a first output
     alone: it would fail on a tuple, and without a word leave out what went through the final states."""
     raise RuntimeError(
@@ -112,8 +112,8 @@ def refuse_opacus(module: nn.Module) -> NoReturn:
 class Layer(nn.RNNBase, metaclass=DropIn):
     """A layer whose parameters are read by name in every call: there is no second list of them to go stale."""
 
-    __prepare_scriptable__ = refuse_script
-    allow_grad_accumulation = refuse_opacus
+    __prepare_scriptable__ = fail_on_script
+    allow_grad_accumulation = fail_on_opacus
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters are used where they lie."""

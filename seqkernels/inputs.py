@@ -73,7 +73,7 @@ def prepare(
     w_hh = weights[1]
     features = w_hh.shape[1] * blocks, w_hh.shape[0] // CELLS[cell].gates
     if features[0] != features[1] and not projected:
-        checks.refuse_columns(w_hh, features[1])
+        checks.fail_on_columns(w_hh, features[1])
     h_0, c_0 = _initial_state(features[: CELLS[cell].states], hx, reset_to, rows, num_layers * directions, transformed)
     call, save = facts or facts_of(rows, h_0, c_0)
     return Inputs(rows, h_0, c_0, unbatched, save, call)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from seqkernels import cell_modules, drop_in, modules, quantized
+from seqkernels.backends.cells import CELLS
 from seqkernels.cell_options import DROPOUTS
 from seqkernels.convert import Report, Swap
 from seqkernels.hardware import THIS_MACHINE
@@ -14,8 +15,8 @@ from seqkernels.swappable import reason_against_forward, reason_against_options,
 
 
 def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> Report:
-    """Make every RNN, GRU, LSTM, LiGRU and cell of ours in `model`, itself included, a quantized one, for inference on
-    CPUs; returns a report. torch.nn's are left: `swap_in` comes first.
+    """Make every layer and cell of ours in `model`, itself included, a quantized one, for inference on CPUs; returns a
+    report. torch.nn's are left: `swap_in` comes first.
 
     Objects stay the same, only their class changes, and their parameters become buffers of a quarter of the size:
     weights of int8 with a scale for each output channel. Rows of x and h are quantized where they are multiplied, each
@@ -55,9 +56,9 @@ def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] |
     return report
 
 
-_LAYERS = (modules.RNN, modules.GRU, modules.LSTM, modules.LiGRU)
+_LAYERS = {getattr(modules, cell.display_name) for cell in CELLS.values()}
 _CELLS = (modules.RNNCell, modules.GRUCell, modules.LSTMCell)
-_MOST_COLUMNS = 1 << 16  # kMaxDepth of csrc/cpu/packed_int8.h
+_MAX_COLUMNS = 1 << 16  # kMaxDepth of csrc/cpu/packed_int8.h
 
 
 def _reason_against(module: nn.Module) -> str | None:
@@ -76,7 +77,7 @@ def _reason_against(module: nn.Module) -> str | None:
             return f"its weights are {weight.dtype} on {weight.device}, not torch.float32 on cpu"
         if not weight.isfinite().all():
             return "it has a weight that is not finite"
-        if weight.dim() == 2 and weight.shape[1] >= _MOST_COLUMNS:
+        if weight.dim() == 2 and weight.shape[1] >= _MAX_COLUMNS:
             return f"it has a weight of {weight.shape[1]} columns, more than int32 has room for"
     return reason_against_forward(module)
 

@@ -90,7 +90,7 @@ class _Quantized(nn.Module):
     proj_size = 0
     bidirectional = batch_first = return_all_states = False
 
-    __prepare_scriptable__ = drop_in.refuse_script
+    __prepare_scriptable__ = drop_in.fail_on_script
 
     def _get_name(self) -> str:
         return f"Quantized{CELLS[self.cell].display_name}"
@@ -200,7 +200,7 @@ class _Quantized(nn.Module):
 
 
 class QuantizedLayer(_Quantized):
-    """What `quantize_` makes of an RNN, GRU, LSTM or LiGRU: the same calls, for inference on CPUs."""
+    """What `quantize_` makes of a layer: the same calls, for inference on CPUs."""
 
     def extra_repr(self) -> str:
         all_states = ", return_all_states=True" if self.return_all_states else ""

@@ -123,7 +123,7 @@ class NameClassification(Task):
     name = "names"
     metric = "test accuracy"
     unit = "names"
-    shares_batches = True
+    shards_batches = True
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
@@ -230,7 +230,7 @@ class NameClassification(Task):
                 yield Batch(*self.train.one(row))
             return
         for rows in bucketed(self.train.lengths, self.options.batch_size, generator):
-            rows, weight = self.world.share(rows)
+            rows, weight = self.world.shard(rows)
             yield Batch(*self.train.batch(rows), weight)
 
     def loss(self, model: nn.Module, names: Any, countries: Tensor, state: Any) -> tuple[Tensor, Any]:

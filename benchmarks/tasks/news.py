@@ -30,7 +30,7 @@ from benchmarks.train import is_ours
 
 PADDING, UNKNOWN = 0, 1
 ENDS = ("padded", "packed", "lengths")
-LEAST_COUNT = 10  # a rarer word is <unk>
+MIN_COUNT = 10  # a rarer word is <unk>
 
 
 class NewsClassifier(nn.Module):
@@ -71,7 +71,7 @@ class NewsClassification(Task):
     name = "news"
     metric = "test accuracy"
     unit = "items"
-    shares_batches = True
+    shards_batches = True
 
     @staticmethod
     def add_options(parser: argparse.ArgumentParser) -> None:
@@ -125,7 +125,7 @@ class NewsClassification(Task):
         """
         generator = torch.Generator().manual_seed(epoch_seed(self.options, epoch))
         for rows in torch.randperm(self.samples, generator=generator).split(self.options.batch_size):
-            rows, weight = self.world.share(rows)
+            rows, weight = self.world.shard(rows)
             yield Batch(*self.batch(self.train_items, self.train_classes, rows), weight)
 
     def batch(self, items: list[Tensor], classes: Tensor, rows: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -154,7 +154,7 @@ def load(train_file: Path, test_file: Path, limit: int | None) -> tuple:
     """The vocabulary of the train file (word -> number), and both files as (word numbers of each item, classes)."""
     train, test = read_news(train_file)[:limit], read_news(test_file)[:limit]
     counts = Counter(token for text, _ in train for token in tokens(text))
-    frequent = sorted(word for word, count in counts.items() if count >= LEAST_COUNT)
+    frequent = sorted(word for word, count in counts.items() if count >= MIN_COUNT)
     words = {word: number for number, word in enumerate(frequent, UNKNOWN + 1)}
     return words, encode(train, words), encode(test, words)
 

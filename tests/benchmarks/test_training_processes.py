@@ -13,10 +13,10 @@ from benchmarks.distributed import World
 
 def test_shares_are_disjoint_and_weigh_as_much_as_the_batch():
     for rows_, size in ((7, 2), (1, 3), (8, 4)):
-        shares = [World(rank, size).share(torch.arange(rows_)) for rank in range(size)]
-        used = torch.cat([rows for rows, weight in shares if weight])
+        shards = [World(rank, size).shard(torch.arange(rows_)) for rank in range(size)]
+        used = torch.cat([rows for rows, weight in shards if weight])
         assert sorted(used.tolist()) == list(range(rows_))
-        means = sum(weight * rows.double().mean() for rows, weight in shares) / size
+        means = sum(weight * rows.double().mean() for rows, weight in shards) / size
         assert means == pytest.approx(torch.arange(rows_).double().mean())
 
 

@@ -153,7 +153,7 @@ def load_sums(
 
 
 @triton.jit
-def leave_step(
+def store_step(
     y, saved, statistics, at, direction, lane, unit, runs, h, c, n_0, n_1, n_2, n_3, inverse, mean_c, inverse_c,
     HAS_C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr, SAVED: tl.constexpr,
     STATISTICS: tl.constexpr, SAVE: tl.constexpr,
@@ -174,7 +174,7 @@ def leave_step(
 
 
 @triton.jit
-def leave_gradients(
+def store_gradients(
     grad_normed, grad_sums, grad_last, of_norm_c, place, lane, unit, running,
     g_0, g_1, g_2, g_3, d_0, d_1, d_2, d_3, grad_m, m, H: tl.constexpr, D: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +230,7 @@ def norm_step_forward(
         tl.store(c + state, c_t, running)
     if recurrent is not None:
         tl.store(factors + state, h_t * tl.load(recurrent + state, running, 0.0), running)
-    leave_step(
+    store_step(
         y, saved, statistics, at, direction, lane, unit, runs, h_t, c_t, n_0, n_1, n_2, n_3, inverse, mean_c, inverse_c,
         HAS_C, H, D, GATES, SAVED, STATISTICS, SAVE,
     )  # fmt: skip
@@ -281,7 +281,7 @@ def norm_step_backward(
         load_rows(zoneout_h, at, direction, lane, unit, running, H, D),
         load_rows(zoneout_c, at, direction, lane, unit, running, H, D), unit, CELL, H, GATES, OF_SUM,
     )  # fmt: skip
-    leave_gradients(
+    store_gradients(
         grad_normed, grad_sums, grad_last, of_norm_c, place, lane, unit, running,
         g_0, g_1, g_2, g_3, d_0, d_1, d_2, d_3, grad_m, m, H, D, GATES,
     )  # fmt: skip

@@ -15,12 +15,12 @@ from seqkernels.backends.triton.memory import (
     steps_of_tile,
 )
 from seqkernels.backends.triton.norms import (
-    leave_gradients,
-    leave_step,
     load_sums,
     norm_backward,
     norm_forward,
     of_direction,
+    store_gradients,
+    store_step,
 )
 
 
@@ -70,7 +70,7 @@ def norm_resident_forward(
         # Sequences that have ended, or (backwards in time) not yet begun, keep their state.
         h = tl.where(running, zoned(h, h_t, stays_h), h)
         c = tl.where(running, zoned(c, c_t, stays_c), c)
-        leave_step(
+        store_step(
             y, saved, statistics, at, direction, lane, unit, runs, h, c, n_0, n_1, n_2, n_3, inverse, mean_c, inverse_c,
             HAS_C, H, D, GATES, SAVED, STATISTICS, SAVE,
         )  # fmt: skip
@@ -123,7 +123,7 @@ def norm_resident_backward(
             load_rows(zoneout_h, at, direction, lane, unit, running, H, D),
             load_rows(zoneout_c, at, direction, lane, unit, running, H, D), unit, CELL, H, GATES, OF_SUM,
         )  # fmt: skip
-        leave_gradients(
+        store_gradients(
             grad_normed, grad_sums, grad_last, of_norm_c, place, lane, unit, running,
             g_0, g_1, g_2, g_3, d_0, d_1, d_2, d_3, grad_m, m, H, D, GATES,
         )  # fmt: skip
