@@ -187,16 +187,16 @@ class BackwardSweep {
       stayed_h = of_h * load(at.at_row(zoneout_h, row, P) + unit, lanes);
       of_h -= stayed_h;
     }
-    const V keep = kMasked && candidate ? load(at.at_state(candidate, at.sequence(r), H) + unit, lanes) : V{} + 1;
+    const V mask = kMasked && candidate ? load(at.at_state(candidate, at.sequence(r), H) + unit, lanes) : V{} + 1;
     if constexpr (kHasC)
       if (kMasked && zoneout_c) {
         stayed_c = grad_c * load(at.at_row(zoneout_c, row, H) + unit, lanes);
         grad_c -= stayed_c;
-        state_now = lstm_c(blocks, state_before, keep);  // that h came from
+        state_now = lstm_c(blocks, state_before, mask);  // that h came from
       }
     [[maybe_unused]] V past;
     if constexpr (kMasked && K > 0)
-      past = dropped_backward<kCell>(keep, of_h, grad_c, blocks, state_now, state_before, grad);
+      past = dropped_backward<kCell>(mask, of_h, grad_c, blocks, state_now, state_before, grad);
     else
       past = cell_backward<kCell>(of_h, grad_c, blocks, state_now, state_before, grad);
     if constexpr (kHasC) store(mine.grad_c + r * memory.ldh + unit, kMasked && zoneout_c ? grad_c + stayed_c : grad_c);

@@ -85,7 +85,7 @@ class ForwardSweep {
   void run() {
     change_states(-1, at.step(0));
     for (int64_t i = 0; i < p.steps;) {
-      const auto [count, end] = at.collect_rows(i, memory.chunk, rows);
+      const auto [count, end] = at.list_rows(i, memory.chunk, rows);
       project_inputs<S, F>(p, memory, at.task.direction, work, rows, count, mine.gates, turned, tiles);
       work.wait();
       for (int64_t first = 0; i < end; first += at.running(at.step(i++))) run_step(at.step(i), first);

@@ -41,7 +41,7 @@ class LayerNormBackwardSweep {
   // One vector of units of sequence r in the step that runs, as it was in the forward pass.
   struct Step {
     V blocks[kMaxBlocks];
-    V h_before, c_before{}, h, c{}, keep;
+    V h_before, c_before{}, h, c{}, mask;
   };
 
   int64_t saved_row() const { return memory.columns + (kHasC ? p.hidden : 0); }
@@ -103,7 +103,7 @@ class LayerNormBackwardSweep {
     }
     cell_forward<kCell>(x, recurrent, step.h, step.c, step.blocks);
     if constexpr (Traits::saved_blocks > 0)
-      if (p.candidate) drop_candidate<kCell>(step.keep, step.blocks, step.h_before, step.c_before, step.h, step.c);
+      if (p.candidate) drop_candidate<kCell>(step.mask, step.blocks, step.h_before, step.c_before, step.h, step.c);
     return step;
   }
 
@@ -120,7 +120,7 @@ class LayerNormBackwardSweep {
                                       : at.at_row(static_cast<const C*>(p.saved), row_before, saved_row()) + G * H;
       step.c = step.c_before = load(c_before + unit, lanes);
     }
-    if (p.candidate) step.keep = load(at.at_state(static_cast<const C*>(p.candidate), state, H) + unit, lanes);
+    if (p.candidate) step.mask = load(at.at_state(static_cast<const C*>(p.candidate), state, H) + unit, lanes);
     return step;
   }
 
@@ -196,7 +196,7 @@ class LayerNormBackwardSweep {
   V gradients_of(const Step& step, V grad_h, V& grad_c, V* grad) const {
     const V now = kHasC ? step.c : step.h, before = kHasC ? step.c_before : step.h_before;
     if constexpr (Traits::saved_blocks > 0)
-      if (p.candidate) return dropped_backward<kCell>(step.keep, grad_h, grad_c, step.blocks, now, before, grad);
+      if (p.candidate) return dropped_backward<kCell>(step.mask, grad_h, grad_c, step.blocks, now, before, grad);
     return cell_backward<kCell>(grad_h, grad_c, step.blocks, now, before, grad);
   }
 

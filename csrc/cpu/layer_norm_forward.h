@@ -102,7 +102,7 @@ class LayerNormForwardSweep {
     const C* const sums = mine.sums + r * memory.lds;
     const Moments<C> moments(sums, columns);
     const C* const gates_x = p.norms.of_sum ? nullptr : at.of_row<C>(p.norms.gates_x, row0, r, columns);
-    const C* const keep = p.candidate ? at.at_state(static_cast<const C*>(p.candidate), at.sequence(r), H) : nullptr;
+    const C* const mask = p.candidate ? at.at_state(static_cast<const C*>(p.candidate), at.sequence(r), H) : nullptr;
     C* const saved = p.saved ? at.of_row<C>(p.saved, row0, r, saved_row) : nullptr;
     if (p.statistics && !work.begin) *at.of_row<C>(p.statistics, row0, r, p.norms.statistics_of_row) = moments.inverse;
     for (int64_t unit = units.first; unit < units.last; unit += kLane) {
@@ -122,7 +122,7 @@ class LayerNormForwardSweep {
       if constexpr (kHasC) c = c_before = load(c_of);
       cell_forward<kCell>(x, recurrent, h, c, blocks);
       if constexpr (Traits::saved_blocks > 0)
-        if (keep) drop_candidate<kCell, V>(load(keep + unit, lanes), blocks, h_before, c_before, h, c);
+        if (mask) drop_candidate<kCell, V>(load(mask + unit, lanes), blocks, h_before, c_before, h, c);
       if constexpr (kHasC) {
         if (p.norms.scale_c) {
           store(mine.c_new + r * memory.ldh + unit, c);

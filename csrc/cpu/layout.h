@@ -62,7 +62,7 @@ struct Layout {
   struct ChunkOfSteps {
     int64_t rows, end;
   };
-  ChunkOfSteps collect_rows(int64_t i, int64_t max_rows, int64_t* rows) const {
+  ChunkOfSteps list_rows(int64_t i, int64_t max_rows, int64_t* rows) const {
     ChunkOfSteps chunk{0, i};
     do {
       const int64_t t = step(chunk.end++), count = running(t);
@@ -71,15 +71,15 @@ struct Layout {
     return chunk;
   }
 
-  // Between step t and step u, which runs next, or beyond the steps: calls leave(r, state) for what ends with t, and
-  // enter(r, state) for what begins with u.
-  template <class Leave, class Enter>
-  void change_states(int64_t t, int64_t u, const Leave& leave, const Enter& enter) const {
+  // Between step t and step u, which runs next, or beyond the steps: calls end(r, state) for what ends with t, and
+  // begin(r, state) for what begins with u.
+  template <class End, class Begin>
+  void change_states(int64_t t, int64_t u, const End& end, const Begin& begin) const {
     const int64_t ran = running(t), run = running(u), both = min(ran, run);
     for (int64_t r = p.pieces ? 0 : both; r < max(ran, run); r++) {
       if (r < both && state(t, r) == state(u, r)) continue;
-      if (r < ran) leave(r, state(t, r));
-      if (r < run) enter(r, state(u, r));
+      if (r < ran) end(r, state(t, r));
+      if (r < run) begin(r, state(u, r));
     }
   }
 };

@@ -95,8 +95,8 @@ class QuantizedSweep {
         w_ih{static_cast<const F*>(p.weights[task.direction].w_ih), p.input},
         w_hh{static_cast<const F*>(p.weights[task.direction].w_hh), p.projected},
         w_hr{static_cast<const F*>(p.weights[task.direction].w_hr), p.hidden},
-        units(share(panels_of(p.hidden))),
-        outputs(share(panels_of(p.projected))),
+        units(panels_in(panels_of(p.hidden))),
+        outputs(panels_in(panels_of(p.projected))),
         rows(mine.rows + work.begin * memory.chunk),
         states{mine.states.data + work.begin * schedule.max_sequences * mine.states.stride,
                mine.states.scales + work.begin * schedule.max_sequences, mine.states.stride} {}
@@ -104,14 +104,14 @@ class QuantizedSweep {
   void run() {
     change_states(-1, at.step(0));
     for (int64_t i = 0; i < p.steps;) {
-      const auto [count, end] = at.collect_rows(i, memory.chunk, rows);
+      const auto [count, end] = at.list_rows(i, memory.chunk, rows);
       project_inputs(count);
       for (int64_t first = 0; i < end; first += at.running(at.step(i++))) run_step(at.step(i), first);
     }
   }
 
  private:
-  Units share(int64_t panels) const { return {work.first(panels), work.last(panels)}; }
+  Units panels_in(int64_t panels) const { return {work.first(panels), work.last(panels)}; }
 
   // Of a state of n numbers, what lies in this range's panels; lanes behind the last number are zeros.
   static Units lanes_of(Units panels) { return {panels.first * kPanelUnits, panels.last * kPanelUnits}; }
@@ -119,23 +119,23 @@ class QuantizedSweep {
   // Between step t and the next: what ended leaves its states, what begins takes them.
   void change_states(int64_t t, int64_t next) const {
     const int64_t H = p.hidden, P = p.projected;
-    const auto leave = [](const float* from, float* to, int64_t n, Units lanes) {
+    const auto end = [](const float* from, float* to, int64_t n, Units lanes) {
       for (int64_t i = lanes.first; i < min(lanes.last, n); i += kLane) store(to + i, load(from + i), n - i);
     };
-    const auto enter = [](const float* from, float* to, int64_t n, Units lanes) {
+    const auto begin = [](const float* from, float* to, int64_t n, Units lanes) {
       for (int64_t i = lanes.first; i < lanes.last; i += kLane) store(to + i, i < n ? load(from + i, n - i) : V{});
     };
     at.change_states(
         t, next,
         [&](int64_t r, int64_t state) {
-          leave(mine.h + r * memory.ldp, at.at_state(static_cast<float*>(p.h_n), state, P), P, lanes_of(outputs));
+          end(mine.h + r * memory.ldp, at.at_state(static_cast<float*>(p.h_n), state, P), P, lanes_of(outputs));
           if (kHasC)
-            leave(mine.c + r * memory.ldh, at.at_state(static_cast<float*>(p.c_n), state, H), H, lanes_of(units));
+            end(mine.c + r * memory.ldh, at.at_state(static_cast<float*>(p.c_n), state, H), H, lanes_of(units));
         },
         [&](int64_t r, int64_t state) {
-          enter(at.at_state(static_cast<const float*>(p.h_0), state, P), mine.h + r * memory.ldp, P, lanes_of(outputs));
+          begin(at.at_state(static_cast<const float*>(p.h_0), state, P), mine.h + r * memory.ldp, P, lanes_of(outputs));
           if (kHasC)
-            enter(at.at_state(static_cast<const float*>(p.c_0), state, H), mine.c + r * memory.ldh, H, lanes_of(units));
+            begin(at.at_state(static_cast<const float*>(p.c_0), state, H), mine.c + r * memory.ldh, H, lanes_of(units));
         });
   }
 

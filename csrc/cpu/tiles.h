@@ -201,11 +201,11 @@ class TileProducts {
     if constexpr (M == 2) (zero_tile<M * v + 1>(), ...);
   }
 
-  // sums += the tiles of rows from kRows on times tile kB; which is that of vector v of a panel's next factors.
-  template <int M, int v, int kRows, int kB>
+  // sums += the tiles of rows from kA on times tile kB; which is that of vector v of a panel's next factors.
+  template <int M, int v, int kA, int kB>
   SEQKERNELS_INLINE void multiply_rows_with() const {
-    multiply<M * v, kRows, kB>();
-    if constexpr (M == 2) multiply<M * v + 1, kRows + 1, kB>();
+    multiply<M * v, kA, kB>();
+    if constexpr (M == 2) multiply<M * v + 1, kA + 1, kB>();
   }
   template <int kC, int kA, int kB>
   SEQKERNELS_INLINE void multiply() const {
@@ -214,10 +214,10 @@ class TileProducts {
     else
       multiply_byte_tiles<kC, kA, kB>();
   }
-  template <int M, int v, int kRows, int kB>
+  template <int M, int v, int kA, int kB>
   SEQKERNELS_INLINE void add_products(const F* panel) const {
     load_tile<kB>(panel + v * kLanes<float>, stride_ * sizeof(F));
-    multiply_rows_with<M, v, kRows, kB>();
+    multiply_rows_with<M, v, kA, kB>();
   }
 
   // The next factors of all rows, `offset` behind those of the first part, become tiles from kTile on.

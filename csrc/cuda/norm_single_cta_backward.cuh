@@ -62,7 +62,7 @@ class NormSingleCtaBackward : NormedTile<C> {
       mine_.store_state(p_.grad_h, 0, s, pair(grad_h_[0][s], grad_h_[0][2 + s]));
       if (kHasC<C::CELL>) mine_.store_state(p_.grad_c, 0, s, from_acc<float>(grad_c_[s]));
     }
-    leave_sums();
+    store_sums();
   }
 
   DEVICE void load(const Step& now, const Step& before, Inputs& in) const {
@@ -195,19 +195,19 @@ class NormSingleCtaBackward : NormedTile<C> {
   }
 
   // The sums of all of the tile's sequences take the place of its first one's.
-  DEVICE void leave_sums() const {
+  DEVICE void store_sums() const {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
       for (int gate = 0; gate < G; gate++) {
-        leave_sum(p_.grad_scale, G, gate, i, of_scale_[gate][i]);
-        leave_sum(p_.grad_shift, G, gate, i, of_shift_[gate][i]);
+        store_sum(p_.grad_scale, G, gate, i, of_scale_[gate][i]);
+        store_sum(p_.grad_shift, G, gate, i, of_shift_[gate][i]);
       }
-      leave_sum(p_.grad_scale_c, 1, 0, i, of_scale_c_[i]);
-      leave_sum(p_.grad_shift_c, 1, 0, i, of_shift_c_[i]);
+      store_sum(p_.grad_scale_c, 1, 0, i, of_scale_c_[i]);
+      store_sum(p_.grad_shift_c, 1, 0, i, of_shift_c_[i]);
     }
   }
-  DEVICE void leave_sum(void* to, int blocks, int block, int i, float sum) const {
+  DEVICE void store_sum(void* to, int blocks, int block, int i, float sum) const {
     sum += shfl_xor(sum, 1);
     sum += shfl_xor(sum, 2);
     const Global<float> all(static_cast<float*>(to), norm_.directions * norm_.sequences * blocks * norm_.hidden);

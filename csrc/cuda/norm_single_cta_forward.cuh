@@ -72,12 +72,12 @@ class NormSingleCtaForward : NormedTile<C> {
         this->each(now.running, [&](int i, int s, bool) { h[s][i] *= tanh(this->scaled_c(i, of_c[s].of(c[s][i]))); });
       }
     this->each(now.running, [&](int i, int s, bool runs) {
-      if (runs) leave(now, i, s, h[s][i], c[s][i]);
+      if (runs) store_state(now, i, s, h[s][i], c[s][i]);
     });
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       if (p_.statistics && mine_.lane.unit == 0 && mine_.lane.sequence + s < now.running)
-        leave_statistics(now, s, of_gates[s], of_c[s]);
+        store_statistics(now, s, of_gates[s], of_c[s]);
       put_factors(after, s);
     }
   }
@@ -98,7 +98,7 @@ class NormSingleCtaForward : NormedTile<C> {
     c = u.c;
   }
 
-  DEVICE void leave(const Step& now, int i, int s, float h, float c) {
+  DEVICE void store_state(const Step& now, int i, int s, float h, float c) {
     const auto masked = this->masked(now, i, s);
     masked.zone_h(0, h_[s][i], h);
     h_[s][i] = h;
@@ -110,7 +110,7 @@ class NormSingleCtaForward : NormedTile<C> {
     }
   }
 
-  DEVICE void leave_statistics(const Step& now, int s, const Moments<float>& of_gates, const Moments<float>& of_c) {
+  DEVICE void store_statistics(const Step& now, int s, const Moments<float>& of_gates, const Moments<float>& of_c) {
     const Global<float> to = this->statistics(static_cast<float*>(p_.statistics));
     to.store(this->statistic(now, s, 0), of_gates.inverse);
     if (!this->normalizes_c()) return;

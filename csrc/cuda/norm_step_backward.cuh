@@ -54,7 +54,7 @@ class NormStepBackwardKernel : NormedStep<CELL, T> {
 
   DEVICE void run(bool runs) {
     if (grad_factors_) for_units(hidden_, [&](int unit) { add_factors(unit); });
-    if (!runs) return for_units(hidden_, [&](int unit) { leave_nothing(unit); });
+    if (!runs) return for_units(hidden_, [&](int unit) { store_zeros(unit); });
     T of_c[2] = {}, of_gates[2] = {};  // means
     if constexpr (kHasC<CELL>)
       if (of_c_) {
@@ -71,7 +71,7 @@ class NormStepBackwardKernel : NormedStep<CELL, T> {
     grad_h_.store(unit, grad_h_.load(unit) + this->masked(unit).in_products(0, grad_factors_.load(unit)));
   }
 
-  DEVICE void leave_nothing(int unit) const {
+  DEVICE void store_zeros(int unit) const {
 #pragma unroll
     for (int gate = 0; gate < G; gate++) grad_step_.store(gate * hidden_ + unit, 0);
   }
