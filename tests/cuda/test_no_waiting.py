@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels as sk
-from seqkernels import late_checks, resets
+from seqkernels import late_checks, pieces
 
 READING = (
     torch.Tensor.item,
@@ -63,7 +63,7 @@ def test_a_training_step_reads_nothing(cls, options, layout, cpu_as_gpu, monkeyp
     layer, x, arguments = getattr(sk, cls)(4, 5, **options), torch.randn(6, 3, 4), {}
     layer.backend = "cuda"
     if layout.startswith("reset"):  # as while a CUDA graph is captured
-        monkeypatch.setattr(resets, "_readable", lambda marks: False)
+        monkeypatch.setattr(pieces, "may_read", lambda marks: False)
         arguments["reset"] = torch.rand(6, 3) < 0.3
     if layout.endswith("lengths"):
         arguments["lengths"] = torch.tensor([6, 2, 0])

@@ -8,7 +8,7 @@ from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
-from seqkernels import late_checks, reference, resets
+from seqkernels import late_checks, pieces, reference, resets
 
 LAYERS = {
     "RNN": {"nonlinearity": "relu", "bidirectional": True},
@@ -398,7 +398,7 @@ def test_masks_on_a_gpu_give_the_same(bounded, layout, monkeypatch):
     hx = random_states(layer, len(lengths))
     expected = call(layer, layout, x, mask, hx)
     monkeypatch.setattr(late_checks, "out_of_sight", lambda values: True)
-    monkeypatch.setattr(resets, "_readable", lambda marks: not bounded)
+    monkeypatch.setattr(pieces, "may_read", lambda marks: not bounded)
     found = call(layer, layout, x, mask, hx)
     torch.testing.assert_close(tuple(map(tuple, found)), tuple(map(tuple, expected)))
     wanted = [x, *hx, *layer.parameters()]

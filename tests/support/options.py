@@ -1,12 +1,58 @@
-"""Layers with cell options beside their specification: the masks that were drawn, as the specification takes them."""
+"""Layers with cell options, and beside their specification: the masks that were drawn, as it takes them."""
 
 from contextlib import contextmanager
 
 import torch
+from cases import CELLS
 from torch import Tensor
 
+import seqkernels as sk
 from seqkernels import cell_options, reference, with_options
+from seqkernels.backends.cells import CELLS as FACTS
 from seqkernels.varlen import Rows
+
+OPTIONS = {
+    "zoneout": {"zoneout": 0.3},
+    "recurrent": {"recurrent_dropout": 0.4},
+    "candidate": {"candidate_dropout": 0.4},
+    "input": {"input_dropout": 0.4},
+    "weight": {"weight_dropout": 0.4},
+    "norm": {"layer_norm": True},
+    "norm of gates": {"layer_norm": "gates"},
+    "blocks": {"blocks": 3},
+    "blocks and masks": {"blocks": 2, "input_dropout": 0.3, "weight_dropout": 0.2},
+    "all": {"zoneout": 0.2, "recurrent_dropout": 0.3, "input_dropout": 0.3, "weight_dropout": 0.2, "layer_norm": True},
+    "all blocks": {"zoneout": 0.2, "recurrent_dropout": 0.3, "layer_norm": "gates", "blocks": 2},
+}
+LENGTHS = (2, 0, 4)
+
+
+def options_of(cell: str) -> list[str]:
+    return [name for name in OPTIONS if not (name == "candidate" and cell.startswith("rnn"))]
+
+
+EACH = [(cell, name) for cell in CELLS for name in options_of(cell)]
+
+
+def layer_of(cell: str, name: str = "all", dtype=torch.float64, **more):
+    torch.manual_seed(0)
+    more |= {"nonlinearity": cell[4:]} if cell.startswith("rnn") else {}
+    options = {"num_layers": 2, "bidirectional": True, "dtype": dtype} | more
+    layer = getattr(sk, FACTS[cell].display_name)(4, 6, **options, **(OPTIONS[name] if name else {}))
+    with torch.no_grad():  # so that no scale is a one that could as well be left out
+        for norm in layer._norm_names:
+            getattr(layer, norm).add_(torch.randn_like(getattr(layer, norm)), alpha=0.3)
+    return layer
+
+
+def as_tuple(state) -> tuple[torch.Tensor, ...]:
+    return (state,) if isinstance(state, torch.Tensor) else tuple(state)
+
+
+def states_of(layer):
+    torch.manual_seed(3)
+    sizes = [layer.proj_size or 6, 6][: FACTS[layer.mode.lower()].states]
+    return tuple(torch.randn(4, 3, size, dtype=layer.weight_ih_l0.dtype) for size in sizes)
 
 
 class Drawn:
