@@ -1,6 +1,5 @@
-"""Where masks cut sequences, and their pieces as the sequences of a ragged batch, which every backend runs.
-
-`seqkernels.resets` says when they are run like this, and when rows stay where they are.
+"""Where masks cut sequences: their pieces as the sequences of a ragged batch, which every backend runs; or, where rows
+stay, the number of the piece that each row is of. `seqkernels.resets` says which of both a call gets.
 """
 
 import functools
@@ -52,6 +51,40 @@ def cut(
     return _from_padded(input, mask, batch_first, lengths, transformed)
 
 
+def numbered(input: Tensor | PackedSequence, mask: Tensor, batch_first: bool, rows: Rows) -> Rows:
+    """`rows` of an input, which they are without resets, with the number of the piece that each is of, on any device.
+    Where nobody may ask how many pieces there are, there are as many as rows and sequences."""
+    device = mask.device
+    if isinstance(input, PackedSequence):
+        places = _places_of_packed(input, rows.sequences, device)
+    else:
+        steps, sequences = time_major(mask, batch_first).shape
+        mask = time_major(mask, batch_first).reshape(-1)
+        of_each = torch.arange(sequences * (steps + 1), device=device).view(sequences, steps + 1)
+        places = of_each[:, :steps].t().reshape(-1), of_each[:, 0], of_each[:, 0] + steps
+    place, begins, ends = places
+    cuts = _cuts_of(mask, place, begins)
+    count = cuts.begin.shape[0]
+    found = cuts.piece[place], cuts.sequence, cuts.piece[ends], F.pad(cuts.marks, (0, 1))[cuts.begin]
+    pieces, sequence, last, anew = (_queued(t, rows.data.device) for t in found)
+    if rows.batch_sizes is None:
+        pieces = pieces.view(steps, sequences)
+    late_checks.mark_fitting_pieces(pieces, count)
+    if rows.sorted_indices is not None and rows.unsorted_indices is not None:
+        sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]
+    return of_pieces(rows, pieces, sequence, last, anew)
+
+
+def of_pieces(rows: Rows, pieces: Tensor, sequence: Tensor, last: Tensor, anew: Tensor) -> Rows:
+    data, batch_sizes, *_, restore_layout, _, _ = rows  # faster than _replace
+    return Rows(data, batch_sizes, anew.shape[0], sequence, last, restore_layout, anew, pieces)
+
+
+def time_major(mask: Tensor, batch_first: bool) -> Tensor:
+    """The mask ``[T, B]`` of padded sequences, or of an unbatched one."""
+    return mask.unsqueeze(1) if mask.dim() == 1 else mask.t() if batch_first else mask
+
+
 # ---- layouts: where the rows of the input are if sequences lie one after another, each with a spare place behind it,
 # so that empty ones have a place as well
 
@@ -67,9 +100,9 @@ def _from_padded(
     else:
         of_each = ops.check_lengths(varlen.as_lengths(lengths, sequences, input.device), steps)
         out_of_sight = late_checks.out_of_sight(of_each)
-        reset = queued(reset, of_each.device) if out_of_sight else reset
+        reset = _queued(reset, of_each.device) if out_of_sight else reset
         used = used if out_of_sight or torch.compiler.is_compiling() else int(of_each.sum())
-        length = queued(of_each, reset.device)
+        length = _queued(of_each, reset.device)
     place = torch.arange(sequences * (steps + 1), device=reset.device).view(sequences, steps + 1)
     begins, of_steps = place[:, 0], place[:, :steps]
     place = (of_steps if batch_first else of_steps.t()).reshape(-1)
@@ -88,17 +121,17 @@ def _from_cu_seqlens(
 ) -> Rows:
     cu_seqlens, steps = varlen.checked_cu_seqlens(input, cu_seqlens, max_seqlen)
     lengths = ops.check_lengths(cu_seqlens.diff(), steps)
-    reset = queued(reset, cu_seqlens.device) if late_checks.out_of_sight(cu_seqlens) else reset
-    cu_seqlens, lengths = queued(cu_seqlens, reset.device), queued(lengths, reset.device)
+    reset = _queued(reset, cu_seqlens.device) if late_checks.out_of_sight(cu_seqlens) else reset
+    cu_seqlens, lengths = _queued(cu_seqlens, reset.device), _queued(lengths, reset.device)
     begins = cu_seqlens[:-1] + torch.arange(lengths.shape[0], device=reset.device)
     row = torch.arange(reset.shape[0], device=reset.device)
     place = row + torch.searchsorted(cu_seqlens[1:], row, right=True)
     return _rows(input, reset, place, begins, begins + lengths, steps, reset.shape[0], False, transformed)
 
 
-def places_of_packed(input: PackedSequence, sequences: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _places_of_packed(input: PackedSequence, sequences: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """place, begins and ends, as `_rows` takes them."""
-    batch_sizes = queued(input.batch_sizes, device)
+    batch_sizes = _queued(input.batch_sizes, device)
     row, sequence = (torch.arange(count, device=device) for count in (input.data.shape[0], sequences))
     lengths = batch_sizes.shape[0] - torch.searchsorted(batch_sizes.flip(0), sequence, right=True)
     ends = (lengths + 1).cumsum(0) - 1
@@ -108,7 +141,7 @@ def places_of_packed(input: PackedSequence, sequences: int, device: torch.device
 
 
 def _from_packed(input: PackedSequence, rows: Rows, reset: Tensor, transformed: bool) -> Rows:
-    places, steps = places_of_packed(input, rows.sequences, reset.device), input.batch_sizes.shape[0]
+    places, steps = _places_of_packed(input, rows.sequences, reset.device), input.batch_sizes.shape[0]
     cut = _rows(input.data, reset, *places, steps, reset.shape[0], True, transformed)
     indices, back = cut.sorted_indices, cut.unsorted_indices
     if rows.sorted_indices is not None:  # states are in the user's order of sequences
@@ -133,7 +166,7 @@ class Cuts(NamedTuple):
     readable: bool  # whether C is the number of pieces, and not that of places, of which the last begin behind all
 
 
-def cuts_of(reset: Tensor, place: Tensor, begins: Tensor) -> Cuts:
+def _cuts_of(reset: Tensor, place: Tensor, begins: Tensor) -> Cuts:
     """Arguments as those of `_rows`."""
     places, begins = reset.shape[0] + begins.shape[0], begins.contiguous()  # of others searchsorted warns
     marks = reset.new_zeros(places).scatter(0, place, reset)
@@ -160,7 +193,7 @@ def _rows(
     begins, place = begins.contiguous(), place.contiguous()
     if not all_used:
         reset = reset & (place < ends[torch.searchsorted(begins, place, right=True) - 1])
-    marks, piece, begin, sequence, readable = cuts_of(reset, place, begins)
+    marks, piece, begin, sequence, readable = _cuts_of(reset, place, begins)
     behind = begin.new_full((1,), places)
     lengths = (torch.minimum(torch.cat([begin[1:], behind]), ends[sequence]) - begin).clamp(min=0)
     lengths, order = lengths.sort(descending=True, stable=True)
@@ -179,19 +212,19 @@ def _rows(
     to = inverse if all_used else torch.where(inverse < 0, used, inverse)
     index = inverse.new_full((used + 1,), -1).scatter(0, to, torch.arange(total, device=device))[:used]
     late_checks.mark_fitting(batch_sizes, count, used)
-    index, inverse = queued(index, input.device), queued(inverse, input.device)
+    index, inverse = _queued(index, input.device), _queued(inverse, input.device)
     return Rows(
         data=gather_rows(input, index, inverse, transformed),
         batch_sizes=batch_sizes,
         sequences=count,
-        sorted_indices=queued(sequence[order], input.device),
-        unsorted_indices=queued(rank[piece[ends]], input.device),
+        sorted_indices=_queued(sequence[order], input.device),
+        unsorted_indices=_queued(rank[piece[ends]], input.device),
         restore_layout=lambda y: gather_rows(y, inverse, index, transformed),
-        anew=queued(F.pad(marks, (0, 1))[begin_of], input.device),
+        anew=_queued(F.pad(marks, (0, 1))[begin_of], input.device),
     )
 
 
-def queued(tensor: Tensor, device: torch.device) -> Tensor:
+def _queued(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the device; the host does not wait for a GPU to get it."""
     return tensor.to(device, non_blocking=device.type != "cpu")
 

@@ -12,7 +12,6 @@ pieces as there could be, one for each row, and most of them are empty. Where ro
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,7 +19,7 @@ from seqkernels import hardware, late_checks, select, varlen
 from seqkernels._ops import ops
 from seqkernels.backends.call import RESETS, Call
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.pieces import cut, cuts_of, marks_nothing, places_of_packed, queued
+from seqkernels.pieces import cut, marks_nothing, numbered, of_pieces, time_major
 from seqkernels.varlen import Rows
 
 
@@ -94,35 +93,6 @@ def in_place(
     return _numbered(varlen.rows_of(input, *layout), varlen.rows_of(marks, *layout).data.squeeze(1))
 
 
-def time_major(mask: Tensor, batch_first: bool) -> Tensor:
-    """The mask ``[T, B]`` of padded sequences, or of an unbatched one."""
-    return mask.unsqueeze(1) if mask.dim() == 1 else mask.t() if batch_first else mask
-
-
-def numbered(input: Tensor | PackedSequence, mask: Tensor, batch_first: bool, rows: Rows) -> Rows:
-    """The same of `rows_lie` on any device, `rows` being theirs without resets. Where nobody may ask how many pieces
-    there are, there are as many as rows and sequences."""
-    device = mask.device
-    if isinstance(input, PackedSequence):
-        places = places_of_packed(input, rows.sequences, device)
-    else:
-        steps, sequences = time_major(mask, batch_first).shape
-        mask = time_major(mask, batch_first).reshape(-1)
-        of_each = torch.arange(sequences * (steps + 1), device=device).view(sequences, steps + 1)
-        places = of_each[:, :steps].t().reshape(-1), of_each[:, 0], of_each[:, 0] + steps
-    place, begins, ends = places
-    cuts = cuts_of(mask, place, begins)
-    count = cuts.begin.shape[0]
-    found = cuts.piece[place], cuts.sequence, cuts.piece[ends], F.pad(cuts.marks, (0, 1))[cuts.begin]
-    pieces, sequence, last, anew = (queued(t, rows.data.device) for t in found)
-    if rows.batch_sizes is None:
-        pieces = pieces.view(steps, sequences)
-    late_checks.mark_fitting_pieces(pieces, count)
-    if rows.sorted_indices is not None and rows.unsorted_indices is not None:
-        sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]
-    return _of_pieces(rows, pieces, sequence, last, anew)
-
-
 def begin_anew(states: Sequence[Tensor], others: Sequence[Tensor] | None, rows: Rows) -> list[Tensor]:
     """The states ``[L*D, C, *]`` that pieces begin with: those of `states` ``[L*D, B, *]``, or where a mark is of
     `others`, as those, zeros if None."""
@@ -149,9 +119,4 @@ def _numbered(rows: Rows, marks: Tensor) -> Rows:
         return rows
     if rows.sorted_indices is not None and rows.unsorted_indices is not None:
         sequence, last = rows.sorted_indices[sequence], last[rows.unsorted_indices]
-    return _of_pieces(rows, pieces, sequence, last, anew)
-
-
-def _of_pieces(rows: Rows, pieces: Tensor, sequence: Tensor, last: Tensor, anew: Tensor) -> Rows:
-    data, batch_sizes, *_, restore_layout, _, _ = rows  # faster than _replace
-    return Rows(data, batch_sizes, anew.shape[0], sequence, last, restore_layout, anew, pieces)
+    return of_pieces(rows, pieces, sequence, last, anew)

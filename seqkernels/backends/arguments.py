@@ -11,7 +11,7 @@ from seqkernels.backends.cells import CELLS
 from seqkernels.backends.stack import SavedLayout
 from seqkernels.storage import expect_storage
 
-Given = tuple[str, Tensor | None, Sequence[int]]  # an argument: its name, what is given, the shape it is to have
+TensorArg = tuple[str, Tensor | None, Sequence[int]]  # its name, what is given, and the shape it is to have
 
 
 class Weights(NamedTuple):
@@ -111,7 +111,7 @@ def check(
     H = GH // G
     _require(H * G == GH, f"w_ih has {GH} rows, no multiple of {G} gates")
     _require(projected or P == H, f"h_0 has {P} features, but the hidden size is {H}")
-    given: list[Given] = []
+    given: list[TensorArg] = []
     for k, w in enumerate(directions):
         shapes = (GH, I if k < D else D * P), (GH, P), (GH,), (GH,), (P, H)
         given += zip(Weights._fields, w, shapes, strict=True)
@@ -163,7 +163,7 @@ def check_backward(
     )
 
 
-def expect(x: Tensor, *arguments: Given) -> None:
+def expect(x: Tensor, *arguments: TensorArg) -> None:
     """Those that are given have their shapes, the memory for them, and the dtype and device of x; else RuntimeError."""
     for name, tensor, shape in arguments:
         if tensor is not None:
