@@ -213,16 +213,13 @@ def recurrent(
         onnx_export.check_no_options(parts)
         of_export = num_layers, directions, dropout, batch_first, lengths, cu_seqlens, bias
         return onnx_export.recurrent(cell, input, hx, weights, *of_export)
-    ragged = lengths, cu_seqlens, max_seqlen, reset, reset_to
-    if parts is None and not dropout and modes.transformed() and all(option is None for option in ragged):
+    ragged, transformed = (lengths, cu_seqlens, max_seqlen, reset, reset_to), modes.transformed()
+    if parts is None and not dropout and transformed and all(option is None for option in ragged):
         of_layers = num_layers, directions, batch_first, bias, recompute, backend
         if results := ensembles.recurrent(cell, input, hx, weights, *of_layers):
             return results
-    blocks = 1 if parts is None else parts.cell_options.blocks
-    by_operators = parts is None
-    inputs = prepare(
-        cell, input, hx, weights, num_layers, directions, batch_first, *ragged, bias, by_operators, blocks, backend
-    )
+    more = bias, parts is None, 1 if parts is None else parts.cell_options.blocks, backend, transformed
+    inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, *more)
     plan = plan_of(inputs, parts, backend)
     return restore_layout(inputs, *run(plan, inputs, weights, dropout, recompute, parts))
 

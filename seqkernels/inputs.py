@@ -42,16 +42,18 @@ def prepare(
     pieces: bool = False,
     blocks: int = 1,
     backend: str | None = None,
+    transformed: bool | None = None,
 ) -> Inputs:
     """Check a call's arguments and bring them into the layout of the operators; a padded batch is not copied.
 
     pieces: operators run the call, by `backend` if it is forced, which take sequences that consist of pieces.
+    transformed: what `modes.transformed` says, where the caller has asked.
     """
     if lengths is None and cu_seqlens is None and not torch.compiler.is_compiling():  # their own checks look as well
         late_checks.look()
     ragged = lengths, cu_seqlens, reset, reset_to
     unbatched, mask = checks.check_call(cell, input, hx, weights, num_layers * directions, bias, *ragged)
-    transformed = modes.transformed()
+    transformed = modes.transformed() if transformed is None else transformed
     if unbatched:
         hx, reset_to = _with_batch(hx), _with_batch(reset_to)
     h_0 = hx if hx is None or isinstance(hx, Tensor) else hx[0]
