@@ -38,9 +38,9 @@ class Parts(NamedTuple):
 
 def made_of(options: CellOptions, norms: Sequence[Tensor], training: bool, projected: bool) -> Parts:
     """The parts of a call, unchecked."""
-    of_step, several = options.of_step(training, projected), options.blocks > 1
-    by_layer = several or of_step != () or (training and options.input_dropout > 0)
-    return Parts(options, norms, training, of_step, by_block=several and not options.layer_norm, by_layer=by_layer)
+    of_step, by_block = options.of_step(training, projected), options.blocks > 1 and not options.layer_norm
+    by_layer = options.blocks > 1 or of_step != () or (training and options.input_dropout > 0)
+    return Parts(options, norms, training, of_step, by_block, by_layer)
 
 
 def parts_of(
