@@ -37,6 +37,14 @@ class PackedWeights {
   DEVICE void each(int m_tile, Use use) const {
 #pragma unroll
     for (int i = m_tile; i < resident; i += M_TILES) use(i / M_TILES, [&](int gate) { return resident_[i][gate]; });
+    if constexpr (resident == groups) return;
+    if constexpr (C::MathPolicy::pipelined && groups - resident <= 4)
+      if (end_of_shared_ == groups) {
+#pragma unroll
+        for (int i = 0; i < groups; i++)
+          if (i >= resident && i % M_TILES == m_tile) use(i / M_TILES, [&](int gate) { return from_shared(i, gate); });
+        return;
+      }
     int i = (resident + M_TILES - 1 - m_tile) / M_TILES * M_TILES + m_tile;
 #pragma unroll 1
     for (; i < end_of_shared_; i += M_TILES) use(i / M_TILES, [&](int gate) { return from_shared(i, gate); });
