@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from benchmarks import InputError
 from benchmarks.options import positive
-from benchmarks.sass import StepCode, step_code
+from benchmarks.sass import StepCode, step_codes
 
 ROOT = Path(__file__).parents[1]
 PATHS = ("single_cta", "cluster", "persistent_grid")
@@ -57,13 +57,9 @@ class Kernel(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    step: StepCode
+    steps: list[StepCode]  # of every loop of steps: a single CTA has one for tiles of up to 4 sequences
     registers: int
     spilled: int  # bytes of a thread
-
-    @property
-    def cells(self) -> list[int]:
-        return [*self.step, self.registers, self.spilled]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +86,11 @@ def run(options: argparse.Namespace) -> int:
     print("| --- " * 4 + "| ---: " * len(COLUMNS) + "|")
     with ThreadPoolExecutor(options.jobs) as pool:
         for kernel, found in zip(kernels, pool.map(compile, kernels), strict=True):
-            of_pass = "backward" if kernel.backward else "forward"
-            row = [kernel.path.replace("_", " "), kernel.cell, kernel.dtype, of_pass, *map(str, found.cells)]
-            print(f"| {' | '.join(row)} |", flush=True)
+            of_kernel = [kernel.path.replace("_", " "), kernel.cell, kernel.dtype]
+            for number, step in enumerate(found.steps):
+                of_loop = ("backward" if kernel.backward else "forward") + (f", loop {number + 1}" if number else "")
+                row = [*of_kernel, of_loop, *map(str, step), str(found.registers), str(found.spilled)]
+                print(f"| {' | '.join(row)} |", flush=True)
     return 0
 
 
@@ -113,12 +111,12 @@ def compiled(kernel: Kernel, csrc: Path, target: str, nvcc: str, cuobjdump: str)
         source, binary = Path(folder, "kernel.cu"), Path(folder, "kernel.cubin")
         source.write_text(kernel.source)
         said(nvcc, "-std=c++17", "-O3", "-I", csrc / "cuda", f"-arch={target}", "-cubin", "-o", binary, source)
-        step = step_code(said(cuobjdump, "--dump-sass", binary))
+        steps = step_codes(said(cuobjdump, "--dump-sass", binary))
         usage = said(cuobjdump, "--dump-resource-usage", binary)
-    if step is None:
+    if not steps:
         raise InputError(f"no loop of steps in {kernel}: is it another instruction that multiplies or waits?")
     [(registers, stack, local)] = re.findall(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    return Compiled(step, int(registers), int(stack) + int(local))
+    return Compiled(steps, int(registers), int(stack) + int(local))
 
 
 def said(*command: str | Path) -> str:

@@ -1,9 +1,9 @@
 """What a kernel's machine code says of a step: its loop, how much of it others wait for, and what it consists of.
 
-A text is what `cuobjdump --dump-sass` says of one kernel. Its loop of steps is the smallest that both multiplies and
-waits. The way of a step begins where the states of the step before are waited for and ends where those of the step are
-sent or signalled. Of ways that branch the longest counts, and nothing twice: of code for several numbers of sequences
-that for the most, and of a loop within a single turn.
+A text is what `cuobjdump --dump-sass` says of one kernel. Its loops of steps, one or several for different tiles, are
+those that both multiply and wait, and have no such loop within. The way of a step begins where the states of the step
+before are waited for and ends where those of the step are sent or signalled. Of ways that branch the longest counts,
+and nothing twice: of code for several numbers of sequences that for the most, and of a loop within a single turn.
 """
 
 import re
@@ -74,19 +74,18 @@ class Flow:
         return []
 
     def loops(self) -> list[set[int]]:
-        """For every branch backwards, what can reach it without passing where it goes."""
-        found = []
+        """For every place that branches go back to, what can reach one of these without passing the place."""
+        found: dict[int, set[int]] = {}
         for last, following in enumerate(self.after):
             for first in following:
                 if first > last:
                     continue
-                loop, left = {first}, [last]
+                loop, left = found.setdefault(first, {first}), [last]
                 while left:
                     if (i := left.pop()) not in loop:
                         loop.add(i)
                         left += self.before[i]
-                found.append(loop)
-        return found
+        return [loop for loop in found.values() if 0 not in loop]  # else the place is passed by: no loop begins there
 
     def way(self, begin: int, among: set[int]) -> dict[int, int]:
         """How many instructions the longest way behind `begin` has before each, without a branch backwards; of `begin`
@@ -110,13 +109,15 @@ class Flow:
         return longest
 
 
-def step_code(sass: str) -> StepCode | None:
-    """None: the kernel has no loop of steps."""
+def step_codes(sass: str) -> list[StepCode]:
+    """Of all loops of steps, the shortest first."""
     flow = Flow(instructions(sass))
     loops = [loop for loop in flow.loops() if flow.find(PRODUCTS, loop) and flow.find(WAITS, loop)]
-    if not loops:
-        return None
-    loop = min(loops, key=len)
+    innermost = [loop for loop in loops if not any(other < loop for other in loops)]
+    return [step_code(flow, loop) for loop in sorted(innermost, key=len)]
+
+
+def step_code(flow: Flow, loop: set[int]) -> StepCode:
     way = flow.way(flow.find(WAITS, sorted(loop))[0], loop)
     products = flow.find(PRODUCTS, way)
     return StepCode(

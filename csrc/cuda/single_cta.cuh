@@ -151,11 +151,6 @@ struct ThreadTile {
   int sequence_[C::M_TILES][2];  // of either unit; kMaxTile if the layer does not have it
 };
 
-// What runs beneath products where nothing does.
-struct Nothing {
-  DEVICE void operator()() const {}
-};
-
 // Units i and i + 1 of a place; of each whether it is to be read or written.
 template <bool EVEN, class T>
 DEVICE Pair<std::remove_const_t<T>> load_units(const Cursor<T>& from, int i, bool one, bool two) {

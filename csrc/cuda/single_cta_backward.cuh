@@ -109,13 +109,16 @@ struct SingleCtaBackward : C {
     if (!MathPolicy::pipelined) beneath();
     for_sequences<MathPolicy, S>(sequences, [&](auto policy) {
       Accumulators<decltype(policy), 1, chains> accumulators(sum);
-      weights.each(m, [&](int k_block, auto of) {
+      const auto use = [&](int k_block, auto of) {
 #pragma unroll
         for (int gate = 0; gate < G; gate++)
           accumulators.add([&](int) { return of(gate); }, gradients, ThreadTile<C>::stride,
                            gate * C::WIDTH + k_block * C::k_width, gate * 2);
-        if (MathPolicy::pipelined && k_block == 0) beneath();
-      });
+      };
+      if constexpr (MathPolicy::pipelined)
+        weights.each(m, use, beneath);
+      else
+        weights.each(m, use);
       accumulators.template finish<S>(sum);
     });
   }

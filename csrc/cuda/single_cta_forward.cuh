@@ -87,10 +87,13 @@ struct SingleCtaForward : C {
     if (!MathPolicy::pipelined) beneath();
     for_sequences<MathPolicy, S>(sequences, [&](auto policy) {
       Accumulators<decltype(policy), G, M_TILES == 1 ? 2 * G : 2> accumulators(sum);
-      weights.each(m, [&](int k_block, auto of) {
+      const auto use = [&](int k_block, auto of) {
         accumulators.add(of, h, ThreadTile<C>::stride, k_block * C::k_width);
-        if (MathPolicy::pipelined && k_block == 0) beneath();
-      });
+      };
+      if constexpr (MathPolicy::pipelined)
+        weights.each(m, use, beneath);
+      else
+        weights.each(m, use);
       accumulators.template finish<S>(sum);
     });
   }

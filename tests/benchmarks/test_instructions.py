@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.instructions import Kernel
-from benchmarks.sass import StepCode, step_code
+from benchmarks.sass import StepCode, step_codes
 
 BEFORE = ["BAR.SYNC 0x0", "LDS R1, [R2]"]  # 00, 10
 # 20 to d0: two ways to the product, a loop within, and a wait that spins behind the loop.
@@ -30,19 +30,22 @@ def sass(lines: list[str]) -> str:
 
 def test_the_way_of_a_step_ends_where_it_is_sent():
     # Behind the wait: 30, then f0 and 100, 40 to 80, and the product, 90.
-    assert step_code(sass([*BEFORE, *STEP, *AFTER])) == StepCode(
-        loop=14, way=11, addresses=3, products=1, first_product=8, state_store=10
-    )
+    [found] = step_codes(sass([*BEFORE, *STEP, *AFTER]))
+    assert found == StepCode(loop=14, way=11, addresses=3, products=1, first_product=8, state_store=10)
 
 
 def test_within_a_cta_the_way_is_from_barrier_to_barrier():
     step = ["FFMA R1, R2, R3, R1", "STS [R4], R1", "BAR.SYNC.DEFER_BLOCKING 0x0", "STG.E desc[UR4][R6.64], R1"]
-    code = sass([*BEFORE, *step, "@P0 BRA 0x20", "EXIT"])
-    assert step_code(code) == StepCode(loop=5, way=5, addresses=0, products=1, first_product=2, state_store=3)
+    short = StepCode(loop=5, way=5, addresses=0, products=1, first_product=2, state_store=3)
+    assert step_codes(sass([*BEFORE, *step, "@P0 BRA 0x20", "EXIT"])) == [short]
+    # A loop around it, of tiles, is none of steps; another one of steps is.
+    loops = ["NOP", *step, "@P0 BRA 0x30", "NOP", *step, "@P0 BRA 0x80", "@P1 BRA 0x20"]
+    code = sass([*BEFORE, *loops, "EXIT"])
+    assert step_codes(code) == [short, StepCode(loop=6, way=6, addresses=0, products=1, first_product=3, state_store=4)]
 
 
 def test_a_kernel_without_steps_has_none():
-    assert step_code(sass([*BEFORE, "FFMA R1, R2, R3, R1", "EXIT"])) is None
+    assert step_codes(sass([*BEFORE, "FFMA R1, R2, R3, R1", "EXIT"])) == []
 
 
 @pytest.mark.parametrize("path", ["single_cta", "cluster", "persistent_grid"])
