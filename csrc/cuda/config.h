@@ -112,7 +112,7 @@ constexpr ResidentRow kResident[] = {
     {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 128, {1, 1}, {3, 2}},
     {Path::single_cta, Arch::sm_80, 4, Math::tf32, 128, {4, 3}, {3, 3}},
     {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 128, {4, 4}, {4, 4}},
-    {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 256, {4, 2}, {2, 2}},
+    {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 256, {3, 2}, {2, 2}},
 
     {Path::cluster, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {12, 12}},
     {Path::cluster, Arch::sm_90, 1, Math::tf32, kAnyWidth, {22, 22}, {18, 18}},
