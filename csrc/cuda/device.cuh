@@ -87,6 +87,48 @@ struct Global {
   DEVICE void store_pair(int64_t i, Pair<T> pair) const { *reinterpret_cast<Pair<T>*>(data + i) = pair; }
 };
 
+template <class T>
+DEVICE void store_if(bool stored, T* at, T value) {
+  if constexpr (sizeof(T) == 8) {
+    const auto words = reinterpret_cast<const uint32_t (&)[2]>(value);
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %0, 0;\n\t@p st.global.v2.b32 [%1], {%2, %3};\n\t}" ::"r"(int{stored}),
+        "l"(at), "r"(words[0]), "r"(words[1]));
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %0, 0;\n\t@p st.global.b32 [%1], %2;\n\t}" ::"r"(int{stored}),
+                 "l"(at), "r"(reinterpret_cast<const uint32_t&>(value)));
+  } else {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.s32 p, %0, 0;\n\t@p st.global.b16 [%1], %2;\n\t}" ::"r"(int{stored}),
+                 "l"(at), "h"(reinterpret_cast<const uint16_t&>(value)));
+  }
+}
+
+// A place in an array in global memory that moves from step to step.
+template <class T>
+class Cursor {
+ public:
+  DEVICE Cursor(Global<T> array, int64_t i) : at_(array.data + i) {}
+  // By so many rows of so many elements: one instruction, which nvcc does not find by itself in a loop.
+  DEVICE void move(int rows, int row) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    int64_t bytes;
+    asm("mul.wide.s32 %0, %1, %2;" : "=l"(bytes) : "r"(rows), "r"(row * static_cast<int>(sizeof(T))));
+    at_ = reinterpret_cast<T*>(reinterpret_cast<Byte*>(at_) + bytes);
+  }
+  DEVICE T load(int i) const { return at_[i]; }
+  DEVICE Pair<std::remove_const_t<T> > load_pair(int i) const {
+    return *reinterpret_cast<const Pair<std::remove_const_t<T> >*>(at_ + i);
+  }
+  // If `stored`; for many stores nvcc would make a branch, which products could not move across.
+  DEVICE void store(int i, T value, bool stored) const { store_if(stored, at_ + i, value); }
+  DEVICE void store_pair(int i, Pair<T> pair, bool stored) const {
+    store_if(stored, reinterpret_cast<Pair<T>*>(at_ + i), pair);
+  }
+
+ private:
+  T* at_;
+};
+
 // Counts, in 8 bytes of shared memory, the bytes that peers send to a CTA. A phase ends, and the next begins, when one
 // thread has said how many bytes the phase brings and these have come, in any order.
 class Mbarrier {
@@ -284,6 +326,12 @@ DEVICE float sigmoid(float x) { return __fdividef(1, 1 + expf(-x)); }
 DEVICE double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 DEVICE float tanh(float x) { return tanhf(x); }
 DEVICE double tanh(double x) { return ::tanh(x); }
+// With a relative error of 2^-11 at most.
+DEVICE float approximate_tanh(float x) {
+  float result;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 DEVICE float square_root(float x) { return sqrtf(x); }
 DEVICE double square_root(double x) { return sqrt(x); }
 

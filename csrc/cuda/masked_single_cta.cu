@@ -1,4 +1,6 @@
 // Launches of the single CTA kernels of layers with masks: has_masked_single_cta() says which there are.
+#include "masked_single_cta_backward.cuh"
+#include "masked_single_cta_forward.cuh"
 #include "single_cta_launch.cuh"
 
 namespace seqkernels {
@@ -6,6 +8,9 @@ namespace seqkernels {
 using namespace device;
 
 namespace {
+
+template <class C>
+using MaskedKernelOf = std::conditional_t<C::variant.backward, MaskedSingleCtaBackward<C>, MaskedSingleCtaForward<C>>;
 
 constexpr const char* kNone = "no single CTA kernel with masks for this layer";
 
@@ -20,7 +25,7 @@ const char* masked_sweep(const Pass& args, const LaunchShape& shape, const void*
         constexpr Variant variant = variant_of(decltype(of_arch)::value, CELL, MathPolicy::math, Pass::backward, false);
         constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
         using C = MaskedConfig<ARCH, CELL, MathPolicy, Pass::backward, WIDTH>;
-        return launch_with<KernelOf<C>>(args, shape, packed, stream);
+        return launch_with<MaskedKernelOf<C>>(args, shape, packed, stream);
       });
     } else {
       return kNone;

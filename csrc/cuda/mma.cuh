@@ -78,10 +78,11 @@ struct Tf32 : TensorCore<float> {
   static DEVICE Pair<float> factors(Pair<float> numbers) { return factors(first(numbers), second(numbers)); }
 };
 
-// float32 by multiply-adds, for COUNT sequences (1, 2, 4 or 8): the 4 lanes of a row share its columns, and add up at
-// the end.
-template <int COUNT>
+// float32 by multiply-adds, for COUNT sequences (1, 2, 4 or 8), of which a lane has PER_LANE in its result: the 4 lanes
+// of a row share its columns, and add up at the end.
+template <int COUNT, int PER_LANE = 2>
 struct Fp32FmaFor {
+  static_assert(COUNT <= 4 * PER_LANE);
   using T = float;
   static constexpr Math math = Math::fp32_fma;
   static constexpr bool pipelined = false;
@@ -99,7 +100,7 @@ struct Fp32FmaFor {
     for (int i = 0; i < N; i++) a[i] = weights(i);
 #pragma unroll
     for (int sequence = 0; sequence < COUNT; sequence++) {
-      const Vec16 b = factors.load_vec16(sequence * stride + column + lane() % 4 * 4);
+      const Vec16 b = factors.load_vec16(sequence * (2 / PER_LANE) * stride + column + lane() % 4 * 4);
 #pragma unroll
       for (int i = 0; i < N; i++)
 #pragma unroll
@@ -113,25 +114,25 @@ struct Fp32FmaFor {
     for (int i = 0; i < accumulators; i++) sum[i] = 0;
   }
 
-  // The lanes of a row reduce: of 8 sequences each keeps the half, then the quarter, that is its own.
+  // The lanes of a row reduce: of all sequences each keeps the half, then the quarter, that is its own.
   static DEVICE void finish(const float (&sum)[accumulators], float (&result)[kElements]) {
     const bool upper = lane() % 4 / 2, odd = lane() % 2;
 #pragma unroll
     for (int unit = 0; unit < 2; unit++) {
       const auto of = [&](int sequence) { return sequence < COUNT ? sum[unit * COUNT + sequence] : 0; };
-      float half[4];
+      float half[2 * PER_LANE];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
+      for (int i = 0; i < 2 * PER_LANE; i++) {
         half[i] = 0;
         if (i >= COUNT) continue;
-        const float received = shfl_xor(upper ? of(i) : of(4 + i), 2);
-        half[i] = (upper ? of(4 + i) : of(i)) + received;
+        const float received = shfl_xor(upper ? of(i) : of(2 * PER_LANE + i), 2);
+        half[i] = (upper ? of(2 * PER_LANE + i) : of(i)) + received;
       }
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int i = 0; i < PER_LANE; i++) {
         if (i >= COUNT) continue;
-        const float received = shfl_xor(odd ? half[i] : half[2 + i], 1);
-        result[unit * 2 + i] += (odd ? half[2 + i] : half[i]) + received;
+        const float received = shfl_xor(odd ? half[i] : half[PER_LANE + i], 1);
+        result[unit * 2 + i] += (odd ? half[PER_LANE + i] : half[i]) + received;
       }
     }
   }
@@ -140,17 +141,18 @@ struct Fp32FmaFor {
 struct Fp32Fma : Fp32FmaFor<8> {};
 
 // Calls with the policy for so many sequences, a number that is the same in all threads of a CTA. An MMA takes 8
-// anyway.
-template <class MathPolicy, class Call>
+// anyway. A lane has PER_LANE of them in its result: with 1, no more than 4 come, and every other row has their
+// factors.
+template <class MathPolicy, int PER_LANE = 2, class Call>
 DEVICE void for_sequences(int sequences, Call call) {
   if constexpr (MathPolicy::pipelined) {
     call(MathPolicy{});
   } else {
-    switch ((sequences > 1) + (sequences > 2) + (sequences > 4)) {
-      case 0: return call(Fp32FmaFor<1>{});
-      case 1: return call(Fp32FmaFor<2>{});
-      case 2: return call(Fp32FmaFor<4>{});
-      default: return call(Fp32FmaFor<8>{});
+    switch ((sequences > 1) + (sequences > 2) + (PER_LANE > 1 && sequences > 4)) {
+      case 0: return call(Fp32FmaFor<1, PER_LANE>{});
+      case 1: return call(Fp32FmaFor<2, PER_LANE>{});
+      case 2: return call(Fp32FmaFor<4, PER_LANE>{});
+      default: return call(Fp32FmaFor<4 * PER_LANE, PER_LANE>{});
     }
   }
 }
@@ -173,6 +175,8 @@ class Accumulators {
     MathPolicy::template add<N>(sum_, first, weights, factors, stride, column);
   }
 
+  // Of PER_LANE sequences; the elements of others get nothing that counts.
+  template <int PER_LANE = 2>
   DEVICE void finish(float (&result)[N][kElements]) const {
 #pragma unroll
     for (int i = 0; i < N; i++) MathPolicy::finish(sum_[i], result[i]);
@@ -181,7 +185,8 @@ class Accumulators {
       float more[kElements] = {};
       MathPolicy::finish(sum_[i], more);
 #pragma unroll
-      for (int e = 0; e < kElements; e++) result[i % N][e] += more[e];
+      for (int e = 0; e < kElements; e++)
+        if (e % 2 < PER_LANE) result[i % N][e] += more[e];
     }
   }
 

@@ -5,7 +5,8 @@
 #pragma once
 #include "masks.cuh"
 #include "pieces.cuh"
-#include "tile.cuh"
+#include "rough.cuh"
+#include "walk.cuh"
 #include "weights.cuh"
 
 namespace seqkernels::device {
@@ -16,7 +17,7 @@ struct SingleCtaConfig {
   using MathPolicy = MathPolicy_;
   using T = typename MathPolicy::T;
   static constexpr Cell CELL = CELL_;
-  static constexpr bool EVEN = EVEN_, MASKED = false;
+  static constexpr bool EVEN = EVEN_;
   static constexpr Variant variant = variant_of(ARCH, CELL, MathPolicy::math, BACKWARD, EVEN);
   static constexpr SingleCtaLayout layout = single_cta_layout(variant, WIDTH_);
   static constexpr int G = gates_of(CELL), WIDTH = WIDTH_, M_TILES = layout.m_tiles, threads = layout.threads;
@@ -28,7 +29,6 @@ struct SingleCtaConfig {
 template <Arch ARCH, Cell CELL, class MathPolicy, bool BACKWARD, int WIDTH>
 struct MaskedConfig : SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, false> {
   using Plain = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, false>;
-  static constexpr bool MASKED = true;
   static constexpr SingleCtaLayout layout = masked_single_cta_layout(Plain::variant, WIDTH);
 };
 
@@ -39,9 +39,10 @@ struct SingleCtaArgs : Pass {
   int shared_groups;   // of the weights, in shared memory
 };
 
-// What a thread has in either pass: of each of its tiles of 16 rows two units side by side, in two sequences. Element e
-// of them is unit e / 2 in sequence e % 2.
-template <class C>
+// What a thread has in either pass: of each of its tiles of 16 rows two units side by side, in S sequences: two, or one
+// where the tile has at most 4, so that they are shared among all lanes. Element e of them is unit e / 2 in sequence
+// e % 2.
+template <class C, int S = 2>
 struct ThreadTile {
   using T = typename C::T;
   static constexpr int stride = C::layout.stride, buffer_bytes = C::layout.buffers / 2;
@@ -61,19 +62,35 @@ struct ThreadTile {
       : tile(tile),
         hidden(s.hidden),
         states(s.directions * s.sequences * s.hidden),
-        lane{sequence_of_lane(), thread() / kWarpSize * C::M_TILES * kMmaRows + unit_of_lane()} {
+        lane{sequence_of_lane() * S / 2, thread() / kWarpSize * C::M_TILES * kMmaRows + unit_of_lane()} {
     first_state = (tile.direction() * s.sequences + tile.first() + lane.sequence) * hidden + lane.unit;
 #pragma unroll
-    for (int m = 0; m < C::M_TILES; m++) present[m] = two_of(static_cast<int>(hidden) - lane.unit - m * kMmaRows);
+    for (int m = 0; m < C::M_TILES; m++) {
+      present[m] = two_of(static_cast<int>(hidden) - lane.unit - m * kMmaRows);
+#pragma unroll
+      for (int i = 0; i < 2; i++) sequence_[m][i] = i < present[m] ? lane.sequence : kMaxTile;
+    }
   }
 
-  // Calls with a tile of 16 rows and one of the two sequences.
+  // Calls with a tile of 16 rows and one of the sequences.
   template <class Do>
   DEVICE void each(Do act) const {
 #pragma unroll
     for (int m = 0; m < C::M_TILES; m++)
 #pragma unroll
-      for (int s = 0; s < 2; s++) act(m, s);
+      for (int s = 0; s < S; s++) act(m, s);
+  }
+
+  // Whether there is unit i, of a sequence that is among so many of the tile.
+  DEVICE bool runs(int m, int s, int i, int sequences) const { return sequence_[m][C::EVEN ? 0 : i] + s < sequences; }
+
+  // Zeros, as factors of the sequences that no tile has: blocks of WIDTH.
+  DEVICE void clear_others(int blocks) const {
+    if constexpr (S == 1)
+#pragma unroll
+      for (int m = 0; m < C::M_TILES; m++)
+        for (int block = 0; block < blocks; block++)
+          for (int which = 0; which < 2; which++) factors(which).store_pair(place(m, 1) + block * C::WIDTH, Pair<T>{});
   }
 
   // Of the sequences whose first one has this row.
@@ -103,8 +120,8 @@ struct ThreadTile {
 
   // How many of the two units take part, if `sequences` of the tile do.
   DEVICE int count(int m, int s, int sequences) const { return lane.sequence + s < sequences ? present[m] : 0; }
-  // Where they are in a buffer of factors.
-  DEVICE int place(int m, int s) const { return (lane.sequence + s) * stride + lane.unit + m * kMmaRows; }
+  // Where they are in a buffer of factors, whose rows are the columns of an MMA.
+  DEVICE int place(int m, int s) const { return (sequence_of_lane() + s) * stride + lane.unit + m * kMmaRows; }
 
   DEVICE Pair<T> load_state(const void* array, int m, int s) const {
     if (!array) return {};
@@ -130,6 +147,24 @@ struct ThreadTile {
 
  private:
   DEVICE int64_t state(int m, int s) const { return first_state + s * hidden + m * kMmaRows; }
+
+  int sequence_[C::M_TILES][2];  // of either unit; kMaxTile if the layer does not have it
 };
+
+// Units i and i + 1 of a place; of each whether it is to be read or written.
+template <bool EVEN, class T>
+DEVICE Pair<std::remove_const_t<T>> load_units(const Cursor<T>& from, int i, bool one, bool two) {
+  using Number = std::remove_const_t<T>;
+  if constexpr (EVEN) return one ? from.load_pair(i) : Pair<Number>{};
+  const Number zero = from_acc<Number>(0);
+  return pair(one ? from.load(i) : zero, two ? from.load(i + 1) : zero);
+}
+template <bool EVEN, class T>
+DEVICE void store_units(const Cursor<T>& to, int i, Pair<T> units, bool one, bool two) {
+  if constexpr (EVEN)
+    to.store_pair(i, units, one);
+  else
+    to.store(i, first(units), one), to.store(i + 1, second(units), two);
+}
 
 }  // namespace seqkernels::device

@@ -1,104 +1,175 @@
-// The backward pass of a single CTA.
+// The backward pass of a single CTA. From barrier to barrier: products, and beneath them what no other thread waits
+// for, which are the loads of the next step and the stores of this one; then the cell, without branches; then the
+// gradients of its gates.
 #pragma once
 #include "single_cta.cuh"
 
 namespace seqkernels::device {
 
+// Where a thread reads what the forward pass has left and the gradient of y, and writes the gradients of the gates.
+template <class C, int S>
+class BackwardPlace {
+ public:
+  using T = typename C::T;
+  static constexpr int K = saved_blocks_of(C::CELL), F = gradient_blocks_of(C::CELL), kGates = kSavedGates<C::CELL>;
+  // What the cell has of the state before a step, which is c where there is one, else h.
+  static constexpr bool BEFORE = kHasC<C::CELL> || CellTraits<C::CELL>::needs_h_prev;
+
+  DEVICE BackwardPlace(const BackwardArgs& s, const ThreadTile<C, S>& mine, int64_t row)
+      : mine_(mine),
+        initial_(kHasC<C::CELL> ? s.c_0 : s.h_0),
+        hidden_(static_cast<int>(s.hidden)),
+        of_y_(s.directions * hidden_),
+        grad_y_(array(s.grad_y, s.rows * of_y_), place(s, row)),
+        y_(array(s.y, s.rows * of_y_), place(s, row)),
+        saved_(array(s.saved, s.rows * of_y_ * K), place(s, row) * K - (K - 1) * int64_t{mine.lane.unit}),
+        grad_gates_(Global<T>(static_cast<T*>(s.grad_gates), s.directions * s.rows * F * s.hidden),
+                    (mine.tile.direction() * s.rows + row + mine.lane.sequence) * F * hidden_ + mine.lane.unit),
+        has_grad_y_(s.grad_y) {}
+
+  // What the first step to be walked reads beyond what load() does.
+  DEVICE void load_last(int m, int s, int running, StepInputs<T>& inputs) const {
+    inputs = {};
+    if constexpr (kHasC<C::CELL>)
+      inputs.before = units(saved_, s * of_y_ * K + (K - 1) * hidden_ + m * kMmaRows, m, s, running);
+  }
+
+  // Of a step in which so many sequences run, as `then` do in the one before it in time, `rows` away. What was the
+  // state before the step that was loaded last becomes the one after it.
+  DEVICE void load(int m, int s, int running, int then, int rows, StepInputs<T>& inputs) const {
+    const int at = s * of_y_ + m * kMmaRows, at_saved = s * of_y_ * K + m * kMmaRows;
+    inputs.grad_y = units(grad_y_, at, m, s, has_grad_y_ ? running : 0);
+#pragma unroll
+    for (int block = 0; block < kGates; block++)
+      inputs.saved[block] = units(saved_, at_saved + block * hidden_, m, s, running);
+    if constexpr (kHasC<C::CELL>) inputs.now = inputs.before;
+    if constexpr (CellTraits<C::CELL>::needs_h) inputs.now = units(y_, at, m, s, running);
+    if constexpr (BEFORE) {
+      Cursor<const T> from = kHasC<C::CELL> ? saved_ : y_;
+      from.move(rows, kHasC<C::CELL> ? of_y_ * K : of_y_);
+      inputs.before = units(from, kHasC<C::CELL> ? at_saved + (K - 1) * hidden_ : at, m, s, then);
+      if (mine_.lane.sequence + s < running && mine_.lane.sequence + s >= then)
+        inputs.before = mine_.load_state(initial_, m, s);
+    }
+  }
+  DEVICE void move(int rows) {
+    grad_y_.move(rows, of_y_), y_.move(rows, of_y_);
+    if (K > 0) saved_.move(rows, of_y_ * K);
+  }
+
+  DEVICE void store(int m, int s, int running, const Pair<T> (&grad)[F]) const {
+#pragma unroll
+    for (int block = 0; block < F; block++)
+      store_units<C::EVEN>(grad_gates_, s * F * hidden_ + block * hidden_ + m * kMmaRows, grad[block],
+                           mine_.runs(m, s, 0, running), mine_.runs(m, s, 1, running));
+  }
+  DEVICE void move_gradients(int rows) { grad_gates_.move(rows, F * hidden_); }
+
+ private:
+  static DEVICE Global<const T> array(const void* data, int64_t count) { return {static_cast<const T*>(data), count}; }
+
+  // Of y.
+  DEVICE int64_t place(const BackwardArgs& s, int64_t row) const {
+    return ((row + mine_.lane.sequence) * s.directions + mine_.tile.direction()) * hidden_ + mine_.lane.unit;
+  }
+  DEVICE Pair<T> units(const Cursor<const T>& from, int i, int m, int s, int running) const {
+    return load_units<C::EVEN>(from, i, mine_.runs(m, s, 0, running), mine_.runs(m, s, 1, running));
+  }
+
+  const ThreadTile<C, S>& mine_;
+  const void* initial_;
+  int hidden_, of_y_;
+  Cursor<const T> grad_y_, y_, saved_;
+  Cursor<T> grad_gates_;
+  bool has_grad_y_;
+};
+
 template <class C>
 struct SingleCtaBackward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
-  using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedBackwardArgs, BackwardArgs>>;
-  using Arrays = BackwardArrays<C::CELL, T, C::EVEN>;
-  using Step = typename Tile::Step;
-  static constexpr int G = C::G, M_TILES = C::M_TILES;
+  using Parameters = SingleCtaArgs<BackwardArgs>;
+  static constexpr int G = C::G, F = gradient_blocks_of(C::CELL), M_TILES = C::M_TILES;
 
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
-    const ThreadTile<C> mine(s, tile);
-    const Arrays arrays(s, tile.direction(), states_of(s));
     const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
-
-    float grad_h[M_TILES][1][kElements], grad_c[M_TILES][2][2];
-    load_states(s, mine, grad_h, grad_c);
-
-    StepInputs<T> inputs[M_TILES][2];
-    [[maybe_unused]] int piece[2] = {};
-    const int64_t last = tile.count() - 1;
-    Step now = tile.step(tile.prefetch(last)), before = tile.step(tile.prefetch(last - 1)),
-         earlier = tile.step(tile.prefetch(last - 2));
-    load(s, mine, arrays, now, before, piece, inputs);
-
-    for (int64_t k = last; k >= 0; k--) {
-      const Shared<T> gradients = mine.factors(k % 2);
-      const typename Tile::Prefetched prefetched = tile.prefetch(k - 3);
-      mine.each([&](int m, int s_) {
-        run_step(s, mine, arrays, now, m, s_, inputs[m][s_], grad_h[m], grad_c[m][s_], gradients);
-      });
-      synchronize();
-      // Load what the next step reads; the products hide the latency.
-      const int running = now.running;
-      [[maybe_unused]] const int later[2] = {piece[0], piece[1]};
-      now = before, before = earlier, earlier = tile.step(prefetched);
-      load(s, mine, arrays, now, before, piece, inputs);
-      // The gradient of the previous h: W^T times those of the gates; zeros for a sequence that does not run.
-#pragma unroll
-      for (int m = 0; m < M_TILES; m++) {
-        if constexpr (C::MASKED)
-          multiply_masked(s, mine, weights, m, gradients, running, grad_h[m]);
-        else
-          multiply_all(weights, m, gradients, running, grad_h[m]);
-      }
-      if constexpr (C::MASKED)
-        if (s.masks.pieces)
-          mine.each([&](int m, int s_) {
-            if (later[s_] >= 0 && later[s_] != piece[s_])
-              change_piece(s, mine, m, s_, later[s_], piece[s_], grad_h[m], grad_c[m][s_]);
-          });
-    }
-
-    store_states(s, mine, grad_h, grad_c);
+    if (tile.sequences() <= kMaxTile / 2)
+      steps<1>(s, tile, weights);
+    else
+      steps<2>(s, tile, weights);
   }
 
-  // Adds the products of the first `sequences` sequences to `sum`.
+  // Adds the products of the first `sequences` sequences to `sum`; tensor cores in two chains for each gate, if a warp
+  // has the registers. What `beneath` does runs beneath them.
+  template <int S = 2, class Beneath = Nothing>
   static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> gradients, int sequences,
-                                  float (&sum)[1][kElements]) {
-    for_sequences<MathPolicy>(sequences, [&](auto policy) {
-      Accumulators<decltype(policy), 1, (G < 2 ? 2 : G)> accumulators(sum);
-      weights.each(m, [&](int k_block, auto of) {
+                                  float (&sum)[1][kElements], Beneath beneath = {}) {
+    constexpr int chains = M_TILES == 1 || G < 2 ? 2 * G : G;
+    if (!MathPolicy::pipelined) beneath();
+    for_sequences<MathPolicy, S>(sequences, [&](auto policy) {
+      Accumulators<decltype(policy), 1, chains> accumulators(sum);
+      const auto use = [&](int k_block, auto of) {
 #pragma unroll
         for (int gate = 0; gate < G; gate++)
           accumulators.add([&](int) { return of(gate); }, gradients, ThreadTile<C>::stride,
                            gate * C::WIDTH + k_block * C::k_width, gate * 2);
-      });
-      accumulators.finish(sum);
+      };
+      if constexpr (MathPolicy::pipelined)
+        weights.each(m, use, beneath);
+      else
+        weights.each(m, use);
+      accumulators.template finish<S>(sum);
     });
   }
 
  private:
-  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, float (&grad_h)[M_TILES][1][kElements],
-                                 float (&grad_c)[M_TILES][2][2]) {
-    [[maybe_unused]] int piece[2];
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) mine.load_outermost(Pieces(s.masks, s, mine.tile.direction()), true, piece);
-    const auto load = [&](const void* array, int m, int s_) {
-      if constexpr (C::MASKED)
-        if (s.masks.pieces) return mine.load_piece(array, s, s.masks, piece[s_], m);
-      return mine.load_state(array, m, s_);
-    };
+  // Of tiles in which a lane has up to S sequences.
+  template <int S>
+  static DEVICE void steps(const Parameters& s, const Tile& tile, const PackedWeights<C>& weights) {
+    const ThreadTile<C, S> mine(s, tile);
+    float grad_h[M_TILES][1][kElements] = {}, grad_c[M_TILES][S][2];
+    mine.clear_others(G);
     mine.each([&](int m, int s_) {
       float units[2];
-      to_acc(load(s.grad_h_n, m, s_), units);
+      to_acc(mine.load_state(s.grad_h_n, m, s_), units);
       grad_h[m][0][s_] = units[0], grad_h[m][0][2 + s_] = units[1];
-      to_acc(load(s.grad_c_n, m, s_), grad_c[m][s_]);
+      to_acc(mine.load_state(s.grad_c_n, m, s_), grad_c[m][s_]);
     });
-  }
 
-  // The gradients of the initial states; pieces have left theirs.
-  static DEVICE void store_states(const Parameters& s, const ThreadTile<C>& mine,
-                                  const float (&grad_h)[M_TILES][1][kElements], const float (&grad_c)[M_TILES][2][2]) {
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) return;
+    Walk<2> walk(s, tile, true);
+    BackwardPlace<C, S> place(s, mine, walk.row());
+    StepInputs<T> inputs[M_TILES][S];
+    mine.each([&](int m, int s_) {
+      place.load_last(m, s_, walk.running(), inputs[m][s_]);
+      place.load(m, s_, walk.running(), walk.running(1), walk.rows(), inputs[m][s_]);
+    });
+
+    for (int buffer = 0; walk.any(); buffer ^= 1, walk.advance()) {
+      const Shared<T> gradients = mine.factors(buffer);
+      const int running = walk.running();
+      Pair<T> grad[M_TILES][S][F];
+      mine.each([&](int m, int s_) {
+        run_cell(mine, m, s_, running, inputs[m][s_], grad_h[m], grad_c[m][s_], grad[m][s_]);
+#pragma unroll
+        for (int gate = 0; gate < G; gate++)
+          gradients.store_pair(mine.place(m, s_) + gate * C::WIDTH, MathPolicy::factors(grad[m][s_][gate]));
+      });
+      synchronize();
+      place.move(walk.rows());
+#pragma unroll
+      for (int m = 0; m < M_TILES; m++)
+        multiply_all<S>(weights, m, gradients, running, grad_h[m], [&] {
+#pragma unroll
+          for (int s_ = 0; s_ < S; s_++) {
+            place.store(m, s_, running, grad[m][s_]);
+            place.load(m, s_, walk.running(1), walk.running(2), walk.rows(1), inputs[m][s_]);
+          }
+        });
+      place.move_gradients(walk.rows());
+      walk.fetch();
+    }
+
     mine.each([&](int m, int s_) {
       const float units[2] = {grad_h[m][0][s_], grad_h[m][0][2 + s_]};
       mine.store_state(s.grad_h_0, m, s_, from_acc<T>(units));
@@ -106,89 +177,34 @@ struct SingleCtaBackward : C {
     });
   }
 
-  // What a step reads, and of which pieces it is.
-  static DEVICE void load(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays, const Step& now,
-                          const Step& before, int (&piece)[2], StepInputs<T> (&inputs)[M_TILES][2]) {
-    [[maybe_unused]] int piece_before[2];
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) {
-        const Pieces pieces(s.masks, s, mine.tile.direction());
-        mine.load_pieces(pieces, now, piece);
-        mine.load_pieces(pieces, before, piece_before);
-      }
-    mine.each([&](int m, int s_) {
-      inputs[m][s_] = {};
-      const int count = mine.count(m, s_, now.running);
-      bool ran = mine.lane.sequence + s_ < before.running;
-      int64_t state = mine.tile.first() + s_;
-      if constexpr (C::MASKED)
-        if (s.masks.pieces) {
-          ran = piece_before[s_] == piece[s_];
-          state = piece[s_] - mine.tile.direction() * s.masks.states - mine.lane.sequence;
-        }
-      if (count) arrays.load(now.row + s_, before.row + s_, ran, state, m * kMmaRows, mine.lane, count, inputs[m][s_]);
-    });
-  }
-
-  // Gradients of the gates, which are stored for the weights' gradients and go to all threads.
-  static DEVICE void run_step(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays, const Step& now,
-                              int m, int s_, const StepInputs<T>& inputs, float (&grad_h)[1][kElements],
-                              float (&grad_c)[2], Shared<T> gradients) {
-    const bool running = mine.lane.sequence + s_ < now.running;
-    float grad[2][kMaxBlocks] = {}, h_new[2] = {grad_h[0][s_], grad_h[0][2 + s_]}, c_new[2] = {grad_c[0], grad_c[1]};
-    zero_absent(h_new, mine.present[m]);
-    if constexpr (C::MASKED)
-      mine.masks(s.masks, s, now.row, m, s_).backward(inputs, mine.count(m, s_, now.running), h_new, c_new, grad);
-    else
-      arrays.step(inputs, h_new, c_new, grad);
-    if (running) {
+  // The gradients of the gates of two units of a sequence, zeros if it does not run or the layer does not have them,
+  // and what of those of its states goes past them, which change in place.
+  template <int S>
+  static DEVICE void run_cell(const ThreadTile<C, S>& mine, int m, int s_, int running, const StepInputs<T>& inputs,
+                              float (&grad_h)[1][kElements], float (&grad_c)[2], Pair<T> (&grad)[F]) {
+    using Number = cell_t<T>;
+    float of_units[2][kMaxBlocks], saved[2][kMaxBlocks], now[2], before[2], grad_y[2];
 #pragma unroll
-      for (int i = 0; i < 2; i++) grad_h[0][i * 2 + s_] = h_new[i], grad_c[i] = c_new[i];
-      arrays.store_gates(now.row + s_, m * kMmaRows, mine.lane, mine.present[m], grad);
+    for (int block = 0; block < kSavedGates<C::CELL>; block++)
+      saved[0][block] = to_acc(first(inputs.saved[block])), saved[1][block] = to_acc(second(inputs.saved[block]));
+    to_acc(inputs.now, now), to_acc(inputs.before, before), to_acc(inputs.grad_y, grad_y);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      Number of_saved[kMaxBlocks], of_gates[kMaxBlocks], c = grad_c[i];
+#pragma unroll
+      for (int block = 0; block < kSavedGates<C::CELL>; block++) of_saved[block] = saved[i][block];
+      float& h = grad_h[0][i * 2 + s_];
+      const Number past =
+          cell_backward<C::CELL>(Number(h + grad_y[i]), c, of_saved, Number(now[i]), Number(before[i]), of_gates);
+      const bool runs = mine.runs(m, s_, i, running);
+      h = runs ? value(past) : h, grad_c[i] = runs ? value(c) : grad_c[i];
+#pragma unroll
+      for (int block = 0; block < F; block++) of_units[i][block] = runs ? value(of_gates[block]) : 0;
     }
-    publish(gradients, mine.place(m, s_), grad, running);
-  }
-
-  // How many initial states a direction has.
-  static DEVICE int64_t states_of(const Parameters& s) {
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) return s.masks.states;
-    return s.sequences;
-  }
-
-  // Where a piece has begun: the gradients of its initial states leave, and those of the final states of the one before
-  // begin, if there is one.
-  static DEVICE void change_piece(const Parameters& s, const ThreadTile<C>& mine, int m, int s_, int begun, int before,
-                                  float (&grad_h)[1][kElements], float (&grad_c)[2]) {
-    float units[2] = {grad_h[0][s_], grad_h[0][2 + s_]};
-    mine.store_piece(s.grad_h_0, s, s.masks, begun, m, from_acc<T>(units));
-    if (kHasC<C::CELL>) mine.store_piece(s.grad_c_0, s, s.masks, begun, m, from_acc<T>(grad_c));
-    if (before < 0) return;
-    to_acc(mine.load_piece(s.grad_h_n, s, s.masks, before, m), units);
-    grad_h[0][s_] = units[0], grad_h[0][2 + s_] = units[1];
-    if (kHasC<C::CELL>) to_acc(mine.load_piece(s.grad_c_n, s, s.masks, before, m), grad_c);
-  }
-
-  // The gradients of the gates of two units, for all threads; zeros for a sequence that does not run.
-  static DEVICE void publish(Shared<T> gradients, int at, const float (&grad)[2][kMaxBlocks], bool runs) {
 #pragma unroll
-    for (int gate = 0; gate < G; gate++) {
-      const Pair<T> factors = runs ? MathPolicy::factors(grad[0][gate], grad[1][gate]) : Pair<T>{};
-      gradients.store_pair(at + gate * C::WIDTH, factors);
-    }
-  }
-
-  // The same where a mask multiplied h in the products.
-  static DEVICE void multiply_masked(const Parameters& s, const ThreadTile<C>& mine, const PackedWeights<C>& weights,
-                                     int m, Shared<T> gradients, int sequences, float (&grad_h)[1][kElements]) {
-    float products[1][kElements] = {};
-    multiply_all(weights, m, gradients, sequences, products);
-#pragma unroll
-    for (int s_ = 0; s_ < 2; s_++) {
-      const auto masked = mine.masks(s.masks, s, 0, m, s_);
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (i < mine.count(m, s_, sequences)) grad_h[0][i * 2 + s_] += masked.in_products(i, products[0][i * 2 + s_]);
+    for (int block = 0; block < F; block++) {
+      const float units[2] = {of_units[0][block], of_units[1][block]};
+      grad[block] = from_acc<T>(units);
     }
   }
 };

@@ -1,167 +1,109 @@
-// The forward pass of a single CTA.
+// The forward pass of a single CTA. From barrier to barrier: products, and beneath them what no other thread waits for,
+// which are the loads of the next step and the stores of the one before; then the cell, without branches; then the new
+// states.
 #pragma once
 #include "single_cta.cuh"
 
 namespace seqkernels::device {
 
+// Where a thread reads the gates of x, and writes y and what the backward pass needs, in one step.
+template <class C, int S>
+class ForwardPlace {
+ public:
+  using T = typename C::T;
+  static constexpr int G = C::G, K = saved_blocks_of(C::CELL), kGates = kSavedGates<C::CELL>;
+
+  DEVICE ForwardPlace(const ForwardArgs& s, const ThreadTile<C, S>& mine, int64_t row)
+      : mine_(mine),
+        hidden_(static_cast<int>(s.hidden)),
+        of_y_(s.directions * hidden_),
+        x_(Global<const T>(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
+           (mine.tile.direction() * s.rows + row + mine.lane.sequence) * G * hidden_ + mine.lane.unit),
+        y_(Global<T>(static_cast<T*>(s.y), s.rows * of_y_), place(s, row)),
+        saved_(Global<T>(static_cast<T*>(s.saved), s.rows * of_y_ * K),
+               place(s, row) * K - (K - 1) * int64_t{mine.lane.unit}),
+        saves_(s.saved) {}
+
+  DEVICE void load(int m, int s, int running, Pair<T> (&x)[G]) const {
+#pragma unroll
+    for (int gate = 0; gate < G; gate++)
+      x[gate] = load_units<C::EVEN>(x_, s * G * hidden_ + gate * hidden_ + m * kMmaRows, mine_.runs(m, s, 0, running),
+                                    mine_.runs(m, s, 1, running));
+  }
+  DEVICE void move_x(int rows) { x_.move(rows, G * hidden_); }
+
+  // saved: the gates.
+  DEVICE void store(int m, int s, int running, Pair<T> h, const float (&c)[2], const Pair<T>* saved) const {
+    const bool one = mine_.runs(m, s, 0, running), two = mine_.runs(m, s, 1, running);
+    store_units<C::EVEN>(y_, s * of_y_ + m * kMmaRows, h, one, two);
+    const int at = s * of_y_ * K + m * kMmaRows;
+#pragma unroll
+    for (int block = 0; block < kGates; block++)
+      store_units<C::EVEN>(saved_, at + block * hidden_, saved[block], one && saves_, two && saves_);
+    if (kHasC<C::CELL>)
+      store_units<C::EVEN>(saved_, at + (K - 1) * hidden_, from_acc<T>(c), one && saves_, two && saves_);
+  }
+  DEVICE void move_results(int rows) {
+    y_.move(rows, of_y_);
+    if (K > 0) saved_.move(rows, of_y_ * K);
+  }
+
+ private:
+  // Of y.
+  DEVICE int64_t place(const ForwardArgs& s, int64_t row) const {
+    return ((row + mine_.lane.sequence) * s.directions + mine_.tile.direction()) * hidden_ + mine_.lane.unit;
+  }
+
+  const ThreadTile<C, S>& mine_;
+  int hidden_, of_y_;
+  Cursor<const T> x_;
+  Cursor<T> y_, saved_;
+  bool saves_;
+};
+
 template <class C>
 struct SingleCtaForward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
-  using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedForwardArgs, ForwardArgs>>;
-  using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
-  using Step = typename Tile::Step;
-  static constexpr int G = C::G, M_TILES = C::M_TILES;
+  using Parameters = SingleCtaArgs<ForwardArgs>;
+  static constexpr int G = C::G, M_TILES = C::M_TILES, kGates = kSavedGates<C::CELL>;
+  // Whether results wait in registers for the next step's products, which take 16 bits of each.
+  static constexpr bool LATE = sizeof(T) == 2 && M_TILES == 1;
 
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
-    const ThreadTile<C> mine(s, tile);
-    const Arrays arrays(s, tile.direction());
     const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);
-
-    Pair<T> h[M_TILES][2];
-    float c[M_TILES][2][2], b_apart[M_TILES][2];
-    [[maybe_unused]] int piece[2] = {}, next_piece[2] = {};
-    load_states(s, mine, arrays, h, c, b_apart, piece);
-
-    // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
-    Pair<T> x[M_TILES][2][G];
-    Step now = tile.step(tile.prefetch(0)), next = tile.step(tile.prefetch(1));
-    const auto load = [&](int m, const Step& step) {
-#pragma unroll
-      for (int s_ = 0; s_ < 2; s_++)
-        arrays.load_gates(step.row + s_, m * kMmaRows, mine.lane, mine.count(m, s_, step.running), x[m][s_]);
-    };
-#pragma unroll
-    for (int m = 0; m < M_TILES; m++) load(m, now);
-    synchronize();
-
-    for (int64_t k = 0; k < tile.count(); k++) {
-      const Shared<T> before = mine.factors(k % 2), after = mine.factors((k + 1) % 2);
-      const typename Tile::Prefetched after_next = tile.prefetch(k + 2);
-      if constexpr (C::MASKED)
-        if (s.masks.pieces) mine.load_pieces(Pieces(s.masks, s, tile.direction()), next, next_piece);
-#pragma unroll
-      for (int m = 0; m < M_TILES; m++) {
-        // The accumulators start from the gates of x, whose registers then take those of the next step.
-        float sum[G][kElements], x_apart[kElements];
-        start(x[m], b_apart[m], sum, x_apart);
-        load(m, next);
-        // Add W h.
-        multiply_all(weights, m, before, now.running, sum);
-#pragma unroll
-        for (int s_ = 0; s_ < 2; s_++) {
-          run_step(s, mine, arrays, now, m, s_, sum, x_apart, piece[s_], next_piece[s_], h[m][s_], c[m][s_]);
-          after.store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
-        }
-      }
-#pragma unroll
-      for (int s_ = 0; C::MASKED && s_ < 2; s_++)
-        if (mine.lane.sequence + s_ < now.running) piece[s_] = next_piece[s_];
-      now = next, next = tile.step(after_next);
-      synchronize();
-    }
-
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) return;  // each has left its states
-    mine.each([&](int m, int s_) {
-      mine.store_state(s.h_n, m, s_, h[m][s_]);
-      if (kHasC<C::CELL>) mine.store_state(s.c_n, m, s_, from_acc<T>(c[m][s_]));
-    });
+    if (tile.sequences() <= kMaxTile / 2)
+      steps<1>(s, tile, weights);
+    else
+      steps<2>(s, tile, weights);
   }
 
-  // Adds the products of the first `sequences` sequences to `sum`.
+  // Adds the products of the first `sequences` sequences to `sum`; tensor cores in two chains for each gate, if a warp
+  // has the registers. What `beneath` does runs beneath them.
+  template <int S = 2, class Beneath = Nothing>
   static DEVICE void multiply_all(const PackedWeights<C>& weights, int m, Shared<T> h, int sequences,
-                                  float (&sum)[G][kElements]) {
-    for_sequences<MathPolicy>(sequences, [&](auto policy) {
-      Accumulators<decltype(policy), G> accumulators(sum);
-      weights.each(m,
-                   [&](int k_block, auto of) { accumulators.add(of, h, ThreadTile<C>::stride, k_block * C::k_width); });
-      accumulators.finish(sum);
+                                  float (&sum)[G][kElements], Beneath beneath = {}) {
+    if (!MathPolicy::pipelined) beneath();
+    for_sequences<MathPolicy, S>(sequences, [&](auto policy) {
+      Accumulators<decltype(policy), G, M_TILES == 1 ? 2 * G : 2> accumulators(sum);
+      const auto use = [&](int k_block, auto of) {
+        accumulators.add(of, h, ThreadTile<C>::stride, k_block * C::k_width);
+      };
+      if constexpr (MathPolicy::pipelined)
+        weights.each(m, use, beneath);
+      else
+        weights.each(m, use);
+      accumulators.template finish<S>(sum);
     });
-  }
-
- private:
-  // The initial states, which go to all threads, and the biases that stay apart.
-  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays,
-                                 Pair<T> (&h)[M_TILES][2], float (&c)[M_TILES][2][2], float (&b_apart)[M_TILES][2],
-                                 int (&piece)[2]) {
-    if constexpr (C::MASKED)
-      if (s.masks.pieces) mine.load_outermost(Pieces(s.masks, s, mine.tile.direction()), false, piece);
-    const auto load = [&](const void* array, int m, int s_) {
-      if constexpr (C::MASKED)
-        if (s.masks.pieces) return mine.load_piece(array, s, s.masks, piece[s_], m);
-      return mine.load_state(array, m, s_);
-    };
-    mine.each([&](int m, int s_) {
-      h[m][s_] = load(s.h_0, m, s_);
-      to_acc(load(s.c_0, m, s_), c[m][s_]);
-      if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
-      mine.factors(0).store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
-    });
-  }
-
-  // Activations of two units of a sequence, and what they yield: the new state, y, what the backward pass needs.
-  static DEVICE void run_step(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays, const Step& now,
-                              int m, int s_, const float (&sum)[G][kElements], const float (&x_apart)[kElements],
-                              int piece, int next_piece, Pair<T>& h, float (&c)[2]) {
-    float saved[2][kMaxBlocks], h_new[2], c_new[2] = {c[0], c[1]};
-    to_acc(h, h_new);
-    activate(sum, x_apart, s_, h_new, c_new, saved);
-    if constexpr (C::MASKED) apply_masks(s, mine, now, m, s_, saved, h, c, h_new, c_new);
-    // Sequences that have ended, or (backwards in time) not yet begun, keep their state.
-    if (mine.lane.sequence + s_ >= now.running) return;
-    const int present = mine.present[m];
-    zero_absent(h_new, present);
-    h = from_acc<T>(h_new), c[0] = c_new[0], c[1] = c_new[1];
-    arrays.store_y(now.row + s_, m * kMmaRows, mine.lane, present, h);
-    arrays.store_saved(now.row + s_, m * kMmaRows, mine.lane, present, saved, c_new);
-    if constexpr (C::MASKED)
-      if (s.masks.pieces && next_piece != piece) change_piece(s, mine, m, piece, next_piece, h, c);
-  }
-
-  // h of two units as products read it.
-  static DEVICE Pair<T> factors(const Parameters& s, const ThreadTile<C>& mine, int m, int s_, Pair<T> h) {
-    if constexpr (C::MASKED) {
-      float units[2];
-      to_acc(h, units);
-      const auto masked = mine.masks(s.masks, s, 0, m, s_);
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        if (i < mine.count(m, s_, mine.tile.sequences())) units[i] = masked.in_products(i, units[i]);
-      return MathPolicy::factors(from_acc<T>(units));
-    } else {
-      return MathPolicy::factors(h);
-    }
-  }
-
-  // What masks change about the states that a step gave two units of a sequence, if it runs.
-  static DEVICE void apply_masks(const Parameters& s, const ThreadTile<C>& mine, const Step& now, int m, int s_,
-                                 const float (&saved)[2][kMaxBlocks], Pair<T> h, const float (&c)[2], float (&h_new)[2],
-                                 float (&c_new)[2]) {
-    float h_before[2];
-    to_acc(h, h_before);
-    const auto masked = mine.masks(s.masks, s, now.row, m, s_);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      if (i < mine.count(m, s_, now.running)) masked.forward(i, saved[i], h_before[i], c[i], h_new[i], c_new[i]);
-  }
-
-  // Where a piece has ended: its states leave, and those of the next begin, if there is one.
-  static DEVICE void change_piece(const Parameters& s, const ThreadTile<C>& mine, int m, int ended, int next,
-                                  Pair<T>& h, float (&c)[2]) {
-    mine.store_piece(s.h_n, s, s.masks, ended, m, h);
-    if (kHasC<C::CELL>) mine.store_piece(s.c_n, s, s.masks, ended, m, from_acc<T>(c));
-    if (next < 0) return;
-    h = mine.load_piece(s.h_0, s, s.masks, next, m);
-    if (kHasC<C::CELL>) to_acc(mine.load_piece(s.c_0, s, s.masks, next, m), c);
   }
 
   // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.
-  static DEVICE void start(const Pair<T> (&x)[2][G], const float (&b_apart)[2], float (&sum)[G][kElements],
+  template <int S>
+  static DEVICE void start(const Pair<T> (&x)[S][G], const float (&b_apart)[2], float (&sum)[G][kElements],
                            float (&x_apart)[kElements]) {
 #pragma unroll
-    for (int s_ = 0; s_ < 2; s_++)
+    for (int s_ = 0; s_ < S; s_++)
 #pragma unroll
       for (int gate = 0; gate < G; gate++) {
         float units[2];
@@ -175,16 +117,97 @@ struct SingleCtaForward : C {
       }
   }
 
-  // The step of two units of a sequence; h and c change in place.
-  static DEVICE void activate(const float (&sum)[G][kElements], const float (&x_apart)[kElements], int s_,
-                              float (&h)[2], float (&c)[2], float (&saved)[2][kMaxBlocks]) {
+ private:
+  // Of tiles in which a lane has up to S sequences.
+  template <int S>
+  static DEVICE void steps(const Parameters& s, const Tile& tile, const PackedWeights<C>& weights) {
+    const ThreadTile<C, S> mine(s, tile);
+    Pair<T> h[M_TILES][S], x[M_TILES][S][G], saved[M_TILES][S][kGates + 1];
+    float c[M_TILES][S][2], b_apart[M_TILES][2];
+    load_states(s, mine, h, c, b_apart);
+
+    Walk<1> walk(s, tile, false);
+    ForwardPlace<C, S> place(s, mine, walk.row());
+    mine.each([&](int m, int s_) { place.load(m, s_, walk.running(), x[m][s_]); });
+    const auto store = [&](int running) {
+      mine.each([&](int m, int s_) { place.store(m, s_, running, h[m][s_], c[m][s_], saved[m][s_]); });
+    };
+    synchronize();
+
+    float sum[M_TILES][G][kElements] = {}, x_apart[M_TILES][kElements];  // of other sequences than S always 0
+    int ran = 0, moved = 0;                                              // in the step before
+    for (int buffer = 0; walk.any(); buffer ^= 1, walk.advance()) {
+      const int running = walk.running();
+      walk.fetch();
+      place.move_x(walk.rows());
+#pragma unroll
+      for (int m = 0; m < M_TILES; m++) {
+        start<S>(x[m], b_apart[m], sum[m], x_apart[m]);
+        multiply_all<S>(weights, m, mine.factors(buffer), running, sum[m], [&] {
+          mine.each([&](int of, int s_) {
+            if (of == m) place.load(m, s_, walk.running(1), x[m][s_]);
+          });
+          if (LATE) store(ran), place.move_results(moved);
+        });
+#pragma unroll
+        for (int s_ = 0; s_ < S; s_++) {
+          activate(mine, m, s_, running, sum[m], x_apart[m], h[m][s_], c[m][s_], saved[m][s_]);
+          mine.factors(buffer ^ 1).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+        }
+      }
+      if (!LATE) store(running), place.move_results(walk.rows());
+      ran = running, moved = walk.rows();
+      synchronize();
+    }
+    if (LATE) store(ran);
+    mine.each([&](int m, int s_) {
+      mine.store_state(s.h_n, m, s_, h[m][s_]);
+      if (kHasC<C::CELL>) mine.store_state(s.c_n, m, s_, from_acc<T>(c[m][s_]));
+    });
+  }
+
+  // The initial states, which go to all threads, and the biases that stay apart.
+  template <int S>
+  static DEVICE void load_states(const Parameters& s, const ThreadTile<C, S>& mine, Pair<T> (&h)[M_TILES][S],
+                                 float (&c)[M_TILES][S][2], float (&b_apart)[M_TILES][2]) {
+    const ForwardArrays<C::CELL, T, C::EVEN> arrays(s, mine.tile.direction());
+    mine.clear_others(1);
+    mine.each([&](int m, int s_) {
+      h[m][s_] = mine.load_state(s.h_0, m, s_);
+      to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
+      if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
+      mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
+    });
+  }
+
+  // The step of two units of a sequence; h and c change in place, unless the sequence does not run: it has ended, or
+  // (backwards in time) not yet begun. Nor do those of units that the layer does not have: their weights are zero, but
+  // zero times infinity is NaN, which would reach all units through the next product.
+  template <int S>
+  static DEVICE void activate(const ThreadTile<C, S>& mine, int m, int s_, int running,
+                              const float (&sum)[G][kElements], const float (&x_apart)[kElements], Pair<T>& h,
+                              float (&c)[2], Pair<T> (&saved)[kGates + 1]) {
+    using Number = cell_t<T>;
+    Number of_units[2][kMaxBlocks];
+    float h_new[2];
+    to_acc(h, h_new);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      float x_i[G] = {}, of_h[G];
-      if (stays_apart<C::CELL>(G - 1)) x_i[G - 1] = x_apart[i * 2 + s_];
+      Number x[G], of_h[G], h_i = h_new[i], c_i = c[i];
 #pragma unroll
-      for (int gate = 0; gate < G; gate++) of_h[gate] = sum[gate][i * 2 + s_];
-      cell_forward<C::CELL>(x_i, of_h, h[i], c[i], saved[i]);
+      for (int gate = 0; gate < G; gate++) {
+        x[gate] = stays_apart<C::CELL>(gate) ? x_apart[i * 2 + s_] : -0.0f;  // to which anything can be added
+        of_h[gate] = sum[gate][i * 2 + s_];
+      }
+      cell_forward<C::CELL>(x, of_h, h_i, c_i, of_units[i]);
+      const bool runs = mine.runs(m, s_, i, running);
+      h_new[i] = runs ? value(h_i) : h_new[i], c[i] = runs ? value(c_i) : c[i];
+    }
+    h = from_acc<T>(h_new);
+#pragma unroll
+    for (int block = 0; block < kGates; block++) {
+      const float units[2] = {value(of_units[0][block]), value(of_units[1][block])};
+      saved[block] = from_acc<T>(units);
     }
   }
 };

@@ -5,6 +5,11 @@
 
 namespace seqkernels::device {
 
+// What runs beneath products where nothing does.
+struct Nothing {
+  DEVICE void operator()() const {}
+};
+
 // The fragments of a thread of a single CTA, in groups: one of each gate, for a k-block of columns and one of the tiles
 // of 16 rows that the warp takes; group i is k-block i / M_TILES of tile i % M_TILES. C::layout says how many groups
 // are in registers; so many of the others are in shared memory, and the rest is read again in every step from global
@@ -32,11 +37,24 @@ class PackedWeights {
         shared_.store_vec16(((i - resident) * group_vec16s + at) * 4, all_.load(i * group_vec16s + at));
   }
 
-  // use(k_block, of) for all k-blocks of a tile of 16 rows: of(gate) is a fragment.
-  template <class Use>
-  DEVICE void each(int m_tile, Use use) const {
+  // use(k_block, of) for all k-blocks of a tile of 16 rows: of(gate) is a fragment. What `beneath` does, it does once,
+  // behind the first products whose weights are in registers.
+  template <class Use, class Beneath = Nothing>
+  DEVICE void each(int m_tile, Use use, Beneath beneath = {}) const {
 #pragma unroll
-    for (int i = m_tile; i < resident; i += M_TILES) use(i / M_TILES, [&](int gate) { return resident_[i][gate]; });
+    for (int i = m_tile; i < resident; i += M_TILES) {
+      use(i / M_TILES, [&](int gate) { return resident_[i][gate]; });
+      if (i == m_tile) beneath();
+    }
+    if (m_tile >= resident) beneath();
+    if constexpr (resident == groups) return;
+    if constexpr (C::MathPolicy::pipelined && groups - resident <= 4)
+      if (end_of_shared_ == groups) {
+#pragma unroll
+        for (int i = 0; i < groups; i++)
+          if (i >= resident && i % M_TILES == m_tile) use(i / M_TILES, [&](int gate) { return from_shared(i, gate); });
+        return;
+      }
     int i = (resident + M_TILES - 1 - m_tile) / M_TILES * M_TILES + m_tile;
 #pragma unroll 1
     for (; i < end_of_shared_; i += M_TILES) use(i / M_TILES, [&](int gate) { return from_shared(i, gate); });

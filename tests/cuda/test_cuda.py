@@ -207,9 +207,11 @@ def test_no_order_of_threads_changes_a_bit(cell, name, emulator):
     [(False, 0), (False, 2), (True, 1)],
     ids=["before the first step", "a step forward", "a step backward"],
 )
+@pytest.mark.parametrize(("sequences", "dtype"), [(3, torch.float32), (7, torch.bfloat16)])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_missing_barrier_is_caught(cell, backward, barrier, seed, emulator):
-    call = Call(cell, 1, 3, 4, 40, dtype=torch.float32)
+def test_a_missing_barrier_is_caught(cell, sequences, dtype, backward, barrier, seed, emulator):
+    """A lane has one of 3 sequences, or two of 7."""
+    call = Call(cell, 1, sequences, 4, 40, dtype=dtype)
     forward, back = by_path(SINGLE_CTA)
     emulator.seed(seed)
     passes = (

@@ -115,6 +115,25 @@ class Global {
   int64_t count_;
 };
 
+template <class T>
+class Cursor {
+ public:
+  Cursor(Global<T> array, int64_t i) : array_(array), at_(i) {}
+  void move(int rows, int row) { at_ += int64_t{rows} * row; }
+  T load(int i) const { return array_.load(at_ + i); }
+  Pair<std::remove_const_t<T>> load_pair(int i) const { return array_.load_pair(at_ + i); }
+  void store(int i, T value, bool stored) const {
+    if (stored) array_.store(at_ + i, value);
+  }
+  void store_pair(int i, Pair<T> pair, bool stored) const {
+    if (stored) array_.store_pair(at_ + i, pair);
+  }
+
+ private:
+  Global<T> array_;
+  int64_t at_;
+};
+
 class Mbarrier {
  public:
   explicit Mbarrier(int byte) : byte_(byte) {}
@@ -262,6 +281,11 @@ inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 inline float tanh(float x) { return std::tanh(x); }
 inline double tanh(double x) { return std::tanh(x); }
+// As wrong as PTX allows, in either direction.
+inline float approximate_tanh(float x) {
+  const float result = std::tanh(x), wrong = result * (bits(x) * 0x9e3779b9u >> 31 ? 1 + 0x1p-11f : 1 - 0x1p-11f);
+  return std::abs(wrong) > 1 ? std::copysign(1.0f, wrong) : wrong;
+}
 inline float square_root(float x) { return std::sqrt(x); }
 inline double square_root(double x) { return std::sqrt(x); }
 
