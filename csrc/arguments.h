@@ -1,6 +1,7 @@
 // The arguments of the operators as native backends name them, and how a layer's part of them is found.
 #pragma once
 #include <iterator>
+#include <string_view>
 
 #include "layer.h"
 #include "tensors.h"
@@ -18,13 +19,13 @@
 
 namespace seqkernels {
 
-inline Cell cell_of(const std::string& name) {
+inline Cell cell_of(std::string_view name) {
+  for (const Cell cell : kCells)
+    if (name == name_of(cell)) return cell;
   std::string known;
   const Cell last = *(std::end(kCells) - 1);
-  for (const Cell cell : kCells) {
-    if (name == name_of(cell)) return cell;
+  for (const Cell cell : kCells)
     known += (cell == kCells[0] ? "" : cell == last ? " and " : ", ") + std::string(name_of(cell));
-  }
   fail("unknown cell '", name, "'; the cells are ", known);
 }
 

@@ -34,6 +34,7 @@ struct Layer {
   int bfloat16_parts;          // of float32: factors may be sums of so many bfloat16, where that pays; 0: may not
   bool int8_products;          // fours of int8
   bool int8_tiles;             // and tiles of them
+  bool as_among_others;        // few rows get the bits that they have in a call of more
   const int64_t* batch_sizes;  // [T] running sequences, never rising, none zero
   const int64_t* offsets;      // [T] first row of each step
   const int64_t* pieces;       // [N] the state that is each row's, or null: sequence b has state b

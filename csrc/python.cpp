@@ -1,6 +1,4 @@
 // The Python module seqkernels._C. Importing it registers the operators of cpu/ops.cpp.
-#include <Python.h>
-
 #include <chrono>
 #include <numeric>
 
@@ -8,35 +6,9 @@
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cuda/plan.h"
+#include "direct.h"
 #include "names.h"
-
-// What is Python's here is weak, so that a C++ program without Python can load the library for its operators: there
-// these names are nothing, and nobody calls the functions that need them.
-#pragma weak PyArg_ParseTuple
-#pragma weak PyArg_ParseTupleAndKeywords
-#pragma weak PyBytes_AsString
-#pragma weak PyDict_SetItemString
-#pragma weak PyErr_Format
-#pragma weak PyErr_Occurred
-#pragma weak PyExc_ValueError
-#pragma weak PyFloat_FromDouble
-#pragma weak PyList_Append
-#pragma weak PyList_New
-#pragma weak PyLong_AsLong
-#pragma weak PyLong_FromLongLong
-#pragma weak PyModule_AddObject
-#pragma weak PyModule_Create2
-#pragma weak PyObject_IsTrue
-#pragma weak PyTuple_GetItem
-#pragma weak PyTuple_New
-#pragma weak PyTuple_SetItem
-#pragma weak PyTuple_Size
-#pragma weak PyUnicode_AsUTF8String
-#pragma weak PyUnicode_FromFormat
-#pragma weak PyUnicode_FromString
-#pragma weak Py_BuildValue
-#pragma weak _Py_Dealloc
-#pragma weak _Py_NoneStruct
+#include "python_api.h"
 
 using namespace seqkernels;
 
@@ -164,6 +136,10 @@ static PyObject* cuda_candidates(PyObject*, PyObject* none, PyObject* arguments)
   return found;
 }
 
+static PyCFunction of_many(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
 static PyMethodDef methods[] = {
     {"isa", isa, METH_NOARGS, "The instruction set in use."},
     {"force_isa", force_isa, METH_O, "Use another instruction set (for tests). ValueError if it does not run here."},
@@ -177,6 +153,10 @@ static PyMethodDef methods[] = {
      "cuda_candidates(*, cell, hidden, projected, dtype, tf32, directions, sequences, target, shared_memory, "
      "multiprocessors, clusters, backward, masked, layer_norm): all ways to run a pass on a GPU, and what speaks "
      "against them (csrc/cuda/plan.h)."},
+    {"connect", of_many(direct::connect), METH_FASTCALL, direct::kConnect},
+    {"forward", of_many(direct::forward), METH_FASTCALL, direct::kForward},
+    {"backward", of_many(direct::backward), METH_FASTCALL, direct::kBackward},
+    {"layer", of_many(direct::layer), METH_FASTCALL, direct::kLayer},
     {nullptr, nullptr, 0, nullptr},
 };
 

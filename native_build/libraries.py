@@ -23,6 +23,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 OF_EACH_SET = ("forward", "masked", "backward", "layer_norm", "quantized", "kernels")
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+LIMITED = "-DPy_LIMITED_API=0x030a0000"
 CUDA_HOST_SOURCES = ("ops", "ops_layer_norm", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
 
 
@@ -56,7 +57,8 @@ def cpu_library(includes: str) -> Library:
     objects += [
         Object("csrc/cpu/ops.cpp", "ops.o", f"{includes} {STABLE}"),
         Object("csrc/cpu/ops_layer_norm.cpp", "ops_layer_norm.o", f"{includes} {STABLE}"),
-        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} -DPy_LIMITED_API=0x030a0000"),
+        Object("csrc/python.cpp", "python.o", f"{includes} {STABLE} {LIMITED}"),
+        Object("csrc/direct.cpp", "direct.o", f"{includes} {STABLE} {LIMITED}"),
         Object("csrc/cpu/isa.cpp", "isa.o", ""),
         Object("csrc/cpu/schedule.cpp", "schedule.o", ""),
         Object("csrc/cpu/pieces.cpp", "pieces.o", f"{includes} {STABLE}"),

@@ -4,6 +4,8 @@ torch.nn's RNN and GRU allow it where they keep a copy of what they return. We k
 itself, and where it was changed, y is computed once more.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,17 @@ class Changes:
     def __init__(self, tensor: Tensor) -> None:
         with torch._C._DisableTorchDispatch():  # so that modes see what a call computes, and not this
             self._alias = tensor.detach()  # which has the version counter of the tensor, and no reference to it,
-            self._alias.data = tensor.new_empty(0)  # also with other memory
+            self._alias.data = _no_memory(tensor.dtype, tensor.device)  # also with other memory
         self._before = self._alias._version
 
     def any(self) -> bool:
         return self._alias._version != self._before
+
+
+@functools.cache
+def _no_memory(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 def kept(y: Tensor) -> tuple[Changes | None, Tensor]:

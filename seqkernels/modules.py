@@ -194,6 +194,8 @@ class _Recurrent(drop_in.Layer):
         """
         if self.bidirectional:
             raise ValueError("a bidirectional layer has no step: its second direction begins at the end of a stream")
+        if results := plain_calls.run(self, input, state, one_step=True):
+            return results if out is None else streaming.write(out, *results)
         if self.learn_initial_state and state is None:
             state = states.initial(self, input, batched=2)
         y, new = streaming.step(

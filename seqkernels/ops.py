@@ -54,7 +54,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seqkernels import batching, double_backward, flops, inplace, ranges
+from seqkernels import batching, direct, double_backward, flops, inplace, ranges
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends import autocast, cuda, cudnn, side_by_side, stack, torch_eager, triton
 from seqkernels.backends.call import Call
@@ -142,7 +142,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.mark_non_differentiable(*((c_n, saved) if c_0 is None else (saved,)))
     ctx.cell, ctx.save, ctx.launch, ctx.layers = cell, save, launch, layers
     ctx.has_pieces = pieces is not None
-    ctx.changes = None
+    ctx.changes = ctx.batch_first = None
     if save:
         ctx.changes, y = inplace.kept(y)
     else:
@@ -153,13 +153,18 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
     x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
+    if ctx.batch_first is not None:
+        x, y, grad_y = (None if t is None else rows_of(t, ctx.batch_first) for t in (x, y, grad_y))
     operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
     if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes, pieces):
         y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, pieces, saved)
     of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers, pieces
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    grads = operator(*args) if differentiated else _below_autograd(operator, *args)
+    if differentiated:
+        grads = operator(*args)
+    else:
+        grads = (ctx.save and direct.backward(backend, args)) or _below_autograd(operator, *args)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
     if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes, pieces):
         # Nobody has read h of the last layer, so that its projection w_hr has had no part in anything: no gradient, as
@@ -285,20 +290,48 @@ class _Recurrence(torch.autograd.Function):
     """The registered autograd formula without torch.library's way to it, which costs 40 us a call."""
 
     @staticmethod
-    def forward(ctx, backend, save, launch, layers, pieces, cell, x, h_0, c_0, batch_sizes, *weights):
-        args = cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces
-        output = _below_autograd(_FORWARD[backend], *args)
-        _save_for_backward(ctx, args, output)
-        ctx.backend = backend
+    def forward(ctx, backend, save, launch, layers, pieces, batch_first, cell, x, h_0, c_0, batch_sizes, *weights):
+        rows = x if batch_first is None else rows_of(x, batch_first)
+        options = save, launch, layers, pieces
+        y, *others = _forward_alone(backend, (cell, rows, list(weights), h_0, c_0, batch_sizes, *options))
+        if batch_first is not None:
+            y = padded(y, x.shape, batch_first).data  # no view, as those of several results must not be changed
+        output = y, *others
+        _save_for_backward(ctx, (cell, x, weights, h_0, c_0, batch_sizes, *options), output)
+        ctx.backend, ctx.batch_first, ctx.shape = backend, batch_first, x.shape
         return output
 
     @staticmethod
     def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
-        needs = ctx.needs_input_grad
+        needs, batch_first = ctx.needs_input_grad, ctx.batch_first
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[6], any(needs[10:])
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
         )
-        return None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+        if batch_first is not None and grad_x is not None:
+            grad_x = padded(grad_x, ctx.shape, batch_first)
+        return None, None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
+
+
+# Past what Function.apply does for torch.func, which is not at work where this is called.
+_apply = super(torch.autograd.Function, _Recurrence).apply
+
+
+def rows_of(x: Tensor, batch_first: bool) -> Tensor:
+    """Of a padded batch ``[T, B, I]`` (with batch_first ``[B, T, I]``), the rows ``[N, I]``."""
+    return (x.transpose(0, 1) if batch_first else x).flatten(0, 1)
+
+
+def padded(rows: Tensor, like: Sequence[int], batch_first: bool) -> Tensor:
+    """The other way round, of any features; `like`: the shape of the batch."""
+    first, second = like[:2]
+    if batch_first:
+        return rows.view(second, first, rows.shape[1]).transpose(0, 1)
+    return rows.view(first, second, rows.shape[1])
+
+
+def _forward_alone(backend: str, args: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A forward pass that nobody differentiates."""
+    return direct.forward(backend, args) or _below_autograd(_FORWARD[backend], *args)
 
 
 def _below_autograd(operator, *args):
@@ -347,11 +380,20 @@ def _run(backend: str, wanted: bool, args: Sequence) -> tuple[Tensor, Tensor, Te
     if torch._C._are_functorch_transforms_active():
         return batching.forward_of_level(_members_of(backend, wanted), *args)
     if not wanted:
-        return _below_autograd(_FORWARD[backend], *args)
+        return _forward_alone(backend, args)
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError("torch.jit.trace records no gradients of ours: trace under no_grad, or torch.export")
     cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces = args
-    return _Recurrence.apply(backend, save, launch, layers, pieces, cell, x, h_0, c_0, batch_sizes, *weights)
+    return _apply(backend, save, launch, layers, pieces, None, cell, x, h_0, c_0, batch_sizes, *weights)
+
+
+def of_padded(
+    plan: Plan, call: Call, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None, batch_first: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `recurrence_forward` with gradients, where nobody else takes part: of a padded batch, and y like it, which
+    spares autograd the nodes of the views between batch and rows."""
+    options = True, plan.launch, call.layers, None
+    return _apply(plan.backend, *options, batch_first, call.cell, x, h_0, c_0, None, *weights)[:3]
 
 
 @functools.cache

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, hardware, late_checks, modes, ops, select
+from seqkernels import checks, direct, hardware, late_checks, modes, ops, ranges, select
+from seqkernels.backends import cpu
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -23,44 +24,76 @@ if TYPE_CHECKING:
     from seqkernels.modules import _Recurrent
 
 
-def run(layer: "_Recurrent", input: Tensor | PackedSequence, hx: State | None) -> tuple[Tensor, State] | None:
-    """What a layer gives for input ``[T, B, I]`` (with batch_first ``[B, T, I]``); None: it has to go the long way."""
+def run(
+    layer: "_Recurrent", input: Tensor | PackedSequence, hx: State | None, one_step: bool = False
+) -> tuple[Tensor, State] | None:
+    """What a layer gives for input ``[T, B, I]`` (with batch_first ``[B, T, I]``), or for one step ``[B, I]`` of a
+    stream; None: it has to go the long way."""
     if torch.compiler.is_compiling() or type(input) is not Tensor or _does_more(layer) or _is_watched():
         return None
     weights = layer._weights()
-    if not (input.is_cpu and input.dim() == 3 and input.numel() and input.dtype == weights[0].dtype) or input.is_nested:
+    cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
+    if (
+        input.is_nested
+        or input.dim() != (2 if one_step else 3)
+        or len(weights) != layer.num_layers * directions * _each(layer)
+    ):
         return None
-    late_checks.look()
-    cell, directions, size = layer.mode.lower(), 2 if layer.bidirectional else 1, layer.hidden_size
-    time_major = input.transpose(0, 1) if layer.batch_first else input
-    steps, sequences, features = time_major.shape
-    count, projected = layer.num_layers * directions, layer.proj_size
-    shapes = [(count, sequences, projected or size), (count, sequences, size)][: CELLS[cell].states]
-    states: Sequence[Tensor]
-    if hx is None:
-        states = [input.new_zeros(shape) for shape in shapes]
-    else:
-        states = hx if len(shapes) == 2 and isinstance(hx, (tuple, list)) else (hx,)  # type: ignore[assignment]
-        if [state.shape if type(state) is Tensor else None for state in states] != shapes:
+    states: tuple[Tensor, ...] = ()
+    if hx is not None:
+        states = tuple(hx) if CELLS[cell].states == 2 and isinstance(hx, (tuple, list)) else (hx,)  # type: ignore[assignment]
+        if len(states) != CELLS[cell].states or any(type(state) is not Tensor for state in states):
             return None
-    if len(weights) != count * ((4 if layer.bias else 2) + (projected > 0)) or checks.any_expanded(weights):
-        return None
-    wanted = modes.wants_gradients(input, *states, *weights)
-    if wanted and layer.num_layers > 1:  # some of which may be frozen
-        return None
-    h_0, c_0 = states[0], states[1] if len(states) == 2 else None
-    rows = time_major.reshape(steps * sequences, features)
+    late_checks.look()
     parts = hardware.bfloat16_parts(input.device, input.dtype) if hardware.THIS_MACHINE.splits_float32 else 0
     facts = cell, input.dtype, layer.num_layers, directions, parts
     try:
         plan, call = _planned(*facts, layer.backend, hardware.THIS_MACHINE)
-        if plan.backend != "cpu":  # what others are told depends on sizes
-            return None
-        y, h_n, c_n = ops.recurrence_forward(plan, call, rows, weights, h_0, c_0, None, wanted)
+    except ValueError:
+        return None
+    if plan.backend != "cpu" or (torch.is_grad_enabled() and checks.any_expanded(weights)):
+        return None
+    if modes.wants_gradients(input, *states, *weights):
+        return None if one_step else _with_gradients(layer, plan, call, input, states, weights)
+    launch = cpu.as_among_others(plan.launch) if one_step else plan.launch
+    sizes = directions, layer.hidden_size, layer.proj_size
+    found = direct.layer(cell, input, states, weights, layer.num_layers, *sizes, layer.batch_first, launch)
+    if not found:
+        return None
+    y, h_n, *c_n = found
+    return y, (h_n, *c_n) if c_n else h_n  # type: ignore[return-value]
+
+
+def _with_gradients(
+    layer: "_Recurrent",
+    plan: select.Plan,
+    call: Call,
+    input: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, State] | None:
+    if layer.num_layers > 1:  # some of which may be frozen
+        return None
+    if not (input.is_cpu and input.numel() and input.dtype == weights[0].dtype):
+        return None
+    sequences, size = input.shape[0 if layer.batch_first else 1], layer.hidden_size
+    shapes = [(call.directions, sequences, layer.proj_size or size), (call.directions, sequences, size)]
+    shapes = shapes[: CELLS[call.cell].states]
+    if not states:
+        states = [input.new_zeros(shape) for shape in shapes]
+    elif [state.shape for state in states] != shapes:
+        return None
+    h_0, c_0 = states[0], states[1] if len(states) == 2 else None
+    try:
+        y, h_n, c_n = ops.of_padded(plan, call, input, weights, h_0, c_0, layer.batch_first)
     except (RuntimeError, ValueError):
         return None
-    y = y.view(steps, sequences, y.shape[1])
-    return y.transpose(0, 1) if layer.batch_first else y, h_n if c_0 is None else (h_n, c_n)
+    return y, h_n if c_0 is None else (h_n, c_n)
+
+
+def _each(layer: "_Recurrent") -> int:
+    """How many weights a direction has."""
+    return (4 if layer.bias else 2) + (layer.proj_size > 0)
 
 
 def _does_more(layer: "_Recurrent") -> bool:
@@ -69,8 +102,8 @@ def _does_more(layer: "_Recurrent") -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether somebody takes part in the call: a transform, a trace, the log."""
-    return modes.transformed() or torch._C._get_tracing_state() is not None or select.logs()
+    """Whether somebody takes part in the call: a mode, a transform, a trace, autocast, a profiler, the log."""
+    return not direct.unseen() or torch.autograd.forward_ad._current_level >= 0 or ranges.ON or select.logs()
 
 
 @functools.lru_cache(256)

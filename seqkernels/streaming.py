@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seqkernels import checks, functional, onnx_export, with_options
+from seqkernels.backends import cpu
 from seqkernels.cell_options import DROPOUTS, CellOptions
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare
@@ -49,7 +50,9 @@ def step(
     inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1, bias=bias, blocks=blocks)
     plan = functional.plan_of(inputs, parts, backend)
     sequences = inputs.rows.sequences
-    if plan.backend == "cpu" and sequences <= FEW_ROWS:
+    if plan.backend == "cpu" and parts is None:
+        plan = plan._replace(launch=cpu.as_among_others(plan.launch))
+    elif plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
     y, h, c = functional.run(plan, inputs, weights, dropout, recompute, parts)
     y, h, c = y[:sequences], h[:, :sequences], c[:, :sequences]

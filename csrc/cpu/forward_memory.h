@@ -19,14 +19,17 @@ enum class WeightsUsed {
 };
 constexpr int64_t kFewRows = 8;
 
+// They may be multiplied in an order of their own.
+inline bool has_few_rows(const Layer& p) { return p.rows <= kFewRows && !p.as_among_others; }
+
 // Whether factors of float32 become bfloat16, for tiles. Few rows wait for the weights, not for products.
 inline bool splits_for_tiles(const Layer& p) {
-  return p.bfloat16_parts && p.bfloat16_tiles && p.scalar == Scalar::float32 && p.rows > kFewRows;
+  return p.bfloat16_parts && p.bfloat16_tiles && p.scalar == Scalar::float32 && !has_few_rows(p);
 }
 
 template <class F>
 WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule, bool by_tiles) {
-  if (p.rows <= kFewRows) return WeightsUsed::by_rows;
+  if (has_few_rows(p)) return WeightsUsed::by_rows;
   const int64_t lanes = vectors_of<Sum<F>>(schedule.max_sequences) * kLanes<Sum<F>>;
   return !by_tiles && p.steps * lanes <= kRowsOnce ? WeightsUsed::by_turned : WeightsUsed::packed;
 }

@@ -1,15 +1,14 @@
 // The operators of the CPU backend: checks, allocation, sharing the work among threads.
-#include <tuple>
+#include "ops.h"
 
-#include "../mask_arguments.h"
 #include "../names.h"
 #include "isa.h"
 #include "passes.h"
 #include "quantized_arguments.h"
 
-namespace {
+namespace seqkernels {
 
-using namespace seqkernels;
+namespace {
 
 // A pass over all layers, of every member of an ensemble where there is one, on as many threads as torch uses.
 // set(p, member, i) points p to what the i-th layer that runs takes and gives.
@@ -56,16 +55,12 @@ void* of_member(Tensor& tensor, int64_t member, int64_t members, int64_t element
   return data ? static_cast<char*>(data) + first * static_cast<int64_t>(tensor.element_size()) : nullptr;
 }
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-// `launch` [1], of both passes: Layer::bfloat16_parts (seqkernels/backends/cpu.py).
-using Launch = std::vector<int64_t>;
-
 // How products are to be made: as the machine can, and the plan of the call allows.
 void set_products(Layer& p, const Launch& launch) {
   p.bfloat16_products = bfloat16_products();
   p.bfloat16_tiles = bfloat16_tiles();
   p.bfloat16_parts = launch.empty() ? 0 : static_cast<int>(launch[0]);
+  p.as_among_others = launch.size() > 1 && launch[1];
 }
 
 // What one layer with options has besides; none of them of a plain one.
@@ -74,8 +69,10 @@ void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
   masks.set(p);
 }
 
+}  // namespace
+
 Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,
-                const MaskArguments& masks = {}) {
+                const MaskArguments& masks) {
   LayerForward p{};
   CheckedArguments arguments(p, given, CheckOptions{}.with(pieces, given.batch_sizes));
   arguments.set_pieces(p, pieces);
@@ -110,6 +107,8 @@ Forward forward(const StackArguments& given, bool save, const Launch& launch, co
   return {y, h_n, c_n, saved};
 }
 
+namespace {
+
 // Results for the gradients of the weights of all layers.
 Tensors allocate_grad_weights(const LayerBackward& p, const Tensors& weights, const Shape& unwanted, bool wanted) {
   Tensors grads;
@@ -136,10 +135,10 @@ void set_grad_weights(LayerBackward& p, int64_t layers, int64_t layer, Tensors& 
   }
 }
 
-using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
+}  // namespace
 
 Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
-                  const Launch& launch, const Optional& pieces, const MaskArguments& masks = {}) {
+                  const Launch& launch, const Optional& pieces, const MaskArguments& masks) {
   LayerBackward p{};
   CheckedArguments arguments(p, given, CheckOptions{}.with(pieces, given.batch_sizes));
   arguments.set_pieces(p, pieces);
@@ -172,6 +171,12 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
   run<LayerBackward>(p, M, L, {kernels().backward_bytes, kernels().backward}, set);
   return {grad_x, grad_weights, grad_h_0, grad_c_0};
 }
+
+}  // namespace seqkernels
+
+namespace {
+
+using namespace seqkernels;
 
 template <bool ensemble>
 Forward recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,

@@ -40,6 +40,12 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
     return (parts,) if parts else ()
 
 
+def as_among_others(launch: tuple[int, ...]) -> tuple[int, int]:
+    """[2]: the same, of few rows that get the bits which they would have in a call of more: products of few rows alone
+    are added up in another order."""
+    return (*(launch or (0,)), 1)  # type: ignore[return-value]
+
+
 def kernel(call: Call, machine: Machine) -> str:
     parts = _bfloat16_parts(call, machine)
     return machine.isa + (f", float32 multiplied as {('one', 'two')[parts - 1]} bfloat16" if parts else "")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from cases import CELLS
 from operators import NO_CPU_KERNELS
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import seqkernels as sk
-from seqkernels import functional, plain_calls
+from seqkernels import direct, functional, plain_calls
 from seqkernels.backends.cells import CELLS as FACTS
 
 pytestmark = pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=str(NO_CPU_KERNELS))
@@ -81,7 +83,7 @@ def test_results_are_the_long_ways(cell, options, gradients, long_calls, monkeyp
             short = outcome(layer, x, hx)
             assert len(long_calls) - before == (layer.recompute or (gradients and layer.num_layers > 1))
             with monkeypatch.context() as patched:
-                patched.setattr(plain_calls, "run", lambda *_: None)
+                patched.setattr(plain_calls, "run", lambda *_, **__: None)
                 assert_same(short, outcome(layer, x, hx))
 
 
@@ -119,7 +121,7 @@ def test_errors_are_the_long_ways(cell, name, gradients, monkeypatch):
     layer, x, found = layer_of(cell), torch.randn(5, 3, 4), []
     for short in (True, False):
         if not short:
-            monkeypatch.setattr(plain_calls, "run", lambda *_: None)
+            monkeypatch.setattr(plain_calls, "run", lambda *_, **__: None)
         with torch.set_grad_enabled(gradients):
             found.append(outcome(layer, *WRONG[name](x.clone())))
     assert_same(*found)
@@ -150,7 +152,7 @@ def test_what_has_changed_since_the_last_call_counts(name, monkeypatch):
             layer(x)
             CHANGES[name](layer)
             short = outcome(layer, x)
-            monkeypatch.setattr(plain_calls, "run", lambda *_: None)
+            monkeypatch.setattr(plain_calls, "run", lambda *_, **__: None)
             assert_same(short, outcome(layer, x))
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -167,6 +169,93 @@ def test_whoever_watches_sees_the_long_way(long_calls, caplog):
     layer(x, return_all_states=True)
     layer(x.view(5, 12)[:, :4])  # one sequence
     assert len(long_calls) >= 4 and "cpu" in caplog.text
+
+
+class Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("mode", [Functions, Operations, torch.profiler.profile])
+def test_modes_and_profilers_see_the_operator(mode, gradients):
+    layer, x = layer_of("gru"), torch.randn(5, 3, 4)
+    with torch.set_grad_enabled(gradients):
+        unseen = layer(x)
+        with mode() as watching:
+            seen = layer(x)
+    names = watching.seen if mode is not torch.profiler.profile else [event.name for event in watching.events()]
+    assert any("seqkernels" in name and "recurrence_forward" in name for name in names)
+    assert all(map(torch.equal, unseen, seen))
+
+
+AS_THEY_LIE = {
+    "every other feature": lambda x: x.repeat_interleave(2, 2)[..., ::2],
+    "sequences first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "the middle of more": lambda x: torch.cat([x, x, x])[5:10],
+    "one sequence for all": lambda x: x[:, :1].expand(5, 3, 4),
+    "to be negated": lambda x: torch._neg_view(-x),
+}
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", AS_THEY_LIE)
+def test_inputs_are_taken_as_they_lie(name, batch_first, one_step):
+    layer, x = layer_of("lstm", batch_first=batch_first), AS_THEY_LIE[name](torch.randn(5, 3, 4))
+    for inference in (False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            y, state = layer.step(x[0]) if one_step else layer(x)
+            plain = x[0].clone() if one_step else x.clone(memory_format=torch.contiguous_format)
+            expected, expected_state = layer.step(plain) if one_step else layer(plain)
+        assert torch.equal(y, expected) and y.stride() == expected.stride()
+        assert all(map(torch.equal, state, expected_state))
+        assert y.is_inference() == inference
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["train", "infer"])
+def test_a_torch_that_hands_out_no_handles_calls_the_operators(gradients, long_calls, monkeypatch):
+    layer, x = layer_of("lstm"), torch.randn(5, 3, 4)
+    with torch.set_grad_enabled(gradients):
+        expected = outcome(layer, x)
+        assert not long_calls
+        monkeypatch.setattr(direct, "_library", None)
+        assert_same(expected, outcome(layer, x))
+        assert long_calls
+
+
+def test_steps_go_the_short_way_too(monkeypatch):
+    layer, x = layer_of("gru", num_layers=2), torch.randn(3, 4)
+    with torch.no_grad():
+        y, state = layer.step(x, layer.step(x)[1])
+        monkeypatch.setattr(plain_calls, "run", lambda *_, **__: None)
+        expected, expected_state = layer.step(x, layer.step(x)[1])
+    assert torch.equal(y, expected) and torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_outputs_may_be_changed_in_place(batch_first):
+    layer, x = layer_of("gru", batch_first=batch_first), torch.randn(5, 3, 4, requires_grad=True)
+    expected = torch.autograd.grad((layer(x)[0] * 2 + 1).sum(), x)[0]
+    y, _ = layer(x)
+    y *= 2
+    y += 1
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
 
 
 def test_a_graph_of_fx_may_begin_with_the_state_alone():

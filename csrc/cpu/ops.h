@@ -1,0 +1,21 @@
+// Both passes over a stack of layers, or over those of an ensemble: what the CPU's operators do with their arguments.
+#pragma once
+#include <tuple>
+
+#include "../arguments.h"
+#include "../mask_arguments.h"
+
+namespace seqkernels {
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;    // y, h_n, c_n, saved
+using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;  // of x, of weights, of h_0, of c_0
+
+// `launch` [0 to 2], of both passes: Layer::bfloat16_parts and Layer::as_among_others (seqkernels/backends/cpu.py).
+using Launch = std::vector<int64_t>;
+
+Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,
+                const MaskArguments& masks = {});
+Backward backward(const StackArguments& given, const BackwardArguments& of_backward, bool wants_x, bool wants_weights,
+                  const Launch& launch, const Optional& pieces, const MaskArguments& masks = {});
+
+}  // namespace seqkernels

@@ -1,0 +1,299 @@
+#include "direct.h"
+
+#include <array>
+
+#include "cpu/memory.h"
+#include "cpu/ops.h"
+
+namespace seqkernels::direct {
+
+namespace {
+
+// What Python has connected. Between its tensors and handles of torch's C interface go the functions that torch has for
+// the code that its own compiler generates, as no header of the stable ABI knows Python.
+PyObject *handle_of = nullptr, *tensors_of = nullptr, *is_neg = nullptr, *plain_types[2] = {};
+
+// A reference that is given back.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) { check(object, "an error of Python"); }
+  Owned(const Owned&) = delete;
+  ~Owned() { Py_DECREF(object_); }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_;
+};
+
+// While others may run Python.
+class WithoutPython {
+ public:
+  WithoutPython() : state_(PyEval_SaveThread()) {}
+  WithoutPython(const WithoutPython&) = delete;
+  ~WithoutPython() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_;
+};
+
+// ---- arguments
+
+template <size_t kCount>
+std::array<PyObject*, kCount> expect(PyObject* const* arguments, Py_ssize_t count) {
+  check(count == kCount, "takes ", kCount, " arguments");
+  std::array<PyObject*, kCount> all;
+  std::copy_n(arguments, kCount, all.begin());
+  return all;
+}
+
+// Only of tensors that the dispatcher would hand to our operator as they are.
+Tensor tensor_of(PyObject* object) {
+  PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  check(type == plain_types[0] || type == plain_types[1], "no plain tensor");
+  const Owned negated(PyObject_CallFunctionObjArgs(is_neg, object, nullptr));
+  check(negated.get() != Py_True, "the tensor is to be negated");
+  const Owned handle(PyObject_CallFunctionObjArgs(handle_of, object, nullptr));
+  const Tensor tensor(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(handle.get(), nullptr)));
+  check(tensor.is_cpu() && tensor.layout() == torch::headeronly::Layout::Strided, "no strided tensor on the CPU");
+  return tensor;
+}
+
+Optional optional_of(PyObject* object) { return object == Py_None ? Optional() : Optional(tensor_of(object)); }
+
+Tensors list_of(PyObject* list) {
+  Tensors tensors;
+  const Py_ssize_t count = PyList_Size(list);
+  check(count > 0, "no list of weights");
+  for (Py_ssize_t i = 0; i < count; i++) tensors.push_back(tensor_of(PyList_GetItem(list, i)));
+  return tensors;
+}
+
+Cell cell_of(PyObject* name) {
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_AsUTF8AndSize(name, &size);
+  check(text, "no string");
+  return seqkernels::cell_of({text, static_cast<size_t>(size)});
+}
+
+int64_t number_of(PyObject* object) {
+  const long long number = PyLong_AsLongLong(object);
+  check(number != -1 || !PyErr_Occurred(), "no number");
+  return number;
+}
+
+bool is_true(PyObject* object) {
+  const int truth = PyObject_IsTrue(object);
+  check(truth >= 0, "no truth");
+  return truth;
+}
+
+Launch launch_of(PyObject* tuple) {
+  Launch launch(PyTuple_Size(tuple));
+  for (size_t i = 0; i < launch.size(); i++) launch[i] = number_of(PyTuple_GetItem(tuple, i));
+  return launch;
+}
+
+// What both operators take first.
+struct Stack {
+  bool ensemble;
+  Cell cell;
+  Tensor x;
+  Tensors weights;
+  Tensor h_0;
+  Optional c_0, batch_sizes;
+  int64_t layers;
+
+  StackArguments arguments() const {
+    return {.cell = cell,
+            .x = x,
+            .weights = weights,
+            .h_0 = h_0,
+            .c_0 = c_0,
+            .batch_sizes = batch_sizes,
+            .layers = layers,
+            .ensemble = ensemble};
+  }
+};
+
+// ---- results
+
+// A list of tensors.
+PyObject* list_from(const Tensors& results) {
+  const Owned handles(PyList_New(0));
+  for (const Tensor& tensor : results) {
+    AtenTensorHandle handle = nullptr;
+    check_call(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+    const Owned capsule(PyCapsule_New(handle, nullptr, nullptr));
+    check(!PyList_Append(handles.get(), capsule.get()), "no memory");
+  }
+  return PyObject_CallFunctionObjArgs(tensors_of, handles.get(), nullptr);
+}
+
+template <class Call>
+PyObject* unless_refused(const Call& call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+}
+
+// ---- a padded batch
+
+// A padded batch [steps, sequences, features], with batch_first [sequences, steps, features], or one step of it without
+// that dimension, as rows and back.
+class Batch {
+ public:
+  Batch(const Tensor& x, bool batch_first) : batch_first_(batch_first && x.dim() == 3), one_step_(x.dim() == 2) {
+    check((x.dim() == 3 || one_step_) && x.numel(), "x is [steps, sequences, features]");
+    features_ = x.size(x.dim() - 1);
+    sequences_ = x.size(one_step_ || batch_first_ ? 0 : 1);
+    steps_ = one_step_ ? 1 : x.size(batch_first_ ? 1 : 0);
+  }
+
+  int64_t sequences() const { return sequences_; }
+
+  Tensor to_rows(const Tensor& x) const {
+    const Tensor ordered =
+        in_order(x) ? x : torch::stable::contiguous(batch_first_ ? torch::stable::transpose(x, 0, 1) : x);
+    return reinterpreted(ordered, {steps_ * sequences_, features_}, {features_, 1});
+  }
+
+  Tensor from_rows(const Tensor& y) const {
+    return one_step_ ? y : reinterpreted(y, sizes(y.size(1)), strides(y.size(1)));
+  }
+
+ private:
+  // Those of rows of n features.
+  Shape sizes(int64_t n) const {
+    if (one_step_) return {sequences_, n};
+    return batch_first_ ? Shape{sequences_, steps_, n} : Shape{steps_, sequences_, n};
+  }
+  Shape strides(int64_t n) const {
+    if (one_step_) return {n, 1};
+    return batch_first_ ? Shape{n, sequences_ * n, 1} : Shape{sequences_ * n, n, 1};
+  }
+
+  bool in_order(const Tensor& x) const {
+    const Shape shape = sizes(features_), wanted = strides(features_);
+    for (size_t i = 0; i < shape.size(); i++)
+      if (shape[i] > 1 && x.stride(i) != wanted[i]) return false;
+    return true;
+  }
+
+  static Tensor reinterpreted(const Tensor& tensor, const Shape& sizes, const Shape& strides) {
+    AtenTensorHandle handle = nullptr;
+    check_call(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                              strides.data(), 0, &handle));  // 0: from the same element on
+    return Tensor(handle);
+  }
+
+  const bool batch_first_, one_step_;
+  int64_t steps_, sequences_, features_;
+};
+
+// One of the states of a call, which may have none.
+Tensor state_of(PyObject* states, Py_ssize_t which, ScalarType type, const Shape& shape) {
+  if (!PyTuple_Size(states)) {
+    Tensor zeros = allocate(type, shape);
+    if (zeros.numel()) memset(zeros.mutable_data_ptr(), 0, zeros.numel() * zeros.element_size());
+    return zeros;
+  }
+  const Tensor state = tensor_of(PyTuple_GetItem(states, which));
+  const auto sizes = state.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), "a state of another shape");
+  return state;
+}
+
+}  // namespace
+
+PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  PyObject** const places[] = {&handle_of, &tensors_of, &is_neg, &plain_types[0], &plain_types[1]};
+  if (count != 5) return PyErr_Format(PyExc_TypeError, "connect takes five arguments");
+  for (Py_ssize_t i = 0; i < count; i++) {
+    Py_INCREF(arguments[i]);
+    *places[i] = arguments[i];
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return unless_refused([&] {
+    const auto [ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces] =
+        expect<11>(arguments, count);
+    const Stack stack{.ensemble = is_true(ensemble),
+                      .cell = cell_of(cell),
+                      .x = tensor_of(x),
+                      .weights = list_of(weights),
+                      .h_0 = tensor_of(h_0),
+                      .c_0 = optional_of(c_0),
+                      .batch_sizes = optional_of(batch_sizes),
+                      .layers = number_of(layers)};
+    const Optional given_pieces = optional_of(pieces);
+    const Launch given_launch = launch_of(launch);
+    const bool saves = is_true(save);
+    const auto [y, h_n, c_n, saved] = [&] {
+      const WithoutPython released;
+      return seqkernels::forward(stack.arguments(), saves, given_launch, given_pieces);
+    }();
+    return list_from({y, h_n, c_n, saved});
+  });
+}
+
+PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return unless_refused([&] {
+    const auto [ensemble, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
+                wants_weights, launch, layers, pieces] = expect<17>(arguments, count);
+    const Stack stack{.ensemble = is_true(ensemble),
+                      .cell = cell_of(cell),
+                      .x = tensor_of(x),
+                      .weights = list_of(weights),
+                      .h_0 = tensor_of(h_0),
+                      .c_0 = optional_of(c_0),
+                      .batch_sizes = optional_of(batch_sizes),
+                      .layers = number_of(layers)};
+    const Optional of_y = optional_of(grad_y), of_h_n = optional_of(grad_h_n), of_c_n = optional_of(grad_c_n);
+    const Tensor own_y = tensor_of(y), own_saved = tensor_of(saved);
+    const Optional given_pieces = optional_of(pieces);
+    const Launch given_launch = launch_of(launch);
+    const bool of_x = is_true(wants_x), of_weights = is_true(wants_weights);
+    auto [grad_x, grad_weights, grad_h_0, grad_c_0] = [&] {
+      const WithoutPython released;
+      return seqkernels::backward(
+          stack.arguments(), {.grad_y = of_y, .grad_h_n = of_h_n, .grad_c_n = of_c_n, .y = own_y, .saved = own_saved},
+          of_x, of_weights, given_launch, given_pieces);
+    }();
+    grad_weights.insert(grad_weights.begin(), {grad_x, grad_h_0, grad_c_0});
+    return list_from(grad_weights);
+  });
+}
+
+PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return unless_refused([&] {
+    const auto [cell, x, states, weights, layers, directions, hidden, projected, batch_first, launch] =
+        expect<10>(arguments, count);
+    const Cell of_cell = cell_of(cell);
+    const Tensor given_x = tensor_of(x);
+    const Batch batch(given_x, is_true(batch_first));
+    const ScalarType type = given_x.scalar_type();
+    const int64_t all = number_of(layers) * number_of(directions), H = number_of(hidden), P = number_of(projected);
+    const bool has_c = states_of(of_cell) == 2;
+    const Stack stack{.ensemble = false,
+                      .cell = of_cell,
+                      .x = batch.to_rows(given_x),
+                      .weights = list_of(weights),
+                      .h_0 = state_of(states, 0, type, {all, batch.sequences(), P ? P : H}),
+                      .c_0 = has_c ? Optional(state_of(states, 1, type, {all, batch.sequences(), H})) : Optional(),
+                      .batch_sizes = {},
+                      .layers = number_of(layers)};
+    const Launch given_launch = launch_of(launch);
+    const auto [y, h_n, c_n, _] = [&] {
+      const WithoutPython released;
+      return seqkernels::forward(stack.arguments(), false, given_launch, {});
+    }();
+    return has_c ? list_from({batch.from_rows(y), h_n, c_n}) : list_from({batch.from_rows(y), h_n});
+  });
+}
+
+}  // namespace seqkernels::direct
