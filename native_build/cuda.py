@@ -20,9 +20,11 @@ CUDA_SOURCES = {
     "cluster": 90,
     "persistent_grid": 90,
 }
-# Their paths are for 9.0 alone (has_path() in csrc/cuda/config.h): beside machine code for it PTX would never run, and
-# takes a third of the compiler's time.
-CUDA_FOR_90 = ("cluster", "persistent_grid")
+# For clusters, from 9.0 on: beside machine code for some of these GPUs there is no PTX for others, which takes a third
+# of the compiler's time. A GPU without code for `occupancy` is said to run no clusters (csrc/cuda/ops.cpp).
+CUDA_OF_CLUSTERS = ("occupancy", "cluster", "persistent_grid")
+# Whose path is for 9.0 alone (has_path() in csrc/cuda/config.h).
+CUDA_FOR_90 = ("persistent_grid",)
 # Those that are one launch are compiled for each cell and dtype, so that ninja uses all cores; the clusters, which take
 # longest, for each pass as well (csrc/cuda/instances.h).
 CUDA_PASSES = {"_forward": " -DSEQKERNELS_PASS=ForwardArgs", "_backward": " -DSEQKERNELS_PASS=BackwardArgs"}
@@ -110,5 +112,7 @@ def targets_from(lowest: int, targets: list[str]) -> list[str]:
 def targets_for(source: str, targets: list[str]) -> list[str]:
     """Those of `targets` that a file of CUDA_SOURCES is compiled for."""
     able = targets_from(CUDA_SOURCES[source], targets)
-    for_90 = [target for target in able if target.startswith("sm_90")] if source in CUDA_FOR_90 else []
-    return for_90 or able
+    if source not in CUDA_OF_CLUSTERS:
+        return able
+    own = [target for target in able if target.startswith("sm_90" if source in CUDA_FOR_90 else "sm_")]
+    return own or able

@@ -51,7 +51,7 @@ struct ClusterForwardExchange : InCluster<C> {
   static DEVICE void fence_buffers() {}
 
   // Sends the states of two units of each lane to all peers, in the n-th exchange; all lanes of a warp take part.
-  DEVICE void publish(Shared<T> states, int stride, const OwnedUnits<C>& mine, Pair<T> h, bool runs, int64_t n) const {
+  DEVICE void publish(Shared<T> states, int stride, const OwnedUnits<C>& mine, Pair<T> h, bool runs, uint32_t n) const {
     constexpr int gathered = 16 / sizeof(T);
     const Vec16 words = gather(h);
     synchronize_warp();
@@ -59,9 +59,9 @@ struct ClusterForwardExchange : InCluster<C> {
     if (runs) st_async_to_all(states, at, words, this->rank(), this->blocks(), arrivals(n));
   }
 
-  static DEVICE void multicast(Shared<T>, int, int, int64_t) {}
+  static DEVICE void multicast(Shared<T>, int, int, uint32_t) {}
 
-  static DEVICE void wait(int64_t n) { arrivals(n).wait_for_shared(phase(n)); }
+  static DEVICE void wait(uint32_t n) { arrivals(n).wait_for_shared(phase(n)); }
 };
 
 template <class C>
@@ -82,34 +82,40 @@ class ClusterBackwardExchange : public InCluster<C> {
   static constexpr DEVICE int first_state() { return 0; }
   DEVICE int states() const { return hidden_; }
 
-  DEVICE void expect(int64_t n, int running) const { arrivals(n).expect(running * bytes_of_sequence_); }
+  DEVICE void expect(uint32_t n, int running) const { arrivals(n).expect(running * bytes_of_sequence_); }
 
   // Adds to a thread's gradients of states what came in the n-th exchange, in which so many sequences ran.
-  DEVICE void reduce_partials(int64_t n, int ran, const OwnedUnits<C>& mine, float (&grad_h)[2]) const {
+  DEVICE void reduce_partials(uint32_t n, int ran, const OwnedUnits<C>& mine, float (&grad_h)[2]) const {
     arrivals(n).wait_for_shared(phase(n));
     if (!mine.any || mine.sequence >= ran || mine.present == 0) return;
-    for (int of = 0; of < this->blocks(); of++) {
-      const Pair<float> partial = partials(n).load_pair((of * kMaxTile + mine.sequence) * C::UNITS + mine.at);
-      grad_h[0] += first(partial), grad_h[1] += second(partial);
+    constexpr int at_once = 4;  // loads
+#pragma unroll 1
+    for (int first_of = 0; first_of < this->blocks(); first_of += at_once) {
+#pragma unroll
+      for (int i = 0; i < at_once; i++) {
+        const int of = first_of + i;
+        if (of >= this->blocks()) continue;
+        const Pair<float> partial = partials(n).load_pair((of * kMaxTile + mine.sequence) * C::UNITS + mine.at);
+        grad_h[0] += first(partial), grad_h[1] += second(partial);
+      }
     }
   }
 
-  // Stores the gates' gradients for all threads of the CTA.
+  // Stores the gates' gradients for all threads of the CTA, which then wait for each other.
   DEVICE void publish(Shared<T> gradients, int stride, const OwnedUnits<C>& mine, const float (&grad)[2][kMaxBlocks],
-                      bool runs, int64_t) const {
+                      bool runs, uint32_t) const {
     if (runs) {
 #pragma unroll
       for (int gate = 0; gate < C::G; gate++)
         gradients.store_pair(mine.sequence * stride + gate * C::UNITS + mine.at,
                              C::MathPolicy::factors(grad[0][gate], grad[1][gate]));
     }
-    synchronize();
   }
 
-  static DEVICE void wait(int64_t) {}
+  static DEVICE void wait(uint32_t) { synchronize(); }
 
   // Sends to the CTA that owns 16 units. Two lanes with neighbouring units each gather 4 units, one of either sequence.
-  DEVICE void send_partials(int64_t n, int unit, int running, const float (&result)[kElements]) const {
+  DEVICE void send_partials(uint32_t n, int unit, int running, const float (&result)[kElements]) const {
     const bool upper = lane() / 4 % 2;
     const float received[2] = {shfl_xor(upper ? result[0] : result[1], 4), shfl_xor(upper ? result[2] : result[3], 4)};
     const Vec16 words = upper ? Vec16{{bits(received[0]), bits(received[1]), bits(result[1]), bits(result[3])}}
@@ -120,11 +126,11 @@ class ClusterBackwardExchange : public InCluster<C> {
                          unit / C::UNITS, arrivals(n));
   }
 
-  static DEVICE void signal(int64_t) {}
+  static DEVICE void signal(uint32_t) {}
 
  private:
   // [rank, sequence, unit] of the n-th exchange.
-  DEVICE Shared<float> partials(int64_t n) const {
+  DEVICE Shared<float> partials(uint32_t n) const {
     const int size = this->blocks() * kMaxTile * C::UNITS;
     return {exchange_ + static_cast<int>(n % 2) * size * 4, size};
   }

@@ -34,9 +34,10 @@ constexpr Arch arch_of(int target) { return target >= 90 ? Arch::sm_90 : Arch::s
 // The lowest target that the kernels of a path can be compiled for; native_build/cuda.py compiles them for those.
 constexpr int min_target(Path path) { return path == Path::stepwise ? 70 : path == Path::single_cta ? 80 : 90; }
 
-// Whether a GPU runs a path. Clusters are tuned for 9.0 alone.
+// Whether a GPU runs a path. The persistent grid is tuned for 9.0 alone, where copies to a cluster are quick (PTX ISA,
+// cp.async.bulk).
 constexpr bool has_path(Path path, int target) {
-  return path == Path::cluster || path == Path::persistent_grid ? target == 90 : target >= min_target(path);
+  return path == Path::persistent_grid ? target == 90 : target >= min_target(path);
 }
 
 // ---- tiles

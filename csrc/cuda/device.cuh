@@ -78,6 +78,11 @@ struct Global {
   T* data;
   DEVICE Global(T* data, int64_t /*count*/) : data(data) {}
   DEVICE explicit operator bool() const { return data; }
+  // The same array as seen from an element so many rows further on: a number that is only added to the address.
+  DEVICE Global moved(int64_t rows, int row_bytes) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return {reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + rows * row_bytes), 0};
+  }
   DEVICE T load(int64_t i) const { return data[i]; }
   DEVICE void store(int64_t i, T value) const { data[i] = value; }
   // Elements i and i + 1, of which the first lies at a multiple of a pair's size.

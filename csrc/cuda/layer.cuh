@@ -162,6 +162,23 @@ struct StepInputs {
   Pair<T> grad_y, saved[kMaxBlocks], now, before;
 };
 
+// From the gradient of h after the step, the gradients of the gates. `grad_h` becomes the part of the gradient of h
+// before the step that goes past the gates. Without `grad_y` that of the inputs is not read.
+template <Cell CELL, class T>
+DEVICE void backward_step(const StepInputs<T>& inputs, bool grad_y, acc_t<T> (&grad_h)[2], acc_t<T> (&grad_c)[2],
+                          acc_t<T> (&grad)[2][kMaxBlocks]) {
+  acc_t<T> saved[2][kMaxBlocks] = {}, now[2] = {}, before[2] = {}, of_y[2] = {};
+#pragma unroll
+  for (int block = 0; block < kSavedGates<CELL>; block++)
+    saved[0][block] = to_acc(first(inputs.saved[block])), saved[1][block] = to_acc(second(inputs.saved[block]));
+  if (kHasC<CELL> || CellTraits<CELL>::needs_h_prev) to_acc(inputs.before, before);
+  if (kHasC<CELL> || CellTraits<CELL>::needs_h) to_acc(inputs.now, now);
+  if (grad_y) to_acc(inputs.grad_y, of_y);
+#pragma unroll
+  for (int i = 0; i < 2; i++)
+    grad_h[i] = cell_backward<CELL>(grad_h[i] + of_y[i], grad_c[i], saved[i], now[i], before[i], grad[i]);
+}
+
 // The arrays of a backward sweep.
 template <Cell CELL, class T, bool EVEN>
 class BackwardArrays {
@@ -210,20 +227,9 @@ class BackwardArrays {
     }
   }
 
-  // From the gradient of h after the step, the gradients of the gates. `grad_h` becomes the part of the gradient of h
-  // before the step that goes past the gates.
   DEVICE void step(const StepInputs<T>& inputs, acc_t<T> (&grad_h)[2], acc_t<T> (&grad_c)[2],
                    acc_t<T> (&grad)[2][kMaxBlocks]) const {
-    acc_t<T> saved[2][kMaxBlocks] = {}, now[2] = {}, before[2] = {}, grad_y[2] = {};
-#pragma unroll
-    for (int block = 0; block < S; block++)
-      saved[0][block] = to_acc(first(inputs.saved[block])), saved[1][block] = to_acc(second(inputs.saved[block]));
-    if (kHasC<CELL> || CellTraits<CELL>::needs_h_prev) to_acc(inputs.before, before);
-    if (kHasC<CELL> || CellTraits<CELL>::needs_h) to_acc(inputs.now, now);
-    if (grad_y_) to_acc(inputs.grad_y, grad_y);
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      grad_h[i] = cell_backward<CELL>(grad_h[i] + grad_y[i], grad_c[i], saved[i], now[i], before[i], grad[i]);
+    backward_step<CELL>(inputs, static_cast<bool>(grad_y_), grad_h, grad_c, grad);
   }
 
   DEVICE void store_gates(int64_t row, int unit, Lane lane, int count, const acc_t<T> (&grad)[2][kMaxBlocks]) const {

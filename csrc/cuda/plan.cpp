@@ -84,9 +84,13 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
 
 // ---- slices: clusters, and the clusters of the persistent grid
 
-std::string reason_against_slices(const LayerFacts& layer, const Gpu& gpu) {
+std::string reason_against_slices(Path path, const LayerFacts& layer, const Gpu& gpu) {
   if (!has_path(Path::cluster, gpu.target))
-    return text("clusters are for compute capability 9.0, the GPU has ", capability(gpu.target));
+    return text("clusters need compute capability ", capability(min_target(path)), ", the GPU has ",
+                capability(gpu.target));
+  if (!has_path(path, gpu.target))
+    return text("the ", name_of(path), " is for compute capability ", capability(min_target(path)), ", the GPU has ",
+                capability(gpu.target));
   if (layer.has_projection) return "no kernel for several blocks takes a projection";
   if (layer.layer_norm) return "no kernel for several blocks has layer norm";
   if (layer.masked) return "no kernel for several blocks has masks";
@@ -113,7 +117,7 @@ Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backw
   Candidate found;
   found.plan.path = Path::cluster;
   found.plan.units = units;
-  found.reason = reason_against_slices(layer, gpu);
+  found.reason = reason_against_slices(found.plan.path, layer, gpu);
   if (!found.reason.empty()) return found;
   const SliceShape shape = cluster_shape(layer.hidden, units);
   if (shape.blocks < kMinCluster || shape.blocks > kMaxCluster) {
@@ -133,7 +137,7 @@ Candidate persistent_grid(const LayerFacts& layer, const Gpu& gpu, int clusters_
   Candidate found;
   found.plan.path = Path::persistent_grid;
   found.plan.units = clusters_of * kGridUnits;
-  found.reason = reason_against_slices(layer, gpu);
+  found.reason = reason_against_slices(found.plan.path, layer, gpu);
   if (!found.reason.empty()) return found;
   const SliceShape shape = grid_shape(layer.hidden, clusters_of);
   if (!shape.blocks) {

@@ -1,8 +1,9 @@
-// The backward pass of a slice. A CTA multiplies the gradients of some gates by the weights' rows for their units, and
-// gets partial gradients of states, which go to the CTAs that own these. The Exchange says whose gates and which
+// The backward pass of a slice. A CTA multiplies the gradients of some gates by
+// the weights' rows for their units, and gets partial gradients of states,
+// which go to the CTAs that own these. The Exchange says whose gates and which
 // states.
 #pragma once
-#include "slice.cuh"
+#include "slice_rows.cuh"
 
 namespace seqkernels::device {
 
@@ -17,14 +18,11 @@ struct SliceBackward : C {
   static constexpr int k_blocks = backward_k_blocks(C::PATH, G, C::UNITS, MathPolicy::math);  // of a set
   static constexpr int halves = kBackwardRows / kMmaRows;                                     // of a warp's rows
   using Weights = SliceWeights<C, halves * k_blocks>;
-  using Arrays = BackwardArrays<C::CELL, T, C::EVEN>;
-  using Step = typename Tile::Step;
   static_assert(halves == 2);
 
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
-    const Arrays arrays(s, exchange.direction());
-    const auto gradients = [&](int64_t n) { return factor_buffer<T>(n, s.stride); };
+    const auto gradients = [&](uint32_t n) { return factor_buffer<T>(n, s.stride); };
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
     clear_buffers(s.stride);
@@ -32,49 +30,53 @@ struct SliceBackward : C {
     const Weights weights = load_weights(s, exchange);
     cluster_wait();
 
-    int64_t before_all = 0;  // exchanges, for other tiles
+    uint32_t n = 0;  // the next exchange
     exchange.each_tile(s, [&](const Tile& tile) {
       const OwnedUnits<C> mine(s, tile, exchange.rank());
       float grad_h[2], grad_c[2];
       to_acc(mine.load_state(s.grad_h_n), grad_h);
       to_acc(mine.load_state(s.grad_c_n), grad_c);
 
-      const int64_t count = tile.count();
-      Step now = tile.step(tile.prefetch(count - 1));
-      const Step second = tile.step(tile.prefetch(count - 2)), third = tile.step(tile.prefetch(count - 3));
-      StepInputs<T> inputs = load(arrays, tile, mine, now, second);
-      StepInputs<T> inputs_before = load(arrays, tile, mine, second, third);
+      // A step's inputs are loaded two steps before it: they are what it begins
+      // with.
+      StepWindow<3> steps(s, tile, C::variant.backward);
+      BackwardRows<C> rows(s, mine, exchange.direction(), steps.row());
+      const auto load = [&](int i) {
+        return rows.load(mine.present_of(steps.running(i)), steps.rows(i), mine.runs(steps.running(i + 1)));
+      };
+      StepInputs<T> inputs = load(0);
+      rows.move_loads(steps.rows(0));
+      StepInputs<T> next_inputs = load(1);
 
-      int ran = 0;  // sequences, in the exchange before
-      for (int64_t i = 0; i < count; i++) {
-        const int64_t n = before_all + i;
-        const int running = now.running;
-        // Wait for the partial gradients of this thread's states, and add them up.
+      for (; steps.running() > 0; n++) {
+        const int running = steps.running();
+        const bool runs = mine.runs(running);
         if (thread() == 0) exchange.expect(n, running);
-        if (i > 0) exchange.reduce_partials(n - 1, ran, mine, grad_h);
         // Gradients of the gates; publish them to all who multiply them.
-        const bool runs = mine.any && mine.sequence < running;
         float grad[2][kMaxBlocks] = {};
-        zero_absent(grad_h, mine.present);
-        if (runs) arrays.step(inputs, grad_h, grad_c, grad);
-        exchange.publish(gradients(n), s.stride, mine, grad, runs, n);
+        if (!C::EVEN) zero_absent(grad_h,
+                                  mine.present);  // an even number has both or none, which stay zero
+        if (mine.warp_runs(running)) {
+          if (runs) backward_step<C::CELL>(inputs, true, grad_h, grad_c, grad);
+          exchange.publish(gradients(n), s.stride, mine, grad, runs, n);
+        }
         exchange.wait(n);
-        // Multiply, for 32 states at a time, and send the partial gradients to their owners.
+        // Multiply, for 32 states at a time, and send the partial gradients to
+        // their owners.
         multiply_and_send(weights, exchange, gradients(n), s.stride, running, n);
         exchange.signal(n);
-        // Store and load only now, after the partials that others wait for; the loads have a whole step to arrive.
-        // Which steps come is read again, so that it takes no register during the products.
-        const int64_t k = count - 1 - i;
-        const typename Tile::Prefetched before = tile.prefetch(k - 1), two_before = tile.prefetch(k - 2),
-                                        three_before = tile.prefetch(k - 3);
-        if (runs) arrays.store_gates(now.row, 0, mine.lane(), mine.present, grad);
-        inputs = inputs_before;
-        inputs_before = load(arrays, tile, mine, tile.step(two_before), tile.step(three_before));
-        now = tile.step(before);
-        ran = running;
+        // Store and load only now, after the partials that others wait for; the
+        // loads have a whole step to arrive.
+        inputs = next_inputs;
+        rows.move_loads(steps.rows(1));
+        next_inputs = load(2);
+        rows.store_gates(runs ? mine.present : 0, grad);
+        rows.move_stores(steps.rows(0));
+        steps.next();
+        // Wait for the partial gradients of this thread's states, and add them
+        // up.
+        exchange.reduce_partials(n, running, mine, grad_h);
       }
-      before_all += count;
-      if (count > 0) exchange.reduce_partials(before_all - 1, ran, mine, grad_h);
 
       if (!mine.any) return;
       mine.store_state(s.grad_h_0, from_acc<T>(grad_h));
@@ -89,7 +91,8 @@ struct SliceBackward : C {
       even.store_pair(i * 2, Pair<T>{}), odd.store_pair(i * 2, Pair<T>{});
   }
 
-  // The n-th group of a warp's fragments is for 32 states, from this one on, and for the gates of one set of units.
+  // The n-th group of a warp's fragments is for 32 states, from this one on,
+  // and for the gates of one set of units.
   static DEVICE int first_row(int group, int sets) {
     return (thread() / kWarpSize + group / sets * C::warps) * kBackwardRows;
   }
@@ -111,19 +114,10 @@ struct SliceBackward : C {
         });
   }
 
-  // What a thread reads of a step and of the step before.
-  static DEVICE StepInputs<T> load(const Arrays& arrays, const Tile& tile, const OwnedUnits<C>& mine, const Step& step,
-                                   const Step& before) {
-    StepInputs<T> read = {};
-    if (mine.any && mine.sequence < step.running && mine.present)
-      arrays.load(step.row, before.row, mine.sequence < before.running, tile.first(), 0, mine.lane(), mine.present,
-                  read);
-    return read;
-  }
-
-  // Computes partial gradients of 32 states at a time, and sends them to the CTAs that own these.
+  // Computes partial gradients of 32 states at a time, and sends them to the
+  // CTAs that own these.
   static DEVICE void multiply_and_send(const Weights& weights, const Exchange& exchange, Shared<T> gradients,
-                                       int stride, int sequences, int64_t n) {
+                                       int stride, int sequences, uint32_t n) {
     const int sets = exchange.sets();
     for_sequences<MathPolicy>(sequences, [&](auto policy) {
       using HalfAccumulators = Accumulators<decltype(policy), halves>;

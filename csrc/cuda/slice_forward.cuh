@@ -1,7 +1,8 @@
-// The forward pass of a slice. The warps that have the same 16 units each multiply a part of the columns; the parts'
-// sums meet in shared memory, where the threads that own the units add them up.
+// The forward pass of a slice. The warps that have the same 16 units each
+// multiply a part of the columns; the parts' sums meet in shared memory, where
+// the threads that own the units add them up.
 #pragma once
-#include "slice.cuh"
+#include "slice_rows.cuh"
 
 namespace seqkernels::device {
 
@@ -22,13 +23,13 @@ struct SliceForward : C {
     const Exchange exchange(s);
     const int hidden = static_cast<int>(s.hidden), stride = s.stride;
     const Arrays arrays(s, exchange.direction());
-    const auto states = [&](int64_t n) { return factor_buffer<T>(n, stride); };  // that the n-th exchange follows
+    const auto states = [&](uint32_t n) { return factor_buffer<T>(n, stride); };  // that the n-th exchange follows
     const Shared<float> sums(s.exchange, all_sums);
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
     const Weights weights = load_weights(s, exchange);
 
-    int64_t before = 0;  // exchanges, for other tiles
+    uint32_t n = 0;  // the next exchange
     exchange.each_tile(s, [&](const Tile& tile) {
       store_h_0(s, tile, hidden, stride);
       exchange.fence_buffers();
@@ -39,39 +40,42 @@ struct SliceForward : C {
       float c[2], b_apart[2];
       to_acc(mine.load_state(s.c_0), c);
       arrays.load_b_apart(mine.unit, mine.present, b_apart);
-      typename Tile::Step now = tile.step(tile.prefetch(0));
-      typename Tile::Prefetched next = tile.prefetch(1);
-      load(arrays, mine, now, x);
+      StepWindow<1> steps(s, tile, C::variant.backward);
+      ForwardRows<C> rows(s, mine, exchange.direction(), steps.row());
+      rows.load_gates(mine.present_of(steps.running()), x);
       cluster_wait();
 
-      for (int64_t k = 0; k < tile.count(); k++) {
-        const int64_t n = before + k;
-        const bool last = k + 1 == tile.count();
-        // Wait for the states that the group has published.
-        if (thread() == 0 && !last) arrivals(n).expect(now.running * exchange.blocks() * UNITS * size);
-        if (k > 0) exchange.wait(n - 1);
+      while (steps.running() > 0) {
+        const int running = steps.running();
+        const bool last = steps.running(1) == 0;
         // Multiply: one part of W h for 16 units; then the parts meet.
-        multiply_all(weights, states(n), stride, now.running, sums);
+        multiply_all(weights, states(n), stride, running, sums);
         synchronize();
-        if (mine.any) {
-          // Activate.
-          const bool runs = mine.sequence < now.running;
+        if (mine.warp_runs(running)) {
+          // Activate, for all sequences of the warp.
+          const bool runs = mine.runs(running);
           float saved[2][kMaxBlocks];
-          if (runs) activate(sums, mine, x, b_apart, h, c, saved);
-          // Publish the new states first, once all lanes have read their sums: others may overwrite them after that.
+          activate(sums, mine, x, b_apart, runs, h, c, saved);
+          // Publish the new states first, once all lanes have read their sums:
+          // others may overwrite them after that.
           if (!last) exchange.publish(states(n + 1), stride, mine, MathPolicy::factors(h), runs, n);
           // Store y and what the backward pass needs.
-          if (runs) {
-            arrays.store_y(now.row, 0, mine.lane(), mine.present, h);
-            arrays.store_saved(now.row, 0, mine.lane(), mine.present, saved, c);
-          }
+          const int present = runs ? mine.present : 0;
+          rows.store_y(present, h);
+          rows.store_saved(present, saved, c);
         }
-        if (!last) exchange.multicast(states(n + 1), stride, now.running, n);
-        // Load the gates of the next step.
-        now = tile.step(next), next = tile.prefetch(k + 2);
-        load(arrays, mine, now, x);
+        if (!last) exchange.multicast(states(n + 1), stride, running, n);
+        // Load the gates of the next step, while states are on their way.
+        rows.move_stores(steps.rows());
+        rows.move_loads(steps.rows());
+        steps.next();
+        rows.load_gates(mine.present_of(steps.running()), x);
+        if (last) break;
+        // Wait for the states that the group has published.
+        if (thread() == 0) arrivals(n).expect(running * exchange.blocks() * UNITS * size);
+        exchange.wait(n);
+        n++;
       }
-      if (tile.count() > 0) before += tile.count() - 1;
 
       if (!mine.any) return;
       mine.store_state(s.h_n, h);
@@ -96,7 +100,8 @@ struct SliceForward : C {
         });
   }
 
-  // The initial states, into both buffers: a sequence that begins later, backwards in time, finds them in either.
+  // The initial states, into both buffers: a sequence that begins later,
+  // backwards in time, finds them in either.
   static DEVICE void store_h_0(const Parameters& s, const Tile& tile, int hidden, int stride) {
     const Global<const T> h_0(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden);
     for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads) {
@@ -112,12 +117,6 @@ struct SliceForward : C {
   // Where the sums of a part are.
   static DEVICE int place(int part, int gate, int sequence) {
     return part * part_sums + (gate * kMaxTile + sequence) * sum_row;
-  }
-
-  // The gates of x of a step.
-  static DEVICE void load(const Arrays& arrays, const OwnedUnits<C>& mine, const typename Tile::Step& step,
-                          Pair<T> (&x)[G]) {
-    if (mine.any) arrays.load_gates(step.row, 0, mine.lane(), mine.sequence < step.running ? mine.present : 0, x);
   }
 
   // A warp's part of W h for the first `sequences` sequences, into `sums`.
@@ -137,32 +136,41 @@ struct SliceForward : C {
                         pair(result[gate][s_], result[gate][2 + s_]));
   }
 
-  // The step of two units of a sequence; h and c change in place.
+  // The step of two units of a sequence; h and c change in place, if the
+  // sequence runs.
   static DEVICE void activate(Shared<float> sums, const OwnedUnits<C>& mine, const Pair<T> (&x)[G],
-                              const float (&b_apart)[2], Pair<T>& h, float (&c)[2], float (&saved)[2][kMaxBlocks]) {
-    float h_new[2];
-    to_acc(h, h_new);
-    float x_i[2][G] = {}, of_h[2][G];
+                              const float (&b_apart)[2], bool runs, Pair<T>& h, float (&c)[2],
+                              float (&saved)[2][kMaxBlocks]) {
+    float x_i[2][G], of_h[2][G];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
+      // Of gates that are only added up, the last part of W h alone is left to
+      // the cell.
       const bool apart = stays_apart<C::CELL>(gate);
       float of_x[2];
       to_acc(x[gate], of_x);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        of_h[i][gate] = apart ? b_apart[i] : of_x[i];
-        if (apart) x_i[i][gate] = of_x[i];
-      }
+      float sum[2] = {apart ? b_apart[0] : of_x[0], apart ? b_apart[1] : of_x[1]};
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
-        const Pair<float> sum = sums.load_pair(place(part, gate, mine.sequence) + mine.at);
-        of_h[0][gate] += first(sum), of_h[1][gate] += second(sum);
+        const Pair<float> of_part = sums.load_pair(place(part, gate, mine.sequence) + mine.at);
+        if (!apart && part == PARTS - 1)
+          of_h[0][gate] = first(of_part), of_h[1][gate] = second(of_part);
+        else
+          sum[0] += first(of_part), sum[1] += second(of_part);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        x_i[i][gate] = apart ? of_x[i] : sum[i];
+        if (apart) of_h[i][gate] = sum[i];
       }
     }
+    float h_new[2], c_new[2] = {c[0], c[1]};
+    to_acc(h, h_new);
 #pragma unroll
-    for (int i = 0; i < 2; i++) cell_forward<C::CELL>(x_i[i], of_h[i], h_new[i], c[i], saved[i]);
-    zero_absent(h_new, mine.present);
-    h = from_acc<T>(h_new);
+    for (int i = 0; i < 2; i++) cell_forward<C::CELL>(x_i[i], of_h[i], h_new[i], c_new[i], saved[i]);
+    zero_absent(h_new, C::EVEN && mine.present ? 2 : mine.present);
+    if (!runs) return;
+    h = from_acc<T>(h_new), c[0] = c_new[0], c[1] = c_new[1];
   }
 };
 

@@ -15,6 +15,10 @@ SliceArgs slice_args(const Args& args, const SliceShape& slices, int tile) {
   static_cast<Args&>(p) = args;
   p.tile = tile;
   p.stride = layout.stride;
+  p.block = static_cast<int>(args.hidden) * element_bytes(Kernel::variant.math);
+  p.gates_row = (Kernel::variant.backward ? gradient_blocks_of(Kernel::CELL) : Kernel::G) * p.block;
+  p.y_row = args.directions * p.block;
+  p.saved_row = saved_blocks_of(Kernel::CELL) * p.y_row;
   p.exchange = layout.exchange;
   p.weights = layout.weights;
   p.bytes = layout.bytes;
@@ -24,6 +28,7 @@ SliceArgs slice_args(const Args& args, const SliceShape& slices, int tile) {
 // Calls with the configuration of the kernel for a layer.
 template <Path PATH, Cell CELL, class MathPolicy, bool BACKWARD, int UNITS, class Call>
 const char* by_slice_config(const SweepArgs& args, Arch arch, Call call) {
+  if (args.steps > INT32_MAX || args.sequences > INT32_MAX) return "more steps or sequences than several blocks count";
   return by_even(args.hidden, [&](auto even) {
     constexpr bool EVEN = decltype(even)::value;
     return by_arch(arch, [&](auto of_arch) -> const char* {

@@ -252,21 +252,30 @@ def test_a_gpu_that_runs_some_kernels_runs_all_that_it_can(setup, row):
     numbers = 70, 75, 80, 86, 90, 100, 103, 120
     for number, (source, lowest) in itertools.product(numbers, setup.cuda.CUDA_SOURCES.items()):
         gpu = GPU("", f"sm_{number}", 0, 0)
-        able = number == 90 if source in setup.cuda.CUDA_FOR_90 else number >= lowest
+        able = number == 90 if source in setup.cuda.CUDA_OF_CLUSTERS else number >= lowest
         if able and any(cuda._runs(target, gpu) for target in built):
             assert any(cuda._runs(target, gpu) for target in setup.cuda.targets_for(source, built)), (number, source)
 
 
 @needs_setup
-def test_paths_for_90_have_no_ptx_beside_its_machine_code(setup):
-    for targets, own in (
-        ("sm_75 sm_80 sm_90a compute_80", "sm_90a"),
-        ("sm_80 compute_80", "compute_90"),  # which the driver of a 9.0 compiles
-        ("sm_90 sm_100f compute_100f", "sm_90"),
-        ("sm_100f compute_100f", "sm_100f compute_100f"),
+@pytest.mark.parametrize("row", TARGETS, ids=lambda row: row[2])
+def test_a_gpu_without_code_for_clusters_is_said_to_run_none(setup, row):
+    """`occupancy` counts them: it is compiled for those GPUs that the cluster kernels are compiled for."""
+    built = row[2].split()
+    assert setup.cuda.targets_for("occupancy", built) == setup.cuda.targets_for("cluster", built)
+
+
+@needs_setup
+def test_kernels_of_clusters_have_no_ptx_beside_machine_code(setup):
+    for targets, cluster, grid in (
+        ("sm_75 sm_80 sm_90a compute_80", "sm_90a", "sm_90a"),
+        ("sm_80 compute_80", "compute_90", "compute_90"),  # which the driver compiles, from 9.0 on
+        ("sm_90 sm_100f compute_100f", "sm_90 sm_100f", "sm_90"),
+        ("sm_90a sm_120", "sm_90a sm_120", "sm_90a"),
+        ("sm_100f compute_100f", "sm_100f", "sm_100f compute_100f"),
     ):
-        assert setup.cuda.targets_for("cluster", targets.split()) == own.split()
-        assert setup.cuda.targets_for("occupancy", targets.split()) == setup.cuda.targets_from(90, targets.split())
+        assert setup.cuda.targets_for("cluster", targets.split()) == cluster.split()
+        assert setup.cuda.targets_for("persistent_grid", targets.split()) == grid.split()
 
 
 @needs_setup

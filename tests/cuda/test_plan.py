@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from cuda_paths import fitting, found, path_names
-from gpus import GPUS, MIG
+from gpus import GPUS, MIG, RTX_5090, RTX_PRO_6000
 
 import seqkernels as sk
 from seqkernels import functional, hardware
@@ -18,7 +18,8 @@ from seqkernels.hardware import THIS_MACHINE
 
 pytestmark = pytest.mark.skipif(bool(THIS_MACHINE.native_missing), reason=THIS_MACHINE.native_missing)
 
-H200, A100, L4, T4 = (GPUS[name] for name in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "Tesla T4"))
+H200, B200, A100, L4 = (GPUS[f"NVIDIA {name}"] for name in ("H200", "B200", "A100-SXM4-80GB", "L4"))
+T4 = GPUS["Tesla T4"]
 LAYERS = list(dict.fromkeys(cell.display_name for cell in CELLS.values()))
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # As much shared memory as an L4 has, on a GPU with clusters.
@@ -103,12 +104,34 @@ def test_the_largest_layers_of_several_blocks(row):
                 assert bool(able) == (hidden <= largest[backward]), (name, hidden)
 
 
+LARGEST_ON_BLACKWELL = [
+    # GPU, cell, dtype, TF32, and the largest hidden size of a cluster forward, backward: on a B200 those of an H200, on
+    # GB202 those of up to 8 blocks with 99 KB each
+    *((B200, *row[:4]) for row in LARGEST),
+    (RTX_5090, "rnn_tanh", HALF, False, (512, 512)),
+    (RTX_5090, "gru", HALF, False, (512, 512)),
+    (RTX_PRO_6000, "lstm", HALF, False, (384, 384)),
+    (RTX_PRO_6000, "gru", SINGLE, True, (288, 256)),
+    (RTX_PRO_6000, "lstm", SINGLE, False, (256, 256)),
+]
+
+
+@pytest.mark.parametrize("row", LARGEST_ON_BLACKWELL, ids=lambda row: " ".join(map(str, (row[0].name, *row[1:4]))))
+def test_the_largest_layers_of_a_cluster_of_blackwell(row):
+    gpu, cell, dtype, tf32, largest = row
+    for backward in (False, True):
+        for hidden in (129, largest[backward], largest[backward] + 1):
+            able = fitting("cluster", gpu, cell, hidden, dtype, backward, tf32=tf32)
+            assert bool(able) == (hidden <= largest[backward]), hidden
+            assert not fitting("persistent grid", gpu, cell, hidden, dtype, backward, tf32=tf32)
+
+
 REASONS = [
     # path, the layer, whether it is projected, the GPU, and why it cannot run
     ("single CTA", "gru", 64, HALF, False, T4, "needs compute capability 8.0, the GPU has 7.5"),
     ("single CTA", "lstm", 64, HALF, True, H200, "takes a projection"),
     ("single CTA", "gru", 129, SINGLE, False, H200, "for 129 hidden units in float32"),
-    ("cluster", "gru", 256, HALF, False, A100, "clusters are for compute capability 9.0, the GPU has 8.0"),
+    ("cluster", "gru", 256, HALF, False, A100, "clusters need compute capability 9.0, the GPU has 8.0"),
     ("cluster", "lstm", 256, HALF, True, H200, "takes a projection"),
     ("cluster", "gru", 256, DOUBLE, False, H200, "takes float64"),
     ("cluster", "gru", 32, HALF, False, H200, "2 to 16 blocks, and 32 hidden units, 32 a block, make 1"),
@@ -116,7 +139,12 @@ REASONS = [
     ("cluster", "gru", 1000, SINGLE, False, H200, "the weights do not fit: a block needs"),
     ("cluster", "lstm", 512, HALF, False, MIG, "runs no cluster of 16 blocks"),
     ("cluster", "lstm", 250, HALF, False, H200._replace(clusters=()), "runs no cluster of 8 blocks"),
-    ("persistent grid", "gru", 1024, HALF, False, A100, "clusters are for compute capability 9.0"),
+    ("cluster", "rnn_tanh", 576, HALF, False, RTX_5090, "runs no cluster of 9 blocks"),
+    ("cluster", "lstm", 512, HALF, False, RTX_5090, "and may have 101376"),
+    # Compiled for other GPUs alone, as by default.
+    ("cluster", "gru", 256, HALF, False, B200._replace(clusters=16 * (0,)), "runs no cluster of 4 blocks"),
+    ("persistent grid", "gru", 1024, HALF, False, A100, "clusters need compute capability 9.0"),
+    ("persistent grid", "gru", 1024, HALF, False, B200, "is for compute capability 9.0, the GPU has 10.0"),
     ("persistent grid", "lstm", 1024, HALF, True, H200, "takes a projection"),
     ("persistent grid", "gru", 1024, DOUBLE, False, H200, "takes float64"),
     ("persistent grid", "lstm", 1025, SINGLE, False, H200, "the weights do not fit"),
@@ -135,7 +163,7 @@ def test_what_cannot_run_says_why(row):
 
 
 def test_no_gpu_is_without_a_path():
-    for gpu in (*GPUS.values(), MIG, SMALL):
+    for gpu in (*GPUS.values(), RTX_5090, MIG, SMALL):
         for cell, dtype in (("gru", DOUBLE), ("lstm", HALF)):
             assert fitting("stepwise", gpu, cell, 5000, dtype, projected=cell == "lstm")
 
@@ -165,6 +193,11 @@ PATHS = [
     (H200, "lstm", 64, HALF, 1, 1, "single CTA 1", "single CTA 1"),
     (A100, "lstm", 1024, HALF, 1, 1, "stepwise", "stepwise"),
     (A100, "gru", 300, HALF, 1, 16, "stepwise", "stepwise"),
+    (B200, "gru", 768, HALF, 1, 16, "cluster 2 48", "cluster 2 48"),
+    (B200, "gru", 1024, HALF, 1, 16, "stepwise", "stepwise"),
+    (B200._replace(clusters=16 * (0,)), "gru", 768, HALF, 1, 16, "stepwise", "stepwise"),  # built for other GPUs
+    (RTX_5090, "lstm", 384, HALF, 1, 16, "cluster 1 48", "cluster 1 48"),
+    (RTX_5090, "lstm", 512, HALF, 1, 16, "stepwise", "stepwise"),
     (MIG, "lstm", 400, HALF, 1, 4, "cluster 2 64", "cluster 2 64"),
     (MIG, "lstm", 512, HALF, 1, 4, "stepwise", "stepwise"),
 ]

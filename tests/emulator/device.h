@@ -92,27 +92,33 @@ class Global {
  public:
   Global(T* data, int64_t count) : data_(data), count_(count) {}
   explicit operator bool() const { return data_; }
+  Global moved(int64_t rows, int row_bytes) const {
+    constexpr int64_t size = sizeof(T);
+    Global moved = *this;
+    moved.origin_ += rows * row_bytes / size;
+    return moved;
+  }
   T load(int64_t i) const {
-    emulator::check_global(data_, count_, sizeof(T), i, emulator::Access::read);
-    return data_[i];
+    emulator::check_global(data_, count_, sizeof(T), origin_ + i, emulator::Access::read);
+    return data_[origin_ + i];
   }
   void store(int64_t i, T value) const {
-    emulator::check_global(data_, count_, sizeof(T), i, emulator::Access::write);
-    data_[i] = value;
+    emulator::check_global(data_, count_, sizeof(T), origin_ + i, emulator::Access::write);
+    data_[origin_ + i] = value;
   }
   Pair<std::remove_const_t<T>> load_pair(int64_t i) const {
-    emulator::check_pair(data_ + i, sizeof(T));
+    emulator::check_pair(data_ + origin_ + i, sizeof(T));
     return {load(i), load(i + 1)};
   }
   void store_pair(int64_t i, Pair<T> pair) const {
-    emulator::check_pair(data_ + i, sizeof(T));
+    emulator::check_pair(data_ + origin_ + i, sizeof(T));
     store(i, pair.first), store(i + 1, pair.second);
   }
-  T* data() const { return data_; }
+  T* data() const { return data_ + origin_; }
 
  private:
   T* data_;
-  int64_t count_;
+  int64_t count_, origin_ = 0;  // origin_: the element from which others are counted
 };
 
 template <class T>
