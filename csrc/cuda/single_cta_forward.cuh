@@ -10,6 +10,7 @@ struct SingleCtaForward : C {
   using MathPolicy = typename C::MathPolicy;
   using Parameters = SingleCtaArgs<std::conditional_t<C::MASKED, MaskedForwardArgs, ForwardArgs>>;
   using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
+  using Biases = SharedBiases<C::CELL, T, C::WIDTH>;
   using Step = typename Tile::Step;
   static constexpr int G = C::G, M_TILES = C::M_TILES;
 
@@ -17,12 +18,13 @@ struct SingleCtaForward : C {
     const Tile tile(s, s.tile);
     const ThreadTile<C> mine(s, tile);
     const Arrays arrays(s, tile.direction());
-    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);
+    const PackedWeights<C> weights(s, tile.direction());
+    const Biases biases(s, tile.direction(), 0, C::threads, C::layout.buffers);
 
     Pair<T> h[M_TILES][2];
-    float c[M_TILES][2][2], b_apart[M_TILES][2];
+    float c[M_TILES][2][2];
     [[maybe_unused]] int piece[2] = {}, next_piece[2] = {};
-    load_states(s, mine, arrays, h, c, b_apart, piece);
+    load_states(s, mine, h, c, piece);
 
     // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
     Pair<T> x[M_TILES][2][G];
@@ -45,7 +47,7 @@ struct SingleCtaForward : C {
       for (int m = 0; m < M_TILES; m++) {
         // The accumulators start from the gates of x, whose registers then take those of the next step.
         float sum[G][kElements], x_apart[kElements];
-        start(x[m], b_apart[m], sum, x_apart);
+        start(x[m], biases, mine.lane.unit + m * kMmaRows, sum, x_apart);
         load(m, next);
         // Add W h.
         multiply_all(weights, m, before, now.running, sum);
@@ -82,10 +84,9 @@ struct SingleCtaForward : C {
   }
 
  private:
-  // The initial states, which go to all threads, and the biases that stay apart.
-  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays,
-                                 Pair<T> (&h)[M_TILES][2], float (&c)[M_TILES][2][2], float (&b_apart)[M_TILES][2],
-                                 int (&piece)[2]) {
+  // The initial states, which go to all threads.
+  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, Pair<T> (&h)[M_TILES][2],
+                                 float (&c)[M_TILES][2][2], int (&piece)[2]) {
     if constexpr (C::MASKED)
       if (s.masks.pieces) mine.load_outermost(Pieces(s.masks, s, mine.tile.direction()), false, piece);
     const auto load = [&](const void* array, int m, int s_) {
@@ -96,7 +97,6 @@ struct SingleCtaForward : C {
     mine.each([&](int m, int s_) {
       h[m][s_] = load(s.h_0, m, s_);
       to_acc(load(s.c_0, m, s_), c[m][s_]);
-      if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
       mine.factors(0).store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
     });
   }
@@ -157,22 +157,27 @@ struct SingleCtaForward : C {
     if (kHasC<C::CELL>) to_acc(mine.load_piece(s.c_0, s, s.masks, next, m), c);
   }
 
-  // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.
-  static DEVICE void start(const Pair<T> (&x)[2][G], const float (&b_apart)[2], float (&sum)[G][kElements],
+  // What W h is added to: the gates of x with their biases; of a gate that stays apart its bias, and those of x beside.
+  static DEVICE void start(const Pair<T> (&x)[2][G], const Biases& biases, int unit, float (&sum)[G][kElements],
                            float (&x_apart)[kElements]) {
 #pragma unroll
-    for (int s_ = 0; s_ < 2; s_++)
+    for (int gate = 0; gate < G; gate++) {
+      const bool apart = stays_apart<C::CELL>(gate);
+      float of_x[2], of_h[2] = {};
+      to_acc(biases.of_x(gate, unit), of_x);
+      if (apart) to_acc(biases.of_h(gate, unit), of_h);
 #pragma unroll
-      for (int gate = 0; gate < G; gate++) {
+      for (int s_ = 0; s_ < 2; s_++) {
         float units[2];
         to_acc(x[s_][gate], units);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const bool apart = stays_apart<C::CELL>(gate);
-          sum[gate][i * 2 + s_] = apart ? b_apart[i] : units[i];
+          units[i] += of_x[i];
+          sum[gate][i * 2 + s_] = apart ? of_h[i] : units[i];
           if (apart) x_apart[i * 2 + s_] = units[i];
         }
       }
+    }
   }
 
   // The step of two units of a sequence; h and c change in place.

@@ -17,6 +17,10 @@ struct SliceForward : C {
   static constexpr int PARTS = forward_parts(UNITS), all_sums = forward_sums(G, UNITS);
   static constexpr int sum_row = sums_stride(UNITS), part_sums = G * kMaxTile * sum_row;
   static_assert(PARTS * (UNITS / kMmaRows) == C::warps);
+  // Behind the first row of sums, or behind all.
+  static constexpr bool in_gaps = biases_in_gaps(C::CELL, UNITS, MathPolicy::math);
+  static constexpr int first_bias = in_gaps ? UNITS : all_sums;
+  using Biases = SharedBiases<C::CELL, T, UNITS, in_gaps ? sum_row * 4 : 16>;
 
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
@@ -27,6 +31,7 @@ struct SliceForward : C {
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
     const Weights weights = load_weights(s, exchange);
+    const Biases biases(s, exchange.direction(), exchange.rank() * UNITS, C::threads, s.exchange + first_bias * 4);
 
     int64_t before = 0;  // exchanges, for other tiles
     exchange.each_tile(s, [&](const Tile& tile) {
@@ -36,9 +41,8 @@ struct SliceForward : C {
 
       const OwnedUnits<C> mine(s, tile, exchange.rank());
       Pair<T> h = mine.load_state(s.h_0), x[G];
-      float c[2], b_apart[2];
+      float c[2];
       to_acc(mine.load_state(s.c_0), c);
-      arrays.load_b_apart(mine.unit, mine.present, b_apart);
       typename Tile::Step now = tile.step(tile.prefetch(0));
       typename Tile::Prefetched next = tile.prefetch(1);
       load(arrays, mine, now, x);
@@ -57,7 +61,7 @@ struct SliceForward : C {
           // Activate.
           const bool runs = mine.sequence < now.running;
           float saved[2][kMaxBlocks];
-          if (runs) activate(sums, mine, x, b_apart, h, c, saved);
+          if (runs) activate(sums, biases, mine, x, h, c, saved);
           // Publish the new states first, once all lanes have read their sums: others may overwrite them after that.
           if (!last) exchange.publish(states(n + 1), stride, mine, MathPolicy::factors(h), runs, n);
           // Store y and what the backward pass needs.
@@ -138,19 +142,22 @@ struct SliceForward : C {
   }
 
   // The step of two units of a sequence; h and c change in place.
-  static DEVICE void activate(Shared<float> sums, const OwnedUnits<C>& mine, const Pair<T> (&x)[G],
-                              const float (&b_apart)[2], Pair<T>& h, float (&c)[2], float (&saved)[2][kMaxBlocks]) {
+  static DEVICE void activate(Shared<float> sums, const Biases& biases, const OwnedUnits<C>& mine,
+                              const Pair<T> (&x)[G], Pair<T>& h, float (&c)[2], float (&saved)[2][kMaxBlocks]) {
     float h_new[2];
     to_acc(h, h_new);
     float x_i[2][G] = {}, of_h[2][G];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
       const bool apart = stays_apart<C::CELL>(gate);
-      float of_x[2];
+      float of_x[2], b_x[2], b_h[2] = {};
       to_acc(x[gate], of_x);
+      to_acc(biases.of_x(gate, mine.at), b_x);
+      if (apart) to_acc(biases.of_h(gate, mine.at), b_h);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        of_h[i][gate] = apart ? b_apart[i] : of_x[i];
+        of_x[i] += b_x[i];
+        of_h[i][gate] = apart ? b_h[i] : of_x[i];
         if (apart) x_i[i][gate] = of_x[i];
       }
 #pragma unroll

@@ -48,7 +48,7 @@ RESIDENCY = [
     ("lstm", 128, SINGLE, False, H200, False, (32, 192, 32)),
     ("lstm", 128, SINGLE, False, L4, False, (32, 64, 160)),
     ("gru", 256, HALF, False, H200, False, (120, 216, 48)),
-    ("lstm", 256, HALF, False, H200, False, (128, 192, 192)),
+    ("lstm", 256, HALF, False, H200, False, (96, 192, 224)),
     ("rnn_relu", 256, HALF, False, L4, True, (128, 0, 0)),
 ]
 
