@@ -81,6 +81,13 @@ constexpr Variant variant_of(Arch arch, Cell cell, Math math, bool backward, boo
   return v;
 }
 
+// A gate whose products stay apart has two biases, one for W_ih x and one for W_hh h; of others these are one sum.
+constexpr int bias_blocks_of(Cell cell) { return gates_of(cell) + apart_of(cell); }
+// Bytes of the biases of so many units, in the layer's dtype: in registers they would take the place of weights.
+constexpr int shared_biases(Cell cell, int units, Math math) {
+  return bias_blocks_of(cell) * units * element_bytes(math);
+}
+
 // ---- register-resident weights: as many as a thread can have beside all else without spilling, as the compiler's code
 // shows (tests/cuda/test_cuda_compiled.py reads it there)
 
@@ -110,7 +117,7 @@ constexpr ResidentRow kResident[] = {
     {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 128, {4, 4}, {4, 4}},
     {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 256, {5, 5}, {4, 4}},
     {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 64, {1, 1}, {2, 2}},
-    {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 128, {1, 1}, {3, 2}},
+    {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 128, {1, 1}, {2, 2}},
     {Path::single_cta, Arch::sm_80, 4, Math::tf32, 128, {4, 3}, {3, 3}},
     {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 128, {4, 4}, {4, 4}},
     {Path::single_cta, Arch::sm_80, 4, Math::tensor_core, 256, {3, 2}, {2, 2}},
@@ -167,18 +174,29 @@ struct SingleCtaLayout {
   int m_tiles;   // of 16 rows that a warp takes
   int threads;   // of a CTA
   int stride;    // of a row of factors
-  int buffers;   // bytes of both buffers of factors, at the beginning of shared memory; weights follow
+  int buffers;   // bytes of both buffers of factors, at the beginning of shared memory
+  int biases;    // bytes of what is added to the gates, behind them; weights follow
   int groups;    // of fragments that a thread needs: one of each gate, for one k-block and one of its tiles of 16 rows
   int resident;  // of them in registers
   int group_bytes;  // of a group of all threads
 
   // Groups in shared memory, where a CTA may have so many bytes of it; the others are read from L2 in every step.
   constexpr int shared_groups(int shared_memory) const {
-    const int others = groups - resident, fitting = (shared_memory - buffers) / group_bytes;
+    const int others = groups - resident, fitting = (shared_memory - weights()) / group_bytes;
     return fitting < others ? fitting : others;
   }
-  constexpr int bytes(int shared_memory) const { return buffers + shared_groups(shared_memory) * group_bytes; }
-  constexpr bool fits(int shared_memory) const { return width > 0 && buffers <= shared_memory; }
+  constexpr int weights() const { return buffers + biases; }
+  constexpr int least_bytes() const { return weights() + group_bytes; }  // all groups pass through shared memory
+  constexpr int bytes(int shared_memory) const {
+    const int all = weights() + shared_groups(shared_memory) * group_bytes;
+    return all < least_bytes() ? least_bytes() : all;
+  }
+  constexpr bool fits(int shared_memory) const { return width > 0 && least_bytes() <= shared_memory; }
+  // Of the groups that are left.
+  constexpr int first_packed(int shared_memory) const { return resident + shared_groups(shared_memory); }
+  constexpr int64_t packed_bytes(int shared_memory) const {
+    return int64_t{groups - first_packed(shared_memory)} * group_bytes;
+  }
 };
 
 constexpr int kSingleCtaWidths[] = {32, 64, 96, 128, 192, 256};
@@ -203,6 +221,7 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   l.threads = width / kMmaRows / l.m_tiles * kWarpSize;
   l.stride = row_stride(v.backward ? gates * width : width, v.math);
   l.buffers = 2 * factor_buffer_bytes(l.stride, v.math);
+  l.biases = v.backward ? 0 : shared_biases(v.cell, width, v.math);
   l.groups = width / k_block_width(v.math) * l.m_tiles;
   const int resident = resident_of(Path::single_cta, v, width);
   l.resident = resident < l.groups ? resident : l.groups;
@@ -231,15 +250,14 @@ constexpr int kMeansBytes = 2 * (max_single_cta_width(Math::fp32_fma) / kMmaRows
 constexpr SingleCtaLayout norm_single_cta_layout(const Variant& v, int width) {
   SingleCtaLayout l = masked_single_cta_layout(v, width);
   l.buffers += 2 * kMeansBytes;
+  l.biases = 0;  // are in the gates already
   return l;
 }
 
-// Bytes of one direction's weights in the order that a kernel reads; 0: there is no kernel.
-constexpr int64_t single_cta_packed_bytes(Cell cell, Scalar scalar, int64_t hidden) {
-  if (scalar == Scalar::float64) return 0;
-  const Math math = math_of(scalar, false);  // TF32 packs the same
-  const int64_t width = single_cta_width(math, hidden);
-  return gates_of(cell) * width * width * element_bytes(math);
+constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width, bool masked, bool layer_norm) {
+  return layer_norm ? norm_single_cta_layout(v, width)
+         : masked   ? masked_single_cta_layout(v, width)
+                    : single_cta_layout(v, width);
 }
 
 // ---- cluster and persistent grid: a group of CTAs shares the hidden units of a layer, a slice for each
@@ -279,9 +297,15 @@ constexpr int owner_warps(int units) { return units / 2 * kMaxTile / kWarpSize; 
 // Forward: warps that share the columns of 16 rows, each having a part of the k-blocks.
 constexpr int forward_parts(int units) { return slice_warps(units, false) / (units / kMmaRows); }
 // Their sums lie so far apart that 16 lanes store two each to different banks.
-constexpr int sums_stride(int units) { return units + 4; }
+constexpr int kSumsGap = 4;
+constexpr int sums_stride(int units) { return units + kSumsGap; }
 constexpr int forward_sums(int gates, int units) {
-  return forward_parts(units) * gates * kMaxTile * sums_stride(units) - 4;
+  return forward_parts(units) * gates * kMaxTile * sums_stride(units) - kSumsGap;
+}
+// Where between them is space for biases, these lie there: for the largest layers every byte counts.
+constexpr bool biases_in_gaps(Cell cell, int units, Math math) {
+  const int gaps = forward_parts(units) * gates_of(cell) * kMaxTile - 1;
+  return shared_biases(cell, units, math) <= gaps * kSumsGap * 4;
 }
 
 // Backward: a warp multiplies for 32 states at once, so that factors are read half as often.
@@ -304,8 +328,8 @@ constexpr int grid_reducers() { return slice_warps(kGridUnits, true) / owner_war
 constexpr int grid_reducer_sums() { return (grid_reducers() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
 
 // Shared memory of a CTA, in bytes from its beginning: two mbarriers, two buffers of factors, what is exchanged
-// (forward the sums of the parts; backward partial gradients of two exchanges, on the grid the reducers' sums),
-// weights.
+// (forward the sums of the parts, and biases; backward partial gradients of two exchanges, on the grid the reducers'
+// sums), weights.
 struct SliceLayout {
   int stride;                        // of a row of factors
   int factors, exchange, weights;    // where they begin
@@ -330,6 +354,7 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
   } else {
     width = ceil_div(shape.blocks * shape.units, k_width) * k_width;
     exchange = forward_sums(gates, shape.units) * 4;
+    if (!biases_in_gaps(v.cell, shape.units, v.math)) exchange += shared_biases(v.cell, shape.units, v.math);
     l.fragments = ceil_div(ceil_div(hidden, k_width), forward_parts(shape.units)) * gates;
   }
   l.threads = warps * kWarpSize;

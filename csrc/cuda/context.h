@@ -61,6 +61,11 @@ class CallContext {
   const void* at(const void* data, int64_t i) const { return static_cast<const char*>(data) + i * element_size(); }
   void* at(void* data, int64_t i) const { return static_cast<char*>(data) + i * element_size(); }
 
+  // How many elements lie between two arrays.
+  int64_t elements_between(const void* first, const void* second) const {
+    return (reinterpret_cast<intptr_t>(second) - reinterpret_cast<intptr_t>(first)) / element_size();
+  }
+
   // The dtype of sums and of the LSTM's c between steps.
   ScalarType accumulator_type() const { return type_ == ScalarType::Double ? type_ : ScalarType::Float; }
 
@@ -127,10 +132,6 @@ inline void check_product(AOTITorchError error) {
 inline void multiply(const Tensor& result, const Tensor& a, const Tensor& b, bool add = false) {
   check_product(add ? SEQKERNELS_SHIM(addmm_out)(result.get(), result.get(), a.get(), b.get(), 1, 1)
                     : SEQKERNELS_SHIM(mm_out)(result.get(), a.get(), b.get()));
-}
-
-inline void multiply_with_bias(const Tensor& result, const Tensor& bias, const Tensor& a, const Tensor& b) {
-  check_product(SEQKERNELS_SHIM(addmm_out)(result.get(), bias.get(), a.get(), b.get(), 1, 1));
 }
 
 // One product for each direction.

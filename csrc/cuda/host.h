@@ -15,7 +15,8 @@ struct SweepLaunch {
   bool backward, masked, layer_norm;
   int64_t hidden;  // by which a single CTA is chosen: where LayerFacts::by_odd(), as_odd()
   LaunchShape shape{};
-  int64_t packed_bytes = 0;  // of the weights of a single CTA, all directions
+  SingleCtaLayout layout{};
+  int64_t packed_bytes = 0;  // of the weights that a single CTA reads in every step, all directions
   GridGroups groups{};       // of the persistent grid
 
   SweepLaunch(const CallContext&, const Layer&, const Plan&, const SweepArgs&, const StepMasks&, bool backward,
@@ -28,9 +29,9 @@ struct SweepWorkspace {
   SweepWorkspace(Carver&, const SweepLaunch&);
 };
 
-// Folds biases, and packs the weights of a single CTA.
-void prepare_weights(const CallContext&, const SweepArgs&, const void* const (&w_hh)[2], const SweepLaunch&,
-                     const SweepWorkspace&, const FoldBiases&);
+// Packs what a single CTA reads in every step, if there is something.
+void pack_weights(const CallContext&, const SweepArgs&, const void* const (&w_hh)[2], const SweepLaunch&,
+                  const SweepWorkspace&);
 
 void sweep_forward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const ForwardArgs&, const StepMasks&);
 void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace&, const BackwardArgs&,
@@ -40,24 +41,21 @@ void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace
 
 struct ForwardWorkspace {
   void* steps;
-  void* gates_x;  // [D, N, G*H] the input projections, with all biases but those that stay apart
-  void* biases;   // [D, G*H] or null
+  void* gates_x;  // [D, N, G*H] the input projections
   SweepWorkspace sweep;
 
   ForwardWorkspace(Carver&, const CallContext&, const Layer&, int64_t rows, const Optional& batch_sizes,
                    const SweepLaunch&);
 };
 
-// The biases of the input projection, which become `folded` [D, G*H].
-FoldBiases folded_biases(const Layer&, void* folded);
-void project_input(const CallContext&, const Layer&, int64_t rows, const ForwardWorkspace&);
+// One product for all directions, into ForwardArgs::gates_x.
+void project_input(const CallContext&, const Layer&, int64_t rows, const ForwardWorkspace&, ForwardArgs&);
 
 struct BackwardWorkspace {
   void* steps;
   void* gates;      // [D, N, F*H] gradients
   void* projected;  // [D, N, P] of the projected h, or null
   void* previous;   // [D, N, P] the states that steps started from; null if no weight's gradient is wanted
-  void* sums;       // [D, F*H] of `gates` over all rows; null without biases
   SweepWorkspace sweep;
 
   BackwardWorkspace(Carver&, const CallContext&, const Layer&, int64_t rows, bool wants_weights,

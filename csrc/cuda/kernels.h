@@ -1,11 +1,13 @@
 // All that crosses from the host (ops.cpp) to the kernels of a sweep: a pass over all steps of a layer, between the
 // input projection and the products over all rows. Letters as in layer.h; F is the number of blocks of grad_gates, as
-// gradient_blocks_of() says: the gradients of the gates of h, then those of the gates of x that differ from them, which
-// are the gates that stay apart (apart_of() in cells.h).
+// stored_gradients_of() says: the gradients of the gates of h and, where some differ, all those of the gates of x
+// behind them, so that either are one matrix.
 #pragma once
 #include "config.h"
 
 namespace seqkernels {
+
+constexpr int stored_gradients_of(Cell cell) { return apart_of(cell) ? 2 * gates_of(cell) : gates_of(cell); }
 
 struct SweepArgs {
   Cell cell;
@@ -18,15 +20,16 @@ struct SweepArgs {
 
 struct ForwardArgs : SweepArgs {
   static constexpr bool backward = false;
-  const void* gates_x;     // [D, N, G*H], with all biases but b_apart
-  const void* w_hh[2];     // [G*H, H]
-  const void* b_apart[2];  // [H] or null: b_hh of the gates that stay apart
-  const void* h_0;         // [D, B, H]
-  const void* c_0;         // [D, B, H] or null
-  void* y;                 // [N, D*H]
-  void* h_n;               // [D, B, H]
-  void* c_n;               // [D, B, H] or null
-  void* saved;             // [N, D, K*H] or null
+  const void* gates_x;            // [D, N, G*H] the products with W_ih
+  int first_direction;            // whose they are that come first
+  const void* w_hh[2];            // [G*H, H]
+  const void *b_ih[2], *b_hh[2];  // [G*H] or null
+  const void* h_0;                // [D, B, H]
+  const void* c_0;                // [D, B, H] or null
+  void* y;                        // [N, D*H]
+  void* h_n;                      // [D, B, H]
+  void* c_n;                      // [D, B, H] or null
+  void* saved;                    // [N, D, K*H] or null
 };
 
 struct BackwardArgs : SweepArgs {
@@ -99,7 +102,8 @@ struct MaskedStepBackward : StepBackward {
 // ---- layers with layer norm, stepwise or in one launch: LayerNormForward and LayerNormBackward say what is what
 
 struct NormStep : SweepArgs {
-  int64_t k, running;  // stepwise: the step
+  int64_t k, running;   // stepwise: the step
+  const void* w_hh[2];  // in one launch: [G*H, H]
   Norms norms;
   StepMasks masks;
 };
@@ -164,17 +168,18 @@ struct StepProjectBackward {
   void* grad_projected;  // [D, N, P] the same of all steps
 };
 
-// What the gradients of the weights still need once the sweep is done.
+// What the products for the gradients of the weights still need once the sweep is done, and the gradients of the
+// biases.
 struct FinishSweep {
   SweepArgs layer;
   // For every row the h that its step started from; zeros for rows that no step uses.
   const void* h_0;  // [D, B, P]
   const void* y;    // [N, D*P]
   void* previous;   // [D, N, P]
-  // The gradients of the biases from the sums of grad_gates over all rows; null without biases.
-  const void* sums;                   // [D, F*H]
+  // The gradients of the biases are sums over all rows.
+  const void* grad_gates;             // [D, N, F*H]
+  int64_t gates, columns;             // G*H and F*H; 0: there are no biases
   void *grad_b_ih[2], *grad_b_hh[2];  // [G*H]
-  int64_t biases, folded;             // G*H, and how many of them have the same gradient in both
 };
 
 struct MaskedFinishSweep : FinishSweep {
@@ -200,21 +205,15 @@ struct WriteSteps {
   int64_t *starts, *sizes;                     // [T]
 };
 
-// b_ih + b_hh: the biases of the input projection, but for those of b_hh that a cell needs apart.
-struct FoldBiases {
-  const void *b_ih[2], *b_hh[2];  // [G*H]
-  void* result;                   // [D, G*H]
-  int64_t size, folded;           // G*H, and how many of b_hh are added; 0: there are no biases
-};
-
-// Writes the recurrent weights in the order in which the threads of a single CTA read them (mma.cuh), and folds biases
-// in the same launch.
+// Writes those recurrent weights that the threads of a single CTA read in every step, in the order in which they do
+// (weights.cuh).
 struct PackWeights {
-  FoldBiases fold;
   const void* w_hh[2];  // [G*H, H]
-  void* packed;         // [D, single_cta_packed_bytes()]
+  void* packed;         // [D, vec16s]
   int gates, hidden;
   int width;        // hidden units that the kernel is made for
+  int first_group;  // of fragments; those before it stay in registers and shared memory
+  int vec16s;       // of a direction
   int m_tiles;      // of 16 rows that a warp takes
   bool transposed;  // backward: each gate's matrix
   bool tf32;        // rounded to TF32
@@ -245,11 +244,10 @@ const char* step_project_backward(const StepProjectBackward&, void* stream);
 const char* finish_sweep(const FinishSweep&, void* stream);
 const char* finish_sweep(const MaskedFinishSweep&, void* stream);
 const char* unprojected(const Unprojected&, void* stream);
-const char* fold_biases(const FoldBiases&, Scalar, int directions, void* stream);
 const char* write_steps(const WriteSteps&, void* stream);
 const char* pack_weights(const PackWeights&, Scalar, int directions, void* stream);
 
-// A CTA takes a tile. The weights are in `packed`, as pack_weights() writes them.
+// A CTA takes a tile. `packed`: what pack_weights() has written, if there is something.
 const char* single_cta_forward(const ForwardArgs&, const LaunchShape&, const void* packed, void* stream);
 const char* single_cta_backward(const BackwardArgs&, const LaunchShape&, const void* packed, void* stream);
 const char* single_cta_forward(const MaskedForwardArgs&, const LaunchShape&, const void* packed, void* stream);

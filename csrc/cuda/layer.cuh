@@ -98,6 +98,48 @@ struct Lane {
   int sequence, unit;
 };
 
+// The bias of a unit in block i of bias_blocks_of(): what is added to W_ih x of each gate, and behind these what is
+// added to W_hh h of the gates that stay apart.
+template <Cell CELL, class T>
+DEVICE acc_t<T> bias(const ForwardArgs& s, int direction, int i, int unit) {
+  constexpr int G = CellTraits<CELL>::gates, apart = CellTraits<CELL>::apart;
+  const Global<const T> b_ih(static_cast<const T*>(s.b_ih[direction]), G * s.hidden);
+  const Global<const T> b_hh(static_cast<const T*>(s.b_hh[direction]), G * s.hidden);
+  if (!b_ih) return 0;
+  const auto of_h = [&](int gate) { return to_acc(b_hh.load(gate * s.hidden + unit)); };
+  if (i >= G) return of_h(i - apart);
+  return to_acc(b_ih.load(i * s.hidden + unit)) + (stays_apart<CELL>(i) ? 0 : of_h(i));
+}
+
+// The biases of some units, from the layer's `first` on, in a CTA's shared memory: [block, unit]. 16 bytes of them lie
+// side by side, the next ones STRIDE bytes behind.
+template <Cell CELL, class T, int UNITS, int STRIDE = 16>
+class SharedBiases {
+ public:
+  // A barrier makes them known.
+  DEVICE SharedBiases(const ForwardArgs& s, int direction, int first, int threads, int at)
+      : all_(at, place(0, count) - (STRIDE / size - piece)) {
+    for (int i = thread(); i < count; i += threads) {
+      const int unit = first + i % UNITS;
+      const acc_t<T> found = unit < s.hidden ? bias<CELL, T>(s, direction, i / UNITS, unit) : 0;
+      all_.store(place(0, i), from_acc<T>(found));
+    }
+  }
+
+  // Of a gate of two units: what is added to W_ih x, and of one that stays apart to W_hh h.
+  DEVICE Pair<T> of_x(int gate, int unit) const { return all_.load_pair(place(gate, unit)); }
+  DEVICE Pair<T> of_h(int gate, int unit) const { return of_x(gate + CellTraits<CELL>::apart, unit); }
+
+ private:
+  static constexpr int size = sizeof(T), piece = 16 / size, count = bias_blocks_of(CELL) * UNITS;
+
+  static DEVICE int place(int block, int unit) {
+    return (block * (UNITS / piece) + unit / piece) * (STRIDE / size) + unit % piece;
+  }
+
+  Shared<T> all_;
+};
+
 // The arrays of a forward sweep. The address of two units is that of a row of y and a unit, plus the lane's sequence
 // and unit. The lane's part is the same for all units of a thread, so it is computed once.
 template <Cell CELL, class T, bool EVEN>
@@ -107,25 +149,19 @@ class ForwardArrays {
 
   DEVICE ForwardArrays(const ForwardArgs& s, int direction)
       : gates_x_(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
-        b_apart_(static_cast<const T*>(s.b_apart[direction]), s.hidden),
         y_(static_cast<T*>(s.y), s.rows * s.directions * s.hidden),
         saved_(static_cast<T*>(s.saved), s.rows * s.directions * K * s.hidden),
         rows_(s.rows),
         hidden_(static_cast<int>(s.hidden)),
         directions_(s.directions),
-        direction_(direction) {}
+        direction_(direction),
+        of_gates_(direction ^ s.first_direction) {}
 
   DEVICE void load_gates(int64_t row, int unit, Lane lane, int count, Pair<T>* x) const {
-    const int64_t base = (direction_ * rows_ + row) * G * hidden_ + unit;
+    const int64_t base = (of_gates_ * rows_ + row) * G * hidden_ + unit;
 #pragma unroll
     for (int gate = 0; gate < G; gate++)
       x[gate] = load_units<EVEN>(gates_x_, base + gate * hidden_ + (lane.sequence * G * hidden_ + lane.unit), count);
-  }
-
-  DEVICE void load_b_apart(int unit, int count, acc_t<T> (&b_apart)[2]) const {
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      b_apart[i] = CellTraits<CELL>::apart && b_apart_ && i < count ? to_acc(b_apart_.load(unit + i)) : 0;
   }
 
   DEVICE void store_y(int64_t row, int unit, Lane lane, int count, Pair<T> h) const {
@@ -150,10 +186,10 @@ class ForwardArrays {
   }
 
  private:
-  Global<const T> gates_x_, b_apart_;
+  Global<const T> gates_x_;
   Global<T> y_, saved_;
   int64_t rows_;
-  int hidden_, directions_, direction_;
+  int hidden_, directions_, direction_, of_gates_;
 };
 
 // What the backward step of two units reads: h of the step or of the one before, or both of c, as the cell needs.
@@ -179,11 +215,19 @@ DEVICE void backward_step(const StepInputs<T>& inputs, bool grad_y, acc_t<T> (&g
     grad_h[i] = cell_backward<CELL>(grad_h[i] + of_y[i], grad_c[i], saved[i], now[i], before[i], grad[i]);
 }
 
+// Which of the gradients that backward_step() gives is block i of stored_gradients_of().
+template <Cell CELL>
+DEVICE int gradient_of(int i) {
+  constexpr int G = CellTraits<CELL>::gates;
+  return i < G ? i : i - G + (stays_apart<CELL>(i - G) ? CellTraits<CELL>::apart : 0);
+}
+
 // The arrays of a backward sweep.
 template <Cell CELL, class T, bool EVEN>
 class BackwardArrays {
  public:
-  static constexpr int K = saved_blocks_of(CELL), F = gradient_blocks_of(CELL), S = kSavedGates<CELL>;
+  static constexpr int G = gates_of(CELL), K = saved_blocks_of(CELL), F = stored_gradients_of(CELL);
+  static constexpr int S = kSavedGates<CELL>;
 
   DEVICE BackwardArrays(const BackwardArgs& s, int direction) : BackwardArrays(s, direction, s.sequences) {}
 
@@ -237,7 +281,8 @@ class BackwardArrays {
     const int at = lane.sequence * F * hidden_ + lane.unit;
 #pragma unroll
     for (int block = 0; block < F; block++) {
-      const acc_t<T> units[2] = {grad[0][block], grad[1][block]};
+      const int of = gradient_of<CELL>(block);
+      const acc_t<T> units[2] = {grad[0][of], grad[1][of]};
       store_units<EVEN>(grad_gates_, base + block * hidden_ + at, from_acc<T>(units), count);
     }
   }

@@ -17,7 +17,7 @@ struct MaskedSingleCtaBackward : C {
     const Tile tile(s, s.tile);
     const ThreadTile<C> mine(s, tile);
     const Arrays arrays(s, tile.direction(), states_of(s));
-    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
+    const PackedWeights<C> weights(s, tile.direction());  // transposed
 
     float grad_h[M_TILES][1][kElements], grad_c[M_TILES][2][2];
     load_states(s, mine, grad_h, grad_c);

@@ -17,12 +17,13 @@ struct MaskedSingleCtaForward : C {
     const Tile tile(s, s.tile);
     const ThreadTile<C> mine(s, tile);
     const Arrays arrays(s, tile.direction());
-    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);
+    const PackedWeights<C> weights(s, tile.direction());
+    const SharedBiases<C::CELL, T, C::WIDTH> biases(s, tile.direction(), 0, C::threads, C::layout.buffers);
 
     Pair<T> h[M_TILES][2];
-    float c[M_TILES][2][2], b_apart[M_TILES][2];
+    float c[M_TILES][2][2];
     int piece[2] = {}, next_piece[2] = {};
-    load_states(s, mine, arrays, h, c, b_apart, piece);
+    load_states(s, mine, h, c, piece);
 
     // Gates are read one step ahead, so that reading overlaps with the products, and where they lie two steps ahead.
     Pair<T> x[M_TILES][2][G];
@@ -44,7 +45,7 @@ struct MaskedSingleCtaForward : C {
       for (int m = 0; m < M_TILES; m++) {
         // The accumulators start from the gates of x, whose registers then take those of the next step.
         float sum[G][kElements], x_apart[kElements];
-        SingleCtaForward<C>::template start<2>(x[m], b_apart[m], sum, x_apart);
+        SingleCtaForward<C>::template start<2>(x[m], biases, mine.lane.unit + m * kMmaRows, sum, x_apart);
         load(m, next);
         // Add W h.
         SingleCtaForward<C>::multiply_all(weights, m, before, now.running, sum);
@@ -69,10 +70,9 @@ struct MaskedSingleCtaForward : C {
   }
 
  private:
-  // The initial states, which go to all threads, and the biases that stay apart.
-  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, const Arrays& arrays,
-                                 Pair<T> (&h)[M_TILES][2], float (&c)[M_TILES][2][2], float (&b_apart)[M_TILES][2],
-                                 int (&piece)[2]) {
+  // The initial states, which go to all threads.
+  static DEVICE void load_states(const Parameters& s, const ThreadTile<C>& mine, Pair<T> (&h)[M_TILES][2],
+                                 float (&c)[M_TILES][2][2], int (&piece)[2]) {
     if (s.masks.pieces) mine.load_outermost(Pieces(s.masks, s, mine.tile.direction()), false, piece);
     const auto load = [&](const void* array, int m, int s_) {
       if (s.masks.pieces) return mine.load_piece(array, s, s.masks, piece[s_], m);
@@ -81,7 +81,6 @@ struct MaskedSingleCtaForward : C {
     mine.each([&](int m, int s_) {
       h[m][s_] = load(s.h_0, m, s_);
       to_acc(load(s.c_0, m, s_), c[m][s_]);
-      if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
       mine.factors(0).store_pair(mine.place(m, s_), factors(s, mine, m, s_, h[m][s_]));
     });
   }

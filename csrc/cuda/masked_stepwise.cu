@@ -45,10 +45,8 @@ const char* copy_pieces(const CopyPieces& p, void* stream) {
 }
 
 const char* finish_sweep(const MaskedFinishSweep& p, void* stream) {
-  return by_element(p.layer.scalar, [&](auto zero) {
-    using Kernel = FinishSweepKernel<decltype(zero), true>;
-    return launch_for<Kernel>(p.layer.rows * p.layer.projected + p.biases, p.layer.directions, p, stream);
-  });
+  return by_element(p.layer.scalar,
+                    [&](auto zero) { return launch_finish<FinishSweepKernel<decltype(zero), true>>(p, stream); });
 }
 
 }  // namespace seqkernels

@@ -27,7 +27,7 @@ class NormSingleCtaBackward : NormedTile<C> {
 
   static DEVICE void run(const Parameters& p) {
     const Tile tile(p, p.tile);
-    const PackedWeights<C> weights(p.packed, tile.direction(), p.shared_groups);  // transposed
+    const PackedWeights<C> weights(p, tile.direction());  // transposed
     NormSingleCtaBackward(p, tile).run(weights);
   }
 

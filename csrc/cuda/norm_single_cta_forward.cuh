@@ -17,7 +17,7 @@ class NormSingleCtaForward : NormedTile<C> {
 
   static DEVICE void run(const Parameters& p) {
     const Tile tile(p, p.tile);
-    const PackedWeights<C> weights(p.packed, tile.direction(), p.shared_groups);
+    const PackedWeights<C> weights(p, tile.direction());
     NormSingleCtaForward(p, tile).run(weights);
   }
 

@@ -98,12 +98,10 @@ void set_results(const CallContext& context, LayerForward& p, const CheckedArgum
 }
 
 // The arguments of a sweep through one layer.
-void set_layer(const CallContext& context, ForwardArgs& sweep, const LayerForward& p) {
+void set_layer(ForwardArgs& sweep, const LayerForward& p) {
   for (int d = 0; d < p.directions; d++) {
     const auto& w = p.weights[d];
-    sweep.w_hh[d] = w.w_hh;
-    const int64_t folded = (gates_of(p.cell) - apart_of(p.cell)) * p.hidden;
-    sweep.b_apart[d] = apart_of(p.cell) && w.b_hh ? context.at(w.b_hh, folded) : nullptr;
+    sweep.w_hh[d] = w.w_hh, sweep.b_ih[d] = w.b_ih, sweep.b_hh[d] = w.b_hh;
   }
   sweep.h_0 = p.h_0, sweep.c_0 = p.c_0;
   sweep.y = p.y, sweep.saved = p.saved;
@@ -119,7 +117,6 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
   const Workspace<ForwardWorkspace> memory(context, context, p, rows, batch_sizes, launch);
   const StepOffsets steps(context, p, batch_sizes, memory->steps);
   sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
-  sweep.gates_x = memory->gates_x;
   SavedLayout(p, rows).each_gap(results.save ? L : 1, [&](int64_t begin, int64_t end) {
     Tensor gap = context.view(context.at(pointer(results.saved), begin), {end - begin});
     zero(gap);
@@ -128,9 +125,9 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
   for (int64_t l = 0; l < L; l++) {
     if (l) arguments.set_layer(p, l, p.y);
     set_results(context, p, arguments, l, results, between, batch_sizes.has_value());
-    set_layer(context, sweep, p);
-    prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, folded_biases(p, memory->biases));
-    project_input(context, p, rows, *memory);
+    set_layer(sweep, p);
+    pack_weights(context, sweep, sweep.w_hh, launch, memory->sweep);
+    project_input(context, p, rows, *memory, sweep);
     Tensor h_n = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
     if (masks.pieces) {  // those without rows keep their states
       begin_as(context, h_n, p.h_0);
@@ -183,7 +180,7 @@ Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor
 // Rows that no step uses have no gradient.
 SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged,
                                const BackwardWorkspace& memory) {
-  const int64_t D = p.directions, FH = gradient_blocks_of(p.cell) * p.hidden;
+  const int64_t D = p.directions, FH = stored_gradients_of(p.cell) * p.hidden;
   SweepGradients grads(context.view(memory.gates, {D, rows, FH}));
   if (p.has_projection) grads.projected = context.view(memory.projected, {D, rows, p.projected});
   if (ragged && !(p.batch_sizes && p.rows == rows)) {
@@ -224,7 +221,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
       begin_as(context, own.grad_c_0, p.grad_c_n);
     }
     if (plan.path != Path::stepwise) {
-      prepare_weights(context, sweep, sweep.w_hh, launch, memory->sweep, {});
+      pack_weights(context, sweep, sweep.w_hh, launch, memory->sweep);
       sweep_backward(context, launch, memory->sweep, sweep, masks);
     } else {
       stepwise_backward(context, p, steps, sweep, masks, grads, own.grad_h_0, own.grad_c_0);

@@ -32,11 +32,11 @@ void set_step(NormStep& step, const Layer& p, const Norms& norms, int64_t rows, 
 
 // All steps in one launch.
 template <class Step>
-void sweep(const CallContext& context, const Layer& p, const Plan& plan, const Step& step) {
+void sweep(const CallContext& context, const Layer& p, const Plan& plan, Step& step) {
   const SweepLaunch launch(context, p, plan, step, step.masks, Step::backward, true);
   const Workspace<SweepWorkspace> memory(context, launch);
-  const void* w_hh[2] = {p.weights[0].w_hh, p.weights[1].w_hh};
-  prepare_weights(context, step, w_hh, launch, *memory, {});
+  for (int d = 0; d < p.directions; d++) step.w_hh[d] = p.weights[d].w_hh;
+  pack_weights(context, step, step.w_hh, launch, *memory);
   if constexpr (Step::backward)
     check_launch(single_cta_backward(step, launch.shape, memory->packed, context.stream()));
   else

@@ -1,5 +1,4 @@
 // The kernel that packs the weights of a single CTA, and its launch.
-#include "fold_biases.cuh"
 #include "launch.cuh"
 #include "mma.cuh"
 #include "dispatch.h"
@@ -8,10 +7,9 @@ namespace seqkernels {
 
 namespace device {
 
-// Writes the recurrent weights in the order in which the threads of a single CTA read them: for each direction,
-// fragment and half of a fragment, 16 bytes of each thread. Threads behind those fold biases. A fragment is `gate` of
-// the `k_block` of columns of the `m_tile` of 16 rows of the thread's warp, and its number (k_block * m_tiles + m_tile)
-// * gates + gate.
+// Writes recurrent weights in the order in which the threads of a single CTA read them: for each direction, fragment
+// and half of a fragment, 16 bytes of each thread. A fragment is `gate` of the `k_block` of columns of the `m_tile` of
+// 16 rows of the thread's warp, its group k_block * m_tiles + m_tile, and its number group * gates + gate.
 template <class T>
 struct PackWeightsKernel {
   static constexpr int threads = 128;
@@ -19,13 +17,10 @@ struct PackWeightsKernel {
 
   static DEVICE void run(const PackWeights& p) {
     constexpr int k_width = kKBlockBytes / static_cast<int>(sizeof(T));
-    const int lanes = p.width / (kMmaRows * p.m_tiles) * kWarpSize, fragments = p.width / k_width * p.m_tiles * p.gates;
-    const int i = static_cast<int>(block()) * threads + thread(), hidden = p.hidden, all = fragments * 2 * lanes;
-    if (i >= all) {
-      if (i - all < p.fold.size) fold_bias<T>(p.fold, i - all);
-      return;
-    }
-    const int lane = i % lanes, half = i / lanes % 2, fragment = i / lanes / 2;
+    const int lanes = p.width / (kMmaRows * p.m_tiles) * kWarpSize, hidden = p.hidden;
+    const int i = static_cast<int>(block()) * threads + thread();
+    if (i >= p.vec16s) return;
+    const int lane = i % lanes, half = i / lanes % 2, fragment = i / lanes / 2 + p.first_group * p.gates;
     const int gate = fragment % p.gates, m_tile = fragment / p.gates % p.m_tiles,
               k_block = fragment / p.gates / p.m_tiles;
     const int64_t matrix = int64_t(hidden) * hidden;
@@ -48,7 +43,7 @@ struct PackWeightsKernel {
       else
         words.word[word] = bits(pair(factor(row, column), factor(row, column + 1)));
     }
-    Global<Vec16>(static_cast<Vec16*>(p.packed) + block_y() * all, all).store(i, words);
+    Global<Vec16>(static_cast<Vec16*>(p.packed) + block_y() * p.vec16s, p.vec16s).store(i, words);
   }
 };
 
@@ -61,9 +56,7 @@ const char* pack_weights(const PackWeights& p, Scalar scalar, int directions, vo
       return "no single CTA kernel for float64";
     } else {
       using Kernel = device::PackWeightsKernel<T>;
-      const int64_t vec16s = int64_t{p.gates} * p.width * p.width * int64_t{sizeof(T)} / 16;
-      const int64_t all = vec16s + p.fold.size;
-      return device::launch<Kernel>((all + Kernel::threads - 1) / Kernel::threads, directions, 0, stream, p);
+      return device::launch<Kernel>(ceil_div(p.vec16s, Kernel::threads), directions, 0, stream, p);
     }
   });
 }

@@ -58,15 +58,14 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   if (!found.reason.empty()) return found;
   const Variant variant = variant_of(layer, gpu, backward);
   const int width = width_of_single_cta(layer);
-  const SingleCtaLayout layout = layer.layer_norm ? norm_single_cta_layout(variant, width)
-                                 : layer.masked   ? masked_single_cta_layout(variant, width)
-                                                  : single_cta_layout(variant, width);
+  const SingleCtaLayout layout = single_cta_layout(variant, width, layer.masked, layer.layer_norm);
   if (!layout.resident) {
     found.reason = text("no single CTA kernel for the cell ", name_of(layer.cell));
     return found;
   }
   if (!layout.fits(gpu.shared_memory)) {
-    found.reason = text("a block needs ", layout.buffers, " bytes of shared memory, and may have ", gpu.shared_memory);
+    found.reason =
+        text("a block needs ", layout.least_bytes(), " bytes of shared memory, and may have ", gpu.shared_memory);
     return found;
   }
   const int shared = layout.shared_groups(gpu.shared_memory);

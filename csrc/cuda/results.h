@@ -67,6 +67,7 @@ struct BackwardResults {
         grad_h_0(context.allocate({layers * p.directions, p.states, p.projected})),
         grad_c_0(context.allocate({layers * p.directions, p.states, states_of(p.cell) > 1 ? p.hidden : 0})) {
     for (const Tensor& weight : weights) grad_weights.push_back(allocate_like(context, weight, wants_weights));
+    if (p.directions == 2) order_directions(layers);
   }
 
   // The part of one layer; `grad_x` is the gradient of its input.
@@ -80,6 +81,15 @@ struct BackwardResults {
     const size_t each = all.grad_weights.size() / layers;
     const auto first = all.grad_weights.begin() + layer * each;
     grad_weights.assign(first, first + each);
+  }
+
+ private:
+  // Lets the memory of the first direction lie before that of the second, as batches of both need it.
+  void order_directions(int64_t layers) {
+    const size_t each = grad_weights.size() / layers / 2;
+    for (size_t i = 0; i < grad_weights.size(); i++)
+      if (i / each % 2 == 0 && grad_weights[i + each].const_data_ptr() < grad_weights[i].const_data_ptr())
+        std::swap(grad_weights[i], grad_weights[i + each]);
   }
 };
 

@@ -34,7 +34,7 @@ struct MaskedConfig : SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, f
 
 template <class Pass>
 struct SingleCtaArgs : Pass {
-  const void* packed;  // the weights, as pack_weights() writes them
+  const void* packed;  // what pack_weights() has written: the weights that neither registers nor shared memory hold
   int tile;            // sequences that a CTA takes: 1 to kMaxTile
   int shared_groups;   // of the weights, in shared memory
 };

@@ -11,7 +11,8 @@ template <class C, int S>
 class BackwardPlace {
  public:
   using T = typename C::T;
-  static constexpr int K = saved_blocks_of(C::CELL), F = gradient_blocks_of(C::CELL), kGates = kSavedGates<C::CELL>;
+  static constexpr int K = saved_blocks_of(C::CELL), kGates = kSavedGates<C::CELL>;
+  static constexpr int F = stored_gradients_of(C::CELL);
   // What the cell has of the state before a step, which is c where there is one, else h.
   static constexpr bool BEFORE = kHasC<C::CELL> || CellTraits<C::CELL>::needs_h_prev;
 
@@ -57,11 +58,12 @@ class BackwardPlace {
     if (K > 0) saved_.move(rows, of_y_ * K);
   }
 
-  DEVICE void store(int m, int s, int running, const Pair<T> (&grad)[F]) const {
+  DEVICE void store(int m, int s, int running, const Pair<T> (&grad)[gradient_blocks_of(C::CELL)]) const {
 #pragma unroll
     for (int block = 0; block < F; block++)
-      store_units<C::EVEN>(grad_gates_, s * F * hidden_ + block * hidden_ + m * kMmaRows, grad[block],
-                           mine_.runs(m, s, 0, running), mine_.runs(m, s, 1, running));
+      store_units<C::EVEN>(grad_gates_, s * F * hidden_ + block * hidden_ + m * kMmaRows,
+                           grad[gradient_of<C::CELL>(block)], mine_.runs(m, s, 0, running),
+                           mine_.runs(m, s, 1, running));
   }
   DEVICE void move_gradients(int rows) { grad_gates_.move(rows, F * hidden_); }
 
@@ -93,7 +95,7 @@ struct SingleCtaBackward : C {
 
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
-    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);  // transposed
+    const PackedWeights<C> weights(s, tile.direction());  // transposed
     if (tile.sequences() <= kMaxTile / 2)
       steps<1>(s, tile, weights);
     else

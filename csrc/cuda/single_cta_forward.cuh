@@ -18,7 +18,8 @@ class ForwardPlace {
         hidden_(static_cast<int>(s.hidden)),
         of_y_(s.directions * hidden_),
         x_(Global<const T>(static_cast<const T*>(s.gates_x), s.directions * s.rows * G * s.hidden),
-           (mine.tile.direction() * s.rows + row + mine.lane.sequence) * G * hidden_ + mine.lane.unit),
+           ((mine.tile.direction() ^ s.first_direction) * s.rows + row + mine.lane.sequence) * G * hidden_ +
+               mine.lane.unit),
         y_(Global<T>(static_cast<T*>(s.y), s.rows * of_y_), place(s, row)),
         saved_(Global<T>(static_cast<T*>(s.saved), s.rows * of_y_ * K),
                place(s, row) * K - (K - 1) * int64_t{mine.lane.unit}),
@@ -66,17 +67,19 @@ struct SingleCtaForward : C {
   using T = typename C::T;
   using MathPolicy = typename C::MathPolicy;
   using Parameters = SingleCtaArgs<ForwardArgs>;
+  using Biases = SharedBiases<C::CELL, T, C::WIDTH>;
   static constexpr int G = C::G, M_TILES = C::M_TILES, kGates = kSavedGates<C::CELL>;
   // Whether results wait in registers for the next step's products, which take 16 bits of each.
   static constexpr bool LATE = sizeof(T) == 2 && M_TILES == 1;
 
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
-    const PackedWeights<C> weights(s.packed, tile.direction(), s.shared_groups);
+    const PackedWeights<C> weights(s, tile.direction());
+    const Biases biases(s, tile.direction(), 0, C::threads, C::layout.buffers);
     if (tile.sequences() <= kMaxTile / 2)
-      steps<1>(s, tile, weights);
+      steps<1>(s, tile, weights, biases);
     else
-      steps<2>(s, tile, weights);
+      steps<2>(s, tile, weights, biases);
   }
 
   // Adds the products of the first `sequences` sequences to `sum`; tensor cores in two chains for each gate, if a warp
@@ -98,33 +101,39 @@ struct SingleCtaForward : C {
     });
   }
 
-  // What W h is added to: the gates of x; of a gate that stays apart its bias, and those of x beside.
+  // What W h is added to: the gates of x with their biases; of a gate that stays apart its bias, and those of x beside.
   template <int S>
-  static DEVICE void start(const Pair<T> (&x)[S][G], const float (&b_apart)[2], float (&sum)[G][kElements],
+  static DEVICE void start(const Pair<T> (&x)[S][G], const Biases& biases, int unit, float (&sum)[G][kElements],
                            float (&x_apart)[kElements]) {
 #pragma unroll
-    for (int s_ = 0; s_ < S; s_++)
+    for (int gate = 0; gate < G; gate++) {
+      const bool apart = stays_apart<C::CELL>(gate);
+      float of_x[2], of_h[2] = {};
+      to_acc(biases.of_x(gate, unit), of_x);
+      if (apart) to_acc(biases.of_h(gate, unit), of_h);
 #pragma unroll
-      for (int gate = 0; gate < G; gate++) {
+      for (int s_ = 0; s_ < S; s_++) {
         float units[2];
         to_acc(x[s_][gate], units);
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          const bool apart = stays_apart<C::CELL>(gate);
-          sum[gate][i * 2 + s_] = apart ? b_apart[i] : units[i];
+          units[i] += of_x[i];
+          sum[gate][i * 2 + s_] = apart ? of_h[i] : units[i];
           if (apart) x_apart[i * 2 + s_] = units[i];
         }
       }
+    }
   }
 
  private:
   // Of tiles in which a lane has up to S sequences.
   template <int S>
-  static DEVICE void steps(const Parameters& s, const Tile& tile, const PackedWeights<C>& weights) {
+  static DEVICE void steps(const Parameters& s, const Tile& tile, const PackedWeights<C>& weights,
+                           const Biases& biases) {
     const ThreadTile<C, S> mine(s, tile);
     Pair<T> h[M_TILES][S], x[M_TILES][S][G], saved[M_TILES][S][kGates + 1];
-    float c[M_TILES][S][2], b_apart[M_TILES][2];
-    load_states(s, mine, h, c, b_apart);
+    float c[M_TILES][S][2];
+    load_states(s, mine, h, c);
 
     Walk<1> walk(s, tile, false);
     ForwardPlace<C, S> place(s, mine, walk.row());
@@ -142,7 +151,7 @@ struct SingleCtaForward : C {
       place.move_x(walk.rows());
 #pragma unroll
       for (int m = 0; m < M_TILES; m++) {
-        start<S>(x[m], b_apart[m], sum[m], x_apart[m]);
+        start<S>(x[m], biases, mine.lane.unit + m * kMmaRows, sum[m], x_apart[m]);
         multiply_all<S>(weights, m, mine.factors(buffer), running, sum[m], [&] {
           mine.each([&](int of, int s_) {
             if (of == m) place.load(m, s_, walk.running(1), x[m][s_]);
@@ -166,16 +175,14 @@ struct SingleCtaForward : C {
     });
   }
 
-  // The initial states, which go to all threads, and the biases that stay apart.
+  // The initial states, which go to all threads.
   template <int S>
   static DEVICE void load_states(const Parameters& s, const ThreadTile<C, S>& mine, Pair<T> (&h)[M_TILES][S],
-                                 float (&c)[M_TILES][S][2], float (&b_apart)[M_TILES][2]) {
-    const ForwardArrays<C::CELL, T, C::EVEN> arrays(s, mine.tile.direction());
+                                 float (&c)[M_TILES][S][2]) {
     mine.clear_others(1);
     mine.each([&](int m, int s_) {
       h[m][s_] = mine.load_state(s.h_0, m, s_);
       to_acc(mine.load_state(s.c_0, m, s_), c[m][s_]);
-      if (s_ == 0) arrays.load_b_apart(mine.lane.unit + m * kMmaRows, mine.present[m], b_apart[m]);
       mine.factors(0).store_pair(mine.place(m, s_), MathPolicy::factors(h[m][s_]));
     });
   }

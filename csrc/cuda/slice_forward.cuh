@@ -13,21 +13,24 @@ struct SliceForward : C {
   using Exchange = Exchange_<C>;
   using Parameters = typename Exchange::template Parameters<ForwardArgs>;
   using Weights = SliceWeights<C, C::G>;
-  using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
   static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
   static constexpr int PARTS = forward_parts(UNITS), all_sums = forward_sums(G, UNITS);
   static constexpr int sum_row = sums_stride(UNITS), part_sums = G * kMaxTile * sum_row;
   static_assert(PARTS * (UNITS / kMmaRows) == C::warps);
+  // Behind the first row of sums, or behind all.
+  static constexpr bool in_gaps = biases_in_gaps(C::CELL, UNITS, MathPolicy::math);
+  static constexpr int first_bias = in_gaps ? UNITS : all_sums;
+  using Biases = SharedBiases<C::CELL, T, UNITS, in_gaps ? sum_row * 4 : 16>;
 
   static DEVICE void run(const Parameters& s) {
     const Exchange exchange(s);
     const int hidden = static_cast<int>(s.hidden), stride = s.stride;
-    const Arrays arrays(s, exchange.direction());
     const auto states = [&](uint32_t n) { return factor_buffer<T>(n, stride); };  // that the n-th exchange follows
     const Shared<float> sums(s.exchange, all_sums);
 
     if (thread() == 0) arrivals(0).init(), arrivals(1).init();
     const Weights weights = load_weights(s, exchange);
+    const Biases biases(s, exchange.direction(), exchange.rank() * UNITS, C::threads, s.exchange + first_bias * 4);
 
     uint32_t n = 0;  // the next exchange
     exchange.each_tile(s, [&](const Tile& tile) {
@@ -37,9 +40,8 @@ struct SliceForward : C {
 
       const OwnedUnits<C> mine(s, tile, exchange.rank());
       Pair<T> h = mine.load_state(s.h_0), x[G];
-      float c[2], b_apart[2];
+      float c[2];
       to_acc(mine.load_state(s.c_0), c);
-      arrays.load_b_apart(mine.unit, mine.present, b_apart);
       StepWindow<1> steps(s, tile, C::variant.backward);
       ForwardRows<C> rows(s, mine, exchange.direction(), steps.row());
       rows.load_gates(mine.present_of(steps.running()), x);
@@ -55,7 +57,7 @@ struct SliceForward : C {
           // Activate, for all sequences of the warp.
           const bool runs = mine.runs(running);
           float saved[2][kMaxBlocks];
-          activate(sums, mine, x, b_apart, runs, h, c, saved);
+          activate(sums, biases, mine, x, runs, h, c, saved);
           // Publish the new states first, once all lanes have read their sums:
           // others may overwrite them after that.
           if (!last) exchange.publish(states(n + 1), stride, mine, MathPolicy::factors(h), runs, n);
@@ -138,8 +140,8 @@ struct SliceForward : C {
 
   // The step of two units of a sequence; h and c change in place, if the
   // sequence runs.
-  static DEVICE void activate(Shared<float> sums, const OwnedUnits<C>& mine, const Pair<T> (&x)[G],
-                              const float (&b_apart)[2], bool runs, Pair<T>& h, float (&c)[2],
+  static DEVICE void activate(Shared<float> sums, const Biases& biases, const OwnedUnits<C>& mine,
+                              const Pair<T> (&x)[G], bool runs, Pair<T>& h, float (&c)[2],
                               float (&saved)[2][kMaxBlocks]) {
     float x_i[2][G], of_h[2][G];
 #pragma unroll
@@ -147,9 +149,12 @@ struct SliceForward : C {
       // Of gates that are only added up, the last part of W h alone is left to
       // the cell.
       const bool apart = stays_apart<C::CELL>(gate);
-      float of_x[2];
+      float of_x[2], b_x[2], b_h[2] = {};
       to_acc(x[gate], of_x);
-      float sum[2] = {apart ? b_apart[0] : of_x[0], apart ? b_apart[1] : of_x[1]};
+      to_acc(biases.of_x(gate, mine.at), b_x);
+      if (apart) to_acc(biases.of_h(gate, mine.at), b_h);
+      of_x[0] += b_x[0], of_x[1] += b_x[1];
+      float sum[2] = {apart ? b_h[0] : of_x[0], apart ? b_h[1] : of_x[1]};
 #pragma unroll
       for (int part = 0; part < PARTS; part++) {
         const Pair<float> of_part = sums.load_pair(place(part, gate, mine.sequence) + mine.at);

@@ -16,7 +16,7 @@ SliceArgs slice_args(const Args& args, const SliceShape& slices, int tile) {
   p.tile = tile;
   p.stride = layout.stride;
   p.block = static_cast<int>(args.hidden) * element_bytes(Kernel::variant.math);
-  p.gates_row = (Kernel::variant.backward ? gradient_blocks_of(Kernel::CELL) : Kernel::G) * p.block;
+  p.gates_row = (Kernel::variant.backward ? stored_gradients_of(Kernel::CELL) : Kernel::G) * p.block;
   p.y_row = args.directions * p.block;
   p.saved_row = saved_blocks_of(Kernel::CELL) * p.y_row;
   p.exchange = layout.exchange;

@@ -80,7 +80,7 @@ class ForwardRows {
   DEVICE ForwardRows(const SliceArgs<ForwardArgs>& s, const OwnedUnits<C>& mine, int direction, int64_t first)
       : s_(s),
         saves_(s.saved),
-        gates_x_(mine.of_direction(static_cast<const T*>(s.gates_x), G, direction, first)),
+        gates_x_(mine.of_direction(static_cast<const T*>(s.gates_x), G, direction ^ s.first_direction, first)),
         y_(mine.of_row(static_cast<T*>(s.y), 1, direction, first)),
         saved_(mine.of_row(static_cast<T*>(s.saved), K, direction, first)) {}
 
@@ -124,7 +124,7 @@ template <class C>
 class BackwardRows {
  public:
   using T = typename C::T;
-  static constexpr int K = saved_blocks_of(C::CELL), F = gradient_blocks_of(C::CELL), S = kSavedGates<C::CELL>;
+  static constexpr int K = saved_blocks_of(C::CELL), F = stored_gradients_of(C::CELL), S = kSavedGates<C::CELL>;
   static constexpr bool has_c = kHasC<C::CELL>,
                         has_y = CellTraits<C::CELL>::needs_h || CellTraits<C::CELL>::needs_h_prev;
 
@@ -163,7 +163,8 @@ class BackwardRows {
   DEVICE void store_gates(int count, const float (&grad)[2][kMaxBlocks]) const {
 #pragma unroll
     for (int block = 0; block < F; block++) {
-      const float units[2] = {grad[0][block], grad[1][block]};
+      const int of = gradient_of<C::CELL>(block);
+      const float units[2] = {grad[0][of], grad[1][of]};
       store_units<C::EVEN>(grad_gates_.moved(block, s_.block), 0, from_acc<T>(units), count);
     }
   }

@@ -48,21 +48,14 @@ const char* step_project_backward(const StepProjectBackward& p, void* stream) {
 }
 
 const char* finish_sweep(const FinishSweep& p, void* stream) {
-  return by_element(p.layer.scalar, [&](auto zero) {
-    using Kernel = FinishSweepKernel<decltype(zero)>;
-    return launch_for<Kernel>(p.layer.rows * p.layer.projected + p.biases, p.layer.directions, p, stream);
-  });
+  return by_element(p.layer.scalar,
+                    [&](auto zero) { return launch_finish<FinishSweepKernel<decltype(zero)>>(p, stream); });
 }
 
 const char* unprojected(const Unprojected& p, void* stream) {
   return by_element(p.layer.scalar, [&](auto zero) {
     return launch_for<UnprojectedKernel<decltype(zero)>>(p.layer.rows * p.layer.hidden, 1, p, stream);
   });
-}
-
-const char* fold_biases(const FoldBiases& p, Scalar scalar, int directions, void* stream) {
-  return by_element(
-      scalar, [&](auto zero) { return launch_for<FoldBiasesKernel<decltype(zero)>>(p.size, directions, p, stream); });
 }
 
 const char* write_steps(const WriteSteps& p, void* stream) {

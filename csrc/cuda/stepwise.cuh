@@ -2,7 +2,6 @@
 // index of a CTA). Besides, small kernels that prepare steps and gather rows. A thread has one element, or two hidden
 // units side by side.
 #pragma once
-#include "fold_biases.cuh"
 #include "masks.cuh"
 #include "pieces.cuh"
 
@@ -108,7 +107,7 @@ struct StepForwardKernel {
     const Global<acc_t<T>> c(static_cast<acc_t<T>*>(p.c), states);
     Pair<T> x[G];
     arrays.load_gates(row, at.unit, {}, at.count, x);
-    acc_t<T> x_i[2][G], of_h[2][G], saved[2][kMaxBlocks], h_now[2] = {}, c_now[2] = {}, b_apart[2];
+    acc_t<T> x_i[2][G], of_h[2][G], saved[2][kMaxBlocks], h_now[2] = {}, c_now[2] = {};
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
       acc_t<T> units[2];
@@ -117,10 +116,9 @@ struct StepForwardKernel {
       to_acc(load_units<EVEN>(gates_h, (state * G + gate) * s.hidden + at.unit, at.count), units);
       of_h[0][gate] = units[0], of_h[1][gate] = units[1];
     }
-    if (CellTraits<CELL>::apart) {
-      arrays.load_b_apart(at.unit, at.count, b_apart);
-      of_h[0][G - 1] += b_apart[0], of_h[1][G - 1] += b_apart[1];
-    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+      if (i < at.count) add_biases(s, d, at.unit + i, x_i[i], of_h[i]);
     if (MASKED || CellTraits<CELL>::needs_h_prev) {
       to_acc(load_units<EVEN>(Global<const T>(static_cast<const T*>(p.h), states), place, at.count), h_now);
     }
@@ -146,6 +144,12 @@ struct StepForwardKernel {
   }
 
  private:
+  static DEVICE void add_biases(const ForwardArgs& s, int d, int unit, acc_t<T> (&of_x)[G], acc_t<T> (&of_h)[G]) {
+#pragma unroll
+    for (int block = 0; block < G + CellTraits<CELL>::apart; block++)
+      (block < G ? of_x[block] : of_h[block - CellTraits<CELL>::apart]) += bias<CELL, T>(s, d, block, unit);
+  }
+
   // Behind step t: where a piece ended, its states leave, and those of the next begin.
   static DEVICE void change_piece(const MaskedStepForward& p, const TwoUnits& at, int64_t t, Pair<T> h,
                                   const acc_t<T> (&c)[2]) {
@@ -321,28 +325,66 @@ struct StepProjectBackwardKernel {
   }
 };
 
-// The first threads gather states, the others write gradients of biases; a direction is the second index of a CTA.
+// The first CTAs add up gradients of biases, the others gather states, a thread one element; a direction is the second
+// index of a CTA.
 template <class T, bool MASKED = false>
 struct FinishSweepKernel {
-  static constexpr int threads = kThreads;
+  static constexpr int threads = 512;
   using Parameters = std::conditional_t<MASKED, MaskedFinishSweep, FinishSweep>;
+
+  static constexpr int strip = 16;  // columns of grad_gates that a CTA adds up: 32 bytes of a row, or more
+  static constexpr int shared_bytes = threads / kWarpSize * strip * static_cast<int>(sizeof(acc_t<T>));
+  static int64_t blocks(const FinishSweep& p) {
+    return ceil_div(p.columns, strip) + ceil_div(p.layer.rows * p.layer.projected, threads);
+  }
 
   static DEVICE void run(const Parameters& p) {
     const SweepArgs& s = p.layer;
     const int d = block_y();
-    Element at;
-    if (element(s.rows, s.projected, at)) return gather(p, at, d);
-    const int64_t i = block() * kThreads + thread() - s.rows * s.projected;
-    if (i < p.biases) store_bias_gradients(p, i, d);
+    const int64_t strips = (p.columns + strip - 1) / strip;
+    if (block() < strips) return add_up(p, static_cast<int>(block()) * strip, d);
+    const int64_t i = (block() - strips) * threads + thread();
+    if (i < s.rows * s.projected) gather(p, {i / s.projected, static_cast<int>(i % s.projected)}, d);
   }
 
  private:
-  static DEVICE void store_bias_gradients(const FinishSweep& p, int64_t i, int d) {
-    // The gradients of gates whose products stay apart follow those of all gates of h.
-    const int64_t apart = p.biases - p.folded, width = p.biases + apart;
-    const Global<const T> sums(static_cast<const T*>(p.sums) + d * width, width);
-    Global<T>(static_cast<T*>(p.grad_b_hh[d]), p.biases).store(i, sums.load(i));
-    Global<T>(static_cast<T*>(p.grad_b_ih[d]), p.biases).store(i, sums.load(i < p.folded ? i : i + apart));
+  // Two columns a thread, of every 64th row; then the threads with the same columns add up theirs.
+  static DEVICE void add_up(const FinishSweep& p, int first_column, int d) {
+    constexpr int pairs = strip / 2, warps = threads / kWarpSize;
+    const int own = thread() % pairs * 2, column = first_column + own, columns = static_cast<int>(p.columns);
+    acc_t<T> sum[2] = {};
+    if (columns % 2)
+      add_rows<false>(p, d, column, sum);
+    else
+      add_rows<true>(p, d, column, sum);
+    const Shared<acc_t<T>> of_warps(0, warps * strip);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+#pragma unroll
+      for (int mask = pairs; mask < kWarpSize; mask *= 2) sum[i] += shfl_xor(sum[i], mask);
+      if (thread() % kWarpSize < pairs) of_warps.store(thread() / kWarpSize * strip + own + i, sum[i]);
+    }
+    synchronize();
+    const int mine = first_column + thread();
+    if (thread() >= strip || mine >= columns) return;
+    acc_t<T> all = 0;
+    for (int warp = 0; warp < warps; warp++) all += of_warps.load(warp * strip + thread());
+    const Global<T> of_x(static_cast<T*>(p.grad_b_ih[d]), p.gates), of_h(static_cast<T*>(p.grad_b_hh[d]), p.gates);
+    if (mine < p.gates) of_h.store(mine, from_acc<T>(all));
+    if (mine >= columns - p.gates) of_x.store(mine - (columns - p.gates), from_acc<T>(all));
+  }
+
+  template <bool EVEN>
+  static DEVICE void add_rows(const FinishSweep& p, int d, int column, acc_t<T> (&sum)[2]) {
+    const int64_t rows = p.layer.rows;
+    const Global<const T> grads(static_cast<const T*>(p.grad_gates) + d * rows * p.columns, rows * p.columns);
+    const int count = two_of(static_cast<int>(p.columns) - column);
+#pragma unroll 16
+    for (int64_t row = thread() / (strip / 2); row < rows; row += threads / (strip / 2)) {
+      acc_t<T> units[2];
+      to_acc(load_units<EVEN>(grads, row * p.columns + column, count), units);
+      sum[0] += units[0], sum[1] += units[1];
+    }
   }
 
   // Of all directions.
@@ -414,17 +456,6 @@ struct WriteStepsKernel {
     const int64_t first = run ? p.end[run - 1] : p.begin;
     Global<int64_t>(p.starts, p.steps).store(t, p.start[run] + (t - first) * p.size[run]);
     Global<int64_t>(p.sizes, p.steps).store(t, p.size[run]);
-  }
-};
-
-template <class T>
-struct FoldBiasesKernel {
-  static constexpr int threads = kThreads;
-  using Parameters = FoldBiases;
-
-  static DEVICE void run(const FoldBiases& p) {
-    const int64_t i = block() * kThreads + thread();
-    if (i < p.size) fold_bias<T>(p, i);
   }
 };
 

@@ -20,4 +20,10 @@ const char* launch_for(int64_t elements, int directions, const typename Kernel::
   return launch<Kernel>((elements + kThreads - 1) / kThreads, directions, 0, stream, p);
 }
 
+template <class Kernel>
+const char* launch_finish(const typename Kernel::Parameters& p, void* stream) {
+  const int64_t blocks = Kernel::blocks(p);
+  return blocks ? launch<Kernel>(blocks, p.layer.directions, Kernel::shared_bytes, stream, p) : nullptr;
+}
+
 }  // namespace seqkernels::device

@@ -35,6 +35,12 @@ void clear_flags(const CallContext& context, const SweepLaunch& launch, const Sw
   zero(flags);
 }
 
+SingleCtaLayout layout_of(const SweepLaunch& launch, const SweepArgs& sweep) {
+  const Math math = math_of(sweep.scalar, sweep.tf32);
+  const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, launch.hidden % 2 == 0);
+  return single_cta_layout(variant, single_cta_width(math, launch.hidden), launch.masked, launch.layer_norm);
+}
+
 template <class Masked, class Args>
 Masked with_masks(const Args& sweep, const StepMasks& masks) {
   Masked masked{};
@@ -54,7 +60,10 @@ SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan&
       hidden(masked || layer_norm ? as_odd(p.hidden) : p.hidden) {
   if (path == Path::stepwise) return;
   shape = checked_shape(context, p, plan, sweep.tf32, masked, backward, layer_norm);
-  if (path == Path::single_cta) packed_bytes = p.directions * single_cta_packed_bytes(p.cell, p.scalar, hidden);
+  if (path == Path::single_cta) {
+    layout = layout_of(*this, sweep);
+    packed_bytes = p.directions * layout.packed_bytes(shape.shared_memory);
+  }
   if (path == Path::persistent_grid) check_launch(persistent_grid_groups(sweep, shape, backward, groups));
 }
 
@@ -63,21 +72,18 @@ SweepWorkspace::SweepWorkspace(Carver& carver, const SweepLaunch& launch)
       exchange(carver.take(launch.groups.bytes)),
       flags(carver.take(launch.groups.flags * static_cast<int64_t>(sizeof(int)))) {}
 
-void prepare_weights(const CallContext& context, const SweepArgs& sweep, const void* const (&w_hh)[2],
-                     const SweepLaunch& launch, const SweepWorkspace& memory, const FoldBiases& fold) {
-  if (launch.path != Path::single_cta)
-    return check_launch(fold_biases(fold, sweep.scalar, sweep.directions, context.stream()));
-  const Math math = math_of(sweep.scalar, sweep.tf32);
-  const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, sweep.hidden % 2 == 0);
-  const SingleCtaLayout layout = single_cta_layout(variant, single_cta_width(math, launch.hidden));
+void pack_weights(const CallContext& context, const SweepArgs& sweep, const void* const (&w_hh)[2],
+                  const SweepLaunch& launch, const SweepWorkspace& memory) {
+  if (!launch.packed_bytes) return;
   PackWeights pack{};
-  pack.fold = fold;
   std::copy_n(w_hh, 2, pack.w_hh);
   pack.packed = memory.packed;
   pack.gates = gates_of(sweep.cell);
   pack.hidden = static_cast<int>(sweep.hidden);
-  pack.width = layout.width;
-  pack.m_tiles = layout.m_tiles;
+  pack.width = launch.layout.width;
+  pack.first_group = launch.layout.first_packed(launch.shape.shared_memory);
+  pack.vec16s = static_cast<int>(launch.layout.packed_bytes(launch.shape.shared_memory) / 16);
+  pack.m_tiles = launch.layout.m_tiles;
   pack.transposed = launch.backward;
   pack.tf32 = sweep.tf32;
   check_launch(pack_weights(pack, sweep.scalar, sweep.directions, context.stream()));

@@ -5,72 +5,66 @@ namespace seqkernels {
 
 namespace {
 
-// Columns of grad_gates [N, F*H], and the rows of w_ih whose gates they are of.
-struct ColumnBlock {
-  int64_t column = 0, row = 0, width = 0;
-};
-
-std::vector<ColumnBlock> blocks_of_x(const Layer& p) {
-  // The gradients of gates whose products stay apart follow those of all gates of h.
-  const int64_t all = gates_of(p.cell) * p.hidden, apart = apart_of(p.cell) * p.hidden;
-  ColumnBlock added, kept_apart;
-  added.width = all - apart;
-  if (!apart) return {added};
-  kept_apart.column = all;
-  kept_apart.row = all - apart;
-  kept_apart.width = apart;
-  return {added, kept_apart};
+// The matrices of both directions as a batch, `distance` elements apart; of one direction its own.
+Tensor directions_of(const CallContext& context, const Layer& p, const void* first, int64_t distance,
+                     const Shape& shape, const Shape& strides) {
+  if (p.directions == 1) return context.view(first, shape, strides);
+  return context.view(first, {p.directions, shape[0], shape[1]}, {distance, strides[0], strides[1]});
 }
 
-// The gradients that a sweep gives of one direction.
-class Direction {
- public:
-  Direction(const CallContext& context, const Layer& p, const SweepGradients& grads, int d)
-      : context_(context), N_(grads.gates.size(1)), FH_(grads.gates.size(2)), R_(p.rows) {
-    gates_ = context.at(grads.gates.const_data_ptr(), d * N_ * FH_);
-    if (p.has_projection) projected_ = context.at(grads.projected->const_data_ptr(), d * N_ * p.projected);
-  }
+// The same of matrices that have memory of their own each, in this order: a product of a batch asks only for a stride,
+// and between them it reads and writes nothing.
+Tensor directions_at(const CallContext& context, const Layer& p, const void* first, const void* second,
+                     const Shape& shape, const Shape& strides) {
+  return directions_of(context, p, first, context.elements_between(first, second), shape, strides);
+}
 
-  Tensor gates() const { return context_.view(gates_, {N_, FH_}); }
-  Tensor columns(const ColumnBlock& block) const {
-    return context_.view(context_.at(gates_, block.column), {N_, block.width}, {FH_, 1});
-  }
-  // Columns as rows, of the rows that steps use.
-  Tensor transposed(int64_t column, int64_t width) const {
-    return context_.view(context_.at(gates_, column), {width, R_}, {1, FH_});
-  }
-  Tensor projected_transposed(int64_t width) const { return context_.view(projected_, {width, R_}, {1, width}); }
+// One product for each direction, in one launch.
+void multiply_directions(const Layer& p, const Tensor& result, const Tensor& a, const Tensor& b) {
+  if (p.directions == 1)
+    multiply(result, a, b);
+  else
+    multiply_each(result, a, b);
+}
+
+// The gradients that a sweep gives, [D, N, F*H].
+class Gates {
+ public:
+  Gates(const CallContext& context, const Layer& p, const SweepGradients& grads)
+      : context_(context), p_(p), grads_(grads.gates), N_(grads_.size(1)), FH_(grads_.size(2)) {}
+
+  // Those of the gates of h, or of x, of one direction.
+  Tensor of_x(int d) const { return context_.view(at(d, x()), {N_, GH()}, {FH_, 1}); }
+  // Columns as rows, of the rows that steps use, of all directions.
+  Tensor of_x_transposed() const { return transposed(x()); }
+  Tensor of_h_transposed() const { return transposed(0); }
 
  private:
+  int64_t GH() const { return gates_of(p_.cell) * p_.hidden; }
+  int64_t x() const { return FH_ - GH(); }
+  const void* at(int d, int64_t column) const { return context_.at(grads_.const_data_ptr(), d * N_ * FH_ + column); }
+  Tensor transposed(int64_t column) const {
+    return directions_of(context_, p_, at(0, column), N_ * FH_, {GH(), p_.rows}, {1, FH_});
+  }
+
   const CallContext& context_;
-  int64_t N_, FH_, R_;
-  const void *gates_, *projected_ = nullptr;
+  const Layer& p_;
+  const Tensor& grads_;
+  int64_t N_, FH_;
 };
 
-void multiply_grad_w_ih(const CallContext& context, const Layer& p, const Direction& grads, Tensor& grad_w_ih) {
-  const Tensor inputs = context.view(p.x, {p.rows, p.input});
-  for (const ColumnBlock& block : blocks_of_x(p)) {
-    const void* rows = context.at(grad_w_ih.mutable_data_ptr(), block.row * p.input);
-    multiply(context.view(rows, {block.width, p.input}), grads.transposed(block.column, block.width), inputs);
-  }
-}
-
-// Gathers states, and writes the gradients of all biases.
-void finish(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep, const SweepGradients& grads,
+// Gathers states, and adds up the gradients of all biases.
+void finish(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep,
             const BackwardWorkspace& memory, const StepMasks& masks, Tensors& grad_weights) {
   MaskedFinishSweep finish{};
   finish.masks = masks;
   finish.layer = sweep;
   finish.h_0 = p.h_0, finish.y = p.y;
   finish.previous = memory.previous;
-  if (memory.sums) {
-    Tensor sums = context.view(memory.sums, {p.directions, grads.gates.size(2)});
-    const Shape over_rows{1};
-    count_operation();
-    torch::stable::sum_out(sums, grads.gates, over_rows);
-    finish.sums = memory.sums;
-    finish.biases = gates_of(p.cell) * p.hidden;
-    finish.folded = finish.biases - apart_of(p.cell) * p.hidden;
+  if (p.weights[0].b_ih) {
+    finish.grad_gates = sweep.grad_gates;
+    finish.gates = gates_of(p.cell) * p.hidden;
+    finish.columns = stored_gradients_of(p.cell) * p.hidden;
     for (int d = 0; d < p.directions; d++) {
       const auto of = weights_of_direction(grad_weights.data(), grad_weights.size(), p.directions, d);
       finish.grad_b_ih[d] = of.b_ih->mutable_data_ptr();
@@ -82,80 +76,75 @@ void finish(const CallContext& context, const LayerBackward& p, const BackwardAr
                    : finish_sweep(static_cast<const FinishSweep&>(finish), context.stream()));
 }
 
+// The gradient of w_hr: of the projection of what is made again.
+void multiply_grad_w_hr(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep,
+                        const SweepGradients& grads, int d, Tensor& grad_w_hr) {
+  const int64_t N = sweep.rows, R = p.rows, H = p.hidden, P = p.projected;
+  Tensor h = context.allocate({N, H});  // before the projection
+  Unprojected recompute{};
+  recompute.layer = sweep;
+  recompute.direction = d;
+  recompute.saved = p.saved;
+  recompute.result = h.mutable_data_ptr();
+  check_launch(unprojected(recompute, context.stream()));
+  const void* projected = context.at(grads.projected->const_data_ptr(), d * N * P);
+  multiply(grad_w_hr, context.view(projected, {P, R}, {1, P}), context.view(h.const_data_ptr(), {R, H}));
+}
+
 }  // namespace
 
 ForwardWorkspace::ForwardWorkspace(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
                                    const Optional& batch_sizes, const SweepLaunch& launch)
     : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
       gates_x(carver.take(context.bytes(p.directions * rows * gates_of(p.cell) * p.hidden))),
-      biases(carver.take(p.weights[0].b_ih ? context.bytes(p.directions * gates_of(p.cell) * p.hidden) : 0)),
       sweep(carver, launch) {}
 
 BackwardWorkspace::BackwardWorkspace(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
                                      bool wants_weights, const Optional& batch_sizes, const SweepLaunch& launch)
     : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
-      gates(carver.take(context.bytes(p.directions * rows * gradient_blocks_of(p.cell) * p.hidden))),
+      gates(carver.take(context.bytes(p.directions * rows * stored_gradients_of(p.cell) * p.hidden))),
       projected(carver.take(p.has_projection ? context.bytes(p.directions * rows * p.projected) : 0)),
       previous(carver.take(wants_weights ? context.bytes(p.directions * rows * p.projected) : 0)),
-      sums(carver.take(wants_weights && p.weights[0].b_ih
-                           ? context.bytes(p.directions * gradient_blocks_of(p.cell) * p.hidden)
-                           : 0)),
       sweep(carver, launch) {}
 
-FoldBiases folded_biases(const Layer& p, void* folded) {
-  FoldBiases fold{};
-  if (!p.weights[0].b_ih) return fold;
-  for (int d = 0; d < p.directions; d++) fold.b_ih[d] = p.weights[d].b_ih, fold.b_hh[d] = p.weights[d].b_hh;
-  fold.result = folded;
-  fold.size = gates_of(p.cell) * p.hidden;
-  fold.folded = fold.size - apart_of(p.cell) * p.hidden;
-  return fold;
-}
-
-void project_input(const CallContext& context, const Layer& p, int64_t rows, const ForwardWorkspace& memory) {
+void project_input(const CallContext& context, const Layer& p, int64_t rows, const ForwardWorkspace& memory,
+                   ForwardArgs& sweep) {
   const int64_t GH = gates_of(p.cell) * p.hidden;
-  const Tensor inputs = context.view(p.x, {rows, p.input});
-  for (int d = 0; d < p.directions; d++) {
-    const Tensor result = context.view(context.at(memory.gates_x, d * rows * GH), {rows, GH});
-    const Tensor w_ih = context.view(p.weights[d].w_ih, {p.input, GH}, {1, p.input});
-    if (memory.biases)
-      multiply_with_bias(result, context.view(context.at(memory.biases, d * GH), {GH}), inputs, w_ih);
-    else
-      multiply(result, inputs, w_ih);
-  }
+  const void *forth = p.weights[0].w_ih, *back = p.weights[1].w_ih;
+  const bool swapped = p.directions == 2 && context.elements_between(forth, back) < 0;
+  if (swapped) std::swap(forth, back);
+  sweep.gates_x = memory.gates_x;
+  sweep.first_direction = swapped;
+  multiply_directions(p, directions_of(context, p, memory.gates_x, rows * GH, {rows, GH}, {GH, 1}),
+                      directions_of(context, p, p.x, 0, {rows, p.input}, {p.input, 1}),
+                      directions_at(context, p, forth, back, {p.input, GH}, {1, p.input}));
 }
 
 void multiply_grad_x(const CallContext& context, const Layer& p, const SweepGradients& grads, Tensor& grad_x) {
-  bool add = false;
+  const Shape shape{gates_of(p.cell) * p.hidden, p.input};
   for (int d = 0; d < p.directions; d++)
-    for (const ColumnBlock& block : blocks_of_x(p)) {
-      const void* rows = context.at(p.weights[d].w_ih, block.row * p.input);
-      multiply(grad_x, Direction(context, p, grads, d).columns(block), context.view(rows, {block.width, p.input}), add);
-      add = true;
-    }
+    multiply(grad_x, Gates(context, p, grads).of_x(d), context.view(p.weights[d].w_ih, shape), d > 0);
 }
 
 void multiply_grad_weights(const CallContext& context, const LayerBackward& p, const BackwardArgs& sweep,
                            const SweepGradients& grads, const BackwardWorkspace& memory, const StepMasks& masks,
                            Tensors& grad_weights) {
-  const int64_t N = sweep.rows, R = p.rows, H = p.hidden, P = p.projected;
-  finish(context, p, sweep, grads, memory, masks, grad_weights);
-  for (int d = 0; d < p.directions; d++) {
-    const auto of = weights_of_direction(grad_weights.data(), grad_weights.size(), p.directions, d);
-    const Direction grad(context, p, grads, d);
-    multiply_grad_w_ih(context, p, grad, *of.w_ih);
-    const Tensor states = context.view(context.at(memory.previous, d * N * P), {R, P});
-    multiply(*of.w_hh, grad.transposed(0, gates_of(p.cell) * H), states);
-    if (!p.has_projection) continue;
-    Tensor h = context.allocate({N, H});  // before the projection
-    Unprojected recompute{};
-    recompute.layer = sweep;
-    recompute.direction = d;
-    recompute.saved = p.saved;
-    recompute.result = h.mutable_data_ptr();
-    check_launch(unprojected(recompute, context.stream()));
-    multiply(*of.w_hr, grad.projected_transposed(P), context.view(h.const_data_ptr(), {R, H}));
-  }
+  const int64_t GH = gates_of(p.cell) * p.hidden, I = p.input, P = p.projected;
+  finish(context, p, sweep, memory, masks, grad_weights);
+  const auto of = [&](int d) {
+    return weights_of_direction(grad_weights.data(), grad_weights.size(), p.directions, d);
+  };
+  const Gates gates(context, p, grads);
+  const int last = p.directions - 1;
+  const auto results = [&](const Tensor& first, const Tensor& second, int64_t columns) {
+    return directions_at(context, p, first.const_data_ptr(), second.const_data_ptr(), {GH, columns}, {columns, 1});
+  };
+  multiply_directions(p, results(*of(0).w_ih, *of(last).w_ih, I), gates.of_x_transposed(),
+                      directions_of(context, p, p.x, 0, {p.rows, I}, {I, 1}));
+  multiply_directions(p, results(*of(0).w_hh, *of(last).w_hh, P), gates.of_h_transposed(),
+                      directions_of(context, p, memory.previous, sweep.rows * P, {p.rows, P}, {P, 1}));
+  for (int d = 0; p.has_projection && d < p.directions; d++)
+    multiply_grad_w_hr(context, p, sweep, grads, d, *of(d).w_hr);
 }
 
 }  // namespace seqkernels

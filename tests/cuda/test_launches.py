@@ -16,15 +16,13 @@ pytestmark = pytest.mark.skipif(not THIS_MACHINE.emulator, reason="no emulator h
 PATHS = {"single CTA": SINGLE_CTA}
 if THIS_GPU.target == "sm_90":
     PATHS |= {"cluster": path("cluster", units=32), "persistent grid": path("persistent grid", units=32)}
-# Forward: biases, product, sweep; backward: sweep, sums of biases, what finishes them and gathers states, and a product
-# for x and for each weight. Where gates stay apart, and so have two gradients, there are two for x and two for w_ih.
-FORWARD, BACKWARD = 3, {name: 8 if cell.gates_apart else 6 for name, cell in CELLS.items()}
-# Besides: a single CTA packs its weights in the launch that adds biases, backward in one of its own; the persistent
-# grid has its flags cleared.
-MORE = {"single CTA": (0, 1), "cluster": (0, 0), "persistent grid": (1, 1)}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "TF32": torch.float32}
+# Forward: product, sweep; backward: sweep, the gradients of biases with the states that steps started from, and a
+# product for x and for each weight. The persistent grid besides has its flags cleared.
+FORWARD, BACKWARD, FLAGS = 2, 5, 1
 
 
-def asked_for(emulator, call: Call, launch) -> list[tuple[int, int]]:
+def asked_for(emulator, call: Call, launch, tf32: bool = False) -> list[tuple[int, int]]:
     """Of each pass: launches and operations together, and allocations besides the results."""
     found = []
 
@@ -39,27 +37,75 @@ def asked_for(emulator, call: Call, launch) -> list[tuple[int, int]]:
 
         return counting
 
-    both_passes(call, *map(counted, by_path(launch)))
+    both_passes(call, *map(counted, by_path(launch, tf32)))
     return found
 
 
-@pytest.mark.parametrize("cell", BACKWARD)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PATHS)
-def test_a_pass_takes_few_launches_and_one_allocation(name, cell, emulator):
-    call = Call(cell, 1, 3, 2, 70, dtype=torch.bfloat16)
-    forward, backward = (FORWARD + MORE[name][0], 1), (BACKWARD[cell] + MORE[name][1], 1)
-    assert asked_for(emulator, call, PATHS[name]) == [forward, backward]
+def test_a_pass_takes_few_launches_and_one_allocation(name, dtype, cell, emulator):
+    call = Call(cell, 1, 3, 2, 70, dtype=DTYPES[dtype])
+    flags = FLAGS if name == "persistent grid" else 0
+    forward, backward = FORWARD + flags, BACKWARD + flags
+
+    def count(call: Call) -> list[tuple[int, int]]:
+        return asked_for(emulator, call, PATHS[name], dtype == "TF32")
+
+    assert count(call) == [(forward, 1), (backward, 1)]
     # A packed batch takes one more, which writes where its steps begin.
-    packed = replace(call, batch_sizes=(3, 2))
-    assert asked_for(emulator, packed, PATHS[name]) == [(forward[0] + 1, 1), (backward[0] + 1, 1)]
-    # In both directions there are as many products more.
-    both = replace(call, directions=2)
-    products = 5 if CELLS[cell].gates_apart else 3
-    assert asked_for(emulator, both, PATHS[name]) == [(forward[0] + 1, 1), (backward[0] + products, 1)]
+    assert count(replace(call, batch_sizes=(3, 2))) == [(forward + 1, 1), (backward + 1, 1)]
+    # Both directions share products, but for x, whose gradient is the sum of theirs.
+    assert count(replace(call, directions=2)) == [(forward, 1), (backward + 1, 1)]
+    if cell != "rnn_relu" or dtype != "bfloat16":
+        return
+    both = replace(call, directions=2, batch_sizes=(3, 2), bias=False)
+    assert count(both) == [(forward + 1, 1), (backward + 2, 1)]
 
 
-def test_without_biases_there_is_nothing_to_add_up(emulator):
-    call = Call("lstm", 1, 3, 2, 70, dtype=torch.bfloat16, bias=False)
-    if "cluster" in PATHS:
-        assert asked_for(emulator, call, PATHS["cluster"]) == [(FORWARD - 1, 1), (BACKWARD["lstm"] - 1, 1)]
-    assert asked_for(emulator, call, SINGLE_CTA) == [(FORWARD, 1), (BACKWARD["lstm"], 1)]
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_weights_that_no_step_reads_again_are_not_packed(cell, emulator):
+    """A single CTA has them in registers and shared memory, as far as these go."""
+    small, large = (Call(cell, 1, 3, 2, hidden, dtype=torch.bfloat16) for hidden in (128, 256))
+    assert asked_for(emulator, small, SINGLE_CTA) == [(FORWARD, 1), (BACKWARD, 1)]
+    assert asked_for(emulator, large, SINGLE_CTA) == [(FORWARD + 1, 1), (BACKWARD + 1, 1)]
+
+
+def test_what_is_not_wanted_is_not_launched(emulator):
+    """Without gradients of weights and of x it is the sweep alone."""
+    forward, backward = by_path(SINGLE_CTA)
+    found = []
+    for wanted in ((True, False), (False, True), (False, False)):
+
+        def counting(*args, wanted=wanted):
+            before = emulator.counts()
+            results = backward(*args[:11], *wanted)
+            found.append(sum(emulator.counts()[name] - before[name] for name in ("launches", "operations")))
+            return results
+
+        both_passes(Call("gru", 1, 3, 2, 70, dtype=torch.bfloat16), forward, counting)
+    assert found == [2, 4, 1]
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_weights_of_directions_lie_anywhere(cell, emulator):
+    """A product of a batch takes both from wherever they are, the second direction's before the first's as well."""
+    call = Call(cell, 2, 3, 4, 20, input=6, dtype=torch.float32)
+    forward, backward = by_path(SINGLE_CTA)
+    expected = both_passes(call, forward, backward)
+
+    def moved(run, at):
+        def running(*args):
+            weights = args[at]
+            each = len(weights) // 2
+            order = [*weights[each:], *weights[:each]]
+            memory = torch.cat([torch.cat([w.flatten(), w.new_zeros(1000 - w.numel() % 10)]) for w in order])
+            pieces = memory.split([w.numel() + 1000 - w.numel() % 10 for w in order])
+            placed = [piece[: w.numel()].view_as(w) for piece, w in zip(pieces, order, strict=True)]
+            assert placed[0].data_ptr() < placed[each].data_ptr()
+            return run(*args[:at], [*placed[each:], *placed[:each]], *args[at + 1 :])
+
+        return running
+
+    for one, other in zip(both_passes(call, moved(forward, 2), moved(backward, 5)), expected, strict=True):
+        assert torch.equal(one, other)
