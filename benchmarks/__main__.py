@@ -16,6 +16,7 @@ from benchmarks import (
     distributed,
     ensembles,
     fit,
+    instructions,
     kernels,
     models,
     quantized,
@@ -47,6 +48,7 @@ MEASUREMENTS = {
     "scaling": scaling,
     "steps": steps,
     "fit": fit,
+    "instructions": instructions,
 }
 DEMO_TEXT = ["--limit", "200000", "--epochs", "3"]  # minutes, not the best model
 STOPPED = 130  # what a shell reports for a program that Ctrl-C ended
