@@ -61,7 +61,6 @@ struct SliceBackward : C {
         exchange.wait(n);
         // Multiply, for 32 states at a time, and send the partial gradients to their owners.
         multiply_and_send(weights, exchange, gradients(n), s.stride, running, n);
-        exchange.signal(n);
         // Store and load only now, after the partials that others wait for; the loads have a whole step to arrive.
         // Which steps come is read again, so that it takes no register during the products.
         const int64_t k = count - 1 - i;

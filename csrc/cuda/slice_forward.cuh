@@ -13,7 +13,7 @@ struct SliceForward : C {
   using Parameters = typename Exchange::template Parameters<ForwardArgs>;
   using Weights = SliceWeights<C, C::G>;
   using Arrays = ForwardArrays<C::CELL, T, C::EVEN>;
-  static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
+  static constexpr int G = C::G, UNITS = C::UNITS;
   static constexpr int PARTS = forward_parts(UNITS), all_sums = forward_sums(G, UNITS);
   static constexpr int sum_row = sums_stride(UNITS), part_sums = G * kMaxTile * sum_row;
   static_assert(PARTS * (UNITS / kMmaRows) == C::warps);
@@ -31,7 +31,6 @@ struct SliceForward : C {
     int64_t before = 0;  // exchanges, for other tiles
     exchange.each_tile(s, [&](const Tile& tile) {
       store_h_0(s, tile, hidden, stride);
-      exchange.fence_buffers();
       cluster_arrive();
 
       const OwnedUnits<C> mine(s, tile, exchange.rank());
@@ -44,12 +43,13 @@ struct SliceForward : C {
       load(arrays, mine, now, x);
       cluster_wait();
 
+      int ran = 0;  // sequences, in the step before
       for (int64_t k = 0; k < tile.count(); k++) {
         const int64_t n = before + k;
         const bool last = k + 1 == tile.count();
         // Wait for the states that the group has published.
-        if (thread() == 0 && !last) arrivals(n).expect(now.running * exchange.blocks() * UNITS * size);
-        if (k > 0) exchange.wait(n - 1);
+        if (thread() == 0 && !last) exchange.expect(n, now.running);
+        if (k > 0) exchange.wait(n - 1, ran);
         // Multiply: one part of W h for 16 units; then the parts meet.
         multiply_all(weights, states(n), stride, now.running, sums);
         synchronize();
@@ -66,8 +66,8 @@ struct SliceForward : C {
             arrays.store_saved(now.row, 0, mine.lane(), mine.present, saved, c);
           }
         }
-        if (!last) exchange.multicast(states(n + 1), stride, now.running, n);
         // Load the gates of the next step.
+        ran = now.running;
         now = tile.step(next), next = tile.prefetch(k + 2);
         load(arrays, mine, now, x);
       }
