@@ -48,7 +48,9 @@ struct ClusterForwardExchange : InCluster<C> {
   using T = typename C::T;
   DEVICE explicit ClusterForwardExchange(const SliceArgs<ForwardArgs>&) {}
 
-  static DEVICE void fence_buffers() {}
+  DEVICE void expect(uint32_t n, int running) const {
+    arrivals(n).expect(running * this->blocks() * C::UNITS * static_cast<int>(sizeof(T)));
+  }
 
   // Sends the states of two units of each lane to all peers, in the n-th exchange; all lanes of a warp take part.
   DEVICE void publish(Shared<T> states, int stride, const OwnedUnits<C>& mine, Pair<T> h, bool runs, uint32_t n) const {
@@ -59,9 +61,7 @@ struct ClusterForwardExchange : InCluster<C> {
     if (runs) st_async_to_all(states, at, words, this->rank(), this->blocks(), arrivals(n));
   }
 
-  static DEVICE void multicast(Shared<T>, int, int, uint32_t) {}
-
-  static DEVICE void wait(uint32_t n) { arrivals(n).wait_for_shared(phase(n)); }
+  static DEVICE void wait(uint32_t n, int) { arrivals(n).wait_for_shared(phase(n)); }
 };
 
 template <class C>
@@ -125,8 +125,6 @@ class ClusterBackwardExchange : public InCluster<C> {
     partials(n).st_async((this->rank() * kMaxTile + sequence) * C::UNITS + unit % C::UNITS + lane() / 8 * 4, words,
                          unit / C::UNITS, arrivals(n));
   }
-
-  static DEVICE void signal(uint32_t) {}
 
  private:
   // [rank, sequence, unit] of the n-th exchange.

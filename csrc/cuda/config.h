@@ -135,9 +135,9 @@ constexpr ResidentRow kResident[] = {
     {Path::cluster, Arch::sm_90, 4, Math::tf32, kAnyWidth, {18, 18}, {18, 18}},
     {Path::cluster, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
 
-    {Path::persistent_grid, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {12, 12}},
-    {Path::persistent_grid, Arch::sm_90, 1, Math::tf32, kAnyWidth, {22, 22}, {17, 17}},
-    {Path::persistent_grid, Arch::sm_90, 1, Math::tensor_core, kAnyWidth, {22, 22}, {18, 18}},
+    {Path::persistent_grid, Arch::sm_90, 1, Math::fp32_fma, kAnyWidth, {17, 17}, {10, 10}},
+    {Path::persistent_grid, Arch::sm_90, 1, Math::tf32, kAnyWidth, {18, 18}, {17, 17}},
+    {Path::persistent_grid, Arch::sm_90, 1, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
     {Path::persistent_grid, Arch::sm_90, 2, Math::fp32_fma, kAnyWidth, {10, 10}, {9, 9}},
     {Path::persistent_grid, Arch::sm_90, 2, Math::tf32, kAnyWidth, {18, 18}, {17, 17}},
     {Path::persistent_grid, Arch::sm_90, 2, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
@@ -145,8 +145,8 @@ constexpr ResidentRow kResident[] = {
     {Path::persistent_grid, Arch::sm_90, 3, Math::tf32, kAnyWidth, {18, 18}, {17, 17}},
     {Path::persistent_grid, Arch::sm_90, 3, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
     {Path::persistent_grid, Arch::sm_90, 4, Math::fp32_fma, kAnyWidth, {8, 8}, {8, 8}},
-    {Path::persistent_grid, Arch::sm_90, 4, Math::tf32, kAnyWidth, {18, 18}, {16, 16}},
-    {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
+    {Path::persistent_grid, Arch::sm_90, 4, Math::tf32, kAnyWidth, {17, 17}, {16, 15}},
+    {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {17, 17}},
 };
 
 // The row for a kernel of so many units; null: there is none.
@@ -328,7 +328,7 @@ constexpr int grid_reducers() { return slice_warps(kGridUnits, true) / owner_war
 constexpr int grid_reducer_sums() { return (grid_reducers() - 1) * owner_warps(kGridUnits) * kWarpSize * 2; }
 
 // Shared memory of a CTA, in bytes from its beginning: two mbarriers, two buffers of factors, what is exchanged
-// (forward the sums of the parts, and biases; backward partial gradients of two exchanges, on the grid the reducers'
+// (forward the sums of the parts, and biases; backward, for two exchanges, partial gradients, on the grid the reducers'
 // sums), weights.
 struct SliceLayout {
   int stride;                        // of a row of factors
@@ -349,7 +349,7 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
     const int k_blocks = backward_k_blocks(shape.path, gates, shape.units, v.math), sets = backward_sets(shape);
     width = sets * k_blocks * k_width;
     exchange =
-        shape.path == Path::persistent_grid ? grid_reducer_sums() * 4 : 2 * shape.blocks * kMaxTile * shape.units * 4;
+        2 * 4 * (shape.path == Path::persistent_grid ? grid_reducer_sums() : shape.blocks * kMaxTile * shape.units);
     l.fragments = ceil_div(ceil_div(backward_states(shape, hidden), kBackwardRows), warps) * sets * 2 * k_blocks;
   } else {
     width = ceil_div(shape.blocks * shape.units, k_width) * k_width;
@@ -372,17 +372,21 @@ constexpr SliceLayout slice_layout(const Variant& v, const SliceShape& shape, in
 // they need in the GPU's memory to exchange
 
 struct GridGroups {
-  int directions;        // that run at once
-  int groups;            // of a direction
-  int64_t values;        // that an exchange of a group has
-  int64_t bytes, flags;  // of all exchanges; flags begin as 0
+  int directions;  // that run at once
+  int groups;      // of a direction
+  int vectors;     // that an exchange of a group has
+  int64_t bytes;   // of all exchanges; they begin as zeros
 };
 
-constexpr int grid_flags_of_block(bool backward) { return backward ? 1 : owner_warps(kGridUnits); }
+// What CTAs exchange are vectors of 16 bytes with three words and a tag. Forward a vector has what it can of the states
+// that a CTA has of a sequence, backward the partial gradients of two units.
+constexpr int kVectorBytes = 16, kVectorWords = 3;
+constexpr int grid_words(Math math) { return kGridUnits * element_bytes(math) / 4; }  // of a CTA's states of a sequence
+constexpr int grid_vectors(Math math) { return ceil_div(grid_words(math), kVectorWords); }
 
-// Forward [sequence, unit] states, backward [cluster, sequence, unit] partial gradients.
-constexpr int64_t grid_values(const SliceShape& shape, bool backward) {
-  return int64_t{backward ? shape.blocks / shape.cluster : 1} * kMaxTile * shape.blocks * shape.units;
+// Forward [sequence, CTA, vector], backward [cluster, sequence, two units].
+constexpr int grid_exchange_vectors(const Variant& v, const SliceShape& shape, int tile) {
+  return tile * shape.blocks * (v.backward ? shape.blocks / shape.cluster * shape.units / 2 : grid_vectors(v.math));
 }
 
 // How many groups run at the same time, on a GPU that runs so many clusters of the shape's size.
@@ -399,10 +403,8 @@ constexpr GridGroups grid_groups(const Variant& v, const SliceShape& shape, int 
   g.directions = at_once < directions ? 1 : directions;
   const int64_t tiles = (sequences + tile - 1) / tile, of_direction = at_once / g.directions;
   g.groups = static_cast<int>(tiles < of_direction ? tiles : of_direction);
-  g.values = grid_values(shape, v.backward);
-  const int64_t all = int64_t{directions} * g.groups;
-  g.bytes = all * 2 * g.values * (v.backward ? 4 : element_bytes(v.math));
-  g.flags = all * shape.blocks * grid_flags_of_block(v.backward);
+  g.vectors = grid_exchange_vectors(v, shape, tile);
+  g.bytes = int64_t{directions} * g.groups * 2 * g.vectors * kVectorBytes;
   return g;
 }
 

@@ -13,6 +13,8 @@
 
 #define SEQKERNELS_ISA device
 #define DEVICE __device__ __forceinline__
+// Whether PTX has scalars of 128 bits: from 8.3 on.
+#define SEQKERNELS_B128 (__CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 3))
 
 namespace seqkernels::device {
 
@@ -34,6 +36,9 @@ DEVICE void synchronize_warp() { __syncwarp(); }
 // The value of the lane whose number differs in the bits of `mask`; all lanes of a warp take part.
 DEVICE float shfl_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 DEVICE double shfl_xor(double value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+
+// The value of one lane; all lanes of a warp take part.
+DEVICE uint32_t shfl(uint32_t value, int lane) { return __shfl_sync(0xffffffff, value, lane); }
 
 // This CTA's number in its cluster, and how many CTAs the cluster has.
 DEVICE int cluster_rank() {
@@ -219,45 +224,73 @@ struct Shared {
         "r"(words.word[0]), "r"(words.word[1]), "r"(words.word[2]), "r"(words.word[3]), "r"(arrivals.of_peer(peer))
         : "memory");
   }
-  // Copies `count` elements of global memory, a multiple of 16 bytes, into the same array of all CTAs of the cluster,
-  // reading them once; the `arrivals` of each count the bytes. Copies use another proxy than loads and stores: one of
-  // the fences below is needed between a store and a copy of what it stored, or a copy to the same place.
-  DEVICE void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
-    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(data + i));
-    const auto all = static_cast<uint16_t>((1 << cluster_size()) - 1);
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(to),
-        "l"(from.data + at), "r"(count * static_cast<int>(sizeof(T))), "r"(arrivals.address()), "h"(all)
-        : "memory");
-  }
 };
 
-// The caller's copies from global memory after this see what it would see there itself.
-DEVICE void fence_copies_from_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
-// Anyone's copies to the CTA's shared memory after this come after what the caller has stored there.
-DEVICE void fence_copies_to_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Numbers in global memory, by which CTAs that run at the same time wait for each other.
-class Flags {
+// Vectors of 16 bytes in global memory, by which CTAs that run at the same time send each other three words at once.
+// The fourth word is a tag: who polls a vector until it has the tag that he waits for, has the words as well, so that
+// there is no flag to wait for, and no fence. This rests on three rules of PTX: a scalar of 128 bits is written and
+// read as a whole (before PTX 8.3 there is none, and a vector as large is, by all hardware that there is); what threads
+// that a barrier orders store at one place comes there in this order; and nothing is stored before the values are known
+// that it and the branches before it depend on. Nothing else passes: a receiver need not see what else the sender has
+// done.
+class Tagged {
  public:
-  DEVICE Flags(uint32_t* data, int64_t /*count*/) : data_(data) {}
+  DEVICE Tagged(Vec16* data, int64_t /*count*/) : data_(data) {}
 
-  // Whoever waits for the value sees what the caller has seen and done.
-  DEVICE void raise(int64_t i, uint32_t value) const {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(data_ + i), "r"(value) : "memory");
+  DEVICE void store(int i, uint32_t first, uint32_t second, uint32_t third, uint32_t tag) const {
+#if SEQKERNELS_B128
+    asm volatile(
+        "{\n\t.reg .b64 low, high;\n\t.reg .b128 all;\n\t"
+        "mov.b64 low, {%1, %2};\n\tmov.b64 high, {%3, %4};\n\tmov.b128 all, {low, high};\n\t"
+        "st.relaxed.gpu.global.b128 [%0], all;\n\t}" ::"l"(data_ + i),
+        "r"(first), "r"(second), "r"(third), "r"(tag)
+        : "memory");
+#else
+    asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(data_ + i), "r"(first), "r"(second),
+                 "r"(third), "r"(tag)
+                 : "memory");
+#endif
   }
 
-  // Waits until flag i has at least this value.
-  DEVICE void wait(int64_t i, uint32_t value) const {
-    uint32_t found;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(data_ + i) : "memory");
-    while (found < value);
+  // Loads vectors i, i + stride, ... below `end`, COUNT at most and side by side, and again those that do not have the
+  // tag yet. The words of those from `end` on are zeros.
+  template <int COUNT>
+  DEVICE void wait(int i, int stride, int end, uint32_t tag, Vec16 (&found)[COUNT]) const {
+#pragma unroll
+    for (int of = 0; of < COUNT; of++) found[of] = {{0, 0, 0, i + of * stride < end ? ~tag : tag}};
+    bool come;
+    do {
+      come = true;
+#pragma unroll
+      for (int of = 0; of < COUNT; of++) load_without(tag, data_ + i + of * stride, found[of].word);
+#pragma unroll
+      for (int of = 0; of < COUNT; of++) come &= found[of].word[3] == tag;
+    } while (!come);
   }
 
  private:
-  uint32_t* data_;
+  // Loads a vector that does not have the tag.
+  static DEVICE void load_without(uint32_t tag, const Vec16* from, uint32_t (&word)[4]) {
+#if SEQKERNELS_B128
+    asm volatile(
+        "{\n\t.reg .pred lacks;\n\t.reg .b64 low, high;\n\t.reg .b128 all;\n\tsetp.ne.u32 lacks, %3, %4;\n\t"
+        "mov.b64 low, {%0, %1};\n\tmov.b64 high, {%2, %3};\n\tmov.b128 all, {low, high};\n\t"
+        "@lacks ld.relaxed.gpu.global.b128 all, [%5];\n\t"
+        "mov.b128 {low, high}, all;\n\tmov.b64 {%0, %1}, low;\n\tmov.b64 {%2, %3}, high;\n\t}"
+        : "+r"(word[0]), "+r"(word[1]), "+r"(word[2]), "+r"(word[3])
+        : "r"(tag), "l"(from)
+        : "memory");
+#else
+    asm volatile(
+        "{\n\t.reg .pred lacks;\n\tsetp.ne.u32 lacks, %3, %4;\n\t"
+        "@lacks ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%5];\n\t}"
+        : "+r"(word[0]), "+r"(word[1]), "+r"(word[2]), "+r"(word[3])
+        : "r"(tag), "l"(from)
+        : "memory");
+#endif
+  }
+
+  Vec16* data_;
 };
 
 // ---- numbers

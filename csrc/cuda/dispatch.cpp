@@ -72,18 +72,18 @@ const char* persistent_grid_groups(const SweepArgs& args, const LaunchShape& sha
 }
 
 const char* persistent_grid_forward(const ForwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
-                                    void* exchange, void* flags, void* stream) {
+                                    void* exchange, void* stream) {
   return by_instance(args, kNoGrid, [&](auto cell, auto scalar, auto tf32) {
     return persistent_grid_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
-        args, shape, groups, exchange, flags, stream);
+        args, shape, groups, exchange, stream);
   });
 }
 
 const char* persistent_grid_backward(const BackwardArgs& args, const LaunchShape& shape, const GridGroups& groups,
-                                     void* exchange, void* flags, void* stream) {
+                                     void* exchange, void* stream) {
   return by_instance(args, kNoGrid, [&](auto cell, auto scalar, auto tf32) {
     return persistent_grid_sweep<decltype(cell)::cell, decltype(scalar)::value, decltype(tf32)::value>(
-        args, shape, groups, exchange, flags, stream);
+        args, shape, groups, exchange, stream);
   });
 }
 

@@ -24,7 +24,7 @@ struct SweepLaunch {
 };
 
 struct SweepWorkspace {
-  void *packed, *exchange, *flags;
+  void *packed, *exchange;
 
   SweepWorkspace(Carver&, const SweepLaunch&);
 };

@@ -18,7 +18,6 @@ template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
 const char* cluster_sweep(const Pass&, const LaunchShape&, void* stream);
 
 template <Cell CELL, Scalar SCALAR, bool TF32, class Pass>
-const char* persistent_grid_sweep(const Pass&, const LaunchShape&, const GridGroups&, void* exchange, void* flags,
-                                  void* stream);
+const char* persistent_grid_sweep(const Pass&, const LaunchShape&, const GridGroups&, void* exchange, void* stream);
 
 }  // namespace seqkernels

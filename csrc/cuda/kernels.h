@@ -265,11 +265,11 @@ const char* cluster_backward(const BackwardArgs&, const LaunchShape&, void* stre
 const char* clusters_at_once(int cluster, int& count);
 
 // Groups of clusters, which may be the whole grid, take the tiles in waves. The groups of a pass say what it needs in
-// the GPU's memory: `exchange` of groups.bytes, and `flags`, which begin as zeros.
+// the GPU's memory: `exchange`, groups.bytes of zeros.
 const char* persistent_grid_groups(const SweepArgs&, const LaunchShape&, bool backward, GridGroups& groups);
 const char* persistent_grid_forward(const ForwardArgs&, const LaunchShape&, const GridGroups&, void* exchange,
-                                    void* flags, void* stream);
+                                    void* stream);
 const char* persistent_grid_backward(const BackwardArgs&, const LaunchShape&, const GridGroups&, void* exchange,
-                                     void* flags, void* stream);
+                                     void* stream);
 
 }  // namespace seqkernels

@@ -54,8 +54,7 @@ struct SliceBackward : C {
         if (thread() == 0) exchange.expect(n, running);
         // Gradients of the gates; publish them to all who multiply them.
         float grad[2][kMaxBlocks] = {};
-        if (!C::EVEN) zero_absent(grad_h,
-                                  mine.present);  // an even number has both or none, which stay zero
+        if (!C::EVEN) zero_absent(grad_h, mine.present);  // an even number has both or none, which stay zero
         if (mine.warp_runs(running)) {
           if (runs) backward_step<C::CELL>(inputs, true, grad_h, grad_c, grad);
           exchange.publish(gradients(n), s.stride, mine, grad, runs, n);
@@ -64,7 +63,6 @@ struct SliceBackward : C {
         // Multiply, for 32 states at a time, and send the partial gradients to
         // their owners.
         multiply_and_send(weights, exchange, gradients(n), s.stride, running, n);
-        exchange.signal(n);
         // Store and load only now, after the partials that others wait for; the
         // loads have a whole step to arrive.
         inputs = next_inputs;

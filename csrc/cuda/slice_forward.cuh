@@ -13,7 +13,7 @@ struct SliceForward : C {
   using Exchange = Exchange_<C>;
   using Parameters = typename Exchange::template Parameters<ForwardArgs>;
   using Weights = SliceWeights<C, C::G>;
-  static constexpr int G = C::G, UNITS = C::UNITS, size = sizeof(T);
+  static constexpr int G = C::G, UNITS = C::UNITS;
   static constexpr int PARTS = forward_parts(UNITS), all_sums = forward_sums(G, UNITS);
   static constexpr int sum_row = sums_stride(UNITS), part_sums = G * kMaxTile * sum_row;
   static_assert(PARTS * (UNITS / kMmaRows) == C::warps);
@@ -35,7 +35,6 @@ struct SliceForward : C {
     uint32_t n = 0;  // the next exchange
     exchange.each_tile(s, [&](const Tile& tile) {
       store_h_0(s, tile, hidden, stride);
-      exchange.fence_buffers();
       cluster_arrive();
 
       const OwnedUnits<C> mine(s, tile, exchange.rank());
@@ -66,7 +65,6 @@ struct SliceForward : C {
           rows.store_y(present, h);
           rows.store_saved(present, saved, c);
         }
-        if (!last) exchange.multicast(states(n + 1), stride, running, n);
         // Load the gates of the next step, while states are on their way.
         rows.move_stores(steps.rows());
         rows.move_loads(steps.rows());
@@ -74,8 +72,8 @@ struct SliceForward : C {
         rows.load_gates(mine.present_of(steps.running()), x);
         if (last) break;
         // Wait for the states that the group has published.
-        if (thread() == 0) arrivals(n).expect(running * exchange.blocks() * UNITS * size);
-        exchange.wait(n);
+        if (thread() == 0) exchange.expect(n, running);
+        exchange.wait(n, running);
         n++;
       }
 

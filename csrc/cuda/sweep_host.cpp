@@ -29,10 +29,11 @@ LaunchShape checked_shape(const CallContext& context, const Layer& p, const Plan
   return shape;
 }
 
-// The flags of the persistent grid start from zero.
-void clear_flags(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory) {
-  Tensor flags = context.view(memory.flags, {launch.groups.flags}, {1}, ScalarType::Int);
-  zero(flags);
+// The exchanges of the persistent grid begin without tags: the memory may have those of a call before, or of the last
+// time that a CUDA graph ran.
+void clear_tags(const CallContext& context, const SweepLaunch& launch, const SweepWorkspace& memory) {
+  Tensor exchange = context.view(memory.exchange, {launch.groups.bytes}, {1}, ScalarType::Byte);
+  zero(exchange);
 }
 
 SingleCtaLayout layout_of(const SweepLaunch& launch, const SweepArgs& sweep) {
@@ -68,9 +69,7 @@ SweepLaunch::SweepLaunch(const CallContext& context, const Layer& p, const Plan&
 }
 
 SweepWorkspace::SweepWorkspace(Carver& carver, const SweepLaunch& launch)
-    : packed(carver.take(launch.packed_bytes)),
-      exchange(carver.take(launch.groups.bytes)),
-      flags(carver.take(launch.groups.flags * static_cast<int64_t>(sizeof(int)))) {}
+    : packed(carver.take(launch.packed_bytes)), exchange(carver.take(launch.groups.bytes)) {}
 
 void pack_weights(const CallContext& context, const SweepArgs& sweep, const void* const (&w_hh)[2],
                   const SweepLaunch& launch, const SweepWorkspace& memory) {
@@ -99,9 +98,8 @@ void sweep_forward(const CallContext& context, const SweepLaunch& launch, const 
   } else if (launch.path == Path::cluster) {
     check_launch(cluster_forward(sweep, launch.shape, context.stream()));
   } else {
-    clear_flags(context, launch, memory);
-    check_launch(
-        persistent_grid_forward(sweep, launch.shape, launch.groups, memory.exchange, memory.flags, context.stream()));
+    clear_tags(context, launch, memory);
+    check_launch(persistent_grid_forward(sweep, launch.shape, launch.groups, memory.exchange, context.stream()));
   }
 }
 
@@ -115,9 +113,8 @@ void sweep_backward(const CallContext& context, const SweepLaunch& launch, const
   } else if (launch.path == Path::cluster) {
     check_launch(cluster_backward(sweep, launch.shape, context.stream()));
   } else {
-    clear_flags(context, launch, memory);
-    check_launch(
-        persistent_grid_backward(sweep, launch.shape, launch.groups, memory.exchange, memory.flags, context.stream()));
+    clear_tags(context, launch, memory);
+    check_launch(persistent_grid_backward(sweep, launch.shape, launch.groups, memory.exchange, context.stream()));
   }
 }
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2].resolve()))
 from native_build import ROOT, cuda, ninja
 from native_build.libraries import CUDA_HOST_SOURCES, STABLE, Library, Object, header_flags
 
-PARTS = ("scheduler", "messages", "memory", "pushes", "device")
+PARTS = ("scheduler", "messages", "memory", "pushes", "tags", "device")
 
 
 def library() -> Library:

@@ -1,4 +1,4 @@
-// The operations of device.h: barriers, warps, mbarriers and flags.
+// The operations of device.h: barriers, warps and mbarriers.
 #include "device.h"
 
 #include "state.h"
@@ -23,7 +23,18 @@ void meet(const char* operation, Act act) {
     if (index != mine->index) ready.push_back(index);
 }
 
-constexpr char kShuffle[] = "shfl_xor", kSynchronize[] = "synchronize_warp";
+constexpr char kShuffle[] = "a shuffle", kSynchronize[] = "synchronize_warp";
+
+// The value of a lane.
+uint32_t received(uint32_t value, int from) {
+  const int lane = mine->index % kWarp;
+  Warp& warp = warps[mine->index / kWarp];
+  warp.sent[lane] = value, warp.from[lane] = from % kWarp;
+  meet(kShuffle, [](Warp& warp) {
+    for (int lane = 0; lane < kWarp; lane++) warp.received[lane] = warp.sent[warp.from[lane]];
+  });
+  return warp.received[lane];
+}
 
 template <class T>
 struct Factor;
@@ -76,19 +87,22 @@ using namespace emulator;
 void synchronize() {
   if (goes_wrong(Fault::barrier)) return;
   Block& block = *mine->block;
-  block.barrier.bring(mine->known, mine->index, mine->time);
+  block.barrier.bring(mine->known, mine->index, mine->time, mine->seen);
   if (++block.in_barrier < threads) {
     wait(State::in_barrier);
   } else {
     block.in_barrier = 0;
     counted.barriers++;
     block.barrier.bring_all(block.rank * threads, (block.rank + 1) * threads);
-    block.barrier.close();
     block.time = ++latest;
+    block.barrier.close();
+    block.seen = std::make_shared<std::vector<uint64_t>>(*block.barrier.seen());
+    block.seen->at(block.rank) = block.time;
     for (int thread = 0; thread < threads; thread++) ready.push_back(block.rank * threads + thread);
     wait(State::ready);
   }
   mine->known = mine->block->barrier.pass(mine->known);
+  mine->seen = mine->block->seen;
   set_time(mine->block->time);
 }
 
@@ -109,7 +123,7 @@ void cluster_arrive() {
   Cluster& cluster = cluster_of(*mine->block);
   if (mine->clusters > cluster.ended) fail("divergence: " + name(now) + " arrived twice at a barrier of the cluster");
   mine->clusters++;
-  cluster.gathering.bring(mine->known, mine->index, mine->time);
+  cluster.gathering.bring(mine->known, mine->index, mine->time, mine->seen);
   set_time(++latest);
   if (++cluster.arrived < cluster_blocks * threads) return;
   cluster.arrived = 0;
@@ -123,17 +137,8 @@ void cluster_wait() {
   Cluster& cluster = cluster_of(*mine->block);
   while (mine->clusters > cluster.ended) wait_among(cluster.waiting, State::in_cluster);
   mine->known = cluster.gathering.pass(mine->known);
+  mine->seen = joined(mine->seen, cluster.gathering.seen());
   set_time(++latest);
-}
-
-void fence_copies_from_global() {
-  if (!goes_wrong(Fault::fence)) mine->known_to_copies = mine->known;
-}
-
-void fence_copies_to_shared() {
-  if (goes_wrong(Fault::fence)) return;
-  set_time(++latest);
-  mine->fenced = mine->time;
 }
 
 void Mbarrier::init() const {
@@ -155,7 +160,7 @@ void Mbarrier::expect(int bytes) const {
     fail("overrun: " + name(now) + " said twice in a phase what " + name(phases, block) + " expects");
   phases.expected = true;
   phases.bytes += bytes + (goes_wrong(Fault::more_bytes) ? 16 : goes_wrong(Fault::fewer_bytes) ? -16 : 0);
-  phases.gathering.bring(mine->known, mine->index, mine->time);
+  phases.gathering.bring(mine->known, mine->index, mine->time, mine->seen);
   set_time(++latest);
   end_phase(phases, block);
 }
@@ -167,40 +172,13 @@ void Mbarrier::wait(int parity) const {
   if (goes_wrong(Fault::parity)) parity = 1 - parity;
   while (phases.ended % 2 == parity) wait_among(phases.waiting, State::in_phase);
   mine->known = phases.gathering.pass(mine->known);
+  mine->seen = joined(mine->seen, phases.gathering.seen());
   set_time(++latest);
 }
 
-void Flags::raise(int64_t i, uint32_t value) const {
-  if (i < 0 || i >= count_)
-    fail("out of bounds: " + name(now) + " raised flag " + std::to_string(i) + " of " + std::to_string(count_));
-  if (goes_wrong(Fault::flag)) return;
-  Flag& flag = flags[data_ + i];
-  data_[i] = value;
-  flag.gathering.bring(mine->known, mine->index, mine->time);
-  flag.gathering.close();
-  set_time(++latest);
-  wake(flag.waiting);
-}
+uint32_t shfl(uint32_t value, int lane) { return received(value, lane); }
 
-void Flags::wait(int64_t i, uint32_t value) const {
-  if (i < 0 || i >= count_)
-    fail("out of bounds: " + name(now) + " waited for flag " + std::to_string(i) + " of " + std::to_string(count_));
-  if (goes_wrong(Fault::wait)) return;
-  Flag& flag = flags[data_ + i];
-  while (data_[i] < value) wait_among(flag.waiting, State::in_flag);
-  mine->known = flag.gathering.pass(mine->known);
-  set_time(++latest);
-}
-
-float shfl_xor(float value, int mask) {
-  const int lane = mine->index % kWarp;
-  Warp& warp = warps[mine->index / kWarp];
-  warp.sent[lane] = value, warp.from[lane] = (lane ^ mask) % kWarp;
-  meet(kShuffle, [](Warp& warp) {
-    for (int lane = 0; lane < kWarp; lane++) warp.received[lane] = warp.sent[warp.from[lane]];
-  });
-  return warp.received[lane];
-}
+float shfl_xor(float value, int mask) { return from_bits(received(bits(value), mine->index % kWarp ^ mask)); }
 
 void multiply(bfloat16, float (&sum)[4], const uint32_t* a, uint32_t b_0, uint32_t b_1) {
   emulator::multiply<bfloat16>(sum, a, {b_0, b_1});

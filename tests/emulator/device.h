@@ -33,8 +33,11 @@ unsigned char* check_shared(int begin, int64_t size, int64_t offset, int bytes, 
 // Copy 16 bytes to the same place of a peer's shared memory, at some later time.
 void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier);
 
-// Copy global memory to the same place of the shared memory of all blocks of the cluster, at some later time.
-void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier);
+// Store 16 bytes with a tag in vector i of an array in global memory, where they come at some later time.
+void send(void* data, int64_t count, int64_t i, const void* words);
+
+// Wait until the vector has the tag, and take it.
+void receive(const void* data, int64_t count, int64_t i, uint32_t tag, void* words);
 
 template <class To, class From>
 inline To bits_of(From from) {
@@ -64,6 +67,7 @@ inline double shfl_xor(double value, int mask) {  // one half after the other
   const float low = shfl_xor(sent.low, mask), high = shfl_xor(sent.high, mask);
   return emulator::bits_of<double>(Halves{low, high});
 }
+uint32_t shfl(uint32_t value, int lane);
 inline int cluster_rank() { return emulator::here.rank; }
 int cluster_size();
 void cluster_arrive();
@@ -114,7 +118,6 @@ class Global {
     emulator::check_pair(data_ + origin_ + i, sizeof(T));
     store(i, pair.first), store(i + 1, pair.second);
   }
-  T* data() const { return data_ + origin_; }
 
  private:
   T* data_;
@@ -167,11 +170,6 @@ class Shared {
     constexpr int64_t size = sizeof(T);
     emulator::push(byte_, count_ * size, i * size, &words, peer, arrivals.byte());
   }
-  void copy_to_cluster(int i, Global<T> from, int64_t at, int count, Mbarrier arrivals) const {
-    constexpr int64_t size = sizeof(T);
-    for (int64_t of = at; of < at + count; of++) from.load(of);
-    emulator::copy_to_cluster(byte_, count_ * size, i * size, from.data() + at, count * size, arrivals.byte());
-  }
 
  private:
   template <class As>
@@ -193,17 +191,23 @@ class Shared {
   int byte_, count_;
 };
 
-void fence_copies_from_global();
-void fence_copies_to_shared();
-
-class Flags {
+class Tagged {
  public:
-  Flags(uint32_t* data, int64_t count) : data_(data), count_(count) {}
-  void raise(int64_t i, uint32_t value) const;
-  void wait(int64_t i, uint32_t value) const;
+  Tagged(Vec16* data, int64_t count) : data_(data), count_(count) {}
+  void store(int i, uint32_t first, uint32_t second, uint32_t third, uint32_t tag) const {
+    const Vec16 vector{{first, second, third, tag}};
+    emulator::send(data_, count_, i, &vector);
+  }
+  template <int COUNT>
+  void wait(int i, int stride, int end, uint32_t tag, Vec16 (&found)[COUNT]) const {
+    for (int of = 0; of < COUNT; of++) {
+      found[of] = {};
+      if (i + of * stride < end) emulator::receive(data_, count_, i + of * stride, tag, &found[of]);
+    }
+  }
 
  private:
-  uint32_t* data_;
+  Vec16* data_;
   int64_t count_;
 };
 

@@ -54,78 +54,34 @@ struct Pushes {
   }
 };
 
-struct ByFlags {
+struct ByTags {
   static constexpr int threads = kNumbers;
   struct Parameters {
     int blocks, steps, buffers;
-    float *numbers, *buffer;
-    uint32_t* flags;
+    float* numbers;
+    Vec16* vectors;
   };
 
   static void run(const Parameters& p) {
-    const Global<float> numbers(p.numbers, p.blocks * kNumbers), buffer(p.buffer, p.buffers * p.blocks * kNumbers);
-    const Flags flags(p.flags, p.blocks);
-    float number = numbers.load(block() * kNumbers + thread());
+    const int all = p.blocks * kNumbers;
+    const Global<float> numbers(p.numbers, all);
+    const Tagged vectors(p.vectors, p.buffers * all);
+    int mine = thread();  // another number in each step, so that threads need what others of their block have read
+    float number = numbers.load(block() * kNumbers + mine);
     for (int step = 0; step < p.steps; step++) {
-      const int64_t begin = step % p.buffers * p.blocks * kNumbers;
-      buffer.store(begin + block() * kNumbers + thread(), number);
-      synchronize();
-      if (thread() == 0) flags.raise(block(), step + 1);
-      if (thread() < p.blocks) flags.wait(thread(), step + 1);
-      synchronize();
+      const int begin = step % p.buffers * all;
+      vectors.store(begin + static_cast<int>(block()) * kNumbers + mine, bits(number), 0, 0, step + 1);
+      mine = (mine + 1) % kNumbers;
       float sum = 0;
-      for (int of = 0; of < p.blocks; of++) sum += buffer.load(begin + of * kNumbers + thread());
-      number = sum / static_cast<float>(p.blocks) + static_cast<float>(block());
-    }
-    numbers.store(block() * kNumbers + thread(), number);
-  }
-};
-
-struct Copies {
-  static constexpr int threads = kNumbers;
-  struct Parameters {
-    int blocks, steps, buffers;
-    bool late;
-    float *numbers, *buffer;
-    uint32_t* flags;
-  };
-  static constexpr int shared_bytes(int blocks) { return 16 + 2 * blocks * kNumbers * 4; }
-
-  static void run(const Parameters& p) {
-    const int all = p.blocks * kNumbers, part = p.blocks / cluster_size(), first = cluster_rank() * part;
-    const Mbarrier arrivals[2] = {Mbarrier(0), Mbarrier(8)};
-    const auto copied = [&](int step) { return Shared<float>(16 + step % 2 * all * 4, all); };
-    if (thread() == 0)
-      for (const Mbarrier& of : arrivals) of.init();
-    for (int i = thread(); i < all; i += threads) copied(0).store(i, 0), copied(1).store(i, 0);
-    if (!p.late) fence_copies_to_shared();
-    cluster_arrive();
-    if (p.late) fence_copies_to_shared();
-    cluster_wait();
-
-    const Global<float> numbers(p.numbers, all), buffer(p.buffer, p.buffers * all);
-    const Flags flags(p.flags, p.blocks);
-    float number = numbers.load(block() * kNumbers + thread());
-    for (int step = 0; step < p.steps; step++) {
-      const int64_t begin = step % p.buffers * all;
-      const Mbarrier& arrived = arrivals[step % 2];
-      buffer.store(begin + block() * kNumbers + thread(), number);
-      synchronize();
-      if (thread() == 0) flags.raise(block(), step + 1), arrived.expect(all * 4);
-      if (thread() < 32) {
-        if (thread() < part) flags.wait(first + thread(), step + 1);
-        synchronize_warp();
-        if (thread() == 0) {
-          fence_copies_from_global();
-          copied(step).copy_to_cluster(first * kNumbers, buffer, begin + first * kNumbers, part * kNumbers, arrived);
-        }
+      for (int i = begin + mine; i < begin + all; i += 4 * kNumbers) {
+        Vec16 found[4];
+        vectors.wait(i, kNumbers, begin + all, step + 1, found);
+        for (const Vec16& of : found) sum += from_bits(of.word[0]);
       }
-      arrived.wait(step / 2 % 2);
-      float sum = 0;
-      for (int of = 0; of < p.blocks; of++) sum += copied(step).load(of * kNumbers + thread());
       number = sum / static_cast<float>(p.blocks) + static_cast<float>(block());
+      synchronize();  // before anyone stores what lets others overwrite what the block has read
     }
-    numbers.store(block() * kNumbers + thread(), number);
+    numbers.store(block() * kNumbers + mine, number);
   }
 };
 
@@ -146,23 +102,16 @@ std::pair<std::string, std::vector<float>> exchange_by_pushes(int blocks, int cl
   return {error ? error : "", numbers};
 }
 
-std::pair<std::string, std::vector<float>> exchange_by_flags(int blocks, int steps, int buffers) {
-  std::vector<float> numbers = first_numbers(blocks), buffer(buffers * numbers.size());
-  std::vector<uint32_t> flags(blocks);
-  const ByFlags::Parameters p{blocks, steps, buffers, numbers.data(), buffer.data(), flags.data()};
-  const char* error = device::launch<ByFlags>(blocks, 1, 0, nullptr, p, {1, true});
-  return {error ? error : "", numbers};
-}
-
-std::pair<std::string, std::vector<float>> exchange_by_copies(int blocks, int cluster, int steps, int buffers,
-                                                              bool late) {
+std::pair<std::string, std::vector<float>> exchange_by_tags(int blocks, int steps, int buffers, int launches,
+                                                            bool clears) {
   std::vector<float> numbers = first_numbers(blocks);
-  // Copies read from multiples of 16 bytes.
-  std::vector<Vec16> buffer(buffers * numbers.size() / 4);
-  std::vector<uint32_t> flags(blocks);
-  auto* at = reinterpret_cast<float*>(buffer.data());
-  const Copies::Parameters p{blocks, steps, buffers, late, numbers.data(), at, flags.data()};
-  const char* error = device::launch<Copies>(blocks, 1, Copies::shared_bytes(blocks), nullptr, p, {cluster, true});
+  std::vector<Vec16> vectors(buffers * numbers.size());
+  const ByTags::Parameters p{blocks, steps, buffers, numbers.data(), vectors.data()};
+  const char* error = nullptr;
+  for (int i = 0; i < launches && !error; i++) {
+    if (clears) vectors.assign(vectors.size(), Vec16{});
+    error = device::launch<ByTags>(blocks, 1, 0, nullptr, p, {1, true});
+  }
   return {error ? error : "", numbers};
 }
 

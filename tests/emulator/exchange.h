@@ -13,12 +13,9 @@ namespace seqkernels::emulator {
 std::pair<std::string, std::vector<float>> exchange_by_pushes(int blocks, int cluster, int steps, int buffers,
                                                               bool waits);
 
-// By flags and global memory, between all blocks. Right are two buffers.
-std::pair<std::string, std::vector<float>> exchange_by_flags(int blocks, int steps, int buffers);
-
-// By flags and copies from global memory to the blocks of a cluster, between all blocks. Right are two buffers, and a
-// fence that does not come late.
-std::pair<std::string, std::vector<float>> exchange_by_copies(int blocks, int cluster, int steps, int buffers,
-                                                              bool late);
+// By vectors with tags in global memory, between all blocks. Right are two buffers. With several launches one takes the
+// numbers of the one before; right is then memory that is cleared in between.
+std::pair<std::string, std::vector<float>> exchange_by_tags(int blocks, int steps, int buffers, int launches,
+                                                            bool clears);
 
 }  // namespace seqkernels::emulator

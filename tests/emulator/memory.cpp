@@ -7,7 +7,6 @@ namespace seqkernels::emulator {
 
 std::unordered_map<uintptr_t, std::array<Shadow, kPage / 2>> global_shadows;
 std::unordered_map<const Shadow*, std::map<int, Stamp>> readers;
-std::unordered_map<const Shadow*, std::vector<Stamp>> copiers;
 
 Shadow& shadow_of(const void* global) {
   const auto at = reinterpret_cast<uintptr_t>(global);
@@ -27,14 +26,6 @@ bool is_read_ordered(const Shadow& shadow, uint64_t since) {
   if ((shadow.read & kActors) != kSeveralBlocks) return is_ordered(shadow.read, since);
   const auto& all = readers[&shadow];
   return std::all_of(all.begin(), all.end(), [&](const auto& read) { return is_ordered(read.second, since); });
-}
-
-Stamp unordered_copy(const Shadow& shadow, uint64_t since) {
-  const auto found = copiers.find(&shadow);
-  if (found == copiers.end()) return 0;
-  for (const Stamp copy : found->second)
-    if (!is_ordered(copy, since)) return copy;
-  return 0;
 }
 
 void add_read(Shadow& shadow) {

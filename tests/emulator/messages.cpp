@@ -33,7 +33,7 @@ void describe_deadlock() {
   for (const auto& [state, does] :
        {std::pair(State::finished, "finished"), std::pair(State::in_barrier, "in a barrier"),
         std::pair(State::in_cluster, "in a barrier of the cluster"), std::pair(State::in_phase, "waiting for pushes"),
-        std::pair(State::in_flag, "waiting for a flag"), std::pair(State::in_warp, "in a warp's operation")}) {
+        std::pair(State::in_tag, "waiting for a tag"), std::pair(State::in_warp, "in a warp's operation")}) {
     const auto is = [state = state](const Fiber& fiber) { return fiber.state == state; };
     const auto end = fibers.begin() + blocks * threads;
     const auto count = std::count_if(fibers.begin(), end, is);

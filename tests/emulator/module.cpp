@@ -23,8 +23,9 @@ PYBIND11_MODULE(emulator, m) {
       .value("more_bytes", Fault::more_bytes)
       .value("fewer_bytes", Fault::fewer_bytes)
       .value("push", Fault::push)
-      .value("flag", Fault::flag)
-      .value("fence", Fault::fence);
+      .value("tag", Fault::tag)
+      .value("tear", Fault::tear)
+      .value("stale", Fault::stale);
   m.def(
       "multiprocessors", [](int count) { multiprocessors = count; }, "count"_a,
       "How many blocks run at the same time, 132 to begin with.");
@@ -34,9 +35,8 @@ PYBIND11_MODULE(emulator, m) {
   m.def("plant", &plant, "fault"_a, "n"_a = 0, "Let the n-th event of each thread go wrong, in every launch.");
   m.def("exchange_by_pushes", &exchange_by_pushes, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
         "waits"_a = true, "The error, or none, and the result of the kernel of exchange.h.");
-  m.def("exchange_by_flags", &exchange_by_flags, "blocks"_a, "steps"_a, "buffers"_a = 2);
-  m.def("exchange_by_copies", &exchange_by_copies, "blocks"_a, "cluster"_a, "steps"_a, "buffers"_a = 2,
-        "late"_a = false);
+  m.def("exchange_by_tags", &exchange_by_tags, "blocks"_a, "steps"_a, "buffers"_a = 2, "launches"_a = 1,
+        "clears"_a = true);
   m.def("counts", [] {
     const Counts& c = counted;
     return pybind11::dict("launches"_a = c.launches, "blocks"_a = c.blocks, "barriers"_a = c.barriers,

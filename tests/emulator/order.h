@@ -23,11 +23,17 @@ using Known = std::shared_ptr<const Clock>;
 Known clock_of(std::vector<uint64_t> of);
 int actors();
 
+// By block, until when all that its threads did happens before: what passes by vectors with tags as well, which order
+// nothing but vectors. Null: nothing.
+using Seen = std::shared_ptr<const std::vector<uint64_t>>;
+Seen joined(const Seen& one, const Seen& other);
+
 // The clock that a barrier, a phase or a flag passes on: the maximum of the clocks of those that come to it.
 class Gathering {
  public:
-  // Adds the clock `known` (null: none), and what the actor has done until a time.
-  void bring(const Known& known, int actor, uint64_t time) {
+  // Adds the clock `known` (null: none), what the actor has done until a time, and what it has seen.
+  void bring(const Known& known, int actor, uint64_t time, const Seen& seen = nullptr) {
+    seen_ = joined(seen_, seen);
     of_.resize(actors());
     if (known && std::find(joined_.begin(), joined_.end(), known) == joined_.end()) {
       for (size_t i = 0; i < of_.size(); i++) of_[i] = std::max(of_[i], known->of[i]);
@@ -41,6 +47,7 @@ class Gathering {
 
   void close() {
     closed_ = clock_of(std::move(of_));
+    closed_seen_ = std::move(seen_), seen_ = nullptr;
     of_.clear(), joined_.clear(), passed_.clear();
   }
 
@@ -55,10 +62,13 @@ class Gathering {
     return passed_.back().second;
   }
 
+  const Seen& seen() const { return closed_seen_; }
+
  private:
   std::vector<uint64_t> of_;
   std::vector<Known> joined_;
   Known closed_;
+  Seen seen_, closed_seen_;
   std::deque<std::pair<Known, Known>> passed_;
 };
 

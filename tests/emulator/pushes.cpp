@@ -1,4 +1,4 @@
-// Pushes and copies to other CTAs, which arrive at some later time, and the phases of mbarriers that count them.
+// Pushes to other CTAs, which arrive at some later time, and the phases of mbarriers that count them.
 #include <algorithm>
 
 #include "state.h"
@@ -28,14 +28,10 @@ void end_phase(Phases& phases, const Block& block) {
 }
 
 void arrive(Push push) {
-  for (int byte = 0; push.from && byte < 16; byte += 2)
-    for (Stamp& copy : copiers[&shadow_of(push.from + byte)])
-      if (copy == (kUnderWay << kActorBits | push.phases->actor))
-        copy = push.phases->time << kActorBits | push.phases->actor;
   std::copy(push.words.begin(), push.words.end(), push.to->memory.get() + push.at);
   for (int half = push.at / 2; half < (push.at + 16) / 2; half++)
     push.to->shadows[half].write = push.phases->time << kActorBits | push.phases->actor;
-  push.phases->gathering.bring(push.known, push.actor, push.time);
+  push.phases->gathering.bring(push.known, push.actor, push.time, push.seen);
   push.phases->bytes -= 16;
   push.phases->under_way--;
   push.phases->last = push.phases->time;
@@ -53,51 +49,25 @@ void end_block(const Block& block) {
   }
 }
 
-// Start sending 16 bytes: `words`, or a part of a copy, `from` where it is read.
-static void send(int begin, int64_t size, int64_t offset, const void* words, const void* from, Block& to,
-                 int mbarrier) {
-  counted.pushes++;
-  const int at = at_in(to, begin, size, offset, 16, from ? " copied " : " pushed ");
-  if (to.finished == threads) fail("exit: " + name(now) + " pushed to " + name(to) + ", which has ended");
-  Phases& phases = phases_of(to, mbarrier, " pushed with ");
-  for (int half = at / 2; half < (at + 16) / 2; half++) {
-    Shadow& shadow = to.shadows[half];
-    const Stamp before = shadow.write, actor = before & kActors;
-    check_race(shadow, Access::write, group_begin, [&] { return place_in(to, half * 2); });
-    if (from && before >> kActorBits >= group_begin && actor < Stamp(blocks * threads) &&
-        (fibers[actor].fenced <= before >> kActorBits || fibers[actor].fenced > time_known_of(actor)))
-      fail("no fence: " + name(before) + " wrote " + place_in(to, half * 2) + ", to which " + name(now) + " copies");
-    shadow.write = kUnderWay << kActorBits | phases.actor;
-  }
-  for (int byte = 0; from && byte < 16; byte += 2)
-    copiers[&shadow_of(static_cast<const char*>(from) + byte)].push_back(kUnderWay << kActorBits | phases.actor);
-  phases.under_way++;
-  pushes.push_back(
-      {&to, &phases, at, {}, static_cast<const unsigned char*>(from), mine->known, mine->index, mine->time});
-  std::memcpy(pushes.back().words.data(), words, 16);
-}
-
 void push(int begin, int64_t size, int64_t offset, const void* words, int peer, int mbarrier) {
   if (goes_wrong(Fault::push)) return;
   if (cluster_blocks == 1) fail("no cluster: " + name(now) + " pushed, whose block has no peers");
   if (peer < 0 || peer >= cluster_blocks)
     fail("out of bounds: " + name(now) + " pushed to block " + std::to_string(peer) + " of " +
          std::to_string(cluster_blocks));
-  send(begin, size, offset, words, nullptr, peer_of(*mine->block, peer), mbarrier);
-  set_time(++latest);
-}
-
-void copy_to_cluster(int begin, int64_t size, int64_t offset, const void* from, int64_t bytes, int mbarrier) {
-  if (goes_wrong(Fault::push)) return;
-  if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    fail("misaligned: " + name(now) + " copied " + std::to_string(bytes) + " bytes");
-  if (!mine->known_to_copies || mine->known_to_copies != mine->known)
-    fail("no fence: " + name(now) + " copied what it may have learnt of since");
-  for (int peer = 0; peer < cluster_blocks; peer++)
-    for (int64_t i = 0; i < bytes; i += 16) {
-      const auto* words = static_cast<const unsigned char*>(from) + i;
-      send(begin, size, offset + i, words, words, peer_of(*mine->block, peer), mbarrier);
-    }
+  counted.pushes++;
+  Block& to = peer_of(*mine->block, peer);
+  const int at = at_in(to, begin, size, offset, 16, " pushed ");
+  if (to.finished == threads) fail("exit: " + name(now) + " pushed to " + name(to) + ", which has ended");
+  Phases& phases = phases_of(to, mbarrier, " pushed with ");
+  for (int half = at / 2; half < (at + 16) / 2; half++) {
+    Shadow& shadow = to.shadows[half];
+    check_race(shadow, Access::write, group_begin, [&] { return place_in(to, half * 2); });
+    shadow.write = kUnderWay << kActorBits | phases.actor;
+  }
+  phases.under_way++;
+  pushes.push_back({&to, &phases, at, {}, mine->known, mine->seen, mine->index, mine->time});
+  std::memcpy(pushes.back().words.data(), words, 16);
   set_time(++latest);
 }
 

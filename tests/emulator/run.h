@@ -15,8 +15,8 @@ extern int multiprocessors;
 extern int shared_memory;
 
 // Faults that can be planted, to test that each is found: a barrier of a block, of a warp or of a cluster is left out,
-// or a wait for pushes or for a flag; a wait has the wrong parity; 16 bytes more, or fewer, are expected than come; a
-// push, a copy or a raised flag is lost; copies do not see what was written before.
+// or a wait for pushes or for a tag; a wait has the wrong parity; 16 bytes more, or fewer, are expected than come; a
+// push or a vector with a tag is lost; such a vector is stored in two halves; its memory has a tag of a launch before.
 enum class Fault {
   none,
   barrier,
@@ -27,8 +27,9 @@ enum class Fault {
   more_bytes,
   fewer_bytes,
   push,
-  flag,
-  fence,
+  tag,
+  tear,
+  stale,
   count
 };
 

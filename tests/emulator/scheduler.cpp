@@ -33,7 +33,6 @@ std::deque<Block> running;
 Fiber* mine;
 std::vector<int> ready;
 std::vector<Push> pushes;
-std::unordered_map<const void*, Flag> flags;
 std::deque<Cluster> clusters;
 
 Stamp now;
@@ -57,6 +56,13 @@ Known clock_of(std::vector<uint64_t> of) {
   return clock;
 }
 
+Seen joined(const Seen& one, const Seen& other) {
+  if (!one || !other || one == other) return one ? one : other;
+  auto all = std::make_shared<std::vector<uint64_t>>(*one);
+  for (size_t i = 0; i < all->size(); i++) all->at(i) = std::max(one->at(i), other->at(i));
+  return all;
+}
+
 void set_time(uint64_t time) {
   mine->time = time;
   now = mine->time << kActorBits | mine->index;
@@ -71,13 +77,19 @@ void fail(std::string what) {
 
 [[noreturn]] static void run_next() {
   for (;;) {
-    if (ready.empty() && pushes.empty()) go_home();
-    const uint64_t which = random_below(ready.size() + pushes.size());
+    const size_t sent = sent_vectors(), all = ready.size() + pushes.size() + sent;
+    if (all == 0 && arrive_late_half()) continue;
+    if (all == 0) go_home();
+    const uint64_t which = random_below(all);
     if (which < ready.size()) {
       std::swap(ready[which], ready.back());
       break;
     }
-    std::swap(pushes[which - ready.size()], pushes.back());
+    if (which < ready.size() + sent) {
+      arrive(which - ready.size());
+      continue;
+    }
+    std::swap(pushes[which - ready.size() - sent], pushes.back());
     Push push = std::move(pushes.back());
     pushes.pop_back();
     arrive(std::move(push));
@@ -144,12 +156,12 @@ static void run_group(const Grid& grid, int64_t first) {
   if (static_cast<int>(warps.size()) < warps_here) warps.resize(warps_here);
   for (int warp = 0; warp < warps_here; warp++) warps[warp].arrived = 0, warps[warp].barrier = {};
   clusters.clear(), clusters.resize(blocks / cluster_blocks);
-  flags.clear();
   pushes.clear();
   ready.clear();
   for (int index = 0; index < blocks * threads; index++)
     if (!fibers[index].stack) start(index);
   const Known nothing = clock_of(std::vector<uint64_t>(actors()));
+  const Seen nobody = std::make_shared<std::vector<uint64_t>>(blocks);
   for (int rank = 0; rank < blocks; rank++) {
     Block& block = running[rank];
     block.x = (first + rank) % grid.blocks, block.y = static_cast<int>((first + rank) / grid.blocks), block.rank = rank;
@@ -165,7 +177,7 @@ static void run_group(const Grid& grid, int64_t first) {
       fiber.place = {block.x, block.y, thread, rank % cluster_blocks};
       fiber.block = &block, fiber.index = index, fiber.time = group_begin, fiber.known = nothing;
       fiber.clusters = 0, fiber.skips_cluster = false;
-      fiber.fenced = 0, fiber.known_to_copies = nullptr;
+      fiber.seen = nobody;
       fiber.events = {};
       ready.push_back(index);
     }
@@ -200,7 +212,7 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
   begun.clear();
   global_shadows.clear();
   readers.clear();
-  copiers.clear();
+  forget_vectors();
   std::vector<int64_t> left(all / blocks);
   std::iota(left.begin(), left.end(), 0);
   for (; !left.empty() && failure.empty(); left.pop_back()) {

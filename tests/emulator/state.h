@@ -24,7 +24,7 @@ constexpr unsigned char kGuard = 0xa5;
 
 // ---- what runs
 
-enum class State { ready, in_barrier, in_cluster, in_phase, in_flag, in_warp, finished };
+enum class State { ready, in_barrier, in_cluster, in_phase, in_tag, in_warp, finished };
 
 struct Block;
 
@@ -37,17 +37,16 @@ struct Fiber {
   int index;  // among all that run
   uint64_t time;
   Known known;
-  int64_t clusters;       // barriers of the cluster that it has arrived at
-  bool skips_cluster;     // the last of them, by a planted fault
-  uint64_t fenced;        // when it let copies to shared memory come after its stores
-  Known known_to_copies;  // from global memory: what it knew then
+  int64_t clusters;    // barriers of the cluster that it has arrived at
+  bool skips_cluster;  // the last of them, by a planted fault
+  Seen seen;
   std::array<int, int(Fault::count)> events;
 };
 
 struct Warp {
   int arrived, first;     // lanes in the operation, and the thread that came first
   const char* operation;  // its name
-  float sent[kWarp], received[kWarp];
+  uint32_t sent[kWarp], received[kWarp];
   int from[kWarp];
   float a[16][16], b[16][8], sum[16][8];
   Gathering barrier;
@@ -81,7 +80,8 @@ struct Block {
   int64_t x;
   int y, rank;
   int in_barrier, finished;
-  uint64_t time;  // of the last barrier
+  uint64_t time;                                // of the last barrier
+  std::shared_ptr<std::vector<uint64_t>> seen;  // by it
   Gathering barrier;
   std::map<int, Phases> mbarriers;  // by their byte
   std::vector<Shadow> shadows;
@@ -93,15 +93,10 @@ struct Push {
   Phases* phases;
   int at;
   std::array<unsigned char, 16> words;
-  const unsigned char* from;  // if it is a part of a copy
   Known known;
+  Seen seen;
   int actor;
   uint64_t time;
-};
-
-struct Flag {
-  Gathering gathering;
-  std::vector<int> waiting;
 };
 
 struct Cluster {
@@ -132,7 +127,6 @@ extern std::deque<Block> running;
 extern Fiber* mine;
 extern std::vector<int> ready;
 extern std::vector<Push> pushes;
-extern std::unordered_map<const void*, Flag> flags;
 extern std::deque<Cluster> clusters;
 
 extern Stamp now;
@@ -168,7 +162,6 @@ void describe_deadlock();
 constexpr uintptr_t kPage = 1024;
 extern std::unordered_map<uintptr_t, std::array<Shadow, kPage / 2>> global_shadows;
 extern std::unordered_map<const Shadow*, std::map<int, Stamp>> readers;  // where they are of several blocks, by block
-extern std::unordered_map<const Shadow*, std::vector<Stamp>> copiers;    // of global memory, besides
 
 Shadow& shadow_of(const void* global);
 // The time in the present thread's clock for the thread of an access.
@@ -177,8 +170,6 @@ uint64_t time_known_of(Stamp thread);
 // allocated.
 bool is_ordered(Stamp access, uint64_t since);
 bool is_read_ordered(const Shadow& shadow, uint64_t since);
-// A copy that reads the same and that the present access does not come after; 0: there is none.
-Stamp unordered_copy(const Shadow& shadow, uint64_t since);
 // Reads by several threads of a block are recorded as one by all of its threads.
 void add_read(Shadow& shadow);
 int at_in(const Block& block, int begin, int64_t size, int64_t offset, int bytes, const char* does);
@@ -187,16 +178,11 @@ std::string place_in(const Block& block, int byte);
 template <class Place>
 void check_race(Shadow& shadow, Access access, uint64_t since, Place place) {
   const bool after_write = is_ordered(shadow.write, since);
-  const Stamp copy = access == Access::write ? unordered_copy(shadow, since) : 0;
-  if (!after_write || copy || (access == Access::write && !is_read_ordered(shadow, since)))
-    fail("race: " +
-         name(!after_write ? shadow.write
-              : copy       ? copy
-                           : shadow.read) +
-         (after_write ? " read and " : " wrote and ") + name(now) + (access == Access::write ? " wrote " : " read ") +
-         place() + ", nothing orders them");
+  if (!after_write || (access == Access::write && !is_read_ordered(shadow, since)))
+    fail("race: " + name(after_write ? shadow.read : shadow.write) + (after_write ? " read and " : " wrote and ") +
+         name(now) + (access == Access::write ? " wrote " : " read ") + place() + ", nothing orders them");
   if (access == Access::write)
-    shadow.write = now, copiers.erase(&shadow);
+    shadow.write = now;
   else if (is_read_ordered(shadow, since))
     shadow.read = now;
   else if (shadow.read >> kActorBits >= group_begin)  // else another group's: any write races with it
@@ -210,5 +196,14 @@ void end_phase(Phases& phases, const Block& block);
 void arrive(Push push);
 // No push may come to a block that has ended: some thread of it must have waited for the last one.
 void end_block(const Block& block);
+
+// ---- tags.cpp
+
+// Vectors with tags that are under way: how many, and let one arrive.
+size_t sent_vectors();
+void arrive(size_t which);
+// Let half a vector arrive, if there is one and nothing else can happen.
+bool arrive_late_half();
+void forget_vectors();
 
 }  // namespace seqkernels::emulator

@@ -153,14 +153,14 @@ def _received(layer: Call, sequences: int, backward: bool) -> float:
 
 
 def _through_l2(layer: Call, sequences: int, blocks: int, cluster: int, backward: bool) -> list[float]:
-    """Clocks of the exchange by `blocks` blocks in clusters of so many. Forward a block reads the states of `sequences`
-    for its cluster, each a part of them, but all come to its shared memory. Backward it is pushed the gradients of its
-    cluster's gates; of the states' gradients it writes its part, in float32, and reads as much."""
+    """Clocks of the exchange by `blocks` blocks in clusters of so many. Forward a block reads all states, two
+    thirds of what their vectors have. Backward it is pushed the gradients of its cluster's gates; of the states'
+    gradients it writes its part, in float32, and reads as much, half of what their vectors have."""
     states = sequences * layer.hidden_size
     if not backward:
-        return [states * layer.dtype.itemsize / costs.L2]
+        return [1.5 * states * layer.dtype.itemsize / costs.L2]
     pushed = layer.gates * states * layer.dtype.itemsize * cluster / blocks
-    return [pushed / _PUSHED, 2 * 4 * states / cluster / costs.L2]
+    return [pushed / _PUSHED, 2 * 2 * 4 * states / cluster / costs.L2]
 
 
 def _cta_product(layer: Call, gpu: GPU, sequences: int, units: int) -> float:
