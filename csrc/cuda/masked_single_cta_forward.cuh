@@ -46,9 +46,11 @@ struct MaskedSingleCtaForward : C {
         // The accumulators start from the gates of x, whose registers then take those of the next step.
         float sum[G][kElements], x_apart[kElements];
         SingleCtaForward<C>::template start<2>(x[m], biases, mine.lane.unit + m * kMmaRows, sum, x_apart);
-        load(m, next);
-        // Add W h.
-        SingleCtaForward<C>::multiply_all(weights, m, before, now.running, sum);
+        // Add W h. Exact float32 loads the next step's gates behind these products: before them nvcc spills.
+        SingleCtaForward<C>::multiply_all(weights, m, before, now.running, sum, [&] {
+          if (MathPolicy::pipelined) load(m, next);
+        });
+        if (!MathPolicy::pipelined) load(m, next);
 #pragma unroll
         for (int s_ = 0; s_ < 2; s_++) {
           run_step(s, mine, arrays, now, m, s_, sum, x_apart, piece[s_], next_piece[s_], h[m][s_], c[m][s_]);

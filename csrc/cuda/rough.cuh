@@ -1,10 +1,11 @@
-// Numbers of layers in 16 bits, within a step.
+// Numbers of layers in 16 bits, within a step of the forward pass.
 #pragma once
 #include "device.cuh"
 
 namespace seqkernels::device {
 
-// A float whose activations are the hardware's tanh: what it errs is little beside the rounding of a state to 16 bits.
+// A float whose tanh is the hardware's, and whose sigmoid is quick: what they err, a part of each result, is little
+// beside the rounding of a state to 16 bits.
 struct Rough {
   float x;
 
@@ -13,18 +14,15 @@ struct Rough {
   friend DEVICE Rough operator-(Rough a, Rough b) { return a.x - b.x; }
   friend DEVICE Rough operator*(Rough a, Rough b) { return a.x * b.x; }
   friend DEVICE bool operator<(Rough a, Rough b) { return a.x < b.x; }
-  friend DEVICE bool operator<=(Rough a, Rough b) { return a.x <= b.x; }
-  DEVICE Rough& operator+=(Rough b) { return *this = *this + b; }
-  DEVICE Rough& operator*=(Rough b) { return *this = *this * b; }
 };
 
 DEVICE Rough tanh(Rough x) { return approximate_tanh(x.x); }
-DEVICE Rough sigmoid(Rough x) { return 0.5f + 0.5f * approximate_tanh(0.5f * x.x); }
+DEVICE Rough sigmoid(Rough x) { return approximate_sigmoid(x.x); }
 
 DEVICE float value(float x) { return x; }
 DEVICE float value(Rough x) { return x.x; }
 
-// What the cell of a layer computes in.
+// What the cell of a layer computes in, forward.
 template <class T>
 using cell_t = std::conditional_t<sizeof(T) == 2, Rough, T>;
 

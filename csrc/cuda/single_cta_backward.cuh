@@ -184,7 +184,7 @@ struct SingleCtaBackward : C {
   template <int S>
   static DEVICE void run_cell(const ThreadTile<C, S>& mine, int m, int s_, int running, const StepInputs<T>& inputs,
                               float (&grad_h)[1][kElements], float (&grad_c)[2], Pair<T> (&grad)[F]) {
-    using Number = cell_t<T>;
+    // In float, not Rough: an error of 2^-11 would be many times 1 - tanh^2 of a large c.
     float of_units[2][kMaxBlocks], saved[2][kMaxBlocks], now[2], before[2], grad_y[2];
 #pragma unroll
     for (int block = 0; block < kSavedGates<C::CELL>; block++)
@@ -192,16 +192,12 @@ struct SingleCtaBackward : C {
     to_acc(inputs.now, now), to_acc(inputs.before, before), to_acc(inputs.grad_y, grad_y);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      Number of_saved[kMaxBlocks], of_gates[kMaxBlocks], c = grad_c[i];
-#pragma unroll
-      for (int block = 0; block < kSavedGates<C::CELL>; block++) of_saved[block] = saved[i][block];
-      float& h = grad_h[0][i * 2 + s_];
-      const Number past =
-          cell_backward<C::CELL>(Number(h + grad_y[i]), c, of_saved, Number(now[i]), Number(before[i]), of_gates);
+      float of_gates[kMaxBlocks], c = grad_c[i], &h = grad_h[0][i * 2 + s_];
+      const float past = cell_backward<C::CELL>(h + grad_y[i], c, saved[i], now[i], before[i], of_gates);
       const bool runs = mine.runs(m, s_, i, running);
-      h = runs ? value(past) : h, grad_c[i] = runs ? value(c) : grad_c[i];
+      h = runs ? past : h, grad_c[i] = runs ? c : grad_c[i];
 #pragma unroll
-      for (int block = 0; block < F; block++) of_units[i][block] = runs ? value(of_gates[block]) : 0;
+      for (int block = 0; block < F; block++) of_units[i][block] = runs ? of_gates[block] : 0;
     }
 #pragma unroll
     for (int block = 0; block < F; block++) {

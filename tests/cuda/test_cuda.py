@@ -125,6 +125,24 @@ def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype, shared_memory
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+class Saturated(Call):
+    """Of an LSTM: gates are what their biases make them, f so near 1 that c has a memory of a thousand steps, in which
+    it grows until tanh is 1."""
+
+    def arguments(self, *args, **more) -> tuple:
+        cell, x, weights, *rest = super().arguments(*args, **more)
+        biases = torch.tensor([-4, 7, 1, -6 if self.seed else 2]).repeat_interleave(self.hidden).to(weights[2])
+        zeros = [torch.zeros_like(w) for w in weights]
+        return cell, torch.zeros_like(x), [zeros[0], zeros[1], biases, zeros[3]], *rest
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["o near 1", "o near 0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gates_near_0_and_1_err_by_rounding_alone_for_many_steps(dtype, seed):
+    call = Saturated("lstm", 1, 2, 400, 4, dtype=dtype, seed=seed)
+    assert_rounding_alone_of(call, *by_path(SINGLE_CTA))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", ONE_LAUNCH)
 def test_how_many_sequences_a_block_takes_changes_no_bit(name, cell):

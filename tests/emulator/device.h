@@ -296,6 +296,9 @@ inline float approximate_tanh(float x) {
   const float result = std::tanh(x), wrong = result * (bits(x) * 0x9e3779b9u >> 31 ? 1 + 0x1p-11f : 1 - 0x1p-11f);
   return std::abs(wrong) > 1 ? std::copysign(1.0f, wrong) : wrong;
 }
+inline float approximate_sigmoid(float x) {
+  return 1 / (1 + std::exp(-x) * (bits(x) * 0x9e3779b9u >> 31 ? 1 + 0x1p-16f : 1 - 0x1p-16f));
+}
 inline float square_root(float x) { return std::sqrt(x); }
 inline double square_root(double x) { return std::sqrt(x); }
 
