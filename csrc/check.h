@@ -28,7 +28,8 @@ struct MemberArray {
   const void* of(int64_t member) const { return data ? static_cast<const char*>(data) + member * stride : nullptr; }
 };
 
-// A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold.
+// A storage can be freed or shrunk below its tensors, as FSDP does with weights that other processes hold. That of
+// torch's own zeros, a tangent say, has no memory at all.
 inline void check_storage(const Tensor& tensor, const char* name) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t reached = tensor.storage_offset() + 1, available = 0;
@@ -42,6 +43,7 @@ inline void check_storage(const Tensor& tensor, const char* name) {
     fail(name, ": sizes ", text_of(sizes.data(), sizes.size()), " and strides ",
          text_of(strides.data(), strides.size()), " requiring a storage size of ", needed,
          " are out of bounds for storage of size ", available);
+  check(tensor.const_data_ptr(), name, " has no memory");
 }
 
 // Checks the arguments of a stack, or of all stacks of an ensemble; fills one layer after another with pointers to

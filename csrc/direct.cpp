@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "check.h"
 #include "cpu/memory.h"
 #include "cpu/ops.h"
 
@@ -48,6 +49,7 @@ std::array<PyObject*, kCount> expect(PyObject* const* arguments, Py_ssize_t coun
 
 // Only of tensors that the dispatcher would hand to our operator as they are.
 Tensor tensor_of(PyObject* object) {
+  check(object, "no object");
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   check(type == plain_types[0] || type == plain_types[1], "no plain tensor");
   const Owned negated(PyObject_CallFunctionObjArgs(is_neg, object, nullptr));
@@ -134,6 +136,7 @@ PyObject* unless_refused(const Call& call) {
   try {
     return call();
   } catch (const std::exception&) {
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;  // Ctrl-C, in a mode's Python
     PyErr_Clear();
     Py_RETURN_NONE;
   }
@@ -155,8 +158,7 @@ class Batch {
   int64_t sequences() const { return sequences_; }
 
   Tensor to_rows(const Tensor& x) const {
-    const Tensor ordered =
-        in_order(x) ? x : torch::stable::contiguous(batch_first_ ? torch::stable::transpose(x, 0, 1) : x);
+    const Tensor ordered = in_order(x) ? x : copied(x);
     return reinterpreted(ordered, {steps_ * sequences_, features_}, {features_, 1});
   }
 
@@ -173,6 +175,11 @@ class Batch {
   Shape strides(int64_t n) const {
     if (one_step_) return {n, 1};
     return batch_first_ ? Shape{n, sequences_ * n, 1} : Shape{sequences_ * n, n, 1};
+  }
+
+  Tensor copied(const Tensor& x) const {
+    check_storage(x, "x");
+    return torch::stable::contiguous(batch_first_ ? torch::stable::transpose(x, 0, 1) : x);
   }
 
   bool in_order(const Tensor& x) const {

@@ -6,7 +6,7 @@
 namespace seqkernels::direct {
 
 // Functions of METH_FASTCALL. All but connect return None where they cannot run the call, and then it has run nothing:
-// the operator does, or says why not.
+// the operator does, or says why not. They raise what a signal raised.
 PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count);

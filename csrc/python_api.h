@@ -11,10 +11,12 @@
 #pragma weak PyCapsule_New
 #pragma weak PyDict_SetItemString
 #pragma weak PyErr_Clear
+#pragma weak PyErr_ExceptionMatches
 #pragma weak PyErr_Format
 #pragma weak PyErr_Occurred
 #pragma weak PyEval_RestoreThread
 #pragma weak PyEval_SaveThread
+#pragma weak PyExc_Exception
 #pragma weak PyExc_TypeError
 #pragma weak PyExc_ValueError
 #pragma weak PyFloat_FromDouble

@@ -61,6 +61,7 @@ from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import THIS_MACHINE
 from seqkernels.select import Plan
+from seqkernels.storage import expect_storage
 
 FORWARD_SCHEMA = (
     "(str cell, Tensor x, Tensor[] weights, Tensor h_0, Tensor? c_0, Tensor? batch_sizes, bool save, int[] launch=[], "
@@ -154,7 +155,8 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
     x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
     if ctx.batch_first is not None:
-        x, y, grad_y = (None if t is None else rows_of(t, ctx.batch_first) for t in (x, y, grad_y))
+        x, y = rows_of(x, False), rows_of(y, ctx.batch_first)
+        grad_y = None if grad_y is None else rows_of(grad_y, ctx.batch_first)
     operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
     if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes, pieces):
         y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, pieces, saved)
@@ -291,7 +293,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, save, launch, layers, pieces, batch_first, cell, x, h_0, c_0, batch_sizes, *weights):
-        rows = x if batch_first is None else rows_of(x, batch_first)
+        rows = x if batch_first is None else rows_of(x, False)
         options = save, launch, layers, pieces
         y, *others = _forward_alone(backend, (cell, rows, list(weights), h_0, c_0, batch_sizes, *options))
         if batch_first is not None:
@@ -308,7 +310,7 @@ class _Recurrence(torch.autograd.Function):
             ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
         )
         if batch_first is not None and grad_x is not None:
-            grad_x = padded(grad_x, ctx.shape, batch_first)
+            grad_x = padded(grad_x, ctx.shape, False)
         return None, None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
@@ -318,15 +320,15 @@ _apply = super(torch.autograd.Function, _Recurrence).apply
 
 def rows_of(x: Tensor, batch_first: bool) -> Tensor:
     """Of a padded batch ``[T, B, I]`` (with batch_first ``[B, T, I]``), the rows ``[N, I]``."""
-    return (x.transpose(0, 1) if batch_first else x).flatten(0, 1)
+    steps_first = x.transpose(0, 1) if batch_first else x
+    steps, sequences, features = steps_first.shape
+    return steps_first.reshape(steps * sequences, features)  # torch's older vmap has no rule for flatten
 
 
 def padded(rows: Tensor, like: Sequence[int], batch_first: bool) -> Tensor:
-    """The other way round, of any features; `like`: the shape of the batch."""
-    first, second = like[:2]
-    if batch_first:
-        return rows.view(second, first, rows.shape[1]).transpose(0, 1)
-    return rows.view(first, second, rows.shape[1])
+    """The other way round, of any features; `like`: ``[T, B, ...]``."""
+    steps_first = rows.view(*like[:2], rows.shape[1])
+    return steps_first.transpose(0, 1) if batch_first else steps_first
 
 
 def _forward_alone(backend: str, args: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -391,8 +393,13 @@ def of_padded(
     plan: Plan, call: Call, x: Tensor, weights: Sequence[Tensor], h_0: Tensor, c_0: Tensor | None, batch_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `recurrence_forward` with gradients, where nobody else takes part: of a padded batch, and y like it, which
-    spares autograd the nodes of the views between batch and rows."""
+    spares autograd the nodes of the views between batch and rows. As in torch.nn, x may be changed in place afterwards
+    where it had to be copied."""
     options = True, plan.launch, call.layers, None
+    steps_first = x.transpose(0, 1) if batch_first else x
+    if not steps_first.is_contiguous():
+        expect_storage(("x", x))
+    x = steps_first.contiguous()
     return _apply(plan.backend, *options, batch_first, call.cell, x, h_0, c_0, None, *weights)[:3]
 
 

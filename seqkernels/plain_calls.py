@@ -29,7 +29,10 @@ def run(
 ) -> tuple[Tensor, State] | None:
     """What a layer gives for input ``[T, B, I]`` (with batch_first ``[B, T, I]``), or for one step ``[B, I]`` of a
     stream; None: it has to go the long way."""
-    if torch.compiler.is_compiling() or type(input) is not Tensor or _does_more(layer) or _is_watched():
+    if torch.compiler.is_compiling() or type(input) is not Tensor or _does_more(layer):
+        return None
+    unseen = direct.unseen()
+    if _is_watched(unseen):
         return None
     weights = layer._weights()
     cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
@@ -55,6 +58,8 @@ def run(
         return None
     if modes.wants_gradients(input, *states, *weights):
         return None if one_step else _with_gradients(layer, plan, call, input, states, weights)
+    if not unseen:
+        return None
     launch = cpu.as_among_others(plan.launch) if one_step else plan.launch
     sizes = directions, layer.hidden_size, layer.proj_size
     found = direct.layer(cell, input, states, weights, layer.num_layers, *sizes, layer.batch_first, launch)
@@ -101,9 +106,15 @@ def _does_more(layer: "_Recurrent") -> bool:
     return more or layer.recompute is not False or (layer.training and layer.dropout > 0)
 
 
-def _is_watched() -> bool:
-    """Whether somebody takes part in the call: a mode, a transform, a trace, autocast, a profiler, the log."""
-    return not direct.unseen() or torch.autograd.forward_ad._current_level >= 0 or ranges.ON or select.logs()
+def _is_watched(unseen: bool) -> bool:
+    """Whether somebody takes part in the call: a transform, a trace, autocast, the log. Not modes and profilers alone:
+    torch.utils.checkpoint may repeat under them what ran without, and expects that the same is saved for gradients."""
+    if torch.autograd.forward_ad._current_level >= 0 or ranges.ON or select.logs():
+        return True
+    if unseen:
+        return False
+    traced = torch._C._get_tracing_state() is not None or torch._C._is_any_autocast_enabled()
+    return traced or modes.transformed()
 
 
 @functools.lru_cache(256)

@@ -7,7 +7,9 @@ import torch
 from cases import CELLS
 from operators import NO_CPU_KERNELS
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import seqkernels as sk
 from seqkernels import direct, functional, plain_calls
@@ -106,12 +108,19 @@ WRONG = {
     "nested, strided": lambda x: (torch.nested.nested_tensor([x[:, 0], x[:2, 1]]), None),
     "freed hx": lambda x: (x, freed(torch.zeros(1, 3, 6))),
     "freed": lambda x: (freed(x), None),
+    "freed, every other feature": lambda x: (freed_view(x.repeat(1, 1, 2), lambda more: more[..., ::2]), None),
 }
 
 
 def freed(tensor: torch.Tensor) -> torch.Tensor:
     tensor.untyped_storage().resize_(0)
     return tensor
+
+
+def freed_view(tensor: torch.Tensor, view_of) -> torch.Tensor:
+    view = view_of(tensor)
+    freed(tensor)
+    return view
 
 
 @pytest.mark.parametrize("gradients", [True, False], ids=["train", "infer"])
@@ -204,12 +213,37 @@ def test_modes_and_profilers_see_the_operator(mode, gradients):
     assert all(map(torch.equal, unseen, seen))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("mode", [Operations, torch.profiler.profile])
+def test_a_checkpoint_may_be_repeated_under_a_mode(mode, batch_first):
+    layer, x = layer_of("gru", batch_first=batch_first), torch.randn(5, 3, 4, requires_grad=True)
+    expected = torch.autograd.grad(layer(x)[0].sum(), x)[0]
+    y, _ = checkpoint(layer, x, use_reentrant=False)
+    with mode():
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+def test_an_interrupt_is_no_refusal(monkeypatch):
+    """A default device is a mode, whose Python runs in the middle of a call."""
+
+    def interrupted(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.is_neg:
+            raise KeyboardInterrupt
+        return function(*args, **(kwargs or {}))
+
+    layer, x = layer_of("gru"), torch.randn(5, 3, 4)
+    monkeypatch.setattr(DeviceContext, "__torch_function__", interrupted)
+    with torch.no_grad(), torch.device("cpu"), pytest.raises(KeyboardInterrupt):
+        layer(x)
+
+
 AS_THEY_LIE = {
     "every other feature": lambda x: x.repeat_interleave(2, 2)[..., ::2],
     "sequences first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "the middle of more": lambda x: torch.cat([x, x, x])[5:10],
     "one sequence for all": lambda x: x[:, :1].expand(5, 3, 4),
     "to be negated": lambda x: torch._neg_view(-x),
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape),
 }
 
 
@@ -236,7 +270,7 @@ def test_a_torch_that_hands_out_no_handles_calls_the_operators(gradients, long_c
         assert not long_calls
         monkeypatch.setattr(direct, "_library", None)
         assert_same(expected, outcome(layer, x))
-        assert long_calls
+        assert bool(long_calls) != gradients
 
 
 def test_steps_go_the_short_way_too(monkeypatch):
@@ -256,6 +290,27 @@ def test_outputs_may_be_changed_in_place(batch_first):
     y *= 2
     y += 1
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_inputs_that_were_copied_may_be_changed_in_place(batch_first):
+    layer, x = layer_of("gru", batch_first=batch_first), torch.randn(3, 5, 4, requires_grad=True)
+    x_as_given = (lambda: x.clone()) if batch_first else (lambda: x.clone().transpose(0, 1))
+    expected = torch.autograd.grad(layer(x_as_given())[0].sum(), x)[0]
+    given = x_as_given()
+    y, _ = layer(given)
+    given += 1
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gradients_of_many_at_once(batch_first):
+    layer, x = layer_of("lstm", batch_first=batch_first), torch.randn(5, 3, 4, requires_grad=True)
+    y, _ = layer(x)
+    many = torch.randn(2, *y.shape)
+    found = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)[0]
+    expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in many])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_graph_of_fx_may_begin_with_the_state_alone():
