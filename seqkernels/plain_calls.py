@@ -31,6 +31,8 @@ def run(
     stream; None: it has to go the long way."""
     if torch.compiler.is_compiling() or type(input) is not Tensor or _does_more(layer):
         return None
+    if not input.is_cpu or layer.backend not in (None, "cpu"):
+        return None
     unseen = direct.unseen()
     if _is_watched(unseen):
         return None
