@@ -108,14 +108,14 @@ constexpr int kAnyWidth = 1 << 30;
 constexpr ResidentRow kResident[] = {
     {Path::single_cta, Arch::sm_80, 1, Math::fp32_fma, 128, {16, 16}, {16, 16}},
     {Path::single_cta, Arch::sm_80, 1, Math::tf32, 128, {16, 16}, {16, 16}},
-    {Path::single_cta, Arch::sm_80, 1, Math::tensor_core, 256, {16, 16}, {16, 16}},
+    {Path::single_cta, Arch::sm_80, 1, Math::tensor_core, 256, {16, 16}, {16, 14}},
     {Path::single_cta, Arch::sm_80, 2, Math::fp32_fma, 128, {4, 4}, {5, 5}},
     {Path::single_cta, Arch::sm_80, 2, Math::tf32, 128, {7, 7}, {6, 6}},
     {Path::single_cta, Arch::sm_80, 2, Math::tensor_core, 256, {6, 6}, {5, 5}},
     {Path::single_cta, Arch::sm_80, 3, Math::fp32_fma, 128, {4, 4}, {4, 4}},
     {Path::single_cta, Arch::sm_80, 3, Math::tf32, 128, {6, 6}, {5, 5}},
     {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 128, {4, 4}, {4, 4}},
-    {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 256, {5, 5}, {4, 4}},
+    {Path::single_cta, Arch::sm_80, 3, Math::tensor_core, 256, {5, 5}, {4, 3}},
     {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 64, {1, 1}, {2, 2}},
     {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 128, {1, 1}, {2, 2}},
     {Path::single_cta, Arch::sm_80, 4, Math::tf32, 128, {4, 3}, {3, 3}},
@@ -250,7 +250,8 @@ constexpr int kMeansBytes = 2 * (max_single_cta_width(Math::fp32_fma) / kMmaRows
 constexpr SingleCtaLayout norm_single_cta_layout(const Variant& v, int width) {
   SingleCtaLayout l = masked_single_cta_layout(v, width);
   l.buffers += 2 * kMeansBytes;
-  l.biases = 0;  // are in the gates already
+  l.biases = 0;                                             // are in the gates already
+  if (v.backward && gates_of(v.cell) == 4) l.resident = 0;  // an LSTM's step takes all registers
   return l;
 }
 

@@ -151,7 +151,7 @@ class PackedWeights {
   Global<const Vec16> all_;
   Shared<uint32_t> shared_;
   int end_of_shared_;
-  Fragment resident_[resident][G];
+  Fragment resident_[resident ? resident : 1][G];
 };
 
 // The fragments of a thread that has a part of a slice, in `count` groups of N: the first C::RESIDENT fragments in
