@@ -59,7 +59,7 @@ Candidate single_cta(const LayerFacts& layer, const Gpu& gpu, bool backward) {
   const Variant variant = variant_of(layer, gpu, backward);
   const int width = width_of_single_cta(layer);
   const SingleCtaLayout layout = single_cta_layout(variant, width, layer.masked, layer.layer_norm);
-  if (!layout.resident) {
+  if (!resident_row(Path::single_cta, variant, width)) {
     found.reason = text("no single CTA kernel for the cell ", name_of(layer.cell));
     return found;
   }

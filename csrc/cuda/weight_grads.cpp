@@ -19,13 +19,18 @@ Tensor directions_at(const CallContext& context, const Layer& p, const void* fir
   return directions_of(context, p, first, context.elements_between(first, second), shape, strides);
 }
 
-// One product for each direction, in one launch.
-void multiply_directions(const Layer& p, const Tensor& result, const Tensor& a, const Tensor& b) {
-  if (p.directions == 1)
-    multiply(result, a, b);
-  else
-    multiply_each(result, a, b);
+// One product for each direction, in one launch or in one for each.
+void multiply_directions(const Layer& p, const Tensor& result, const Tensor& a, const Tensor& b,
+                         bool one_launch = true) {
+  if (p.directions == 1) return multiply(result, a, b);
+  if (one_launch) return multiply_each(result, a, b);
+  const auto of = [](const Tensor& both, int d) { return torch::stable::select(both, 0, d); };
+  for (int d = 0; d < p.directions; d++) multiply(of(result, d), of(a, d), of(b, d));
 }
+
+// The gradient of a weight is small, and a sum over rows: of many, cuBLAS divides those of one product among
+// multiprocessors, but not those of a batch, and launches are not what they cost.
+constexpr int64_t kRowsOfOneLaunch = 4096;
 
 // The gradients that a sweep gives, [D, N, F*H].
 class Gates {
@@ -136,13 +141,14 @@ void multiply_grad_weights(const CallContext& context, const LayerBackward& p, c
   };
   const Gates gates(context, p, grads);
   const int last = p.directions - 1;
+  const bool one_launch = p.rows <= kRowsOfOneLaunch;
   const auto results = [&](const Tensor& first, const Tensor& second, int64_t columns) {
     return directions_at(context, p, first.const_data_ptr(), second.const_data_ptr(), {GH, columns}, {columns, 1});
   };
   multiply_directions(p, results(*of(0).w_ih, *of(last).w_ih, I), gates.of_x_transposed(),
-                      directions_of(context, p, p.x, 0, {p.rows, I}, {I, 1}));
+                      directions_of(context, p, p.x, 0, {p.rows, I}, {I, 1}), one_launch);
   multiply_directions(p, results(*of(0).w_hh, *of(last).w_hh, P), gates.of_h_transposed(),
-                      directions_of(context, p, memory.previous, sweep.rows * P, {p.rows, P}, {P, 1}));
+                      directions_of(context, p, memory.previous, sweep.rows * P, {p.rows, P}, {P, 1}), one_launch);
   for (int d = 0; p.has_projection && d < p.directions; d++)
     multiply_grad_w_hr(context, p, sweep, grads, d, *of(d).w_hr);
 }

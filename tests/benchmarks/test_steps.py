@@ -132,7 +132,7 @@ def test_every_path_is_offered_and_can_be_fitted(monkeypatch, no_modules):
         (
             GPUS["NVIDIA A100-SXM4-80GB"],
             {},
-            "cuda, cluster, left out of such layers: clusters are for compute capability",
+            "cuda, cluster, left out of such layers: clusters need compute capability",
         ),
         (MIG, {}, "the GPU runs no cluster of 8 blocks"),
         (H200._replace(driver=(12, 2)), {}, "cuda left out: the CUDA kernels here need a driver for CUDA 13.0"),

@@ -63,6 +63,13 @@ def test_a_pass_takes_few_launches_and_one_allocation(name, dtype, cell, emulato
     assert count(both) == [(forward + 1, 1), (backward + 2, 1)]
 
 
+def test_directions_share_no_product_over_many_rows(emulator):
+    """Of weights' gradients, whose sums over many rows cuBLAS divides only outside of batches."""
+    few, many = (Call("rnn_relu", 2, 1030, steps, 2, dtype=torch.float32) for steps in (1, 4))
+    assert asked_for(emulator, few, SINGLE_CTA) == [(FORWARD, 1), (BACKWARD + 1, 1)]
+    assert asked_for(emulator, many, SINGLE_CTA) == [(FORWARD, 1), (BACKWARD + 3, 1)]
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_weights_that_no_step_reads_again_are_not_packed(cell, emulator):
     """A single CTA has them in registers and shared memory, as far as these go."""

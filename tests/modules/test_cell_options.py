@@ -18,7 +18,7 @@ from options import (
     specified,
     states_of,
 )
-from tolerances import assert_as_close_as_torch
+from tolerances import assert_typically_as_close_as_torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
@@ -240,7 +240,7 @@ def test_kernels_are_as_close_as_torch(cell, name, dtype, instruction_set, monke
         for draws, (backend, exact) in zip(found, contenders, strict=True):
             results = run_by(backend, cell, options, dtype, seed, exact)
             draws.append({key: results[key] for key in results if not kinked or key in ("output", "h_n")})
-    assert_as_close_as_torch(*found, dtype)
+    assert_typically_as_close_as_torch(*found, dtype)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
