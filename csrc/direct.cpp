@@ -117,6 +117,18 @@ struct Stack {
   }
 };
 
+Stack stack_of(PyObject* ensemble, PyObject* cell, PyObject* x, PyObject* weights, PyObject* h_0, PyObject* c_0,
+               PyObject* batch_sizes, PyObject* layers) {
+  return {.ensemble = is_true(ensemble),
+          .cell = cell_of(cell),
+          .x = tensor_of(x),
+          .weights = list_of(weights),
+          .h_0 = tensor_of(h_0),
+          .c_0 = optional_of(c_0),
+          .batch_sizes = optional_of(batch_sizes),
+          .layers = number_of(layers)};
+}
+
 // ---- results
 
 // A list of tensors.
@@ -229,14 +241,7 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return unless_refused([&] {
     const auto [ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces] =
         expect<11>(arguments, count);
-    const Stack stack{.ensemble = is_true(ensemble),
-                      .cell = cell_of(cell),
-                      .x = tensor_of(x),
-                      .weights = list_of(weights),
-                      .h_0 = tensor_of(h_0),
-                      .c_0 = optional_of(c_0),
-                      .batch_sizes = optional_of(batch_sizes),
-                      .layers = number_of(layers)};
+    const Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
     const Optional given_pieces = optional_of(pieces);
     const Launch given_launch = launch_of(launch);
     const bool saves = is_true(save);
@@ -252,14 +257,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return unless_refused([&] {
     const auto [ensemble, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
                 wants_weights, launch, layers, pieces] = expect<17>(arguments, count);
-    const Stack stack{.ensemble = is_true(ensemble),
-                      .cell = cell_of(cell),
-                      .x = tensor_of(x),
-                      .weights = list_of(weights),
-                      .h_0 = tensor_of(h_0),
-                      .c_0 = optional_of(c_0),
-                      .batch_sizes = optional_of(batch_sizes),
-                      .layers = number_of(layers)};
+    const Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
     const Optional of_y = optional_of(grad_y), of_h_n = optional_of(grad_h_n), of_c_n = optional_of(grad_c_n);
     const Tensor own_y = tensor_of(y), own_saved = tensor_of(saved);
     const Optional given_pieces = optional_of(pieces);

@@ -27,7 +27,7 @@ const char* launch_grid(const Args& args, const LaunchShape& shape, const GridGr
   Cooperation cooperation;
   cooperation.cluster = slices.cluster;
   cooperation.whole_grid = true;
-  for (; p.first_direction < args.directions; p.first_direction += groups.directions) {
+  for (; p.first_of_launch < args.directions; p.first_of_launch += groups.directions) {
     const char* error =
         launch<Kernel>(groups.groups * slices.blocks, groups.directions, p.bytes, stream, p, cooperation);
     if (error) return error;

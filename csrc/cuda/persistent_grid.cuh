@@ -32,7 +32,7 @@ namespace seqkernels::device {
 
 template <class Pass>
 struct GridArgs : SliceArgs<Pass> {
-  int first_direction;  // of the CTAs with second index 0
+  int first_of_launch;  // the direction of CTAs with second index 0
   int groups;           // of a direction; they take the tiles in waves
   int blocks, cluster;  // CTAs of a group, of a cluster
   int clusters;         // of a group
@@ -49,7 +49,7 @@ class InGroup {
   DEVICE explicit InGroup(const GridArgs<Pass>& s)
       : s(s), group_(static_cast<int>(block()) / s.blocks), rank_(static_cast<int>(block()) % s.blocks) {}
 
-  DEVICE int direction() const { return s.first_direction + block_y(); }
+  DEVICE int direction() const { return s.first_of_launch + block_y(); }
   DEVICE int rank() const { return rank_; }
   DEVICE int blocks() const { return s.blocks; }
 

@@ -21,6 +21,11 @@ def errors(value: Tensor, spec: Tensor) -> tuple[float, float]:
 Results = dict[str, Tensor]
 
 
+def floor_of(dtype: torch.dtype) -> float:
+    """The error that any result may have: a few units of rounding."""
+    return (16 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
+
+
 def assert_as_close_as_torch(ours: list[Results], torchs: list[Results], spec: list[Results], dtype) -> None:
     """Each of our tensors is at most twice as far from the specification as torch.nn's own, plus two units of rounding.
 
@@ -29,7 +34,7 @@ def assert_as_close_as_torch(ours: list[Results], torchs: list[Results], spec: l
     torch.nn as in ours. In float64 the specification is rounded as often as ours (and in the order of torch.nn's sums),
     so there the floor is that of a long sum.
     """
-    floor = (16 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
+    floor = floor_of(dtype)
     for name in spec[0]:
         assert all(results[name].dtype == dtype for results in ours), f"{name} is not {dtype}"
         value, own, right = (
@@ -47,7 +52,7 @@ def assert_typically_as_close_as_torch(
 ) -> None:
     """The same bounds, on the geometric mean of the draws' ratios, where an error is enlarged by a few in one draw: a
     norm divides by a small deviation, in torch's loop as in ours. What is systematic shows in all draws."""
-    floor = (16 if dtype == torch.float64 else 2) * torch.finfo(dtype).eps
+    floor = floor_of(dtype)
     for name in spec[0]:
         assert all(results[name].dtype == dtype for results in ours), f"{name} is not {dtype}"
         error, own = (
