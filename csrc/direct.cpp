@@ -56,7 +56,9 @@ Tensor tensor_of(PyObject* object) {
   check(negated.get() != Py_True, "the tensor is to be negated");
   const Owned handle(PyObject_CallFunctionObjArgs(handle_of, object, nullptr));
   const Tensor tensor(static_cast<AtenTensorHandle>(PyCapsule_GetPointer(handle.get(), nullptr)));
-  check(tensor.is_cpu() && tensor.layout() == torch::headeronly::Layout::Strided, "no strided tensor on the CPU");
+  int32_t layout = -1;  // Tensor::layout() is newer than the oldest torch
+  check_call(aoti_torch_get_layout(tensor.get(), &layout));
+  check(tensor.is_cpu() && layout == aoti_torch_layout_strided(), "no strided tensor on the CPU");
   return tensor;
 }
 
