@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks import require
 from benchmarks.cases import Case
-from benchmarks.contenders import Unavailable, data, prepared, weights
+from benchmarks.contenders import Unavailable, data, inferring, prepared, weights
 from benchmarks.problems import operator_cell
 
 
@@ -71,16 +71,14 @@ def native_layer(case: Case) -> Callable[[], list[Tensor]]:
     forward, backward = native_passes(known)
     grad_y = torch.ones(known.x.shape[0], case.shape.H, dtype=x.dtype, device=x.device)
 
+    @inferring
     def run() -> list[Tensor]:
-        with torch.inference_mode():
-            y, h_n, c_n, saved = forward(*known.layer, train)
-            results = [y, h_n, c_n] if has_c else [y, h_n]
-            if train:
-                grad_x, grads, _, _ = backward(
-                    known.call.cell, grad_y, None, None, *known.layer[1:], y, saved, True, True
-                )
-                results += [grad_x, *grads]
-            return results
+        y, h_n, c_n, saved = forward(*known.layer, train)
+        results = [y, h_n, c_n] if has_c else [y, h_n]
+        if train:
+            grad_x, grads, _, _ = backward(known.call.cell, grad_y, None, None, *known.layer[1:], y, saved, True, True)
+            results += [grad_x, *grads]
+        return results
 
     return run
 

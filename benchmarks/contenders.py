@@ -40,6 +40,20 @@ def data(case: Case) -> Tensor:
     return torch.randn(problem.T, problem.B, problem.I, generator=torch.Generator().manual_seed(1))
 
 
+def inferring(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """The run in inference mode. Who times runs enters it once around them, as people do around a loop of calls: it
+    takes up to a fifth of the shortest."""
+
+    @functools.wraps(run)
+    def in_mode() -> list[Tensor]:
+        if torch.is_inference_mode_enabled():
+            return run()
+        with torch.inference_mode():
+            return run()
+
+    return in_mode
+
+
 def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None = None) -> Callable[[], list[Tensor]]:
     """A run of the module on the case: output, final state and, in training, the gradients of input and parameters.
 
@@ -57,9 +71,9 @@ def prepared(case: Case, module: nn.Module, call: Callable[[Any], tuple] | None 
     def states(final) -> list[Tensor]:
         return list(final) if isinstance(final, tuple) else [final]
 
+    @inferring
     def infer() -> list[Tensor]:
-        with torch.inference_mode():
-            y, final = call(given)
+        y, final = call(given)
         return [y.data if case.layout == "packed" else y, *states(final)]
 
     def train() -> list[Tensor]:

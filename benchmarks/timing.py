@@ -185,6 +185,11 @@ def serve(name: str, threads: int, root: Path | None, pipe: Connection) -> None:
 def answer_to(request: Any, case: Case | None, run: Callable[[], list[torch.Tensor]] | None) -> Any:
     assert case is not None and run is not None
     case.set_precision()  # of all that a process runs: another case may have set it
+    with torch.inference_mode(case.mode == "infer"):
+        return answer_in_mode(request, case, run)
+
+
+def answer_in_mode(request: Any, case: Case, run: Callable[[], list[torch.Tensor]]) -> Any:
     device = torch.device(case.device)
     if request == "errors":
         results = [result.detach().double().cpu() for result in run()]
