@@ -169,9 +169,11 @@ def _by_kernels(
 
 
 def computed(compute: Callable, again: bool, x: Tensor, *args):
-    """In the dtype of autocast, and of its intermediate results nothing saved if they are to be computed `again`."""
+    """In the dtype of autocast. Nothing of its intermediate results is saved if they are to be computed `again`, but
+    within torch.func's transforms, which have no hooks for that."""
     if torch.is_autocast_enabled(x.device.type):
         compute = autocast.cast_arguments(compute, x.device.type)
+    again = again and not modes.transformed()
     return checkpoint(compute, x, *args, use_reentrant=False, preserve_rng_state=False) if again else compute(x, *args)
 
 

@@ -57,11 +57,15 @@ def test_operators_keep_what_torch_asks_of_them(name):
     torch.library.opcheck(ops.options_forward.torch_eager, (*args, kind, layer.cell_options.blocks))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_vmap_and_grad(name):
-    layer, x = layer_of("lstm", name), torch.randn(3, 5, 2, 4, dtype=torch.float64)
+def test_vmap_and_grad(name, recompute):
+    layer, x = layer_of("lstm", name, recompute=recompute), torch.randn(3, 5, 2, 4, dtype=torch.float64)
     layer.eval()
-    torch.testing.assert_close(torch.vmap(lambda x: layer(x)[0])(x), torch.stack([layer(one)[0] for one in x]))
+    together, each = torch.vmap(lambda x: layer(x)[0])(x), torch.stack([layer(one)[0] for one in x])
+    torch.testing.assert_close(together, each)
+    grads = [torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (together, each)]
+    torch.testing.assert_close(*grads)
     weights = dict(layer.named_parameters())
 
     def loss(weights, x):
