@@ -34,6 +34,7 @@ _keys, _key = torch._C.DispatchKeySet, torch._C.DispatchKey
 # What takes part in every call, in inference mode and else.
 _IN_INFERENCE = _keys(_key.BackendSelect)
 _USUAL = _IN_INFERENCE | _keys(_key.ADInplaceOrView)
+_ALONE = _IN_INFERENCE.raw_repr(), _USUAL.raw_repr()
 _function_modes, _function_mode = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
 
 
@@ -43,9 +44,10 @@ def unseen() -> bool:
     if _library is None:
         return False
     included = torch._C._dispatch_tls_local_include_set()  # knows of transforms, dispatch modes and traces
+    modes = _function_modes()
     return (
-        included in (_USUAL, _IN_INFERENCE)
-        and all(type(mode) is DeviceContext for mode in map(_function_mode, range(_function_modes())))
+        included.raw_repr() in _ALONE
+        and (not modes or all(type(mode) is DeviceContext for mode in map(_function_mode, range(modes))))
         and not torch._C._is_any_autocast_enabled()
         and not torch.autograd._profiler_enabled()
     )
