@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import drop_in, onnx_export
+from seqkernels import batching, drop_in, onnx_export
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -130,7 +130,7 @@ class _Quantized(nn.Module):
         gates, projected = CELLS[self.cell].gates, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
         # What `prepare` checks of weights are shapes, dtypes and devices: one number is enough.
-        one, rows = data.new_empty(1), gates * self.hidden_size
+        one, rows = torch.empty(1), gates * self.hidden_size
         weights = [one.expand(rows, self.input_size), one.expand(rows, projected)]
         weights += [one] * (sum(map(len, self.names)) - 2)
         ragged = lengths, None, None, reset, reset_to
@@ -280,3 +280,4 @@ _library = torch.library.Library(ops.name, "FRAGMENT")
 if not THIS_MACHINE.native_missing:  # csrc/cpu/ops.cpp defines the operators
     for _name, _of in (("quantized_recurrence", _fake), ("quantized_all_states", _fake_all_states)):
         torch.library.register_fake(add_op_namespace_prefix(_name), _of, lib=_library)
+        batching.register(_name, batching.Members(getattr(ops, _name).default, None), _library)

@@ -190,6 +190,18 @@ def test_packed_batch_first_and_unbatched():
     assert torch.equal(y.transpose(0, 1), expected) and torch.equal(h_first, h_n)
     y, h = layer(x[:, 0])
     assert torch.equal(y, expected[:, 0]) and torch.equal(h, h_n[:, 0])
+    rows = [x[:length, b] for b, length in enumerate(lengths.tolist())]
+    y, h = first(torch.nested.nested_tensor(rows, layout=torch.jagged))
+    assert torch.equal(h, h_n)
+    for b, one in enumerate(y.unbind()):
+        assert torch.equal(one, expected[: lengths[b], b])
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_vmap_is_a_call_for_each_member(cell):
+    layer, x = layer_of(cell, 12, 30), torch.randn(3, 5, 2, 12)
+    for i, one in enumerate(torch.vmap(lambda x: layer(x)[0])(x)):
+        assert torch.equal(one, layer(x[i])[0])
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
