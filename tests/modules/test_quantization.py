@@ -339,7 +339,16 @@ def test_the_report_says_what_became_of_each():
     assert repr(layer) == "QuantizedLSTM(16, 24, num_layers=2, batch_first=True, dropout=0.5)"
     assert repr(sk.quantize_(model)).count("GRUCell") == 2
     assert repr(model.cell) == "QuantizedGRUCell(24, 8)"
-    assert not sk.quantize_(model).swapped
+    assert {swap.name: swap.reason for swap in sk.quantize_(model)} == {
+        "rnn": "it is quantized already",
+        "cell": "it is quantized already",
+        "torchs": "it is torch.nn's: swap_in makes it ours",
+    }
+    assert {swap.name: swap.reason for swap in sk.swap_out(model)} == {
+        "rnn": "it is quantized",
+        "cell": "it is quantized",
+        "torchs": "it is none of ours",
+    }
 
 
 def test_what_is_left_has_a_reason():
