@@ -1,11 +1,12 @@
 """Argument checks of the functions and modules, with torch.nn's own messages where torch.nn has one."""
 
+import numbers
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter, ParameterList
 from torch.nn.utils.rnn import PackedSequence
 
 from seqkernels import late_checks
@@ -71,6 +72,9 @@ def _is_unbatched(
         if lengths is not None or cu_seqlens is not None:
             raise ValueError("a PackedSequence has its lengths in it; give no lengths or cu_seqlens beside it")
         return False
+    if not isinstance(input, Tensor):
+        of = CELLS[cell].display_name
+        raise TypeError(f"{of}: Expected input to be a Tensor or a PackedSequence, got a {type(input).__name__}")
     if cu_seqlens is not None:
         return False
     if input.is_nested:
@@ -108,15 +112,43 @@ def _check_nested(input: Tensor, lengths: Tensor | Sequence[int] | None) -> None
 
 
 def check_pair(hx: State, name: str, argument: str = "hx") -> None:
-    if isinstance(hx, Tensor):
-        raise TypeError(f"{name}: {argument} must be a tuple of two Tensors, not a Tensor")
+    if not isinstance(hx, Sequence):
+        raise TypeError(f"{name}: {argument} must be a tuple of two Tensors, not a {type(hx).__name__}")
     if len(hx) != 2:
         raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
 
 
-def check_recompute(recompute: bool) -> None:
-    if not isinstance(recompute, bool):
-        raise TypeError(f"recompute is True or False, got {recompute!r}")
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, got {value!r}")
+
+
+def check_function(weights: Sequence[Tensor], num_layers: int, dropout: float) -> None:
+    """What a function is given at each call, and a module once, when it is made; what can be is said as there.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: they are of another kind, or do not fit.
+    """
+    check_tensors("weights", weights)
+    check_kind(weights)
+    if len(weights) > 1 and not weights[0].dim() == weights[1].dim() == 2:
+        raise RuntimeError(f"w_ih and w_hh are matrices, got {[list(weight.shape) for weight in weights[:2]]}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+        raise TypeError(f"num_layers should be of type int, got: {type(num_layers).__name__}")
+    if num_layers <= 0:
+        raise ValueError("num_layers must be greater than zero")
+    if isinstance(dropout, bool) or not isinstance(dropout, (float, numbers.Number)) or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+        )
+
+
+def check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
+    if not isinstance(tensors, (list, tuple, Sequence, ParameterList)):  # those first that are fast to ask for
+        raise TypeError(f"{name} are a sequence of Tensors, got a {type(tensors).__name__}")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} are Tensors, got a {type(tensor).__name__} among them")
 
 
 def any_expanded(weights: Sequence[Tensor]) -> bool:
@@ -164,8 +196,12 @@ def _check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
 def _check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State) -> None:
     if reset is None:
         raise ValueError("reset_to is the state before steps that reset marks; give reset as well")
+    name = CELLS[cell].display_name
     if CELLS[cell].states == 2:
-        check_pair(reset_to, CELLS[cell].display_name, "reset_to")
+        check_pair(reset_to, name, "reset_to")
+        check_tensors("reset_to's two", reset_to)  # type: ignore[arg-type]
+    elif not isinstance(reset_to, Tensor):
+        raise TypeError(f"{name}: reset_to must be a Tensor, not a {type(reset_to).__name__}")
 
 
 def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str, name: str = "hidden") -> None:

@@ -79,7 +79,7 @@ def swap_in(
     profilers); modules of TorchScript and of torch.ao; and one that no backend here runs, of complex numbers say.
 
     Raises:
-        TypeError: `model` is no module.
+        TypeError: `model` is no module; one of `names` is no string.
         ValueError: one of `classes` is none of the six.
     """
     _check_model(model, "swap_in")
@@ -121,7 +121,8 @@ class _Wanted(NamedTuple):
 
 
 def _chosen(classes: type | Iterable[type] | None, cells: bool | None) -> tuple[type, ...]:
-    chosen = tuple(OURS) if classes is None else tuple(classes) if isinstance(classes, Iterable) else (classes,)
+    several = isinstance(classes, Iterable) and not isinstance(classes, str)
+    chosen: tuple = tuple(OURS) if classes is None else tuple(classes) if several else (classes,)  # type: ignore[arg-type]
     for cls in chosen:
         if cls not in OURS:
             raise ValueError(f"classes are some of torch.nn's {', '.join(cls.__name__ for cls in OURS)}, got {cls!r}")
@@ -129,7 +130,13 @@ def _chosen(classes: type | Iterable[type] | None, cells: bool | None) -> tuple[
 
 
 def _patterns(names: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    return None if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if names is None or isinstance(names, str):
+        return names if names is None else (names,)
+    patterns: tuple = tuple(names) if isinstance(names, Iterable) and not isinstance(names, type) else (names,)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"names are patterns, which are strings, got {pattern!r}")
+    return patterns
 
 
 def _look_through(model: nn.Module, wanted: _Wanted) -> tuple[Report, dict[str, tuple[nn.Module, type]]]:

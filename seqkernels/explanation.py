@@ -39,9 +39,9 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
 
     Args:
         module: a layer or cell, ours or torch.nn's, for which the answer is that of its drop-in; or a model.
-        args, kwargs: what it would be called with: for a layer `input`, `hx`, `lengths`, `reset` and `reset_to`, as in
-            its forward. A model is run on them, with its random numbers and its buffers as they were afterwards.
-            Without any, the answer is what holds for inputs of any size.
+        args, kwargs: what it would be called with: for a layer `input`, `hx`, `lengths`, `reset`, `reset_to` and
+            `return_all_states`, as in its forward. A model is run on them, with its random numbers and its buffers as
+            they were afterwards. Without any, the answer is what holds for inputs of any size.
 
     Returns:
         For a layer or cell with its input the plan, which says more of the other backends: nothing is run. For a model,
@@ -66,7 +66,16 @@ def _recurrent_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=None, reset_to=None) -> select.Plan:
+def _plan(
+    module: Any,
+    input,
+    hx: State | None = None,
+    *,
+    lengths=None,
+    reset=None,
+    reset_to=None,
+    return_all_states: bool | None = None,
+) -> select.Plan:
     """The plan of one layer or cell on its input."""
     if isinstance(module, nn.RNNBase):
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
@@ -74,8 +83,10 @@ def _plan(module: Any, input, hx: State | None = None, *, lengths=None, reset=No
         ragged = lengths, None, None, reset, reset_to
         cell, options = cell_modules.cell_of(module), getattr(module, "cell_options", None)
         blocks = options.blocks if options else 1
+        all_states = getattr(module, "return_all_states", False) if return_all_states is None else return_all_states
         backend = getattr(module, "backend", None)
-        more: dict[str, Any] = {"bias": module.bias, "pieces": not options, "blocks": blocks, "backend": backend}
+        more: dict[str, Any] = {"bias": module.bias, "blocks": blocks, "backend": backend}
+        more["pieces"] = not (options or all_states)
         made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, **more)
         parts = with_options.made_of(options, (), module.training, module.proj_size > 0) if options else None
         plan = functional.plan_of(made, parts, backend)

@@ -71,7 +71,7 @@ def gru(
             cu_seqlens, a mask or cell_options that do not fit, and where no backend can run the call; TypeError for a
             recompute that is no bool.
     """
-    checks.check_kind(weights)
+    checks.check_function(weights, num_layers, dropout)
     return recurrent(
         "gru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
@@ -105,7 +105,7 @@ def rnn(
     """Elman RNN over whole sequences; arguments, results and errors as `gru`, and nonlinearity "tanh" or "relu"."""
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    checks.check_kind(weights)
+    checks.check_function(weights, num_layers, dropout)
     return recurrent(
         "rnn_" + nonlinearity, input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout,
         training=training, bidirectional=bidirectional, batch_first=batch_first, lengths=lengths,
@@ -140,7 +140,7 @@ def lstm(
     hx is (h_0, c_0), and (h_n, c_n) is returned; each ``[L*D, B, H]`` (unbatched ``[L*D, H]``). weights may hold a
     projection w_hr ``[P, H]`` behind each direction's others: then h and the output have P features for H.
     """
-    checks.check_kind(weights)
+    checks.check_function(weights, num_layers, dropout)
     return recurrent(
         "lstm", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
@@ -172,7 +172,7 @@ def ligru(
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Light GRU over whole sequences (formula at `seqkernels.LiGRU`); arguments, results and errors as `gru`, with
     w_ih ``[2*H, I]`` and w_hh ``[2*H, H]``."""
-    checks.check_kind(weights)
+    checks.check_function(weights, num_layers, dropout)
     return recurrent(
         "ligru", input, hx, weights, bias=bias, num_layers=num_layers, dropout=dropout, training=training,
         bidirectional=bidirectional, batch_first=batch_first, lengths=lengths, cu_seqlens=cu_seqlens,
@@ -205,7 +205,7 @@ def recurrent(
 ):
     """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`."""
     directions = 2 if bidirectional else 1
-    checks.check_recompute(recompute)
+    checks.check_flag("recompute", recompute)
     parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers * directions, bias)
     dropout = dropout if training else 0.0
     if onnx_export.exporting():

@@ -61,7 +61,9 @@ class _Recurrent(drop_in.Layer):
         blocks: int = 1,
         **kwargs,
     ) -> None:
-        checks.check_recompute(recompute)
+        checks.check_flag("return_all_states", return_all_states)
+        checks.check_flag("learn_initial_state", learn_initial_state)
+        checks.check_flag("recompute", recompute)
         dropouts = recurrent_dropout, candidate_dropout, input_dropout, weight_dropout
         options = CellOptions(zoneout, *dropouts, layer_norm, blocks)
         super().__init__(*args, **kwargs)
@@ -131,6 +133,7 @@ class _Recurrent(drop_in.Layer):
             options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_all_states": return_all_states}
             return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]
         all_states = self.return_all_states if return_all_states is None else return_all_states
+        checks.check_flag("return_all_states", all_states)
         weights = self._weights()
         if checks.any_expanded(weights):
             beyond_torch = lengths is not None or reset is not None or all_states or self.learn_initial_state

@@ -58,6 +58,8 @@ class patch_torch(contextlib.ContextDecorator):
     question again, and false of ours. A name that is imported inside (`from torch.nn import GRU`) stays ours.
     """
 
+    _used = True  # where __init__ was given arguments, and raised
+
     def __init__(self) -> None:
         self._entered: list[contextlib.AbstractContextManager] = []
         self._used = False

@@ -105,6 +105,7 @@ def _each(layer: "_Recurrent") -> int:
 
 def _does_more(layer: "_Recurrent") -> bool:
     more = layer.cell_options is not None or layer.learn_initial_state or layer.return_all_states
+    more = more or "parametrizations" in layer._modules  # which may draw or count: they are computed once in a call
     return more or layer.recompute is not False or (layer.training and layer.dropout > 0)
 
 

@@ -85,7 +85,7 @@ def recurrent(
 ) -> tuple[Tensor | PackedSequence, State, State]:
     """`seqkernels.functional.recurrent`, layer by layer, and the states of every step (see docs/states.md)."""
     directions = 2 if bidirectional else 1
-    checks.check_recompute(recompute)
+    checks.check_flag("recompute", recompute)
     parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers * directions, bias)
     if onnx_export.exporting():
         raise ValueError("ONNX's operators give no c of every step: export without return_all_states")

@@ -33,7 +33,9 @@ def step(
 ) -> tuple[Tensor, State]:
     """One step of all layers -> y like x with P features, and the new state like the given one."""
     checks.check_kind(weights)
-    checks.check_recompute(recompute)
+    checks.check_flag("recompute", recompute)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"a step takes a Tensor, got a {type(x).__name__}")
     if x.dim() not in (1, 2):
         raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
     parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers, bias)
@@ -84,13 +86,18 @@ def write(out: tuple[Tensor, State], y: Tensor, state: State) -> tuple[Tensor, S
     """Copy the results of a step into tensors of the caller's.
 
     Raises:
+        TypeError: no tensors.
         RuntimeError: gradients are wanted, as with any `out=` of torch; shapes or dtypes that do not fit.
     """
+    if not isinstance(out, (tuple, list)) or len(out) != 2:
+        raise TypeError("out is (y, state), tensors like the results of a step")
     to_y, to_state = out
     targets, results = ((to_y, *_tensors(to_state)), (y, *_tensors(state)))
     if len(targets) != len(results):
         raise RuntimeError(f"out is (y, state) with {len(results) - 1} tensors of state, got {len(targets) - 1}")
     for target, result in zip(targets, results, strict=True):
+        if not isinstance(target, Tensor):
+            raise TypeError(f"out is (y, state), tensors like the results of a step, got a {type(target).__name__}")
         if torch.is_grad_enabled() and (result.requires_grad or target.requires_grad):
             raise RuntimeError("step(out=...) has no gradients: call it under torch.no_grad() or inference_mode()")
         if (target.shape, target.dtype, target.device) != (result.shape, result.dtype, result.device):
@@ -104,4 +111,4 @@ def write(out: tuple[Tensor, State], y: Tensor, state: State) -> tuple[Tensor, S
 
 
 def _tensors(state: State) -> tuple[Tensor, ...]:
-    return (state,) if isinstance(state, Tensor) else tuple(state)
+    return tuple(state) if isinstance(state, (tuple, list)) else (state,)

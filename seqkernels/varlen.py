@@ -172,6 +172,8 @@ def checked_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
         raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
     total = input.shape[0]
     cu_seqlens = ops.check_cu_seqlens(cu_seqlens, total)
+    if isinstance(max_seqlen, (float, str)):
+        raise TypeError(f"max_seqlen is a number of steps, got {max_seqlen!r}")
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
     return cu_seqlens, min(max_seqlen, total)
@@ -238,7 +240,10 @@ def as_lengths(lengths: Tensor | Sequence[int], sequences: int, device: torch.de
 
 def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
     if not isinstance(values, Tensor):
-        values = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.long)
+        try:
+            values = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.long)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name} must be a Tensor or a list of 64-bit integers, got {values!r}") from error
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     return values.long()

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import seqkernels as sk
 
@@ -110,6 +110,30 @@ def test_weight_norm_old_and_new(name):
         ours(x)[0].sum().backward()
         assert all(p.grad is not None for p in ours.parameters())
     torch.testing.assert_close(copy.deepcopy(ours)(x)[0], ours(x)[0])
+
+
+class Counted(nn.Module):
+    """A parametrization that knows how often it was computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, weight):
+        self.count += 1
+        return weight
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_parametrization_is_computed_once_in_a_call(layers):
+    rnn, x, counted = sk.GRU(4, 5, layers), torch.randn(6, 3, 4), Counted()
+    parametrize.register_parametrization(rnn, "weight_hh_l0", counted)
+    for call in (rnn, lambda x: rnn.step(x[0])):
+        for gradients in (True, False):
+            counted.count = 0
+            with torch.set_grad_enabled(gradients):
+                call(x)
+            assert counted.count == 1
 
 
 def test_a_weight_may_be_a_computed_tensor():
@@ -249,13 +273,40 @@ def test_a_parameter_of_a_later_layer_or_direction_is_looked_at_too(name):
             module(torch.randn(3, 2, 4))
 
 
+@pytest.mark.parametrize("input", [None, [[1.0]], 3], ids=repr)
+@pytest.mark.parametrize("name", MODULES)
+def test_an_input_is_a_tensor(name, input):
+    with pytest.raises(TypeError, match=f"{name}: Expected input to be a Tensor or a PackedSequence, got a "):
+        getattr(sk, name)(4, 5)(input)
+
+
+WRONG_OF_FUNCTIONS = {
+    "no weights": ({"weights": None}, TypeError, "weights are a sequence of Tensors, got a NoneType"),
+    "by name": ({"weights": {}}, TypeError, "weights are a sequence of Tensors, got a dict"),
+    "a name": ({"weights": ["w_ih"] * 4}, TypeError, "weights are Tensors, got a str among them"),
+    "vectors": ({"weights": [torch.zeros(15)] * 4}, RuntimeError, "w_ih and w_hh are matrices"),
+    "no layers": ({"num_layers": 0}, ValueError, "num_layers must be greater than zero"),
+    "half a layer": ({"num_layers": 0.5}, TypeError, "num_layers should be of type int, got: float"),
+    "negative dropout": ({"dropout": -1, "training": True}, ValueError, "dropout should be a number in range"),
+    "steps in words": ({"cu_seqlens": [0, 6], "max_seqlen": "6"}, TypeError, "max_seqlen is a number of steps"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_OF_FUNCTIONS)
+def test_functions_say_what_modules_say_when_they_are_made(wrong):
+    given, error, message = WRONG_OF_FUNCTIONS[wrong]
+    with pytest.raises(error, match=message):
+        sk.functional.gru(torch.randn(6, 4), None, **({"weights": list(sk.GRU(4, 5).parameters())} | given))
+
+
 @pytest.mark.parametrize(("name", "shape"), [("LSTM", (2, 1, 3, 5)), ("LSTMCell", (2, 3, 5))])
 def test_states_of_an_lstm_are_a_pair(name, shape):
     module, states = getattr(sk, name)(4, 5), torch.zeros(shape)
     input = torch.randn(2, 3, 4)[0] if name == "LSTMCell" else torch.randn(2, 3, 4)
     module(input, list(states))
-    with pytest.raises(TypeError, match="hx must be a tuple of two Tensors"):
-        module(input, states)
+    for one in (states, 3):
+        with pytest.raises(TypeError, match="hx must be a tuple of two Tensors"):
+            module(input, one)
     for few in ((), (states[0],), (*states, states[0])):
         with pytest.raises(RuntimeError, match="expects two hidden states"):
             module(input, few)

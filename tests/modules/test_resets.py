@@ -384,7 +384,9 @@ def test_a_trace_takes_other_masks(on_cpu, monkeypatch):
 
 
 def test_explain_takes_a_mask():
-    assert sk.explain(sk.GRU(4, 5), torch.randn(3, 2, 4), reset=torch.ones(3, 2, dtype=torch.bool)).backend
+    asked = sk.GRU(4, 5), torch.randn(3, 2, 4)
+    plan = sk.explain(*asked, reset=torch.ones(3, 2, dtype=torch.bool))
+    assert sk.explain(*asked, reset=torch.ones(3, 2, dtype=torch.bool), return_all_states=True).backend == plan.backend
 
 
 # ---- on a GPU, for which tensors on the CPU pass
@@ -475,8 +477,13 @@ def test_bad_states_are_refused():
         layer(x, reset=MASK, reset_to=torch.zeros(1, 1, 5))
     with pytest.raises(RuntimeError, match=r"reset_to tensor dtype \(torch.float64\) does not match input dtype"):
         layer(x, reset=MASK, reset_to=torch.zeros(1, 3, 5, **DOUBLE))
-    with pytest.raises(TypeError, match="LSTM: reset_to must be a tuple of two Tensors"):
-        lstm(x, reset=MASK, reset_to=torch.zeros(1, 3, 5))
+    for state in (torch.zeros(1, 3, 5), 3):
+        with pytest.raises(TypeError, match="LSTM: reset_to must be a tuple of two Tensors"):
+            lstm(x, reset=MASK, reset_to=state)
+    with pytest.raises(TypeError, match="reset_to's two are Tensors, got a NoneType among them"):
+        lstm(x, reset=MASK, reset_to=(None, None))
+    with pytest.raises(TypeError, match="GRU: reset_to must be a Tensor, not a tuple"):
+        layer(x, reset=MASK, reset_to=(torch.zeros(1, 3, 5),) * 2)
     with pytest.raises(RuntimeError, match=r"Expected reset_to\[1\] size \(1, 3, 5\), got \[1, 3, 4\]"):
         lstm(x, reset=MASK, reset_to=(torch.zeros(1, 3, 5), torch.zeros(1, 3, 4)))
 

@@ -127,6 +127,14 @@ def test_a_call_may_say_otherwise_than_the_layer():
     torch.testing.assert_close(layers[1](x), layers[0](x, return_all_states=False))
 
 
+@pytest.mark.parametrize("option", ["return_all_states", "learn_initial_state"])
+def test_options_are_true_or_false(option):
+    with pytest.raises(TypeError, match=f"{option} is True or False, got 'False'"):
+        layer_of("GRU", **{option: "False"})
+    with pytest.raises(TypeError, match="return_all_states is True or False, got 1"):
+        layer_of("GRU")(torch.randn(5, 3, 4, dtype=torch.float64), return_all_states=1)
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed", "lengths", "unbatched"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_learned_state_is_that_of_every_sequence(name, layout):

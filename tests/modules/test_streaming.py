@@ -102,6 +102,9 @@ def test_an_out_that_does_not_fit_is_refused_and_nothing_written():
             layer.step(x, out=(y, (state[0], state[0])))
         with pytest.raises(RuntimeError, match="2 tensors of state, got 1"):
             layer.step(x, out=(y, state[0]))
+        for out in (y, (y,), 3, ("y", state)):
+            with pytest.raises(TypeError, match=r"out is \(y, state\)"):
+                layer.step(x, out=out)
     assert not y.any() and not state[0].any()
 
 
@@ -112,6 +115,8 @@ def test_what_is_no_step_is_refused():
         sk.GRU(4, 5).step(torch.randn(1, 3, 4))
     with pytest.raises(RuntimeError, match="input_size"):
         sk.GRU(4, 5).step(torch.randn(3, 5))
+    with pytest.raises(TypeError, match="a step takes a Tensor, got a list"):
+        sk.GRU(4, 5).step([1.0, 2.0])
 
 
 def test_steps_compile():

@@ -4,6 +4,7 @@ import abc
 import copy
 import multiprocessing
 import pickle
+import sys
 import warnings
 
 import pytest
@@ -232,6 +233,16 @@ def test_what_is_no_model_is_refused(model):
         sk.explain(model)
 
 
+@pytest.mark.parametrize("names", [3, [3], nn.GRU])
+def test_patterns_are_strings_and_classes_are_classes(names):
+    model = nn.Sequential(nn.GRU(4, 5))
+    with pytest.raises(TypeError, match="names are patterns, which are strings, got "):
+        sk.swap_in(model, names=names)
+    with pytest.raises(ValueError, match=r"classes are some of .*, got 'GRU'"):
+        sk.swap_in(model, classes="GRU")
+    assert type(model[0]) is nn.GRU
+
+
 def test_only_what_is_asked_for_is_swapped():
     def swapped(**options):
         model = nn.ModuleDict({"encoder": Tagger(), "cell": nn.GRUCell(4, 5), "decoder": nn.RNN(4, 5)})
@@ -379,6 +390,14 @@ def test_patch_torch_warns_where_it_did_nothing():
     assert type(build()) is sk.GRU and type(build()) is sk.GRU and type(nn.GRU(4, 5)) is not sk.GRU
 
 
+def test_patch_torch_takes_no_arguments_and_says_so_once(monkeypatch):
+    errors_of_del = []
+    monkeypatch.setattr(sys, "unraisablehook", errors_of_del.append)
+    with pytest.raises(TypeError, match="takes 1 positional argument"):
+        sk.patch_torch(nn)
+    assert not errors_of_del
+
+
 class Noisy(nn.Module):
     """Two layers and a cell, one of them not called, with dropout and running averages beside them."""
 
@@ -412,6 +431,12 @@ def test_explain_of_a_model_has_a_line_for_each_recurrent_module():
     assert torch.equal(torch.get_rng_state(), seed) and not model.rnn._forward_pre_hooks
     assert str(sk.explain(sk.LSTM(4, 5))).startswith("(the model itself) (seqkernels.LSTM): ")
     assert str(sk.explain(nn.Linear(4, 5))) == "no RNN, GRU, LSTM or cell in it"
+
+    class States(nn.Sequential):
+        def forward(self, x):
+            return self[0](x, return_all_states=True)[2]
+
+    assert [one.plan for one in sk.explain(States(model.rnn), x)] == [sk.explain(model.rnn, x)]
     replaced = nn.Sequential(nn.GRU(4, 5))
     replaced[0].forward = lambda x: x
     assert "its forward was replaced" in str(sk.explain(replaced))

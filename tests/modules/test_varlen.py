@@ -62,6 +62,9 @@ BAD_LENGTHS = {
     "floats": (torch.tensor([3.0, 2.0, 1.0]), TypeError, "lengths must be integers, got torch.float32"),
     "bools": (torch.tensor([True, False, True]), TypeError, "lengths must be integers, got torch.bool"),
     "a list of floats": ([3.0, 2.0, 1.0], TypeError, "lengths must be integers"),
+    "a number": (3, TypeError, "lengths must be a Tensor or a list of 64-bit integers, got 3"),
+    "a list with None": ([3, None, 1], TypeError, r"a list of 64-bit integers, got \[3, None, 1\]"),
+    "too many bits": ([3, 1 << 63, 1], TypeError, "a list of 64-bit integers"),
 }
 
 
@@ -81,6 +84,7 @@ BAD_CU_SEQLENS = {
     "empty": (torch.tensor([], dtype=torch.long), ValueError, r"\[sequences \+ 1\]"),
     "a matrix": (torch.tensor([[0, 6]]), ValueError, r"\[sequences \+ 1\]"),
     "floats": (torch.tensor([0.0, 6.0]), TypeError, "cu_seqlens must be integers"),
+    "a number": (6, TypeError, "cu_seqlens must be a Tensor or a list"),
 }
 
 
