@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -28,8 +29,10 @@ def add_conditions(parser: argparse.ArgumentParser) -> None:
 def check_device(name: str) -> None:
     """
     Raises:
-        InputError: a GPU where torch sees none.
+        InputError: a device that is not measured on, or a GPU where torch sees none.
     """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: it is cpu or cuda.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch sees no GPU here.")
 

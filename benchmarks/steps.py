@@ -61,8 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    began, device = time.monotonic(), torch.device(options.device)
     check_device(options.device)
+    began, device = time.monotonic(), torch.device(options.device)
     steps = sorted(options.steps or STEPS[device.type])
     if steps[0] == steps[1]:
         raise InputError("--steps: a slope needs two different numbers.")

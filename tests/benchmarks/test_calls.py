@@ -69,3 +69,9 @@ def test_a_gpu_that_is_not_here_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["calls", "--device", "cuda", "--out", str(tmp_path)]) == 2
     assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["calls", "steps"])
+def test_a_device_that_is_none_is_refused(name, capsys):
+    assert command.main([name, "--device", "nope"]) == 2
+    assert capsys.readouterr().err == "python -m benchmarks: --device nope: it is cpu or cuda.\n"
