@@ -235,10 +235,7 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
 def steps_of(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tuple[int, int]]:
     """(first row, number of rows) of every step."""
     if batch_sizes is None:
-        # Traced by a compiler, tensors have no numbers. Otherwise torch raises the error for sizes that are too large.
-        if torch.compiler.is_compiling():
-            return [(t * sequences, sequences) for t in range(rows // max(sequences, 1))]
-        batch_sizes = torch.full((rows // max(sequences, 1),), sequences, device="cpu")
+        return [(t * sequences, sequences) for t in range(rows // max(sequences, 1))]
     starts = batch_sizes.cumsum(0) - batch_sizes
     return list(zip(starts.tolist(), batch_sizes.tolist(), strict=True))
 

@@ -249,3 +249,15 @@ def test_ensembles_of_ensembles_under_autocast_and_compiled():
     found, expected = compiled(parameters, x), run(parameters, x)[0]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in (found, expected)))
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTM"])
+def test_functionalize(name):
+    layer, x = getattr(sk, name)(4, 5, num_layers=2, bidirectional=True), torch.randn(6, 3, 4)
+
+    def shifted(x):
+        y, _ = layer(x)
+        y += 1
+        return y
+
+    torch.testing.assert_close(torch.func.functionalize(shifted)(x), layer(x)[0] + 1)
