@@ -146,7 +146,7 @@ constexpr ResidentRow kResident[] = {
     {Path::persistent_grid, Arch::sm_90, 3, Math::tensor_core, kAnyWidth, {18, 18}, {18, 18}},
     {Path::persistent_grid, Arch::sm_90, 4, Math::fp32_fma, kAnyWidth, {8, 8}, {8, 8}},
     {Path::persistent_grid, Arch::sm_90, 4, Math::tf32, kAnyWidth, {17, 17}, {16, 15}},
-    {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 18}, {17, 17}},
+    {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 17}, {17, 17}},
 };
 
 // The row for a kernel of so many units; null: there is none.

@@ -194,26 +194,24 @@ struct SingleCtaForward : C {
   static DEVICE void activate(const ThreadTile<C, S>& mine, int m, int s_, int running,
                               const float (&sum)[G][kElements], const float (&x_apart)[kElements], Pair<T>& h,
                               float (&c)[2], Pair<T> (&saved)[kGates + 1]) {
-    using Number = cell_t<T>;
-    Number of_units[2][kMaxBlocks];
-    float h_new[2];
+    float of_units[2][kMaxBlocks], h_new[2];
     to_acc(h, h_new);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      Number x[G], of_h[G], h_i = h_new[i], c_i = c[i];
+      float x[G], of_h[G], h_i = h_new[i], c_i = c[i];
 #pragma unroll
       for (int gate = 0; gate < G; gate++) {
         x[gate] = stays_apart<C::CELL>(gate) ? x_apart[i * 2 + s_] : -0.0f;  // to which anything can be added
         of_h[gate] = sum[gate][i * 2 + s_];
       }
-      cell_forward<C::CELL>(x, of_h, h_i, c_i, of_units[i]);
+      forward_cell<C::CELL, T>(x, of_h, h_i, c_i, of_units[i]);
       const bool runs = mine.runs(m, s_, i, running);
-      h_new[i] = runs ? value(h_i) : h_new[i], c[i] = runs ? value(c_i) : c[i];
+      h_new[i] = runs ? h_i : h_new[i], c[i] = runs ? c_i : c[i];
     }
     h = from_acc<T>(h_new);
 #pragma unroll
     for (int block = 0; block < kGates; block++) {
-      const float units[2] = {value(of_units[0][block]), value(of_units[1][block])};
+      const float units[2] = {of_units[0][block], of_units[1][block]};
       saved[block] = from_acc<T>(units);
     }
   }

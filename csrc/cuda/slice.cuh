@@ -1,20 +1,16 @@
-// A sweep in one launch by groups of CTAs (compute capability 9.0). A group
-// takes up to 8 sequences at a time through all their steps. Each of its CTAs
-// has a slice of the hidden units, with the recurrent weights of all their
-// gates in its registers and shared memory. Groups know nothing of each other;
-// both directions run side by side (the second index of a CTA). Here is what a
-// thread of a slice has, in slice_forward.cuh and slice_backward.cuh what a CTA
-// does with its slice. How the CTAs of a group exchange, once a step, is an
-// Exchange: through the shared memory of a cluster (cluster.cuh), or through
-// the L2 cache (persistent_grid.cuh).
+// A sweep in one launch by groups of CTAs (compute capability 9.0). A group takes up to 8 sequences at a time through
+// all their steps. Each of its CTAs has a slice of the hidden units, with the recurrent weights of all their gates in
+// its registers and shared memory. Groups know nothing of each other; both directions run side by side (the second
+// index of a CTA). Here is what a thread of a slice has, in slice_forward.cuh and slice_backward.cuh what a CTA does
+// with its slice. How the CTAs of a group exchange, once a step, is an Exchange: through the shared memory of a cluster
+// (cluster.cuh), or through the L2 cache (persistent_grid.cuh).
 #pragma once
 #include "tile.cuh"
 #include "weights.cuh"
 
 namespace seqkernels::device {
 
-// A kernel whose CTAs have UNITS hidden units each (a multiple of 16), in which
-// the rows of kResident for ARCH hold.
+// A kernel whose CTAs have UNITS hidden units each (a multiple of 16), in which the rows of kResident for ARCH hold.
 template <Arch ARCH, Path PATH_, Cell CELL_, class MathPolicy_, bool BACKWARD, int UNITS_, bool EVEN_>
 struct SliceConfig {
   using MathPolicy = MathPolicy_;
@@ -30,14 +26,12 @@ struct SliceConfig {
   static_assert(UNITS % kMmaRows == 0 && owners <= warps && RESIDENT > 0);
 };
 
-// A sweep, and the layout of a CTA's shared memory for it: SliceLayout in
-// config.h.
+// A sweep, and the layout of a CTA's shared memory for it: SliceLayout in config.h.
 template <class Pass>
 struct SliceArgs : Pass {
   int tile;    // sequences that a group takes at once: 1 to kMaxTile
   int stride;  // of a row of factors
-  // Bytes of all units, and of a row of gates_x or grad_gates (of a direction),
-  // of y and grad_y, and of saved.
+  // Bytes of all units, and of a row of gates_x or grad_gates (of a direction), of y and grad_y, and of saved.
   int block, gates_row, y_row, saved_row;
   int exchange, weights, bytes;
 };
@@ -50,8 +44,7 @@ DEVICE void words_of(Pair<T> pair, uint32_t (&words)[4]) {
   words[0] = bits(pair);
 }
 
-// Gathers 16 bytes of a row, of which 4 lanes side by side (2 of float32) have
-// two numbers each.
+// Gathers 16 bytes of a row, of which 4 lanes side by side (2 of float32) have two numbers each.
 template <class T>
 DEVICE Vec16 gather(Pair<T> mine) {
   Vec16 all;
@@ -69,8 +62,8 @@ DEVICE Vec16 gather(Pair<T> mine) {
   return all;
 }
 
-// What a thread has in either pass: two units side by side of one sequence. The
-// first warps have them, one thread for each two units; the others have none.
+// What a thread has in either pass: two units side by side of one sequence. The first warps have them, one thread for
+// each two units; the others have none.
 template <class C>
 struct OwnedUnits {
   using T = typename C::T;
@@ -94,15 +87,13 @@ struct OwnedUnits {
     present = sequence < tile.sequences() ? two_of(static_cast<int>(s.hidden) - unit) : 0;
   }
 
-  // Whether its own sequence is among so many that run, or one of its warp's,
-  // whose lanes go the same way.
+  // Whether its own sequence is among so many that run, or one of its warp's, whose lanes go the same way.
   DEVICE bool runs(int running) const { return sequence < running; }
   DEVICE bool warp_runs(int running) const { return thread() / kWarpSize * kWarpSize / pairs < running; }
   DEVICE int present_of(int running) const { return runs(running) ? present : 0; }
 
-  // Its two units of the first of `blocks` blocks of a row, where rows of the
-  // tile begin with `first`: of an array [N, D, blocks, H], or [D, N, blocks,
-  // H] that has the directions one after the other.
+  // Its two units of the first of `blocks` blocks of a row, where rows of the tile begin with `first`: of an array [N,
+  // D, blocks, H], or [D, N, blocks, H] that has the directions one after the other.
   template <class Element>
   DEVICE Global<Element> of_row(Element* array, int blocks, int direction, int64_t first) const {
     return place(array, blocks, (first + sequence) * sweep_.directions + direction);
@@ -127,8 +118,7 @@ struct OwnedUnits {
     return Global<Element>(array, all).moved(row * blocks * sweep_.hidden + unit, sizeof(Element));
   }
 
-  // Computed where they are used, so that they take no register during the
-  // steps.
+  // Computed where they are used, so that they take no register during the steps.
   DEVICE int64_t states() const { return sweep_.directions * sweep_.sequences * sweep_.hidden; }
   DEVICE int64_t state() const {
     return (tile_.direction() * sweep_.sequences + tile_.first() + sequence) * sweep_.hidden + unit;
@@ -138,8 +128,7 @@ struct OwnedUnits {
   const Tile& tile_;
 };
 
-// The arrivals of the n-th exchange: two mbarriers, at the beginning of shared
-// memory, alternate.
+// The arrivals of the n-th exchange: two mbarriers, at the beginning of shared memory, alternate.
 DEVICE Mbarrier arrivals(uint32_t n) { return Mbarrier(static_cast<int>(n % 2) * 8); }
 DEVICE int phase(uint32_t n) { return static_cast<int>(n / 2 % 2); }
 
@@ -150,9 +139,8 @@ DEVICE Shared<T> factor_buffer(uint32_t n, int stride) {
   return Shared<T>(kMbarrierBytes + static_cast<int>(n % 2) * kMaxTile * stride * size, kMaxTile * stride);
 }
 
-// Stores to the same place in `peers` CTAs of a cluster. The lanes that have
-// the same 16 bytes (4 side by side, 2 of float32) divide the peers among them;
-// each begins with the one after its own CTA's `rank` that its number says.
+// Stores to the same place in `peers` CTAs of a cluster. The lanes that have the same 16 bytes (4 side by side, 2 of
+// float32) divide the peers among them; each begins with the one after its own CTA's `rank` that its number says.
 template <class T>
 DEVICE void st_async_to_all(Shared<T> array, int at, Vec16 words, int rank, int peers, Mbarrier arrivals) {
   constexpr int lanes = 8 / sizeof(T);

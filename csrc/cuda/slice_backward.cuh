@@ -1,6 +1,5 @@
-// The backward pass of a slice. A CTA multiplies the gradients of some gates by
-// the weights' rows for their units, and gets partial gradients of states,
-// which go to the CTAs that own these. The Exchange says whose gates and which
+// The backward pass of a slice. A CTA multiplies the gradients of some gates by the weights' rows for their units, and
+// gets partial gradients of states, which go to the CTAs that own these. The Exchange says whose gates and which
 // states.
 #pragma once
 #include "slice_rows.cuh"
@@ -37,8 +36,7 @@ struct SliceBackward : C {
       to_acc(mine.load_state(s.grad_h_n), grad_h);
       to_acc(mine.load_state(s.grad_c_n), grad_c);
 
-      // A step's inputs are loaded two steps before it: they are what it begins
-      // with.
+      // A step's inputs are loaded two steps before it: they are what it begins with.
       StepWindow<3> steps(s, tile, C::variant.backward);
       BackwardRows<C> rows(s, mine, exchange.direction(), steps.row());
       const auto load = [&](int i) {
@@ -60,19 +58,16 @@ struct SliceBackward : C {
           exchange.publish(gradients(n), s.stride, mine, grad, runs, n);
         }
         exchange.wait(n);
-        // Multiply, for 32 states at a time, and send the partial gradients to
-        // their owners.
+        // Multiply, for 32 states at a time, and send the partial gradients to their owners.
         multiply_and_send(weights, exchange, gradients(n), s.stride, running, n);
-        // Store and load only now, after the partials that others wait for; the
-        // loads have a whole step to arrive.
+        // Store and load only now, after the partials that others wait for; the loads have a whole step to arrive.
         inputs = next_inputs;
         rows.move_loads(steps.rows(1));
         next_inputs = load(2);
         rows.store_gates(runs ? mine.present : 0, grad);
         rows.move_stores(steps.rows(0));
         steps.next();
-        // Wait for the partial gradients of this thread's states, and add them
-        // up.
+        // Wait for the partial gradients of this thread's states, and add them up.
         exchange.reduce_partials(n, running, mine, grad_h);
       }
 
@@ -89,8 +84,7 @@ struct SliceBackward : C {
       even.store_pair(i * 2, Pair<T>{}), odd.store_pair(i * 2, Pair<T>{});
   }
 
-  // The n-th group of a warp's fragments is for 32 states, from this one on,
-  // and for the gates of one set of units.
+  // The n-th group of a warp's fragments is for 32 states, from this one on, and for the gates of one set of units.
   static DEVICE int first_row(int group, int sets) {
     return (thread() / kWarpSize + group / sets * C::warps) * kBackwardRows;
   }
@@ -112,8 +106,7 @@ struct SliceBackward : C {
         });
   }
 
-  // Computes partial gradients of 32 states at a time, and sends them to the
-  // CTAs that own these.
+  // Computes partial gradients of 32 states at a time, and sends them to the CTAs that own these.
   static DEVICE void multiply_and_send(const Weights& weights, const Exchange& exchange, Shared<T> gradients,
                                        int stride, int sequences, uint32_t n) {
     const int sets = exchange.sets();

@@ -1,7 +1,7 @@
-// The forward pass of a slice. The warps that have the same 16 units each
-// multiply a part of the columns; the parts' sums meet in shared memory, where
-// the threads that own the units add them up.
+// The forward pass of a slice. The warps that have the same 16 units each multiply a part of the columns; the parts'
+// sums meet in shared memory, where the threads that own the units add them up.
 #pragma once
+#include "rough.cuh"
 #include "slice_rows.cuh"
 
 namespace seqkernels::device {
@@ -57,8 +57,7 @@ struct SliceForward : C {
           const bool runs = mine.runs(running);
           float saved[2][kMaxBlocks];
           activate(sums, biases, mine, x, runs, h, c, saved);
-          // Publish the new states first, once all lanes have read their sums:
-          // others may overwrite them after that.
+          // Publish the new states first, once all lanes have read their sums: others may overwrite them after that.
           if (!last) exchange.publish(states(n + 1), stride, mine, MathPolicy::factors(h), runs, n);
           // Store y and what the backward pass needs.
           const int present = runs ? mine.present : 0;
@@ -100,8 +99,7 @@ struct SliceForward : C {
         });
   }
 
-  // The initial states, into both buffers: a sequence that begins later,
-  // backwards in time, finds them in either.
+  // The initial states, into both buffers: a sequence that begins later, backwards in time, finds them in either.
   static DEVICE void store_h_0(const Parameters& s, const Tile& tile, int hidden, int stride) {
     const Global<const T> h_0(static_cast<const T*>(s.h_0), s.directions * s.sequences * s.hidden);
     for (int i = thread(); i < kMaxTile * stride / 2; i += C::threads) {
@@ -136,16 +134,14 @@ struct SliceForward : C {
                         pair(result[gate][s_], result[gate][2 + s_]));
   }
 
-  // The step of two units of a sequence; h and c change in place, if the
-  // sequence runs.
+  // The step of two units of a sequence; h and c change in place, if the sequence runs.
   static DEVICE void activate(Shared<float> sums, const Biases& biases, const OwnedUnits<C>& mine,
                               const Pair<T> (&x)[G], bool runs, Pair<T>& h, float (&c)[2],
                               float (&saved)[2][kMaxBlocks]) {
     float x_i[2][G], of_h[2][G];
 #pragma unroll
     for (int gate = 0; gate < G; gate++) {
-      // Of gates that are only added up, the last part of W h alone is left to
-      // the cell.
+      // Of gates that are only added up, the last part of W h alone is left to the cell.
       const bool apart = stays_apart<C::CELL>(gate);
       float of_x[2], b_x[2], b_h[2] = {};
       to_acc(x[gate], of_x);
@@ -170,7 +166,7 @@ struct SliceForward : C {
     float h_new[2], c_new[2] = {c[0], c[1]};
     to_acc(h, h_new);
 #pragma unroll
-    for (int i = 0; i < 2; i++) cell_forward<C::CELL>(x_i[i], of_h[i], h_new[i], c_new[i], saved[i]);
+    for (int i = 0; i < 2; i++) forward_cell<C::CELL, T>(x_i[i], of_h[i], h_new[i], c_new[i], saved[i]);
     zero_absent(h_new, C::EVEN && mine.present ? 2 : mine.present);
     if (!runs) return;
     h = from_acc<T>(h_new), c[0] = c_new[0], c[1] = c_new[1];

@@ -1,14 +1,12 @@
-// The rows of a layer as the owners of a slice walk over them. Addresses are
-// computed before the first step; from step to step they are only added to,
-// since all instructions of a step count (docs/kernels.md).
+// The rows of a layer as the owners of a slice walk over them. Addresses are computed before the first step; from step
+// to step they are only added to, since all instructions of a step count (docs/kernels.md).
 #pragma once
 #include "slice.cuh"
 
 namespace seqkernels::device {
 
-// The step that a sweep is at, and so many steps after it: how many sequences
-// run in each, and how far its rows are from those of the next. Rows of a step
-// begin where those of the step before it in time end.
+// The step that a sweep is at, and so many steps after it: how many sequences run in each, and how far its rows are
+// from those of the next. Rows of a step begin where those of the step before it in time end.
 template <int AHEAD>
 class StepWindow {
  public:
@@ -30,8 +28,7 @@ class StepWindow {
 
   DEVICE int64_t row() const { return row_; }  // the tile's first row in the first step
 
-  // Sequences of the tile that run in the i-th step from here; none after the
-  // last step.
+  // Sequences of the tile that run in the i-th step from here; none after the last step.
   DEVICE int running(int i = 0) const {
     const int running = size_[i] - first_;
     return running < of_tile_ ? running : of_tile_;
@@ -50,8 +47,7 @@ class StepWindow {
  private:
   static constexpr int kSizeBytes = sizeof(int64_t);
 
-  // The size of the next step that has not been taken yet, loaded long before
-  // it is used, so that no thread waits.
+  // The size of the next step that has not been taken yet, loaded long before it is used, so that no thread waits.
   DEVICE int take() {
     int size = left_ > 0 ? all_ : first_;
     if (ragged_ && left_ > 0) {
@@ -104,8 +100,7 @@ class ForwardRows {
     }
   }
 
-  // Go on by so many rows: where gates are loaded, and where results are
-  // stored.
+  // Go on by so many rows: where gates are loaded, and where results are stored.
   DEVICE void move_loads(int rows) { gates_x_ = gates_x_.moved(rows, s_.gates_row); }
   DEVICE void move_stores(int rows) {
     y_ = y_.moved(rows, s_.y_row);
@@ -137,8 +132,8 @@ class BackwardRows {
         y_(mine.of_row(static_cast<const T*>(s.y), 1, direction, first)),
         grad_gates_(mine.of_direction(static_cast<T*>(s.grad_gates), F, direction, first)) {}
 
-  // What the step reads, where loads are; `rows` from there is the step before
-  // it in time, in which the sequence `ran` or not.
+  // What the step reads, where loads are; `rows` from there is the step before it in time, in which the sequence `ran`
+  // or not.
   DEVICE StepInputs<T> load(int count, int rows, bool ran) const {
     StepInputs<T> inputs = {};
     const auto units = [&](Global<const T> from) { return load_units<C::EVEN>(from, 0, count); };

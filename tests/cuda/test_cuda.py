@@ -138,9 +138,11 @@ class Saturated(Call):
 
 @pytest.mark.parametrize("seed", [0, 1], ids=["o near 1", "o near 0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gates_near_0_and_1_err_by_rounding_alone_for_many_steps(dtype, seed):
-    call = Saturated("lstm", 1, 2, 400, 4, dtype=dtype, seed=seed)
-    assert_rounding_alone_of(call, *by_path(SINGLE_CTA))
+@pytest.mark.parametrize("name", ONE_LAUNCH)
+def test_gates_near_0_and_1_err_by_rounding_alone_for_many_steps(name, dtype, seed):
+    hidden = 34 if name in HIDDEN else 4
+    call = Saturated("lstm", 1, 2, 400, hidden, dtype=dtype, seed=seed)
+    assert_rounding_alone_of(call, *by_path(ONE_LAUNCH[name]))
 
 
 @pytest.mark.parametrize("cell", CELLS)
