@@ -41,8 +41,8 @@ def data(case: Case) -> Tensor:
 
 
 def inferring(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    """The run in inference mode. Who times runs enters it once around them, as people do around a loop of calls: it
-    takes up to a fifth of the shortest."""
+    """The run in inference mode. `timing.answer_to` enters it once around many, as people do around a loop of calls:
+    it takes up to a fifth of the shortest."""
 
     @functools.wraps(run)
     def in_mode() -> list[Tensor]:

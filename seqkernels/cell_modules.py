@@ -17,6 +17,9 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
+        for tensor in (input, *(states or ())):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{self._get_name()} takes Tensors, got a {type(tensor).__name__}")
         dimensions = input.dim()
         if dimensions not in (1, 2):
             raise ValueError(f"{self._get_name()}: Expected input to be 1D or 2D, got {dimensions}D instead")

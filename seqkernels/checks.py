@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import Parameter, ParameterList
 from torch.nn.utils.rnn import PackedSequence
 
@@ -64,17 +65,15 @@ def _is_unbatched(
     cu_seqlens: Tensor | None,
 ) -> bool:
     """Whether the input is one unbatched sequence; raises where numbers of dimensions or options do not fit."""
-    if hx is not None and CELLS[cell].states == 2:
-        check_pair(hx, CELLS[cell].display_name)
+    if hx is not None:
+        check_kind_of_state(cell, hx)
     if lengths is not None and cu_seqlens is not None:
         raise ValueError("give lengths or cu_seqlens, not both")
     if isinstance(input, PackedSequence):
         if lengths is not None or cu_seqlens is not None:
             raise ValueError("a PackedSequence has its lengths in it; give no lengths or cu_seqlens beside it")
         return False
-    if not isinstance(input, Tensor):
-        of = CELLS[cell].display_name
-        raise TypeError(f"{of}: Expected input to be a Tensor or a PackedSequence, got a {type(input).__name__}")
+    check_kind_of_input(CELLS[cell].display_name, input)
     if cu_seqlens is not None:
         return False
     if input.is_nested:
@@ -111,11 +110,27 @@ def _check_nested(input: Tensor, lengths: Tensor | Sequence[int] | None) -> None
         )
 
 
+def check_kind_of_input(name: str, input: object) -> None:
+    if not isinstance(input, (Tensor, PackedSequence)):
+        raise TypeError(f"{name}: Expected input to be a Tensor or a PackedSequence, got a {type(input).__name__}")
+
+
+def check_kind_of_state(cell: str, state: State, argument: str = "hx") -> None:
+    name = CELLS[cell].display_name
+    if CELLS[cell].states == 2:
+        return check_pair(state, name, argument)
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: {argument} must be a Tensor, not a {type(state).__name__}")
+
+
 def check_pair(hx: State, name: str, argument: str = "hx") -> None:
-    if not isinstance(hx, Sequence):
+    if not isinstance(hx, (tuple, list, Sequence, ParameterList)):  # those first that are fast to ask for
         raise TypeError(f"{name}: {argument} must be a tuple of two Tensors, not a {type(hx).__name__}")
     if len(hx) != 2:
         raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
+    for state in hx:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"{name}: {argument} must be a tuple of two Tensors, not of a {type(state).__name__}")
 
 
 def check_flag(name: str, value: bool) -> None:
@@ -124,31 +139,28 @@ def check_flag(name: str, value: bool) -> None:
 
 
 def check_function(weights: Sequence[Tensor], num_layers: int, dropout: float) -> None:
-    """What a function is given at each call, and a module once, when it is made; what can be is said as there.
+    """What a function is given at each call, and a module once, when it is made.
 
     Raises:
         TypeError, ValueError, RuntimeError: they are of another kind, or do not fit.
     """
-    check_tensors("weights", weights)
+    if not isinstance(weights, (list, tuple, Sequence, ParameterList)):
+        raise TypeError(f"weights are a sequence of Tensors, got a {type(weights).__name__}")
+    weights = list(weights)  # of a ParameterList each would be looked up by name again and again
+    for weight in weights:
+        if not isinstance(weight, (Tensor, Proxy)):  # torch.fx itself says what of a Proxy it cannot trace
+            raise TypeError(f"weights are Tensors, got a {type(weight).__name__} among them")
     check_kind(weights)
     if len(weights) > 1 and not weights[0].dim() == weights[1].dim() == 2:
         raise RuntimeError(f"w_ih and w_hh are matrices, got {[list(weight.shape) for weight in weights[:2]]}")
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-        raise TypeError(f"num_layers should be of type int, got: {type(num_layers).__name__}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, (int, numbers.Integral)):
+        raise TypeError(f"num_layers is an int, got a {type(num_layers).__name__}")
     if num_layers <= 0:
         raise ValueError("num_layers must be greater than zero")
-    if isinstance(dropout, bool) or not isinstance(dropout, (float, numbers.Number)) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, (float, numbers.Real)) or not 0 <= dropout <= 1:
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
         )
-
-
-def check_tensors(name: str, tensors: Sequence[Tensor]) -> None:
-    if not isinstance(tensors, (list, tuple, Sequence, ParameterList)):  # those first that are fast to ask for
-        raise TypeError(f"{name} are a sequence of Tensors, got a {type(tensors).__name__}")
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} are Tensors, got a {type(tensor).__name__} among them")
 
 
 def any_expanded(weights: Sequence[Tensor]) -> bool:
@@ -196,12 +208,7 @@ def _check_weights(weights: Sequence[Tensor], data: Tensor) -> None:
 def _check_reset_to(cell: str, reset: Tensor | PackedSequence | None, reset_to: State) -> None:
     if reset is None:
         raise ValueError("reset_to is the state before steps that reset marks; give reset as well")
-    name = CELLS[cell].display_name
-    if CELLS[cell].states == 2:
-        check_pair(reset_to, name, "reset_to")
-        check_tensors("reset_to's two", reset_to)  # type: ignore[arg-type]
-    elif not isinstance(reset_to, Tensor):
-        raise TypeError(f"{name}: reset_to must be a Tensor, not a {type(reset_to).__name__}")
+    check_kind_of_state(cell, reset_to, "reset_to")
 
 
 def check_state(state: Tensor, size: tuple[int, ...], data: Tensor, message: str, name: str = "hidden") -> None:
@@ -219,6 +226,13 @@ def check_same(tensor: Tensor, data: Tensor, name: str = "hidden") -> None:
         )
     if tensor.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
         raise RuntimeError(f"RNN {name} tensor dtype ({tensor.dtype}) does not match input dtype ({data.dtype})")
+
+
+def check_input_of_step(input: object) -> None:
+    if not isinstance(input, (Tensor, Proxy)):
+        raise TypeError(f"a step takes a Tensor, got a {type(input).__name__}")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"a step takes [sequences, features] or [features], got {input.dim()} dimensions")
 
 
 def check_step(input: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

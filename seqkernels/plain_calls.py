@@ -34,10 +34,18 @@ def run(
     if not input.is_cpu or layer.backend not in (None, "cpu"):
         return None
     unseen = direct.unseen()
-    if _is_watched(unseen):
+    if _is_watched(unseen) or ("parametrizations" in layer._modules and _goes_back(layer, unseen, one_step)):
+        return None
+    cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
+    parts = hardware.bfloat16_parts(input.device, input.dtype) if hardware.THIS_MACHINE.splits_float32 else 0
+    facts = cell, input.dtype, layer.num_layers, directions, parts
+    try:
+        plan, call = _planned(*facts, layer.backend, hardware.THIS_MACHINE)
+    except ValueError:
+        return None
+    if plan.backend != "cpu":
         return None
     weights = layer._weights()
-    cell, directions = layer.mode.lower(), 2 if layer.bidirectional else 1
     if (
         input.is_nested
         or input.dim() != (2 if one_step else 3)
@@ -50,13 +58,7 @@ def run(
         if len(states) != CELLS[cell].states or any(type(state) is not Tensor for state in states):
             return None
     late_checks.look()
-    parts = hardware.bfloat16_parts(input.device, input.dtype) if hardware.THIS_MACHINE.splits_float32 else 0
-    facts = cell, input.dtype, layer.num_layers, directions, parts
-    try:
-        plan, call = _planned(*facts, layer.backend, hardware.THIS_MACHINE)
-    except ValueError:
-        return None
-    if plan.backend != "cpu" or (torch.is_grad_enabled() and checks.any_expanded(weights)):
+    if torch.is_grad_enabled() and checks.any_expanded(weights):
         return None
     if modes.wants_gradients(input, *states, *weights):
         return None if one_step else _with_gradients(layer, plan, call, input, states, weights)
@@ -105,8 +107,13 @@ def _each(layer: "_Recurrent") -> int:
 
 def _does_more(layer: "_Recurrent") -> bool:
     more = layer.cell_options is not None or layer.learn_initial_state or layer.return_all_states
-    more = more or "parametrizations" in layer._modules  # which may draw or count: they are computed once in a call
     return more or layer.recompute is not False or (layer.training and layer.dropout > 0)
+
+
+def _goes_back(layer: "_Recurrent", unseen: bool, one_step: bool) -> bool:
+    """Whether the call might go the long way after its weights were read: parametrized ones, which may draw or count,
+    are to be computed once."""
+    return one_step or layer.num_layers > 1 if torch.is_grad_enabled() else not unseen
 
 
 def _is_watched(unseen: bool) -> bool:

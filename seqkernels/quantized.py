@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import batching, drop_in, onnx_export
+from seqkernels import batching, checks, drop_in, onnx_export
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -118,6 +118,8 @@ class _Quantized(nn.Module):
         reset_to: State | None = None,
         all_states: bool = False,
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
+        checks.check_kind_of_input(self._get_name(), input)
+        checks.check_flag("return_all_states", all_states)
         data = input.data if isinstance(input, PackedSequence) else input
         if self.training:
             raise RuntimeError(f"{self._get_name()} is for inference: call eval() of the model")
@@ -130,7 +132,7 @@ class _Quantized(nn.Module):
         gates, projected = CELLS[self.cell].gates, self.proj_size or self.hidden_size
         directions = 2 if self.bidirectional else 1
         # What `prepare` checks of weights are shapes, dtypes and devices: one number is enough.
-        one, rows = torch.empty(1), gates * self.hidden_size
+        one, rows = torch.empty(1, dtype=data.dtype, device="cpu"), gates * self.hidden_size
         weights = [one.expand(rows, self.input_size), one.expand(rows, projected)]
         weights += [one] * (sum(map(len, self.names)) - 2)
         ragged = lengths, None, None, reset, reset_to
@@ -152,11 +154,11 @@ class _Quantized(nn.Module):
 
         Raises:
             ValueError: the layer is bidirectional; an input of other dimensions.
+            TypeError: the input is no tensor.
         """
         if self.bidirectional:
             raise ValueError("a bidirectional layer has no step: its second direction begins at the end of a stream")
-        if input.dim() not in (1, 2):
-            raise ValueError(f"a step takes [sequences, features] or [features], got {input.dim()} dimensions")
+        checks.check_input_of_step(input)
         y, state = self._run(input.unsqueeze(0), state, None, False)  # type: ignore[misc]
         return y.squeeze(0), state  # type: ignore[union-attr]
 

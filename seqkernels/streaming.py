@@ -34,10 +34,7 @@ def step(
     """One step of all layers -> y like x with P features, and the new state like the given one."""
     checks.check_kind(weights)
     checks.check_flag("recompute", recompute)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"a step takes a Tensor, got a {type(x).__name__}")
-    if x.dim() not in (1, 2):
-        raise ValueError(f"a step takes [sequences, features] or [features], got {x.dim()} dimensions")
+    checks.check_input_of_step(x)
     parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers, bias)
     dropout = dropout if training else 0.0
     if parts is not None:

@@ -243,6 +243,8 @@ def _integers(values: Tensor | Sequence[int], name: str) -> Tensor:
         try:
             values = torch.as_tensor(values) if len(values) else torch.zeros(0, dtype=torch.long)
         except (TypeError, ValueError, RuntimeError) as error:
+            if torch.compiler.is_compiling():
+                raise  # of numbers that a compiler does not know
             raise TypeError(f"{name} must be a Tensor or a list of 64-bit integers, got {values!r}") from error
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {values.dtype}")

@@ -235,7 +235,10 @@ def _step_backward(cell, grad_h, grad_c, saved, h, h_prev, c_prev, w_hr):
 def steps_of(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tuple[int, int]]:
     """(first row, number of rows) of every step."""
     if batch_sizes is None:
-        return [(t * sequences, sequences) for t in range(rows // max(sequences, 1))]
+        # Within transforms and compilers tensors may have no numbers; else torch raises the error for too many steps.
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return [(t * sequences, sequences) for t in range(rows // max(sequences, 1))]
+        batch_sizes = torch.full((rows // max(sequences, 1),), sequences, device="cpu")
     starts = batch_sizes.cumsum(0) - batch_sizes
     return list(zip(starts.tolist(), batch_sizes.tolist(), strict=True))
 

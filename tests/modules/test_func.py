@@ -115,7 +115,7 @@ def test_an_error_in_an_ensemble_leaves_torch_as_it_was():
     def member(parameters):
         with pytest.raises(RuntimeError, match="Expected 4, got 3"):
             functional_call(layers[0], parameters, (x[..., :3],))
-        with pytest.raises(AttributeError, match="has no attribute 'dim'"):
+        with pytest.raises(TypeError, match="hx must be a Tensor, not a tuple"):
             functional_call(layers[0], parameters, (x, (None, None)))
         return functional_call(layers[0], parameters, (x,))
 

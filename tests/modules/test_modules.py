@@ -1,10 +1,13 @@
 """Drop-in: what people do with torch.nn's modules works with ours."""
 
+import contextlib
 import copy
 import io
+import itertools
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -128,12 +131,12 @@ class Counted(nn.Module):
 def test_a_parametrization_is_computed_once_in_a_call(layers):
     rnn, x, counted = sk.GRU(4, 5, layers), torch.randn(6, 3, 4), Counted()
     parametrize.register_parametrization(rnn, "weight_hh_l0", counted)
-    for call in (rnn, lambda x: rnn.step(x[0])):
-        for gradients in (True, False):
-            counted.count = 0
-            with torch.set_grad_enabled(gradients):
-                call(x)
-            assert counted.count == 1
+    around = contextlib.nullcontext, torch.no_grad, torch.inference_mode, torch.autograd.profiler.profile
+    for call, context in itertools.product((rnn, lambda x: rnn.step(x[0])), around):
+        counted.count = 0
+        with context():
+            call(x)
+        assert counted.count == 1
 
 
 def test_a_weight_may_be_a_computed_tensor():
@@ -286,14 +289,15 @@ WRONG_OF_FUNCTIONS = {
     "a name": ({"weights": ["w_ih"] * 4}, TypeError, "weights are Tensors, got a str among them"),
     "vectors": ({"weights": [torch.zeros(15)] * 4}, RuntimeError, "w_ih and w_hh are matrices"),
     "no layers": ({"num_layers": 0}, ValueError, "num_layers must be greater than zero"),
-    "half a layer": ({"num_layers": 0.5}, TypeError, "num_layers should be of type int, got: float"),
+    "half a layer": ({"num_layers": 0.5}, TypeError, "num_layers is an int, got a float"),
+    "complex dropout": ({"dropout": 0.5j}, ValueError, "dropout should be a number in range"),
     "negative dropout": ({"dropout": -1, "training": True}, ValueError, "dropout should be a number in range"),
     "steps in words": ({"cu_seqlens": [0, 6], "max_seqlen": "6"}, TypeError, "max_seqlen is a number of steps"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_OF_FUNCTIONS)
-def test_functions_say_what_modules_say_when_they_are_made(wrong):
+def test_functions_say_what_does_not_fit(wrong):
     given, error, message = WRONG_OF_FUNCTIONS[wrong]
     with pytest.raises(error, match=message):
         sk.functional.gru(torch.randn(6, 4), None, **({"weights": list(sk.GRU(4, 5).parameters())} | given))
@@ -310,3 +314,27 @@ def test_states_of_an_lstm_are_a_pair(name, shape):
     for few in ((), (states[0],), (*states, states[0])):
         with pytest.raises(RuntimeError, match="expects two hidden states"):
             module(input, few)
+    with pytest.raises(TypeError, match="Tensors"):
+        module(input, (states[0], None))
+
+
+@pytest.mark.parametrize(("name", "input"), [("GRU", (2, 3, 4)), ("GRUCell", (3, 4)), ("RNN", (2, 4))])
+def test_a_state_is_a_tensor(name, input):
+    for wrong in (3, [torch.zeros(1, 3, 5)], "h"):
+        with pytest.raises(TypeError, match="Tensor"):
+            getattr(sk, name)(4, 5)(torch.randn(input), wrong)
+
+
+def test_a_pair_of_states_may_be_parameters():
+    layer, x = sk.LSTM(4, 5), torch.randn(2, 3, 4)
+    states = nn.ParameterList([torch.randn(1, 3, 5), torch.randn(1, 3, 5)])
+    y, _ = layer(x, states)
+    torch.testing.assert_close(y, layer(x, tuple(states))[0])
+    y.sum().backward()
+    assert all(state.grad is not None for state in states)
+
+
+def test_functions_take_numbers_of_numpy():
+    layer, x = sk.GRU(4, 5), torch.randn(2, 3, 4)
+    found, _ = sk.functional.gru(x, None, tuple(layer.parameters()), num_layers=np.int64(1), dropout=np.float32(0.1))
+    torch.testing.assert_close(found, layer(x)[0])

@@ -451,6 +451,12 @@ def test_wrong_calls_raise_sentences():
     layer.eval()
     with pytest.raises(ValueError, match=r"QuantizedGRU takes float32 and quantizes by itself, got torch.bfloat16"):
         layer(x.bfloat16())
+    with pytest.raises(TypeError, match="to be a Tensor or a PackedSequence, got a list"):
+        layer([x])
+    with pytest.raises(TypeError, match="return_all_states is True or False, got 1"):
+        layer(x, return_all_states=1)
+    with pytest.raises(TypeError, match="a step takes a Tensor, got a list"):
+        layer.step([x[0]])
     with pytest.raises(RuntimeError, match="QuantizedGRU runs on the CPU: its input is on meta"):
         layer(x.to("meta"))
     with pytest.raises(RuntimeError, match="Expected 4, got 3"):
@@ -460,6 +466,18 @@ def test_wrong_calls_raise_sentences():
     with pytest.raises(ValueError, match="no step"):
         layer_of("gru", 4, 5, bidirectional=True).step(x[0])
     assert not layer.bfloat16()(x)[0].isnan().any()  # a model's dtype is not that of what is quantized
+
+
+def test_defaults_of_new_tensors_are_none_of_its_business():
+    layer, x = layer_of("gru", 4, 5), torch.randn(3, 2, 4)
+    expected = layer(x)[0]
+    with torch.device("meta"):
+        assert torch.equal(layer(x)[0], expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(layer(x)[0], expected) and torch.equal(layer.step(x[0])[0], expected[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_autocast_and_inference_mode_change_nothing():
