@@ -95,7 +95,8 @@ def run_command(arguments: list[str]) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, allow_abbrev=False)
+    about = "Speed and accuracy beside torch.nn."
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
 
     training = commands.add_parser("train", help="train with torch.nn and with seqkernels, and compare")
@@ -121,7 +122,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     for name, module in MEASUREMENTS.items():
         page = (module.__doc__ or "").partition(": ")[2].strip()
-        module.add_options(commands.add_parser(name, help=page, description=page, allow_abbrev=False))
+        title = page.partition("\n\n")[0]
+        module.add_options(commands.add_parser(name, help=title, description=page, allow_abbrev=False))
 
     writer = commands.add_parser("generate", help="text from a checkpoint of `train charlm`", allow_abbrev=False)
     writer.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="what --checkpoint wrote")
