@@ -14,6 +14,7 @@ from seqkernels import late_checks
 from seqkernels.backends.cells import CELLS
 
 State = Tensor | tuple[Tensor, Tensor]
+_SEQUENCES = list, tuple, Sequence, ParameterList  # those first that are fast to ask for
 
 
 def check_call(
@@ -124,7 +125,7 @@ def check_kind_of_state(cell: str, state: State, argument: str = "hx") -> None:
 
 
 def check_pair(hx: State, name: str, argument: str = "hx") -> None:
-    if not isinstance(hx, (tuple, list, Sequence, ParameterList)):  # those first that are fast to ask for
+    if not isinstance(hx, _SEQUENCES):
         raise TypeError(f"{name}: {argument} must be a tuple of two Tensors, not a {type(hx).__name__}")
     if len(hx) != 2:
         raise RuntimeError(f"{name} expects two hidden states, got {len(hx)}")
@@ -144,7 +145,7 @@ def check_function(weights: Sequence[Tensor], num_layers: int, dropout: float) -
     Raises:
         TypeError, ValueError, RuntimeError: they are of another kind, or do not fit.
     """
-    if not isinstance(weights, (list, tuple, Sequence, ParameterList)):
+    if not isinstance(weights, _SEQUENCES):
         raise TypeError(f"weights are a sequence of Tensors, got a {type(weights).__name__}")
     weights = list(weights)  # of a ParameterList each would be looked up by name again and again
     for weight in weights:

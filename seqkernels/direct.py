@@ -33,8 +33,7 @@ _library = _connected()
 _keys, _key = torch._C.DispatchKeySet, torch._C.DispatchKey
 # What takes part in every call, in inference mode and else.
 _IN_INFERENCE = _keys(_key.BackendSelect)
-_USUAL = _IN_INFERENCE | _keys(_key.ADInplaceOrView)
-_ALONE = _IN_INFERENCE.raw_repr(), _USUAL.raw_repr()
+_ALONE = _IN_INFERENCE.raw_repr(), (_IN_INFERENCE | _keys(_key.ADInplaceOrView)).raw_repr()
 _function_modes, _function_mode = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
 
 

@@ -47,7 +47,7 @@ def quantize_(model: nn.Module, *, filter_fn: Callable[[nn.Module, str], bool] |
             asked = filter_fn is None or filter_fn(module, name)
             reason = _reason_against(module) if asked else "filter_fn does not want it"
             report.append(Swap(name, f"seqkernels.{type(module).__name__}", None, reason or ""))
-        elif isinstance(module, (quantized.QuantizedLayer, quantized.QuantizedCell)):
+        elif isinstance(module, quantized.Quantized):
             report.append(Swap(name, f"seqkernels.{module._get_name()}", None, "it is quantized already"))
     for place, swap in enumerate(report):  # after all questions, whose answers may be exceptions
         if not swap.reason:

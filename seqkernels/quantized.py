@@ -72,7 +72,7 @@ def unpack(packed: Tensor, gates: int, units: int, n: int) -> tuple[Tensor, Tens
     return wide[:, :units, :n].reshape(gates * units, n), of_row(1), of_row(2)
 
 
-class _Quantized(nn.Module):
+class Quantized(nn.Module):
     """What the quantized layers and cells share: their packed weights, which are their buffers, and the call.
 
     A state dict has them unpacked: int8 ``weight_ih_l0`` and the others in torch.nn's shapes, their scales ``[G*H]`` as
@@ -201,7 +201,7 @@ class _Quantized(nn.Module):
         unexpected_keys += [key for key in here if strict and key not in expected]
 
 
-class QuantizedLayer(_Quantized):
+class QuantizedLayer(Quantized):
     """What `quantize_` makes of a layer: the same calls, for inference on CPUs."""
 
     def extra_repr(self) -> str:
@@ -233,7 +233,7 @@ class QuantizedLayer(_Quantized):
         return self._run(input, hx, lengths, self.batch_first, reset, reset_to, all_states)
 
 
-class QuantizedCell(_Quantized):
+class QuantizedCell(Quantized):
     """What `quantize_` makes of an RNNCell, GRUCell or LSTMCell."""
 
     def _get_name(self) -> str:
@@ -257,7 +257,7 @@ def quantize(module: nn.Module, cell: str, names: list[list[str]], weights: dict
     for name in list(module._parameters):
         del module._parameters[name]
     module.__class__ = QuantizedLayer if isinstance(module, drop_in.Layer) else QuantizedCell
-    assert isinstance(module, _Quantized)
+    assert isinstance(module, Quantized)
     module.names, module.cell = names, cell
     for name, bias, gates, _, _ in module._shapes():
         with torch.no_grad():

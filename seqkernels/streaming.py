@@ -86,15 +86,16 @@ def write(out: tuple[Tensor, State], y: Tensor, state: State) -> tuple[Tensor, S
         TypeError: no tensors.
         RuntimeError: gradients are wanted, as with any `out=` of torch; shapes or dtypes that do not fit.
     """
+    expected = "out is (y, state), tensors like the results of a step"
     if not isinstance(out, (tuple, list)) or len(out) != 2:
-        raise TypeError("out is (y, state), tensors like the results of a step")
+        raise TypeError(expected)
     to_y, to_state = out
     targets, results = ((to_y, *_tensors(to_state)), (y, *_tensors(state)))
     if len(targets) != len(results):
         raise RuntimeError(f"out is (y, state) with {len(results) - 1} tensors of state, got {len(targets) - 1}")
     for target, result in zip(targets, results, strict=True):
         if not isinstance(target, Tensor):
-            raise TypeError(f"out is (y, state), tensors like the results of a step, got a {type(target).__name__}")
+            raise TypeError(f"{expected}, got a {type(target).__name__}")
         if torch.is_grad_enabled() and (result.requires_grad or target.requires_grad):
             raise RuntimeError("step(out=...) has no gradients: call it under torch.no_grad() or inference_mode()")
         if (target.shape, target.dtype, target.device) != (result.shape, result.dtype, result.device):

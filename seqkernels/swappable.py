@@ -11,7 +11,7 @@ from seqkernels import hardware, modules, select
 from seqkernels.backends.call import Call
 from seqkernels.cell_modules import cell_of
 from seqkernels.drop_in import DropIn
-from seqkernels.quantized import QuantizedCell, QuantizedLayer
+from seqkernels.quantized import Quantized
 
 # torch.nn's classes are taken here once: inside patch_torch() the names in torch.nn mean ours.
 OURS = {getattr(nn, name): getattr(modules, name) for name in ("RNN", "GRU", "LSTM", "RNNCell", "GRUCell", "LSTMCell")}
@@ -31,7 +31,7 @@ def reason_against_kind(module: nn.Module) -> str | None:
     """Why what is recurrent, and no instance of torch.nn's six classes, is left; None: it is not recurrent."""
     if isinstance(type(module), DropIn):
         return "it is ours already"
-    if isinstance(module, (QuantizedLayer, QuantizedCell)):
+    if isinstance(module, Quantized):
         return "it is quantized"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript has its code" if getattr(module, "original_name", None) in _NAMES else None
