@@ -91,9 +91,10 @@ def native_passes(known: Arguments) -> tuple[Callable, Callable]:
     if known.plan.backend != "cuda":
         raise Unavailable(f"the backend {known.plan.backend} has no native code of ours")
     tf32, *passes = launch
+    of_pass = len(passes) // 2
     return (
-        lambda *args: ops.cuda_forward(*args, bool(tf32), *passes[:3]),
-        lambda *args: ops.cuda_backward(*args, bool(tf32), *passes[3:]),
+        lambda *args: ops.cuda_forward(*args, bool(tf32), *passes[:of_pass]),
+        lambda *args: ops.cuda_backward(*args, bool(tf32), *passes[of_pass:]),
     )
 
 

@@ -177,5 +177,6 @@ PyMODINIT_FUNC SEQKERNELS_INIT(SEQKERNELS_MODULE)() {
   PyObject* paths = PyTuple_New(kPaths);
   for (int i = 0; i < kPaths; i++) PyTuple_SetItem(paths, i, PyUnicode_FromString(name_of(static_cast<Path>(i))));
   PyModule_AddObject(created, "CUDA_PATHS", paths);  // by their numbers
+  PyModule_AddIntConstant(created, "CUDA_STREAMS", kMaxStreams);
   return created;
 }

@@ -24,7 +24,9 @@ OF_EACH_SET = ("forward", "masked", "backward", "layer_norm", "quantized", "kern
 
 STABLE = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 LIMITED = "-DPy_LIMITED_API=0x030a0000"
-CUDA_HOST_SOURCES = ("ops", "ops_layer_norm", "context", "sweep_host", "stepwise_host", "weight_grads", "plan")
+CUDA_HOST_SOURCES = (
+    "ops", "ops_layer_norm", "stack", "context", "streams", "sweep_host", "stepwise_host", "weight_grads", "plan",
+)  # fmt: skip
 
 
 class Object(NamedTuple):

@@ -89,7 +89,11 @@ def _plan(
         more["pieces"] = not (options or all_states)
         made = inputs.prepare(cell, input, hx, weights, *sizes, *ragged, **more)
         parts = with_options.made_of(options, (), module.training, module.proj_size > 0) if options else None
-        plan = functional.plan_of(made, parts, backend)
+        dropout, recompute = module.dropout if module.training else 0.0, getattr(module, "recompute", False)
+        if all_states:  # layer by layer
+            plan = functional.plan_of(made, parts, backend)
+        else:
+            plan, _ = functional.planned(made, weights, dropout, recompute, parts, backend)
         if made.rows.anew is None:
             return plan
         how = "pieces side by side" if made.rows.pieces is None else "from piece to piece"

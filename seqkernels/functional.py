@@ -220,12 +220,31 @@ def recurrent(
             return results
     more = bias, parts is None, 1 if parts is None else parts.cell_options.blocks, backend, transformed
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, *more)
-    plan = plan_of(inputs, parts, backend)
+    plan, inputs = planned(inputs, weights, dropout, recompute, parts, backend)
     return restore_layout(inputs, *run(plan, inputs, weights, dropout, recompute, parts))
 
 
+def planned(
+    inputs: Inputs,
+    weights: Sequence[Tensor],
+    dropout: float,
+    recompute: bool,
+    parts: with_options.Parts | None,
+    backend: str | None,
+) -> tuple[select.Plan, Inputs]:
+    """The plan of a call, with options or without; and its inputs, which say whether all layers are one call of the
+    operator."""
+    layers = inputs.call.layers
+    if layers > 1 and dropout == 0 and not (inputs.save and recompute) and not (parts and parts.by_layer):
+        # It knows no dropout; nor layers that are frozen below others, whose gradients it would compute, nor to run
+        # again one layer at a time.
+        together = _want_alike(weights, len(weights) // layers)
+        inputs = inputs._replace(call=inputs.call._replace(together=together))
+    return plan_of(inputs, parts, backend), inputs
+
+
 def plan_of(inputs: Inputs, parts: with_options.Parts | None, backend: str | None) -> select.Plan:
-    """The plan of a call, with options or without."""
+    """The plan of a call whose layers are calls of their own, unless its inputs say otherwise."""
     if parts is not None:
         return with_options.plan_of(inputs, parts, backend)
     return select.plan_of(inputs.call, inputs.rows.data.device, backend)
@@ -247,13 +266,8 @@ def run(
     rows, h_0, c_0, _, save, call = inputs
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     of_all = plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces
-    if layers == 1:
-        return ops.recurrence_forward(*of_all)
-    # One call of the operator, which knows no dropout; nor layers that are frozen below others, whose gradients it
-    # would compute, nor to run again one layer at a time. (cuDNN cannot leave any out.)
-    again = save and recompute
-    together = plan.backend == "cudnn" or (not again and _want_alike(weights, len(weights) // layers))
-    if dropout == 0 and together:
+    # (cuDNN cannot leave out gradients of any layer.)
+    if layers == 1 or call.together or (plan.backend == "cudnn" and dropout == 0):
         return ops.recurrence_forward(*of_all)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):

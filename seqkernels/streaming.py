@@ -47,7 +47,7 @@ def step(
         return y.squeeze(0), state
     blocks = 1 if parts is None else parts.cell_options.blocks
     inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1, bias=bias, blocks=blocks)
-    plan = functional.plan_of(inputs, parts, backend)
+    plan, inputs = functional.planned(inputs, weights, dropout, recompute, parts, backend)
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and parts is None:
         plan = plan._replace(launch=cpu.as_among_others(plan.launch))

@@ -60,6 +60,13 @@ CallContext::CallContext(const Tensor& x) : type_(x.scalar_type()), device_(x.de
   check(current == device_.index(), "the kernels would run on GPU ", current, ", but x is on GPU ", device_.index());
 }
 
+CallContext::CallContext(const CallContext& call, void* stream)
+    : type_(call.type_), device_(call.device_), guard_(device_.index()), stream_(stream) {
+  CUDAStreamGuardHandle guard = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_stream_guard(stream, device_.index(), &guard));
+  stream_guard_.reset(guard);
+}
+
 Gpu CallContext::gpu() const {
   static std::mutex mutex;
   static std::vector<std::optional<Gpu> > known;

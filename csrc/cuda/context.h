@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstring>
+#include <memory>
 
 #include "../check.h"
 #include "plan.h"
@@ -26,7 +27,13 @@ class CallContext {
  public:
   explicit CallContext(const Tensor& x);
 
+#ifndef SEQKERNELS_EMULATOR
+  // The same on another stream, which is torch's current one as long as this exists.
+  CallContext(const CallContext& call, void* stream);
+#endif
+
   void* stream() const { return stream_; }
+  int device() const { return device_.index(); }
 
   // The facts of the GPU that plans depend on, read once.
   Gpu gpu() const;
@@ -82,7 +89,11 @@ class CallContext {
   ScalarType type_;
   torch::stable::Device device_;
 #ifndef SEQKERNELS_EMULATOR
+  struct EndStream {
+    void operator()(CUDAStreamGuardOpaque* guard) const { aoti_torch_delete_cuda_stream_guard(guard); }
+  };
   torch::stable::accelerator::DeviceGuard guard_;
+  std::unique_ptr<CUDAStreamGuardOpaque, EndStream> stream_guard_;
 #endif
   void* stream_ = nullptr;
 };

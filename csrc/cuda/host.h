@@ -4,6 +4,7 @@
 #include "context.h"
 #include "kernels.h"
 #include "step_offsets.h"
+#include "wavefront.h"
 #include "workspace.h"
 
 namespace seqkernels {
@@ -39,27 +40,48 @@ void sweep_backward(const CallContext&, const SweepLaunch&, const SweepWorkspace
 
 // ---- products over all rows: weight_grads.cpp
 
+// States from one chunk of the steps to the next, or their gradients: in turn in one and the other. Null where a chunk
+// has all steps.
+struct States {
+  void *h[2], *c[2];  // [B, H], c null where there is none
+
+  States(Carver&, const CallContext&, const Layer&, const Wavefront&);
+};
+
 struct ForwardWorkspace {
-  void* steps;
-  void* gates_x;  // [D, N, G*H] the input projections
+  void* gates_x;  // [D, N, G*H] the input projections, of a chunk
+  States between;
   SweepWorkspace sweep;
 
-  ForwardWorkspace(Carver&, const CallContext&, const Layer&, int64_t rows, const Optional& batch_sizes,
-                   const SweepLaunch&);
+  ForwardWorkspace(Carver&, const CallContext&, const Layer&, const Wavefront&, const SweepLaunch&);
 };
 
 // One product for all directions, into ForwardArgs::gates_x.
 void project_input(const CallContext&, const Layer&, int64_t rows, const ForwardWorkspace&, ForwardArgs&);
 
 struct BackwardWorkspace {
-  void* steps;
   void* gates;      // [D, N, F*H] gradients
   void* projected;  // [D, N, P] of the projected h, or null
   void* previous;   // [D, N, P] the states that steps started from; null if no weight's gradient is wanted
+  void* c;          // [chunks - 1, B, H] that chunks but the first start from, or null
+  States between;
   SweepWorkspace sweep;
 
-  BackwardWorkspace(Carver&, const CallContext&, const Layer&, int64_t rows, bool wants_weights,
-                    const Optional& batch_sizes, const SweepLaunch&);
+  BackwardWorkspace(Carver&, const CallContext&, const Layer&, const Wavefront&, int64_t rows, bool wants_weights,
+                    const SweepLaunch&);
+};
+
+// Of a call: of every stream what its layers use one after the other.
+template <class OfStream>
+struct CallWorkspace {
+  void* steps;
+  std::vector<OfStream> streams;
+
+  template <class... Args>
+  CallWorkspace(Carver& carver, int64_t bytes_of_steps, int64_t count, const Args&... args)
+      : steps(carver.take(bytes_of_steps)) {
+    for (int64_t i = 0; i < count; i++) streams.emplace_back(carver, args...);
+  }
 };
 
 // What the gradients of x and of the weights are made of, once the sweep is done.
@@ -76,7 +98,7 @@ void multiply_grad_weights(const CallContext&, const LayerBackward&, const Backw
 
 // ---- what the operators do first: ops.cpp
 
-Plan plan_of(int64_t path, int64_t tile, int64_t units);
+Plan plan_of(int64_t path, int64_t tile, int64_t units, int64_t chunks = 1);
 
 // What forward and backward sweeps have in common, but for the steps. `rows`: of x.
 void set_sweep(SweepArgs&, const Layer&, int64_t rows, bool tf32);

@@ -1,11 +1,11 @@
 // The operators of the CUDA backend: checks, results, and the order in which a pass is done. Nothing waits for the GPU,
 // and nothing is read again from the host's memory, so that all of it can be captured in a CUDA graph.
+#include <limits>
 #include <tuple>
 
 #include "../mask_arguments.h"
 #include "../names.h"
-#include "host.h"
-#include "results.h"
+#include "stack.h"
 
 #ifndef SEQKERNELS_EMULATOR
 #include <cuda_runtime_api.h>
@@ -33,12 +33,14 @@ void zero_rows(const CallContext& context, const Layer& p, void* data, int64_t e
   zero(rest);
 }
 
-Plan plan_of(int64_t path, int64_t tile, int64_t units) {
+Plan plan_of(int64_t path, int64_t tile, int64_t units, int64_t chunks) {
   check(path >= 0 && path < kPaths, "unknown path ", path, "; there are ", kPaths);
+  check(chunks > 0, "steps go in one chunk or more, got ", chunks);
   Plan plan;
   plan.path = static_cast<Path>(path);
   plan.tile = static_cast<int>(tile);
   plan.units = static_cast<int>(units);
+  plan.chunks = static_cast<int>(std::min<int64_t>(chunks, std::numeric_limits<int>::max()));
   return plan;
 }
 
@@ -81,66 +83,6 @@ StepMasks checked_pieces(CheckedArguments& arguments, Layer& p, const Optional& 
 
 // ---- forward
 
-// Where layer `l` writes its results.
-void set_results(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, int64_t l,
-                 ForwardResults& results, Between& between, bool ragged) {
-  const int64_t rows = results.y.size(0), D = p.directions, C = p.states;
-  const SavedLayout layout(p, rows);
-  void* saved = results.save ? pointer(results.saved) : nullptr;
-  p.y = l == arguments.layers() - 1 ? pointer(results.y)
-        : results.save              ? arguments.at(saved, layout.y_of(l))
-                                    : between.of(context, l);
-  p.saved = layout.blocks ? arguments.at(saved, layout.blocks_of(l)) : nullptr;
-  p.h_n = arguments.at(pointer(results.h_n), l * D * C * p.projected);
-  p.c_n = arguments.at(pointer(results.c_n), l * D * C * p.hidden);
-  zero_rows(context, p, p.y, layout.y, rows, ragged);
-  zero_rows(context, p, p.saved, layout.blocks, rows, ragged);
-}
-
-// The arguments of a sweep through one layer.
-void set_layer(ForwardArgs& sweep, const LayerForward& p) {
-  for (int d = 0; d < p.directions; d++) {
-    const auto& w = p.weights[d];
-    sweep.w_hh[d] = w.w_hh, sweep.b_ih[d] = w.b_ih, sweep.b_hh[d] = w.b_hh;
-  }
-  sweep.h_0 = p.h_0, sweep.c_0 = p.c_0;
-  sweep.y = p.y, sweep.saved = p.saved;
-  sweep.h_n = p.h_n, sweep.c_n = p.c_n;
-}
-
-void run_forward(const CallContext& context, LayerForward& p, const CheckedArguments& arguments, const Plan& plan,
-                 bool tf32, const Optional& batch_sizes, const StepMasks& masks, ForwardResults& results) {
-  const int64_t rows = results.y.size(0), L = arguments.layers();
-  ForwardArgs sweep{};
-  set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, masks, false);
-  const Workspace<ForwardWorkspace> memory(context, context, p, rows, batch_sizes, launch);
-  const StepOffsets steps(context, p, batch_sizes, memory->steps);
-  sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
-  SavedLayout(p, rows).each_gap(results.save ? L : 1, [&](int64_t begin, int64_t end) {
-    Tensor gap = context.view(context.at(pointer(results.saved), begin), {end - begin});
-    zero(gap);
-  });
-  Between between(context, results.save ? 1 : L, p, rows);
-  for (int64_t l = 0; l < L; l++) {
-    if (l) arguments.set_layer(p, l, p.y);
-    set_results(context, p, arguments, l, results, between, batch_sizes.has_value());
-    set_layer(sweep, p);
-    pack_weights(context, sweep, sweep.w_hh, launch, memory->sweep);
-    project_input(context, p, rows, *memory, sweep);
-    Tensor h_n = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
-    if (masks.pieces) {  // those without rows keep their states
-      begin_as(context, h_n, p.h_0);
-      begin_as(context, c_n, p.c_0);
-    }
-    if (plan.path != Path::stepwise) {
-      sweep_forward(context, launch, memory->sweep, sweep, masks);
-    } else {
-      stepwise_forward(context, p, steps, sweep, masks, h_n, c_n);
-    }
-  }
-}
-
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& plan, const Optional& pieces,
@@ -161,9 +103,10 @@ Forward forward(const StackArguments& given, bool save, bool tf32, const Plan& p
 }
 
 Forward cuda_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
-                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t layers, Optional pieces) {
+                     bool save, bool tf32, int64_t path, int64_t tile, int64_t units, int64_t chunks, int64_t layers,
+                     Optional pieces) {
   const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers);
-  return forward(given, save, tf32 && !pieces, plan_of(path, tile, units), pieces);
+  return forward(given, save, tf32 && !pieces, plan_of(path, tile, units, chunks), pieces);
 }
 
 // One layer with masks.
@@ -176,61 +119,6 @@ Forward cuda_masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor
 }
 
 // ---- backward
-
-// Rows that no step uses have no gradient.
-SweepGradients begin_gradients(const CallContext& context, const Layer& p, int64_t rows, bool ragged,
-                               const BackwardWorkspace& memory) {
-  const int64_t D = p.directions, FH = stored_gradients_of(p.cell) * p.hidden;
-  SweepGradients grads(context.view(memory.gates, {D, rows, FH}));
-  if (p.has_projection) grads.projected = context.view(memory.projected, {D, rows, p.projected});
-  if (ragged && !(p.batch_sizes && p.rows == rows)) {
-    zero(grads.gates);
-    if (grads.projected) zero(*grads.projected);
-  }
-  return grads;
-}
-
-// The arguments of a sweep back through one layer.
-void set_layer(BackwardArgs& sweep, const LayerBackward& p, BackwardResults& results) {
-  for (int d = 0; d < p.directions; d++) sweep.w_hh[d] = p.weights[d].w_hh;
-  sweep.h_0 = p.h_0, sweep.c_0 = p.c_0, sweep.y = p.y, sweep.saved = p.saved;
-  sweep.grad_y = p.grad_y, sweep.grad_h_n = p.grad_h_n, sweep.grad_c_n = p.grad_c_n;
-  sweep.grad_h_0 = pointer(results.grad_h_0), sweep.grad_c_0 = pointer(results.grad_c_0);
-}
-
-void run_backward(const CallContext& context, LayerBackward& p, const CheckedArguments& arguments, const Plan& plan,
-                  bool tf32, int64_t rows, const Optional& batch_sizes, const StepMasks& masks,
-                  BackwardResults& results) {
-  const int64_t L = arguments.layers();
-  BackwardArgs sweep{};
-  set_sweep(sweep, p, rows, tf32);
-  const SweepLaunch launch(context, p, plan, sweep, masks, true);
-  const Workspace<BackwardWorkspace> memory(context, context, p, rows, results.wants_weights, batch_sizes, launch);
-  const StepOffsets steps(context, p, batch_sizes, memory->steps);
-  sweep.starts = steps.starts(), sweep.sizes = steps.sizes();
-  const SweepGradients grads = begin_gradients(context, p, rows, batch_sizes.has_value(), *memory);
-  sweep.grad_gates = memory->gates;
-  Between between(context, L, p, rows);
-  for (int64_t l = L; l-- > 0;) {
-    arguments.set_layer_backward(p, l);
-    const Tensor grad_x = l ? context.view(between.of(context, l), {rows, p.input}) : results.grad_x;
-    BackwardResults own(context, results, L, l, grad_x, l || results.wants_x);
-    set_layer(sweep, p, own);
-    if (masks.pieces) {
-      begin_as(context, own.grad_h_0, p.grad_h_n);
-      begin_as(context, own.grad_c_0, p.grad_c_n);
-    }
-    if (plan.path != Path::stepwise) {
-      pack_weights(context, sweep, sweep.w_hh, launch, memory->sweep);
-      sweep_backward(context, launch, memory->sweep, sweep, masks);
-    } else {
-      stepwise_backward(context, p, steps, sweep, masks, grads, own.grad_h_0, own.grad_c_0);
-    }
-    if (own.wants_x) multiply_grad_x(context, p, grads, own.grad_x);
-    if (own.wants_weights) multiply_grad_weights(context, p, sweep, grads, *memory, masks, own.grad_weights);
-    if (l) p.grad_y = own.grad_x.const_data_ptr();
-  }
-}
 
 using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;
 
@@ -252,10 +140,10 @@ Backward backward(const StackArguments& given, const BackwardArguments& of_backw
 Backward cuda_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
                        Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes, Tensor y, Tensor saved,
                        bool wants_x, bool wants_weights, bool tf32, int64_t path, int64_t tile, int64_t units,
-                       int64_t layers, Optional pieces) {
+                       int64_t chunks, int64_t layers, Optional pieces) {
   const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers);
   return backward(given, {.grad_y = grad_y, .grad_h_n = grad_h_n, .grad_c_n = grad_c_n, .y = y, .saved = saved},
-                  wants_x, wants_weights, tf32 && !pieces, plan_of(path, tile, units), pieces);
+                  wants_x, wants_weights, tf32 && !pieces, plan_of(path, tile, units, chunks), pieces);
 }
 
 Backward cuda_masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
@@ -286,8 +174,9 @@ std::vector<int64_t> cuda_clusters() {
 // float32 factors may be rounded to TF32, but for kernels with pieces, which multiply them as they are, and the plan of
 // the pass (plan.h).
 SEQKERNELS_FRAGMENT(m) {
-  m.def("cuda_forward" SEQKERNELS_FORWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS SEQKERNELS_OF_STACK));
-  m.def("cuda_backward" SEQKERNELS_BACKWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS SEQKERNELS_OF_STACK));
+  m.def("cuda_forward" SEQKERNELS_FORWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS ", int chunks" SEQKERNELS_OF_STACK));
+  m.def(
+      "cuda_backward" SEQKERNELS_BACKWARD_SCHEMA("", "bool tf32, " SEQKERNELS_PASS ", int chunks" SEQKERNELS_OF_STACK));
   // By the masked_forward and masked_backward of seqkernels/masked_ops.py. float32 is multiplied as it is.
   m.def("cuda_masked_forward" SEQKERNELS_FORWARD_SCHEMA(SEQKERNELS_MASKS, SEQKERNELS_PASS));
   m.def("cuda_masked_backward" SEQKERNELS_BACKWARD_SCHEMA(SEQKERNELS_MASKS, SEQKERNELS_PASS));

@@ -43,8 +43,9 @@ struct LayerFacts {
 // How one pass is launched.
 struct Plan {
   Path path = Path::stepwise;
-  int tile = 0;   // sequences that a CTA, a cluster or a group of clusters takes at once; stepwise: 0
-  int units = 0;  // hidden units of a CTA of the cluster, or of a cluster of the persistent grid; else 0
+  int tile = 0;    // sequences that a CTA, a cluster or a group of clusters takes at once; stepwise: 0
+  int units = 0;   // hidden units of a CTA of the cluster, or of a cluster of the persistent grid; else 0
+  int chunks = 1;  // of the steps, in which layers follow each other (wavefront.h); 1: one layer after the other
 };
 
 struct Candidate {
@@ -58,6 +59,7 @@ struct Candidate {
 };
 
 constexpr int kPaths = 4;
+constexpr int kMaxStreams = 8;  // layers of a wavefront that run at the same time
 
 // "single CTA"
 const char* name_of(Path path);

@@ -11,11 +11,13 @@ inline Tensor of_layer(const CallContext& context, Tensor& all, int64_t layers, 
   return context.view(context.at(all.mutable_data_ptr(), layer * (all.numel() / layers)), shape);
 }
 
-// What layers pass to each other, [N, D*P], where it is not saved: two buffers that alternate.
+// What layers pass to each other, [N, D*P], where it is not saved: buffers that alternate, two, or as many as layers
+// run at the same time.
 class Between {
  public:
-  Between(const CallContext& context, int64_t layers, const Layer& p, int64_t rows)
-      : count_(std::min<int64_t>(layers - 1, 2)), size_(SavedLayout::aligned(rows * p.directions * p.projected)) {
+  Between(const CallContext& context, int64_t layers, const Wavefront& wavefront, const Layer& p, int64_t rows)
+      : count_(std::min(layers - 1, std::max<int64_t>(wavefront.streams(), 2))),
+        size_(SavedLayout::aligned(rows * p.directions * p.projected)) {
     if (count_) rows_ = context.allocate({count_ * size_});
   }
 

@@ -98,18 +98,28 @@ void multiply_grad_w_hr(const CallContext& context, const LayerBackward& p, cons
 
 }  // namespace
 
-ForwardWorkspace::ForwardWorkspace(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
-                                   const Optional& batch_sizes, const SweepLaunch& launch)
-    : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
-      gates_x(carver.take(context.bytes(p.directions * rows * gates_of(p.cell) * p.hidden))),
+States::States(Carver& carver, const CallContext& context, const Layer& p, const Wavefront& wavefront) {
+  const int64_t bytes = wavefront.chunks() > 1 ? context.bytes(p.sequences * p.hidden) : 0;
+  for (int i = 0; i < 2; i++) {
+    h[i] = carver.take(bytes);
+    c[i] = carver.take(states_of(p.cell) > 1 ? bytes : 0);
+  }
+}
+
+ForwardWorkspace::ForwardWorkspace(Carver& carver, const CallContext& context, const Layer& p,
+                                   const Wavefront& wavefront, const SweepLaunch& launch)
+    : gates_x(carver.take(context.bytes(p.directions * wavefront.rows_of_chunk() * gates_of(p.cell) * p.hidden))),
+      between(carver, context, p, wavefront),
       sweep(carver, launch) {}
 
-BackwardWorkspace::BackwardWorkspace(Carver& carver, const CallContext& context, const Layer& p, int64_t rows,
-                                     bool wants_weights, const Optional& batch_sizes, const SweepLaunch& launch)
-    : steps(carver.take(StepOffsets::bytes(p, batch_sizes))),
-      gates(carver.take(context.bytes(p.directions * rows * stored_gradients_of(p.cell) * p.hidden))),
+BackwardWorkspace::BackwardWorkspace(Carver& carver, const CallContext& context, const Layer& p,
+                                     const Wavefront& wavefront, int64_t rows, bool wants_weights,
+                                     const SweepLaunch& launch)
+    : gates(carver.take(context.bytes(p.directions * rows * stored_gradients_of(p.cell) * p.hidden))),
       projected(carver.take(p.has_projection ? context.bytes(p.directions * rows * p.projected) : 0)),
       previous(carver.take(wants_weights ? context.bytes(p.directions * rows * p.projected) : 0)),
+      c(carver.take(states_of(p.cell) > 1 ? context.bytes((wavefront.chunks() - 1) * p.sequences * p.hidden) : 0)),
+      between(carver, context, p, wavefront),
       sweep(carver, launch) {}
 
 void project_input(const CallContext& context, const Layer& p, int64_t rows, const ForwardWorkspace& memory,

@@ -37,6 +37,12 @@ CUTTING = 29
 # four layers, a GRU of H = 130 forward and backward, are 128,000 launches (seen by nsys; cuDNN 9.1 in torch 2.6).
 LAUNCH = 3.0
 
+# Of a wavefront: what a chunk of steps takes besides them on the GPU, and for the host to launch. On the H200 a sweep
+# begins in 12 us (the median of `fixed_us` in benchmarks/results/steps.jsonl), its product is a launch more; the host
+# takes 17 us for a product and 10 for a kernel. What events take nobody has measured.
+CHUNK = 20.0
+HOST_OF_CHUNK = 35.0
+
 _UNMEASURED = {
     **MEASURED[_NEAREST],
     "cuda stepwise forward": (2 * LAUNCH + 4,),  # an operator through torch's dispatcher takes 4 us (measured on a CPU)

@@ -271,6 +271,7 @@ def test_plans_that_nothing_can_run_are_refused():
         (PassLaunch(9, 8, 0), "unknown path 9"),
         (SINGLE_CTA._replace(tile=9), "takes 1 to 8 sequences, got 9"),
         (SINGLE_CTA._replace(units=32), "no kernel for a single CTA with 32 units"),
+        (SINGLE_CTA._replace(chunks=0), "one chunk or more, got 0"),
     ):
         with pytest.raises(RuntimeError, match=reason):
             both_passes(call, *by_path(launch))

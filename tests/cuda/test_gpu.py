@@ -1,5 +1,6 @@
 """What only a GPU can show of the CUDA kernels: streams, graphs, several GPUs, and sizes that outgrow a grid."""
 
+import concurrent.futures
 import subprocess
 import sys
 from collections.abc import Callable
@@ -148,6 +149,78 @@ def test_a_graph_replays_on_new_data(cell, form, hidden):
         lengths.copy_((lengths_of() - fewer).clamp(min=0))
         graph.replay()
         assert_same_bits([result.clone() for result in results], both_passes(call, module, x))
+
+
+# ---- layers that run at the same time, on streams of their own
+
+
+@pytest.fixture(params=["single CTA", "cluster"])
+def wavefront(request) -> tuple[nn.Module, Tensor]:
+    """A stack that is planned as a wavefront, and its input."""
+    module = layer("LSTM", HIDDEN[request.param], num_layers=3)
+    x = torch.randn(1000, SEQUENCES, INPUT)
+    planned = sk.explain(module, x)
+    if "as a wavefront" not in planned.kernel:
+        pytest.skip(f"no wavefront is planned on this GPU: {planned}")
+    return module, x
+
+
+def padded(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    return caller(module, "padded")
+
+
+def test_a_wavefront_gives_what_its_layers_give(wavefront):
+    module, x = wavefront
+    exact = torch.nn.LSTM(INPUT, module.hidden_size, num_layers=3, dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    right = both_passes(padded(exact), exact, x.double())
+    for ours, expected in zip(both_passes(padded(module), module, x), right, strict=True):
+        assert (ours.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_wavefront_begins_and_ends_on_the_current_stream(wavefront):
+    module, x = wavefront
+    expected = both_passes(padded(module), module, x)
+    late, stream = torch.zeros_like(x), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(x)
+        found = both_passes(padded(module), module, late)
+        late.zero_()  # behind all that reads it
+        kept = [result.clone() for result in found]
+    stream.synchronize()
+    assert_same_bits(kept, expected)
+
+
+def test_a_wavefront_is_captured_and_waits_for_nothing(wavefront):
+    module, x = wavefront
+    expected = both_passes(padded(module), module, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert_same_bits(both_passes(padded(module), module, x), expected)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph, results = captured(lambda: both_passes(padded(module), module, x))
+    assert_same_bits(both_passes(padded(module), module, x), expected)  # between capture and replay
+    x.mul_(0.5)
+    graph.replay()
+    assert_same_bits([result.clone() for result in results], both_passes(padded(module), module, x))
+
+
+def test_wavefronts_of_several_threads(wavefront):
+    module, x = wavefront
+    expected = padded(module)(x).detach()
+
+    def run(_: int) -> list[Tensor]:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            found = [padded(module)(x) for _ in range(8)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        for found in threads.map(run, range(8)):
+            assert_same_bits(found, [expected] * len(found))
 
 
 MASKS = {"zoneout": 0.1, "recurrent_dropout": 0.3, "candidate_dropout": 0.3}

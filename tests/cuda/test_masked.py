@@ -64,9 +64,10 @@ def gradients_of(call: Call, results) -> list[Tensor | None]:
 def both_passes(call: Call, masks, launch=STEPWISE) -> list[Tensor]:
     """Results and gradients, but for what is saved."""
     cell, *layer, save = call.arguments()
-    *results, saved = OPERATORS.cuda_masked_forward(cell, *layer, *masks, save, *launch)
+    *pass_, _ = launch  # these operators know no stacks
+    *results, saved = OPERATORS.cuda_masked_forward(cell, *layer, *masks, save, *pass_)
     grads = gradients_of(call, results)
-    backward = OPERATORS.cuda_masked_backward(cell, *grads, *layer, *masks, results[0], saved, True, True, *launch)
+    backward = OPERATORS.cuda_masked_backward(cell, *grads, *layer, *masks, results[0], saved, True, True, *pass_)
     grad_x, grad_weights, *grad_states = backward
     return [*results, grad_x, *grad_weights, *grad_states]
 

@@ -208,7 +208,7 @@ def test_the_paths_of_both_passes(row):
     gpu, cell, hidden, dtype, directions, sequences, *expected = row
     call = Call(cell, "cuda", dtype, hidden_size=hidden, directions=directions, sequences=sequences)
     for backward in (False, True):
-        (path, tile, units), microseconds = cheapest(call, gpu, backward)
+        (path, tile, units, _), microseconds = cheapest(call, gpu, backward)
         assert 0.1 < microseconds < 1000 or sequences > 1000
         assert " ".join([path_names()[path], *(str(size) for size in (tile, units) if size)]) == expected[backward]
 
@@ -242,8 +242,8 @@ def launched(monkeypatch) -> list[tuple[PassLaunch, bool]]:
         return y, torch.zeros_like(h_0), c_n, saved
 
     def cuda_backward(cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, *more):
-        *_, tf32, path, tile, units, _, _ = more
-        launches.append((PassLaunch(path, tile, units), tf32))
+        *_, tf32, path, tile, units, chunks, _, _ = more
+        launches.append((PassLaunch(path, tile, units, chunks), tf32))
         c = h_0.new_zeros(*h_0.shape[:2], 0) if c_0 is None else torch.zeros_like(c_0)
         return torch.zeros_like(x), [torch.zeros_like(weight) for weight in weights], torch.zeros_like(h_0), c
 

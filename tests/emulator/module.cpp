@@ -25,7 +25,8 @@ PYBIND11_MODULE(emulator, m) {
       .value("push", Fault::push)
       .value("tag", Fault::tag)
       .value("tear", Fault::tear)
-      .value("stale", Fault::stale);
+      .value("stale", Fault::stale)
+      .value("stream", Fault::stream);
   m.def(
       "multiprocessors", [](int count) { multiprocessors = count; }, "count"_a,
       "How many blocks run at the same time, 132 to begin with.");

@@ -16,7 +16,8 @@ extern int shared_memory;
 
 // Faults that can be planted, to test that each is found: a barrier of a block, of a warp or of a cluster is left out,
 // or a wait for pushes or for a tag; a wait has the wrong parity; 16 bytes more, or fewer, are expected than come; a
-// push or a vector with a tag is lost; such a vector is stored in two halves; its memory has a tag of a launch before.
+// push or a vector with a tag is lost; such a vector is stored in two halves; its memory has a tag of a launch before;
+// a stream's wait for another one is left out.
 enum class Fault {
   none,
   barrier,
@@ -30,11 +31,17 @@ enum class Fault {
   tag,
   tear,
   stale,
+  stream,
   count
 };
 
-// Plants the fault in the n-th such operation (from 0) of each thread in a launch.
+// Plants the fault in the n-th such operation (from 0) of each thread in a launch; of streams, in the n-th from now on.
 void plant(Fault fault, int n);
+
+// Whether this wait of a stream is the one that is left out.
+bool leaves_out_wait();
+
+uint64_t random_below(uint64_t n);
 
 struct Counts {
   int64_t launches, blocks, barriers, switches;  // barriers: that a block has passed; switches: from fiber to fiber

@@ -20,7 +20,7 @@ uint64_t latest;
 Counts counted;
 uint64_t random_state = 1;
 Fault planted = Fault::none;
-int planted_at;
+int planted_at, stream_waits;
 std::string failure;
 
 void (*kernel)(const void*);
@@ -226,6 +226,7 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
 }
 
 void seed(uint64_t seed) { random_state = seed; }
-void plant(Fault fault, int n) { planted = fault, planted_at = n; }
+void plant(Fault fault, int n) { planted = fault, planted_at = n, stream_waits = 0; }
+bool leaves_out_wait() { return planted == Fault::stream && stream_waits++ == planted_at; }
 
 }  // namespace seqkernels::emulator

@@ -140,7 +140,6 @@ inline Block& peer_of(const Block& block, int peer) {
 
 // ---- scheduler.cpp
 
-uint64_t random_below(uint64_t n);
 void set_time(uint64_t time);
 [[noreturn]] void fail(std::string what);
 void wait(State state);

@@ -15,19 +15,20 @@ from seqkernels.hardware import GPU
 THIS_GPU = hardware.gpu_of(torch.empty(0).device)
 
 
-def path(name: str, tile: int = 8, units: int = 0) -> PassLaunch:
-    return PassLaunch(path_names().index(name), tile, units)
+def path(name: str, tile: int = 8, units: int = 0, chunks: int = 1) -> PassLaunch:
+    return PassLaunch(path_names().index(name), tile, units, chunks)
 
 
 STEPWISE, SINGLE_CTA = path("stepwise", tile=0), path("single CTA")
 
 
 def by_path(launch: PassLaunch, tf32: bool = False):
-    """Both operators."""
+    """Both operators, called as those of `seqkernels.ops` are: behind what all have come a launch and layers, if there
+    are several."""
     operators = torch.ops.seqkernels
     return (
-        lambda *args: operators.cuda_forward(*args, tf32, *launch),
-        lambda *args: operators.cuda_backward(*args, tf32, *launch),
+        lambda *args: operators.cuda_forward(*args[:7], tf32, *launch, *args[8:]),
+        lambda *args: operators.cuda_backward(*args[:13], tf32, *launch, *args[14:]),
     )
 
 

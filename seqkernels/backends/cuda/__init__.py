@@ -4,7 +4,8 @@ Four paths, of which each pass takes the cheapest that fits (`launch`): *single 
 threads takes up to 8 sequences through all steps with the recurrent weights in its registers and shared memory;
 *cluster*, the same by up to 16 blocks that share the hidden units and push new states to each other; *persistent grid*,
 the same by as many blocks as run at the same time, which exchange through the L2 cache; and *stepwise*, for each step a
-cuBLAS product and a kernel. The first, in part, and the last have masks and layer norm (`seqkernels.masked_ops`,
+cuBLAS product and a kernel. Of padded stacks on the first two, layers may run at the same time (csrc/cuda/wavefront.h).
+The first, in part, and the last have masks and layer norm (`seqkernels.masked_ops`,
 `seqkernels.layer_norm_ops`). Nothing waits for the GPU, so all of them can be captured in a CUDA graph.
 
 float32 products follow torch's switches: those inside the kernels torch.backends.cudnn.rnn, as nn.GRU's do; those that
@@ -89,6 +90,7 @@ def estimate(call: Call, machine: Machine) -> float | None:
     if call.device_type != "cuda" or gpu is None or not call.hidden_size:
         return None
     passes = (False, True) if call.training else (False,)
+    # Layer after layer: what a wavefront gains nobody has measured, and what cuDNN takes has been.
     steps = sum(cheapest(call, gpu, backward)[1] for backward in passes)
     return call.layers * steps + costs.of_call("cuda", call, gpu)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from seqkernels import hardware
 from seqkernels._ops import ops
-from seqkernels.backends.call import RESETS, Call
+from seqkernels.backends.call import RESETS, Call, class_of_steps
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
 from seqkernels.backends.side_by_side import sequences_of
@@ -27,9 +27,9 @@ def forward(
     layers: int = 1,
     pieces: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, batch_sizes, pieces)
+    tf32, forward, _ = _planned(launch, cell, x, weights, h_0, layers, batch_sizes, pieces)
     batch_sizes = fitting(x, h_0, batch_sizes)
-    return ops.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *passes[:3], layers, pieces)
+    return ops.cuda_forward(cell, x, weights, h_0, c_0, batch_sizes, save, bool(tf32), *forward, layers, pieces)
 
 
 def backward(
@@ -50,10 +50,10 @@ def backward(
     layers: int = 1,
     pieces: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    tf32, *passes = _planned(launch, cell, x, weights, h_0, layers, batch_sizes, pieces)
+    tf32, _, backward = _planned(launch, cell, x, weights, h_0, layers, batch_sizes, pieces)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     grads, stack = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
-    options = wants_x, wants_weights, bool(tf32), *passes[3:], layers, pieces
+    options = wants_x, wants_weights, bool(tf32), *backward, layers, pieces
     return ops.cuda_backward(cell, *grads, *stack, y, saved, *options)
 
 
@@ -74,9 +74,9 @@ def masked_forward(
     save: bool,
     launch: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, *passes = _planned(launch, cell, x, weights, h_0, 1, masked=True)
+    _, forward, _ = _planned(launch, cell, x, weights, h_0, 1, masked=True)
     batch_sizes, masks = fitting(x, h_0, batch_sizes), (recurrent, candidate, zoneout_h, zoneout_c)
-    return ops.cuda_masked_forward(cell, x, weights, h_0, c_0, batch_sizes, *masks, save, *passes[:3])
+    return ops.cuda_masked_forward(cell, x, weights, h_0, c_0, batch_sizes, *masks, save, *forward[:3])
 
 
 def masked_backward(
@@ -99,11 +99,11 @@ def masked_backward(
     wants_weights: bool,
     launch: Sequence[int],
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    _, *passes = _planned(launch, cell, x, weights, h_0, 1, masked=True)
+    _, _, backward = _planned(launch, cell, x, weights, h_0, 1, masked=True)
     x, batch_sizes = fitting_backward(x, h_0, batch_sizes, wants_weights)
     grads, layer = (grad_y, grad_h_n, grad_c_n), (x, weights, h_0, c_0, batch_sizes)
     masks = recurrent, candidate, zoneout_h, zoneout_c
-    return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights, *passes[3:])
+    return ops.cuda_masked_backward(cell, *grads, *layer, *masks, y, saved, wants_x, wants_weights, *backward[:3])
 
 
 # Those of seqkernels.layer_norm_ops.
@@ -111,28 +111,30 @@ def masked_backward(
 
 def layer_norm_forward(cell: str, *rest) -> tuple[Tensor, ...]:
     *of_layer, save, launch = rest
-    layer, (_, *passes) = _layer_with_norms(launch, cell, *of_layer)
-    return ops.cuda_layer_norm_forward(cell, *layer, save, passes[:3])
+    layer, (_, forward, _) = _layer_with_norms(launch, cell, *of_layer)
+    return ops.cuda_layer_norm_forward(cell, *layer, save, forward[:3])
 
 
 def layer_norm_sweep_back(cell: str, grad_y, grad_h_n, grad_c_n, *rest) -> tuple[Tensor, ...]:
     """The sweep alone, as of ``layer_norm_sweep_back``."""
     *of_layer, y, saved, statistics, launch = rest
-    layer, (_, *passes) = _layer_with_norms(launch, cell, *of_layer)
+    layer, (_, _, backward) = _layer_with_norms(launch, cell, *of_layer)
     grads, kept = (grad_y, grad_h_n, grad_c_n), (y, saved, statistics)
-    return ops.cuda_layer_norm_sweep_back(cell, *grads, *layer, *kept, passes[3:])
+    return ops.cuda_layer_norm_sweep_back(cell, *grads, *layer, *kept, backward[:3])
 
 
 def _layer_with_norms(
     launch: Sequence[int], cell: str, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, *rest
-) -> tuple[tuple, Sequence[int]]:
+) -> tuple[tuple, Launch]:
     """Arguments of both passes, with batch sizes that fit, and how the passes are launched."""
     _expect_kernels()
-    if len(launch) < 2:
+    if len(launch) > 1:
+        planned = Launch.of_ints(launch)
+    else:
         hidden_size = h_0.shape[2] if h_0.dim() == 3 and h_0.shape[0] and cell in CELLS else 0
-        launch = _plan(cell, gates_x, h_0, hidden_size, options=("layer_norm",))
+        planned = _plan(cell, gates_x, h_0, hidden_size, options=("layer_norm",))
     parameters, batch_sizes = (w_hh, scale, shift, scale_c, shift_c), fitting(gates_x, h_0, batch_sizes)
-    return (gates_x, *parameters, h_0, c_0, batch_sizes, *rest), launch
+    return (gates_x, *parameters, h_0, c_0, batch_sizes, *rest), planned
 
 
 def _planned(
@@ -145,15 +147,15 @@ def _planned(
     batch_sizes: Tensor | None = None,
     pieces: Tensor | None = None,
     masked: bool = False,
-) -> Sequence[int]:
-    """What was planned for the call, as `Launch.to_ints` has it; where nothing was, the plan for the sizes that arrive.
+) -> Launch:
+    """What was planned for the call; where nothing was, the plan for the sizes that arrive.
 
     Raises:
         RuntimeError: no CUDA kernels are installed here.
     """
     _expect_kernels()
     if len(launch) > 1:
-        return launch
+        return Launch.of_ints(launch)
     known = (
         h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
     )
@@ -162,7 +164,8 @@ def _planned(
     projected = len(weights) // h_0.shape[0] % 2 == 1
     options = ("masks",) if masked else () if pieces is None else (RESETS,)
     hidden_size, sequences = weights[0].shape[0] // CELLS[cell].gates, sequences_of(h_0, batch_sizes, pieces)
-    return _plan(cell, x, h_0, hidden_size, projected, layers, options, sequences)
+    padded = batch_sizes is None and pieces is None
+    return _plan(cell, x, h_0, hidden_size, projected, layers, options, sequences, padded)
 
 
 def _expect_kernels() -> None:
@@ -179,20 +182,25 @@ def _plan(
     layers: int = 1,
     options: tuple[str, ...] = (),
     sequences: int | None = None,  # None: as many as states
-) -> Sequence[int]:
+    padded: bool = False,
+) -> Launch:
     """For what arrives without a plan; hidden_size is 0 where it does not fit, so that the operator says what is
     wrong."""
     if not hidden_size:
-        return Launch(False, PassLaunch(), PassLaunch()).to_ints()
+        return Launch(False, PassLaunch(), PassLaunch())
+    sequences = h_0.shape[1] if sequences is None else sequences
     call = Call(
         cell=cell,
         device_type=x.device.type,
         dtype=x.dtype,
+        layers=layers,
+        together=True,
         hidden_size=hidden_size,
         projected=projected,
         tf32=x.dtype == torch.float32 and hardware.tf32(x.device),
         directions=h_0.shape[0] // layers,
-        sequences=h_0.shape[1] if sequences is None else sequences,
+        sequences=sequences,
+        steps=class_of_steps(x.shape[0] // sequences) if padded and sequences else 0,
         options=options,
     )
-    return launch_of(call, hardware.gpu_of(x.device)).to_ints()
+    return launch_of(call, hardware.gpu_of(x.device))

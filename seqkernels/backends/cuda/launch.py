@@ -3,6 +3,7 @@ costs on each."""
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from seqkernels import hardware
 from seqkernels.backends import costs
 from seqkernels.backends.call import Call
+from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import GPU
 
 
@@ -19,11 +21,13 @@ class PassLaunch(NamedTuple):
     path: int = 0  # its number, as csrc/cuda/config.h has them; 0: stepwise
     tile: int = 0  # sequences that a block, a cluster or a group of clusters takes at once
     units: int = 0  # hidden units of a cluster's blocks; of the persistent grid's clusters
+    chunks: int = 1  # of the steps, in which layers follow each other as a wavefront; 1: one layer after the other
 
     def __str__(self) -> str:
         name = path_names()[self.path]
         owner = {"cluster": "block", "persistent grid": "cluster"}.get(name)
-        return name + (f" with {self.units} units a {owner}" if owner else "")
+        wavefront = f", layers as a wavefront of {self.chunks} chunks" if self.chunks > 1 else ""
+        return name + (f" with {self.units} units a {owner}" if owner else "") + wavefront
 
 
 class Launch(NamedTuple):
@@ -36,6 +40,12 @@ class Launch(NamedTuple):
     def to_ints(self) -> tuple[int, ...]:
         return int(self.tf32), *self.forward, *self.backward
 
+    @classmethod
+    def of_ints(cls, ints: Sequence[int]) -> "Launch":
+        tf32, *passes = ints
+        each = len(PassLaunch._fields)
+        return cls(bool(tf32), PassLaunch(*passes[:each]), PassLaunch(*passes[each:]))
+
     def __str__(self) -> str:
         forward, backward = str(self.forward), str(self.backward)
         return forward if forward == backward else f"forward {forward}, backward {backward}"
@@ -43,16 +53,62 @@ class Launch(NamedTuple):
 
 def launch_of(call: Call, gpu: GPU) -> Launch:
     """The cheapest one; the call has its sizes."""
-    forward, backward = (cheapest(call, gpu, backward)[0] for backward in (False, True))
+    forward, backward = (of_stack(call, gpu, backward)[0] for backward in (False, True))
     return Launch(call.tf32, forward, backward)
 
 
+def of_stack(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
+    """How one pass runs all layers, and the microseconds of a step through all of them: one layer after the other, or
+    as a wavefront where that takes less by a tenth."""
+    launch, us = cheapest(call, gpu, backward)
+    us *= call.layers
+    at_once = min(call.layers, hardware.native().CUDA_STREAMS)
+    one_way = call.layout == "padded" and call.directions == 1 and not call.options
+    if at_once == 1 or not (call.together and call.steps and one_way):
+        return launch, us
+    if _workspace(call, at_once, backward) > _MAX_WORKSPACE:
+        return launch, us
+    beside = _cheapest_of(call, gpu, backward, at_once)
+    if beside is None:
+        return launch, us
+    us_of_chunks, chunks = min((_wavefront(call, at_once, beside[1], chunks), chunks) for chunks in _CHUNKS)
+    if us_of_chunks > 0.9 * us:
+        return launch, us
+    return beside[0]._replace(chunks=chunks), us_of_chunks
+
+
+_SHARING = ("single CTA", "cluster")  # that leave multiprocessors to other layers
+_CHUNKS = (2, 4, 8, 16, 32)
+_MAX_WORKSPACE = 512 << 20  # bytes of a wavefront, in which every layer under way has its own
+
+
+def _wavefront(call: Call, at_once: int, us: float, chunks: int) -> float:
+    """Microseconds of a step through all layers, of which each takes `us`: what the GPU takes, or the host."""
+    rounds = -(-call.layers // at_once) * (chunks + at_once - 1)
+    on_gpu = rounds * (us * call.steps / chunks + costs.CHUNK)
+    return max(on_gpu, call.layers * chunks * costs.HOST_OF_CHUNK) / call.steps
+
+
+def _workspace(call: Call, at_once: int, backward: bool) -> int:
+    """Bytes: backward the gradients of all gates, those of h and of x where some differ, and states; forward what
+    layers pass to each other."""
+    blocks = call.gates * (2 if CELLS[call.cell].gates_apart else 1) + 1 if backward else 1
+    return at_once * call.steps * call.sequences * blocks * call.hidden_size * call.dtype.itemsize
+
+
 def cheapest(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
-    """The path of one pass, and the microseconds of a step on it."""
+    """The path of one pass, and the microseconds of a step through one layer."""
+    found = _cheapest_of(call, gpu, backward, 1)
+    assert found, "stepwise takes everything"
+    return found
+
+
+def _cheapest_of(call: Call, gpu: GPU, backward: bool, at_once: int) -> tuple[PassLaunch, float] | None:
+    """The same of one of several layers that run at the same time, if a path leaves room for them."""
     sizes = call.hidden_size, call.projected, call.directions, call.sequences
     tf32 = call.tf32 and not call.options  # one launch with masks multiplies float32 as it is
     dtype = torch.promote_types(call.dtype, torch.float32) if "layer_norm" in call.options else call.dtype
-    return _cheapest(call.cell, dtype, tf32, *sizes, call.options, gpu, backward)
+    return _cheapest(call.cell, dtype, tf32, *sizes, call.options, gpu, backward, at_once)
 
 
 @functools.lru_cache(1024)
@@ -67,7 +123,8 @@ def _cheapest(
     options: tuple[str, ...],
     gpu: GPU,
     backward: bool,
-) -> tuple[PassLaunch, float]:
+    at_once: int,
+) -> tuple[PassLaunch, float] | None:
     layer = Call(
         cell=cell,
         device_type="cuda",
@@ -80,15 +137,19 @@ def _cheapest(
         options=options,
     )
     paths = path_names()
+    share = gpu._replace(
+        multiprocessors=gpu.multiprocessors // at_once,
+        clusters=tuple(count // at_once for count in gpu.clusters),
+    )
     choices = [
         (
             PassLaunch(paths.index(found["path"]), found["tile"], found["units"]),
             costs.cost(terms(found, layer, gpu, backward), gpu),
         )
-        for found in candidates(layer, gpu, backward)
-        if not found["reason"]
+        for found in candidates(layer, share, backward)
+        if not found["reason"] and (at_once == 1 or (found["path"] in _SHARING and found["at_once"]))
     ]
-    return min(choices, key=lambda choice: choice[1])
+    return min(choices, key=lambda choice: choice[1], default=None)
 
 
 def candidates(layer: Call, gpu: GPU, backward: bool) -> list[dict[str, Any]]:

@@ -1,0 +1,124 @@
+#include "streams.h"
+
+#ifndef SEQKERNELS_EMULATOR
+#include <cuda_runtime_api.h>
+
+#include <mutex>
+
+namespace seqkernels {
+
+namespace {
+
+void check_cuda(cudaError_t error) {
+  check(error == cudaSuccess, "CUDA cannot let layers run at the same time: ", cudaGetErrorString(error));
+}
+
+// Of the CUDA graph that captures what a stream is given; 0: none does.
+unsigned long long capture_of(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long capture = 0;
+  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture));
+  return status == cudaStreamCaptureStatusNone ? 0 : capture;
+}
+
+// Allows, in this thread, what a capture elsewhere would forbid.
+class Relaxed {
+ public:
+  Relaxed() { check_cuda(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
+class StreamSet {
+ public:
+  explicit StreamSet(int device) : device(device) {
+    const Relaxed relaxed;
+    for (int i = 0; i < kMaxStreams; i++) {
+      check_cuda(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
+      check_cuda(cudaEventCreateWithFlags(&events[i], cudaEventDisableTiming));
+    }
+  }
+
+  // Lets `stream` wait for what the i-th one has been given.
+  cudaError_t wait_for(int64_t i, cudaStream_t stream) const {
+    const cudaError_t error = cudaEventRecord(events[i], streams[i]);
+    return error == cudaSuccess ? cudaStreamWaitEvent(stream, events[i], 0) : error;
+  }
+
+  const int device;
+  cudaStream_t streams[kMaxStreams];
+  cudaEvent_t events[kMaxStreams];
+};
+
+namespace {
+
+// Sets that no call is issuing work to. What a graph captures goes only to streams that nobody else uses until the
+// capture ends, as they belong to it until then. They live as long as the process: when it ends, CUDA may have before.
+class Pool {
+ public:
+  StreamSet* take(int device, cudaStream_t of_call) {
+    const unsigned long long capture = capture_of(of_call);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const unsigned long long wanted : {capture, 0ull})  // those of the same capture first
+      for (size_t i = 0; i < free_.size(); i++) {
+        StreamSet* set = free_[i];
+        if (set->device != device || capture_of(set->streams[0]) != wanted) continue;
+        free_.erase(free_.begin() + i);
+        return set;
+      }
+    return new StreamSet(device);
+  }
+
+  void give_back(StreamSet* set) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(set);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<StreamSet*> free_;
+};
+
+Pool& pool() {
+  static Pool* const pool = new Pool;
+  return *pool;
+}
+
+cudaStream_t stream_of(const CallContext& call) { return static_cast<cudaStream_t>(call.stream()); }
+
+}  // namespace
+
+Streams::Streams(const CallContext& call, int64_t count) : call_(call), count_(count) {
+  if (count == 1) return;
+  set_ = pool().take(call.device(), stream_of(call));
+  check_cuda(cudaEventRecord(set_->events[0], stream_of(call)));
+  for (int64_t i = 0; i < count; i++) check_cuda(cudaStreamWaitEvent(set_->streams[i], set_->events[0], 0));
+}
+
+// After an error as well: memory that these streams use is about to be given to others, on the call's stream.
+Streams::~Streams() {
+  if (!set_) return;
+  for (int64_t i = 0; i < count_; i++) set_->wait_for(i, stream_of(call_));
+  pool().give_back(set_);
+}
+
+void Streams::wait(int64_t stream, int64_t other) {
+  if (stream != other) check_cuda(set_->wait_for(other, set_->streams[stream]));
+}
+
+void Streams::join() {
+  if (!set_) return;
+  for (int64_t i = 0; i < count_; i++) check_cuda(set_->wait_for(i, stream_of(call_)));
+  pool().give_back(set_);
+  set_ = nullptr;
+}
+
+void* Streams::at(int64_t stream) const { return set_->streams[stream]; }
+
+}  // namespace seqkernels
+
+#endif
