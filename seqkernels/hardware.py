@@ -32,6 +32,16 @@ class GPU(NamedTuple):
         """How many run at the same time, a block on a multiprocessor; 0: there are none of so many blocks."""
         return self.clusters[blocks - 1] if blocks <= len(self.clusters) else 0
 
+    @property
+    def clusters_missing(self) -> str:
+        """Why a GPU that could run clusters has not even those of one block; "" if it has, or nobody has asked."""
+        if not self.clusters or any(self.clusters) or self.amd or int(self.target.removeprefix("sm_")) < 90:
+            return ""
+        return (
+            f"no clusters, as the CUDA kernels here have no code for those of {self.target}. Remedy: build them with "
+            "TORCH_CUDA_ARCH_LIST naming it"
+        )
+
 
 class CudaBuild(NamedTuple):
     """What the library of CUDA kernels was built by and for."""
@@ -235,7 +245,8 @@ def said_of(gpu: GPU) -> str:
     clusters = ""  # unknown where no CUDA kernels are installed
     if gpu.clusters:
         widest = max((blocks for blocks in range(1, 17) if gpu.clusters_of(blocks)), default=0)
-        clusters = f", clusters of up to {widest} blocks" if widest > 1 else ", no clusters: wide layers go by steps"
+        none = gpu.clusters_missing or "no clusters: wide layers go by steps"
+        clusters = f", clusters of up to {widest} blocks" if widest > 1 else f", {none}"
     return f"{gpu.name} ({gpu.target}, {gpu.multiprocessors} multiprocessors{clusters})"
 
 

@@ -126,6 +126,9 @@ Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backw
   }
   found.reason = lay_out(found, layer, gpu, shape, backward);
   found.at_once = gpu.clusters[shape.cluster - 1];
+  if (found.reason.empty() && !gpu.clusters[0])  // not even of one block
+    found.reason = text("no code for clusters of compute capability ", capability(gpu.target),
+                        " was built. Remedy: build it with TORCH_CUDA_ARCH_LIST naming it");
   if (found.reason.empty() && !found.at_once)
     found.reason = text("the GPU runs no cluster of ", shape.blocks, " blocks");
   if (found.reason.empty()) found.plan.tile = tile_of(layer, found.at_once);

@@ -15,6 +15,7 @@ from seqkernels.backends.cells import CELLS
 from seqkernels.backends.cuda.launch import Launch, PassLaunch, cheapest
 from seqkernels.backends.stack import SavedLayout
 from seqkernels.hardware import THIS_MACHINE
+from seqkernels.select import plan
 
 pytestmark = pytest.mark.skipif(bool(THIS_MACHINE.native_missing), reason=THIS_MACHINE.native_missing)
 
@@ -138,11 +139,11 @@ REASONS = [
     ("cluster", "gru", 1000, SINGLE, False, H200, "2 to 16 blocks, and 1000 hidden units, 32 a block, make 32"),
     ("cluster", "gru", 1000, SINGLE, False, H200, "the weights do not fit: a block needs"),
     ("cluster", "lstm", 512, HALF, False, MIG, "runs no cluster of 16 blocks"),
-    ("cluster", "lstm", 250, HALF, False, H200._replace(clusters=()), "runs no cluster of 8 blocks"),
+    ("cluster", "lstm", 250, HALF, False, H200._replace(clusters=()), "no code for clusters"),
     ("cluster", "rnn_tanh", 576, HALF, False, RTX_5090, "runs no cluster of 9 blocks"),
     ("cluster", "lstm", 512, HALF, False, RTX_5090, "and may have 101376"),
     # Compiled for other GPUs alone, as by default.
-    ("cluster", "gru", 256, HALF, False, B200._replace(clusters=16 * (0,)), "runs no cluster of 4 blocks"),
+    ("cluster", "gru", 256, HALF, False, B200._replace(clusters=16 * (0,)), "of compute capability 10.0 was built"),
     ("persistent grid", "gru", 1024, HALF, False, A100, "clusters need compute capability 9.0"),
     ("persistent grid", "gru", 1024, HALF, False, B200, "is for compute capability 9.0, the GPU has 10.0"),
     ("persistent grid", "lstm", 1024, HALF, True, H200, "takes a projection"),
@@ -291,3 +292,12 @@ def test_what_is_said_of_a_gpu_names_its_clusters():
     assert hardware.said_of(GPUS["Tesla T4"]) == "Tesla T4 (sm_75, 40 multiprocessors)"  # nobody has asked for them
     without = GPUS["Tesla T4"]._replace(clusters=16 * (0,))
     assert hardware.said_of(without).endswith("multiprocessors, no clusters: wide layers go by steps)")
+
+
+def test_a_build_without_code_for_a_gpus_clusters_says_so():
+    gpu, reason = B200._replace(clusters=16 * (0,)), "no clusters, as the CUDA kernels here have no code for those of"
+    assert f"{reason} sm_100. Remedy: build them with TORCH_CUDA_ARCH_LIST" in hardware.said_of(gpu)
+    machine = hardware.Machine(cuda_missing="", gpu=gpu)
+    wide, narrow = (Call("gru", "cuda", HALF, hidden_size=hidden, sequences=16) for hidden in (512, 128))
+    assert f"stepwise; {reason}" in str(plan(wide, machine))
+    assert reason not in str(plan(narrow, machine)) and reason not in str(plan(wide, machine._replace(gpu=B200)))

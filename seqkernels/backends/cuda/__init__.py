@@ -101,4 +101,8 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
 
 
 def kernel(call: Call, machine: Machine) -> str:
-    return str(launch_of(call, machine.gpu)) if call.hidden_size and machine.gpu else ""
+    if not call.hidden_size or not machine.gpu:
+        return ""
+    chosen = str(launch_of(call, machine.gpu))
+    missing = machine.gpu.clusters_missing if "stepwise" in chosen else ""
+    return f"{chosen}; {missing}" if missing else chosen
