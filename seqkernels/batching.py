@@ -163,9 +163,16 @@ def _folded(
 def each_member(function, args, dims: list[int | None], size: int) -> tuple[list[Tensor], pytree.TreeSpec]:
     """Its results for every member, side by side; `dims`: where a leaf of args has its members."""
     leaves, structure = pytree.tree_flatten(list(args))
+    if size == 0:  # a member of zeros says what shapes results have; by the cat they depend on the arguments
+        leaves = [leaf if dim is None else _with_one(leaf, dim) for leaf, dim in zip(leaves, dims, strict=True)]
     members = []
-    for i in range(size):
+    for i in range(max(size, 1)):
         own = [leaf if dim is None else leaf.select(dim, i) for leaf, dim in zip(leaves, dims, strict=True)]
         results, of_results = pytree.tree_flatten(function(*pytree.tree_unflatten(own, structure)))
         members.append(results)
-    return [torch.stack(results) for results in zip(*members, strict=True)], of_results
+    return [torch.stack(results)[:size] for results in zip(*members, strict=True)], of_results
+
+
+def _with_one(leaf: Tensor, dim: int) -> Tensor:
+    zeros = leaf.new_zeros(*leaf.shape[:dim], 1, *leaf.shape[dim + 1 :])
+    return torch.cat([leaf, zeros], dim)

@@ -108,7 +108,7 @@ def _from_padded(
     place = (of_steps if batch_first else of_steps.t()).reshape(-1)
     ends = begins + length
     data = input.reshape(steps * sequences, input.shape[2])
-    rows = _rows(data, reset.reshape(-1), place, begins, ends, steps, used, lengths is None, transformed)
+    rows = _rows(data, reset.reshape(steps * sequences), place, begins, ends, steps, used, lengths is None, transformed)
 
     def restore_layout(y: Tensor) -> Tensor:
         return rows.restore_layout(y).view(*input.shape[:2], y.shape[1])  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ Rows are grouped by step, longest sequences first, `batch_sizes[t]` of them in s
 case of a constant batch size and costs no copy. Sequences given by `lengths` or `cu_seqlens` are sorted here.
 """
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -172,7 +173,7 @@ def checked_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
         raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
     total = input.shape[0]
     cu_seqlens = ops.check_cu_seqlens(cu_seqlens, total)
-    if isinstance(max_seqlen, (float, str)):
+    if not (max_seqlen is None or isinstance(max_seqlen, (numbers.Integral, Tensor))):
         raise TypeError(f"max_seqlen is a number of steps, got {max_seqlen!r}")
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0

@@ -240,7 +240,12 @@ def steps_of(batch_sizes: Tensor | None, rows: int, sequences: int) -> list[tupl
             return [(t * sequences, sequences) for t in range(rows // max(sequences, 1))]
         batch_sizes = torch.full((rows // max(sequences, 1),), sequences, device="cpu")
     starts = batch_sizes.cumsum(0) - batch_sizes
-    return list(zip(starts.tolist(), batch_sizes.tolist(), strict=True))
+    return list(zip(_numbers(starts), _numbers(batch_sizes), strict=True))
+
+
+def _numbers(tensor: Tensor) -> list[int]:
+    """Within torch.func.functionalize a tensor has no memory for tolist() to read."""
+    return [int(number) for number in tensor] if torch._C._are_functorch_transforms_active() else tensor.tolist()
 
 
 def _previous(steps, t: int, reverse: bool, states: Tensor, initial: Tensor) -> Tensor:

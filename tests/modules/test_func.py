@@ -3,6 +3,7 @@
 import pytest
 import torch
 from operators import NO_CPU_KERNELS
+from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 
 import seqkernels as sk
@@ -261,3 +262,37 @@ def test_functionalize(name):
         return y
 
     torch.testing.assert_close(torch.func.functionalize(shifted)(x), layer(x)[0] + 1)
+
+
+def test_functionalize_of_ragged_batches():
+    layer, x = sk.GRU(4, 5, num_layers=2, bidirectional=True), torch.randn(6, 3, 4)
+    lengths = torch.tensor([6, 4, 1], device="cpu")
+
+    def packed(x):
+        return layer(nn.utils.rnn.pack_padded_sequence(x, lengths))[0].data
+
+    def with_lengths(x):
+        return layer(x, lengths=lengths)[0]
+
+    def with_reset(x):
+        return layer(x, lengths=lengths, reset=(x > 0)[..., 0])[0]
+
+    for run in (packed, with_lengths, with_reset):
+        torch.testing.assert_close(torch.func.functionalize(run)(x), run(x))
+    for run in (with_lengths, with_reset):  # torch packs without a gradient there
+        gradient = grad(lambda x, run=run: run(x).square().sum())
+        torch.testing.assert_close(torch.func.functionalize(gradient)(x), gradient(x))
+
+
+@pytest.mark.parametrize("backend", ["torch_eager", None])
+def test_an_ensemble_without_members(backend):
+    layer = sk.GRU(4, 5)
+    layer.backend = backend
+    parameters = {name: p.detach().expand(0, *p.shape).requires_grad_() for name, p in layer.named_parameters()}
+    x = torch.randn(0, 6, 3, 4, requires_grad=True)
+    y, h_n = vmap(lambda p, x: functional_call(layer, p, (x,)))(parameters, x)
+    assert y.shape == (0, 6, 3, 5) and h_n.shape == (0, 1, 3, 5)
+    grads = torch.autograd.grad(y.sum(), [x, *parameters.values()])
+    assert [g.shape for g in grads] == [x.shape, *(p.shape for p in parameters.values())]
+    mask = torch.zeros(0, 6, 3, dtype=torch.bool)
+    assert vmap(lambda x, mask: layer(x, reset=mask)[0])(x, mask).shape == y.shape

@@ -292,6 +292,11 @@ WRONG_OF_FUNCTIONS = {
     "half a layer": ({"num_layers": 0.5}, TypeError, "num_layers is an int, got a float"),
     "complex dropout": ({"dropout": 0.5j}, ValueError, "dropout should be a number in range"),
     "negative dropout": ({"dropout": -1, "training": True}, ValueError, "dropout should be a number in range"),
+    "steps in a list": (
+        {"cu_seqlens": torch.tensor([0, 6]), "max_seqlen": [6]},
+        TypeError,
+        "max_seqlen is a number of",
+    ),
     "steps in words": ({"cu_seqlens": [0, 6], "max_seqlen": "6"}, TypeError, "max_seqlen is a number of steps"),
 }
 
