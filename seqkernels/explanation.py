@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from seqkernels import cell_modules, drop_in, functional, inputs, modules, select, swappable, trial, with_options
+from seqkernels import (
+    cell_modules,
+    drop_in,
+    functional,
+    inputs,
+    modules,
+    quantized,
+    select,
+    swappable,
+    trial,
+    with_options,
+)
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 
@@ -38,7 +49,8 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
     """Which backend, and which of its kernels, would run a module, and why not the others.
 
     Args:
-        module: a layer or cell, ours or torch.nn's, for which the answer is that of its drop-in; or a model.
+        module: a layer or cell, ours, quantized or not, or torch.nn's, for which the answer is that of its drop-in; or
+            a model.
         args, kwargs: what it would be called with: for a layer `input`, `hx`, `lengths`, `reset`, `reset_to` and
             `return_all_states`, as in its forward. A model is run on them, with its random numbers and its buffers as
             they were afterwards. Without any, the answer is what holds for inputs of any size.
@@ -55,18 +67,28 @@ def explain(module: nn.Module, *args, **kwargs) -> select.Plan | Explanation:
     drop_in.check_module(module, "explain takes a module")
     if not args and not kwargs:
         return Explanation(_explained(name, found) for name, found in _recurrent_in(module))
-    if modules.is_recurrent(module):
+    if _explains(module):
         return _plan(module, *args, **kwargs)
     return _explained_run(module, args, kwargs)
 
 
 def _recurrent_in(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if modules.is_recurrent(module):
+        if _explains(module):
             yield name, module
 
 
-def _plan(
+def _explains(module: nn.Module) -> bool:
+    return modules.is_recurrent(module) or isinstance(module, quantized.Quantized)
+
+
+def _plan(module: Any, *args, **kwargs) -> select.Plan:
+    """The plan of one layer or cell on its input."""
+    of_module = quantized.plan_of if isinstance(module, quantized.Quantized) else _plan_of
+    return of_module(module, *args, **kwargs)
+
+
+def _plan_of(
     module: Any,
     input,
     hx: State | None = None,
@@ -76,7 +98,6 @@ def _plan(
     reset_to=None,
     return_all_states: bool | None = None,
 ) -> select.Plan:
-    """The plan of one layer or cell on its input."""
     if isinstance(module, nn.RNNBase):
         directions, weights = 2 if module.bidirectional else 1, drop_in.parameters(module, module._flat_weights_names)
         sizes = module.num_layers, directions, module.batch_first
@@ -106,6 +127,8 @@ def _plan(
 
 
 def _explained(name: str, module: Any, args: tuple = (), kwargs: dict = _NONE) -> Explained:
+    if isinstance(module, quantized.Quantized):
+        return Explained(name, f"seqkernels.{module._get_name()}", quantized.PLAN)
     ours = isinstance(type(module), drop_in.DropIn)
     cls = f"{'seqkernels' if ours else 'torch.nn'}.{type(module).__name__}"
     if "forward" in vars(module):

@@ -22,10 +22,19 @@ from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 from seqkernels.hardware import THIS_MACHINE
-from seqkernels.inputs import prepare, restore_layers, restore_layout
+from seqkernels.inputs import Inputs, prepare, restore_layers, restore_layout
+from seqkernels.select import BACKENDS, Plan
 
 PACKED = "packed_"  # a buffer, before the name of its weight
 SMALLEST = 2.0**-120  # 127 / SMALLEST is finite
+# How csrc/cpu/isa.cpp multiplies int8 on a CPU.
+_PRODUCTS = {"amx": "AMX", "avx512_bf16": "AVX512-VNNI", "avx512_vnni": "AVX512-VNNI"}
+PLAN = Plan(
+    "cpu",
+    "kernels for weights of int8",
+    tuple((backend, "it has no kernel for weights of int8") for backend in BACKENDS if backend != "cpu"),
+    f"products of int8 by {_PRODUCTS.get(THIS_MACHINE.isa, f'pairs of int16 ({THIS_MACHINE.isa})')}",
+)
 # Packed weights (csrc/cpu/packed_int8.h): units of a panel, columns of a whole tile, what is added to numbers of x.
 _PANEL, _TILE, _OFFSET = 16, 64, 128
 
@@ -118,8 +127,28 @@ class Quantized(nn.Module):
         reset_to: State | None = None,
         all_states: bool = False,
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
-        checks.check_kind_of_input(self._get_name(), input)
         checks.check_flag("return_all_states", all_states)
+        inputs = self._prepared(input, hx, lengths, batch_first, reset, reset_to)
+        (rows_of, h_0, c_0, *_), packed = inputs, list(self._buffers.values())
+        args = self.cell, rows_of.data, packed, h_0, c_0, rows_of.batch_sizes, self.num_layers
+        if not all_states:
+            return restore_layout(inputs, *ops.quantized_recurrence(*args))
+        y, h_n, c_n, c = ops.quantized_all_states(*args)
+        h = restore_layers(inputs, y)
+        states = h if c_0 is None else (h, restore_layers(inputs, c))
+        return *restore_layout(inputs, y[-1], h_n, c_n), states
+
+    def _prepared(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None,
+        lengths: Tensor | Sequence[int] | None,
+        batch_first: bool,
+        reset: Tensor | PackedSequence | None = None,
+        reset_to: State | None = None,
+    ) -> Inputs:
+        """A call's arguments, checked, in the layout of the operators."""
+        checks.check_kind_of_input(self._get_name(), input)
         data = input.data if isinstance(input, PackedSequence) else input
         if self.training:
             raise RuntimeError(f"{self._get_name()} is for inference: call eval() of the model")
@@ -139,14 +168,7 @@ class Quantized(nn.Module):
         inputs = prepare(self.cell, input, hx, weights, self.num_layers, directions, batch_first, *ragged, self.bias)
         if inputs.save:
             raise RuntimeError(f"{self._get_name()} has no gradients: call it under torch.no_grad()")
-        (rows_of, h_0, c_0, *_), packed = inputs, list(self._buffers.values())
-        args = self.cell, rows_of.data, packed, h_0, c_0, rows_of.batch_sizes, self.num_layers
-        if not all_states:
-            return restore_layout(inputs, *ops.quantized_recurrence(*args))
-        y, h_n, c_n, c = ops.quantized_all_states(*args)
-        h = restore_layers(inputs, y)
-        states = h if c_0 is None else (h, restore_layers(inputs, c))
-        return *restore_layout(inputs, y[-1], h_n, c_n), states
+        return inputs
 
     def step(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One step of a stream through all layers, as that of the layer in floating point; its bits are those of the
@@ -246,9 +268,33 @@ class QuantizedCell(Quantized):
         """As that of the cell in floating point; errors as those of `QuantizedLayer`."""
         if tracer := drop_in.tracer_of(input, hx):
             return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
-        state = hx if hx is None or isinstance(hx, Tensor) else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-        _, new = self.step(input, state.unsqueeze(0) if isinstance(state, Tensor) else state)
+        _, new = self.step(input, _of_one_layer(hx))
         return new.squeeze(0) if isinstance(new, Tensor) else (new[0].squeeze(0), new[1].squeeze(0))
+
+
+def _of_one_layer(hx: State | None) -> State | None:
+    if hx is None or isinstance(hx, Tensor):
+        return None if hx is None else hx.unsqueeze(0)
+    return hx[0].unsqueeze(0), hx[1].unsqueeze(0)
+
+
+def plan_of(
+    module: Quantized,
+    input: Tensor | PackedSequence,
+    hx: State | None = None,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | PackedSequence | None = None,
+    reset_to: State | None = None,
+    return_all_states: bool | None = None,
+) -> Plan:
+    """What a call would run; its arguments are checked as there."""
+    if isinstance(module, QuantizedLayer):
+        module._prepared(input, hx, lengths, module.batch_first, reset, reset_to)
+    else:
+        checks.check_input_of_step(input)
+        module._prepared(input.unsqueeze(0), _of_one_layer(hx), None, False)  # type: ignore[union-attr]
+    return PLAN
 
 
 def quantize(module: nn.Module, cell: str, names: list[list[str]], weights: dict[str, Tensor]) -> None:

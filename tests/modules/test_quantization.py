@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import seqkernels as sk
+from seqkernels import hardware
 from seqkernels.quantized import SMALLEST, pack, quantize_rows, unpack
 
 pytestmark = [
@@ -549,3 +550,26 @@ def test_fx_traces_one_node():
     model = nn.Sequential(layer_of("gru", 10, 20))
     graph = torch.fx.symbolic_trace(model).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+@torch.no_grad()
+def test_explain_says_how_they_multiply():
+    model, x = nn.Sequential(sk.LSTM(4, 5), Outputs()), torch.randn(6, 3, 4)
+    sk.quantize_(model)
+    plan = sk.explain(model[0], x, lengths=[6, 2, 1])
+    how = {"amx": "AMX", "avx512_bf16": "AVX512-VNNI", "avx512_vnni": "AVX512-VNNI"}
+    isa = hardware.THIS_MACHINE.isa
+    assert plan.backend == "cpu" and f"int8 by {how.get(isa, f'pairs of int16 ({isa})')}" in plan.kernel
+    assert "not torch_eager: it has no kernel for weights of int8" in str(plan)
+    for explanation in (sk.explain(model), sk.explain(model, x)):
+        assert [(one.name, one.cls, one.plan) for one in explanation] == [("0", "seqkernels.QuantizedLSTM", plan)]
+    cell = nn.Sequential(sk.GRUCell(4, 5))
+    sk.quantize_(cell)
+    assert sk.explain(cell[0], x[0], torch.zeros(3, 5)) == plan
+    with pytest.raises(ValueError, match="QuantizedLSTM takes float32 and quantizes by itself"):
+        sk.explain(model[0], x.double())
+
+
+class Outputs(nn.Module):
+    def forward(self, found):
+        return found[0]
