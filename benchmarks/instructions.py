@@ -1,7 +1,8 @@
 """`python -m benchmarks instructions`: what nvcc makes of a step of the CUDA kernels; no GPU is needed.
 
 Kernels that are one launch are compiled each by itself, which takes seconds: a GRU's and an LSTM's for an even number
-of units, of which a single CTA has 128, a CTA of a cluster 64 and one of the grid 16. `sass.py` says what is counted.
+of units, of which a single CTA has 128, a CTA of a cluster 64 and one of the grid 16. `one_sequence` is the kernel of a
+single CTA for tiles of one, in float32. `sass.py` says what is counted.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from benchmarks.options import positive
 from benchmarks.sass import StepCode, step_codes
 
 ROOT = Path(__file__).parents[1]
-PATHS = ("single_cta", "cluster", "persistent_grid")
+PATHS = ("single_cta", "one_sequence", "cluster", "persistent_grid")
 CELLS = ("gru", "lstm")
 POLICIES = {"bfloat16": "TensorCore<bfloat16>", "tf32": "Tf32", "float32": "Fp32Fma"}
 COLUMNS = ("loop", "way", "64-bit", "products", "first product", "state store", "registers", "spilled")
@@ -37,11 +39,11 @@ class Kernel(NamedTuple):
     def source(self) -> str:
         of_pass = "Backward" if self.backward else "Forward"
         more = f"Cell::{self.cell}, {POLICIES[self.dtype]}, {str(self.backward).lower()}"
+        config = f"SingleCtaConfig<Arch::sm_80, {more}, 128, true>"
+        of_single_cta = ["single_cta_forward.cuh", "single_cta_backward.cuh"]
         kernel, headers = {
-            "single_cta": (
-                f"SingleCta{of_pass}<SingleCtaConfig<Arch::sm_80, {more}, 128, true>>",
-                ["single_cta_forward.cuh", "single_cta_backward.cuh"],
-            ),
+            "single_cta": (f"SingleCta{of_pass}<{config}>", of_single_cta),
+            "one_sequence": (f"SingleCta{of_pass}<OneSequence<{config}>>", of_single_cta),
             "cluster": (
                 f"Cluster{of_pass}<SliceConfig<Arch::sm_90, Path::cluster, {more}, 64, true>>",
                 ["cluster.cuh"],
@@ -57,7 +59,8 @@ class Kernel(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    steps: list[StepCode]  # of every loop of steps: a single CTA has one for tiles of up to 4 sequences
+    # Of every loop of steps, a single CTA having one for tiles of up to 4 sequences; and of each for 1, 2, 4 and 8.
+    steps: list[list[StepCode]]
     registers: int
     spilled: int  # bytes of a thread
 
@@ -77,7 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
-    kernels = [Kernel(*one) for one in itertools.product(options.path, options.cell, options.dtype, (False, True))]
+    every = itertools.product(options.path, options.cell, options.dtype, (False, True))
+    kernels = [Kernel(*one) for one in every if one[0] != "one_sequence" or one[2] == "float32"]
 
     def compile(kernel: Kernel) -> Compiled:
         return compiled(kernel, options.csrc, options.target, nvcc, cuobjdump)
@@ -87,11 +91,19 @@ def run(options: argparse.Namespace) -> int:
     with ThreadPoolExecutor(options.jobs) as pool:
         for kernel, found in zip(kernels, pool.map(compile, kernels), strict=True):
             of_kernel = [kernel.path.replace("_", " "), kernel.cell, kernel.dtype]
-            for number, step in enumerate(found.steps):
-                of_loop = ("backward" if kernel.backward else "forward") + (f", loop {number + 1}" if number else "")
-                row = [*of_kernel, of_loop, *map(str, step), str(found.registers), str(found.spilled)]
+            for name, step in named(kernel, found.steps):
+                row = [*of_kernel, name, *map(str, step), str(found.registers), str(found.spilled)]
                 print(f"| {' | '.join(row)} |", flush=True)
     return 0
+
+
+def named(kernel: Kernel, loops: list[list[StepCode]]) -> Iterator[tuple[str, StepCode]]:
+    """The steps by pass, loop and number of sequences, of those that there are several."""
+    for number, of_loop in enumerate(loops):
+        name = ("backward" if kernel.backward else "forward") + (f", loop {number + 1}" if number else "")
+        for place, step in enumerate(of_loop):
+            sequences = f", {1 << place} sequence{'s' if place else ''}" if len(of_loop) > 1 else ""
+            yield name + sequences, step
 
 
 def tool(name: str) -> str:

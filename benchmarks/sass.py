@@ -3,11 +3,12 @@
 A text is what `cuobjdump --dump-sass` says of one kernel. Its loops of steps, one or several for different tiles, are
 those that both multiply and wait, and have no such loop within. The way of a step begins where the states of the step
 before are waited for and ends where those of the step are sent or signalled. Of ways that branch the longest counts,
-and nothing twice: of code for several numbers of sequences that for the most, and of a loop within a single turn.
+and nothing twice: of a loop within a single turn. Code for several numbers of sequences, of which a step runs through
+one, counts as so many steps.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 PRODUCTS = re.compile(r"HMMA"), re.compile(r"FFMA")
@@ -87,7 +88,31 @@ class Flow:
                         left += self.before[i]
         return [loop for loop in found.values() if 0 not in loop]  # else the place is passed by: no loop begins there
 
-    def way(self, begin: int, among: set[int]) -> dict[int, int]:
+    def first_of(self, wanted: set[int], begin: int, among: set[int]) -> list[int]:
+        """Those that may come behind `begin` before all others."""
+        found: list[int] = []
+        seen, left = {begin}, [begin]
+        while left:
+            for i in self.after[left.pop()]:
+                if i in among and i not in seen:
+                    seen.add(i)
+                    (found if i in wanted else left).append(i)
+        return found
+
+    def beside(self, i: int, end: int, among: set[int]) -> set[int]:
+        """What may come before or after an instruction, without passing `end`."""
+        found = {end}
+        for following in (self.before, self.after):
+            seen, left = set[int](), [i]
+            while left:
+                one = left.pop()
+                if one in among and one != end and one not in seen:
+                    seen.add(one)
+                    left += following[one]
+            found |= seen
+        return found
+
+    def way(self, begin: int, among: Collection[int]) -> dict[int, int]:
         """How many instructions the longest way behind `begin` has before each, without a branch backwards; of `begin`
         itself, where it is come upon again."""
         order: list[int] = []  # what follows stands before
@@ -109,16 +134,28 @@ class Flow:
         return longest
 
 
-def step_codes(sass: str) -> list[StepCode]:
-    """Of all loops of steps, the shortest first."""
+def step_codes(sass: str) -> list[list[StepCode]]:
+    """Of all loops of steps, the shortest first; of each for every number of sequences that it has code for."""
     flow = Flow(instructions(sass))
     loops = [loop for loop in flow.loops() if flow.find(PRODUCTS, loop) and flow.find(WAITS, loop)]
     innermost = [loop for loop in loops if not any(other < loop for other in loops)]
-    return [step_code(flow, loop) for loop in sorted(innermost, key=len)]
+    return [of_sequences(flow, loop) for loop in sorted(innermost, key=len)]
 
 
-def step_code(flow: Flow, loop: set[int]) -> StepCode:
-    way = flow.way(flow.find(WAITS, sorted(loop))[0], loop)
+def of_sequences(flow: Flow, loop: set[int]) -> list[StepCode]:
+    """Code for a number of sequences is what goes with a product that may be the first of a step; where none of all is
+    multiplied, the first is one behind the code for each number."""
+    begin = flow.find(WAITS, sorted(loop))[0]
+    all_products = set(flow.find(PRODUCTS, loop))
+    own = {i: flow.beside(i, begin, loop) for i in flow.first_of(all_products, begin, loop)}
+    with_others = {i: frozenset(own.keys() & with_i) for i, with_i in own.items()}
+    alone = {same: own[i] for i, same in with_others.items() if all(same <= own[other] | {i} for other in same)}
+    codes = {step_code(flow, begin, one) for one in alone.values()}  # of two copies one
+    return sorted(codes, key=lambda code: code.products)
+
+
+def step_code(flow: Flow, begin: int, loop: Collection[int]) -> StepCode:
+    way = flow.way(begin, loop)
     products = flow.find(PRODUCTS, way)
     return StepCode(
         loop=len(loop),
