@@ -149,20 +149,33 @@ constexpr ResidentRow kResident[] = {
     {Path::persistent_grid, Arch::sm_90, 4, Math::tensor_core, kAnyWidth, {18, 17}, {17, 17}},
 };
 
+// Of a single CTA that takes one sequence and multiplies without tensor cores, which needs few registers for sums.
+constexpr ResidentRow kResidentOfOne[] = {
+    {Path::single_cta, Arch::sm_80, 2, Math::fp32_fma, 128, {8, 8}, {8, 8}},
+    {Path::single_cta, Arch::sm_80, 3, Math::fp32_fma, 128, {8, 8}, {8, 8}},
+    {Path::single_cta, Arch::sm_80, 4, Math::fp32_fma, 128, {5, 4}, {5, 5}},
+};
+
 // The row for a kernel of so many units; null: there is none.
-constexpr const ResidentRow* resident_row(Path path, const Variant& v, int width) {
+template <int ROWS>
+constexpr const ResidentRow* find_row(const ResidentRow (&rows)[ROWS], Path path, const Variant& v, int width) {
   const ResidentRow* best = nullptr;
-  for (const ResidentRow& row : kResident) {
+  for (const ResidentRow& row : rows) {
     if (row.path != path || row.gates != gates_of(v.cell) || row.math != v.math || row.max_width < width) continue;
     if (row.arch <= v.arch && (!best || row.arch > best->arch)) best = &row;
   }
   return best;
 }
-constexpr int resident_of(Path path, const Variant& v, int width) {
-  const ResidentRow* row = resident_row(path, v, width);
+constexpr const ResidentRow* resident_row(Path path, const Variant& v, int width) {
+  return find_row(kResident, path, v, width);
+}
+constexpr int resident_in(const ResidentRow* row, const Variant& v) {
   if (!row) return 0;
   const auto& pass = v.backward ? row->backward : row->forward;
   return v.even ? pass.even : pass.odd;
+}
+constexpr int resident_of(Path path, const Variant& v, int width) {
+  return resident_in(resident_row(path, v, width), v);
 }
 // Kernels are compiled for the architecture of their row, so that GPUs with the same row share a kernel.
 constexpr Arch resident_arch(Path path, const Variant& v, int width) { return resident_row(path, v, width)->arch; }
@@ -227,6 +240,18 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   l.resident = resident < l.groups ? resident : l.groups;
   l.group_bytes = gates * l.threads * kFragmentBytes;
   return l;
+}
+
+// Tiles of one sequence have a kernel of their own where it has more of the weights in registers. The host packs
+// weights, and estimates steps, as of any tile: nobody has measured yet what this one gains.
+constexpr SingleCtaLayout one_sequence_layout(const Variant& v, int width) {
+  SingleCtaLayout l = single_cta_layout(v, width);
+  const int resident = resident_in(find_row(kResidentOfOne, Path::single_cta, v, width), v);
+  if (resident > l.resident) l.resident = resident < l.groups ? resident : l.groups;
+  return l;
+}
+constexpr bool has_one_sequence(const Variant& v, int width) {
+  return one_sequence_layout(v, width).resident > single_cta_layout(v, width).resident;
 }
 
 // Of layers with masks there are few kernels: for these, and for even numbers of units those for odd ones, with one

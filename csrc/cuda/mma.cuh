@@ -140,12 +140,23 @@ struct Fp32FmaFor {
 
 struct Fp32Fma : Fp32FmaFor<8> {};
 
-// Calls with the policy for so many sequences, a number that is the same in all threads of a CTA. An MMA takes 8
-// anyway. A lane has PER_LANE of them in its result: with 1, no more than 4 come, and every other row has their
-// factors.
+// For tiles of one sequence: what lanes have of others may be anything, so that there is nothing to choose.
+struct Fp32FmaForOne : Fp32FmaFor<1, 1> {
+  static DEVICE void finish(const float (&sum)[accumulators], float (&result)[kElements]) {
+#pragma unroll
+    for (int unit = 0; unit < 2; unit++) {
+      const float half = sum[unit] + shfl_xor(sum[unit], 2);
+      result[unit * 2] += half + shfl_xor(half, 1);
+    }
+  }
+};
+
+// Calls with the policy for so many sequences, a number that is the same in all threads of a CTA, unless it is for any
+// anyway, as an MMA is for 8, or for one. A lane has PER_LANE of them in its result: with 1, no more than 4 come, and
+// every other row has their factors.
 template <class MathPolicy, int PER_LANE = 2, class Call>
 DEVICE void for_sequences(int sequences, Call call) {
-  if constexpr (MathPolicy::pipelined) {
+  if constexpr (!std::is_same_v<MathPolicy, Fp32Fma>) {
     call(MathPolicy{});
   } else {
     switch ((sequences > 1) + (sequences > 2) + (PER_LANE > 1 && sequences > 4)) {

@@ -22,6 +22,8 @@ const char* single_cta_sweep(const Pass& args, const LaunchShape& shape, const v
               variant_of(decltype(of_arch)::value, CELL, MathPolicy::math, Pass::backward, EVEN);
           constexpr Arch ARCH = resident_arch(Path::single_cta, variant, WIDTH);
           using C = SingleCtaConfig<ARCH, CELL, MathPolicy, Pass::backward, WIDTH, EVEN>;
+          if constexpr (has_one_sequence(C::variant, WIDTH))
+            if (shape.tile == 1) return launch_with<KernelOf<OneSequence<C>>>(args, shape, packed, stream);
           return launch_with<KernelOf<C>>(args, shape, packed, stream);
         });
       } else {

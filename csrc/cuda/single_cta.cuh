@@ -17,7 +17,7 @@ struct SingleCtaConfig {
   using MathPolicy = MathPolicy_;
   using T = typename MathPolicy::T;
   static constexpr Cell CELL = CELL_;
-  static constexpr bool EVEN = EVEN_;
+  static constexpr bool EVEN = EVEN_, one_sequence = false;
   static constexpr Variant variant = variant_of(ARCH, CELL, MathPolicy::math, BACKWARD, EVEN);
   static constexpr SingleCtaLayout layout = single_cta_layout(variant, WIDTH_);
   static constexpr int G = gates_of(CELL), WIDTH = WIDTH_, M_TILES = layout.m_tiles, threads = layout.threads;
@@ -30,6 +30,15 @@ template <Arch ARCH, Cell CELL, class MathPolicy, bool BACKWARD, int WIDTH>
 struct MaskedConfig : SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, false> {
   using Plain = SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, false>;
   static constexpr SingleCtaLayout layout = masked_single_cta_layout(Plain::variant, WIDTH);
+};
+
+// The same for tiles of one sequence, if has_one_sequence().
+template <class C>
+struct OneSequence : C {
+  using Plain = C;
+  using MathPolicy = Fp32FmaForOne;
+  static constexpr bool one_sequence = true;
+  static constexpr SingleCtaLayout layout = one_sequence_layout(C::variant, C::WIDTH);
 };
 
 template <class Pass>

@@ -96,7 +96,9 @@ struct SingleCtaBackward : C {
   static DEVICE void run(const Parameters& s) {
     const Tile tile(s, s.tile);
     const PackedWeights<C> weights(s, tile.direction());  // transposed
-    if (tile.sequences() <= kMaxTile / 2)
+    if constexpr (C::one_sequence)
+      steps<1>(s, tile, weights);
+    else if (tile.sequences() <= kMaxTile / 2)
       steps<1>(s, tile, weights);
     else
       steps<2>(s, tile, weights);

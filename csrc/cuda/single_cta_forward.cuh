@@ -76,7 +76,9 @@ struct SingleCtaForward : C {
     const Tile tile(s, s.tile);
     const PackedWeights<C> weights(s, tile.direction());
     const Biases biases(s, tile.direction(), 0, C::threads, C::layout.buffers);
-    if (tile.sequences() <= kMaxTile / 2)
+    if constexpr (C::one_sequence)
+      steps<1>(s, tile, weights, biases);
+    else if (tile.sequences() <= kMaxTile / 2)
       steps<1>(s, tile, weights, biases);
     else
       steps<2>(s, tile, weights, biases);

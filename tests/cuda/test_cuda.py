@@ -125,6 +125,17 @@ def test_where_the_weights_lie_changes_no_bit(cell, hidden, dtype, shared_memory
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("hidden", [90, 127, 128])
+@pytest.mark.parametrize("cell", ["ligru", "gru", "lstm"])
+def test_a_block_with_one_sequence_has_more_weights_in_registers_and_gives_the_same_bits(cell, hidden, shared_memory):
+    call = Call(cell, 2, 2, 3, hidden, batch_sizes=(2, 2, 1), dtype=torch.float32)
+    expected = both_passes(call, *by_path(SINGLE_CTA))
+    for bytes_of_a_block in (THIS_GPU.shared_memory, 68 << 10):
+        shared_memory(bytes_of_a_block)
+        found = both_passes(call, *by_path(SINGLE_CTA._replace(tile=1)))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 class Saturated(Call):
     """Of an LSTM: gates are what their biases make them, f so near 1 that c has a memory of a thousand steps, in which
     it grows until tanh is 1."""

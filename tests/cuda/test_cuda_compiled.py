@@ -133,11 +133,11 @@ NAME = re.compile(
 
 
 @functools.cache
-def configured(target: str) -> dict[Config, Kernel]:
-    """The kernels that are one launch, by what they are for."""
+def configured(target: str, one_sequence: bool = False) -> dict[Config, Kernel]:
+    """The kernels that are one launch, by what they are for; of a single CTA those for any tile or for one sequence."""
     kernels = {}
     for kernel in compiled(target):
-        if "Config<" not in kernel.name:
+        if "Config<" not in kernel.name or ("OneSequence<" in kernel.name) != one_sequence:
             continue
         name = NAME.search(kernel.name)
         assert name, f"no configuration can be read from {kernel.name}"
@@ -228,6 +228,18 @@ def test_what_registers_have_is_multiplied_without_a_loop(target):
             weights = plans[config][0]["registers"] // plans[config][0]["threads"] // 4
             products = weights * (1 + 2 + 4 + 8) if config.exact else weights * 4 * 32 // 512
             assert kernel.instructions["FFMA" if config.exact else "HMMA"] >= products, kernel
+
+
+def test_a_kernel_for_one_sequence_has_more_weights_in_registers(target):
+    plans = planned("single CTA", NVIDIA, 256)
+    kernels = configured(target, one_sequence=True)
+    assert {config.cell for config in kernels} == {"ligru", "gru", "lstm"}
+    for config, kernel in kernels.items():
+        one = plans[config][0]
+        all_weights = config.width**2 * cells.CELLS[config.cell].gates
+        expected = all_weights * 5 // 8 if config.cell == "lstm" and config.even else all_weights // 2
+        assert config.exact and one["registers"] // 4 < all_weights
+        assert kernel.instructions["FFMA"] * one["threads"] >= (expected if config.cell == "lstm" else all_weights)
 
 
 def test_there_is_a_kernel_for_all_that_is_planned_and_for_nothing_else(target):
