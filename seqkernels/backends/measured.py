@@ -7,10 +7,10 @@ MEASURED: dict[str, dict[str, tuple[float, ...]]] = {
     "NVIDIA H200": {
         "cuda call infer": (228.7,),
         "cuda call infer bfloat16": (224.1,),
-        "cuda call train": (1122.0,),
+        "cuda call train": (1122.2,),
         "cuda call train bfloat16": (1150.6,),
-        "cuda cluster backward": (0.9064, 0.3193, 0.1405, 4.9823, 0.0447, 1.1399, 0.4912, 0.0),
-        "cuda cluster forward": (0.9072, 0.3437, 0.1142, 1.278, 0.0902, 1.1539, 0.1182, 0.0),
+        "cuda cluster backward": (0.9205, 0.2824, 0.1347, 4.5408, 0.0247, 0.056, 1.1707, 0.5476, 0.0),
+        "cuda cluster forward": (0.9282, 0.3158, 0.1025, 0.0, 0.0504, 0.1058, 1.1822, 0.2273, 0.0),
         "cuda persistent grid backward": (2.0974, 0.7258, 0.2607, 0.0, 4.2865, 0.0715, 1.1395, 0.0),
         "cuda persistent grid forward": (1.8345, 0.1261, 0.2107, 2.2891, 1.2818, 0.0, 0.0),
         "cuda single CTA backward": (0.2338, 0.5631, 0.0, 1.4804, 0.8935, 0.752),

@@ -54,12 +54,8 @@ HOST_DECIDED = {
     "NVIDIA H200 big LSTM float16 padded infer",
 }
 
-# The other widths of clusters took up to 13 % less.
-UNEVEN = {
-    ("gru", "tf32", 128, 64, 1, "backward"),
-    ("lstm", "bfloat16", 256, 1, 1, "backward"),
-    ("gru", "bfloat16", 256, 64, 1, "forward"),
-}
+# cuDNN takes three quarters of what our best one does, and runs.
+FOR_CUDNN = "gru", "tf32", 128, 64, 1, "backward"
 
 
 @pytest.mark.parametrize("case", MODULES, ids=" ".join)
@@ -86,7 +82,7 @@ def test_no_path_is_chosen_that_takes_a_tenth_longer_than_the_best(case):
     times = {(row["path"], row["units"]): row["us"] for row in STEPS[case] if row["contender"] == "cuda"}
     launch, _ = cheapest(call_of(STEPS[case][0]), GPUS[case[0]], case[-1] == "backward")
     slower = times[path_names()[launch.path], launch.units] / min(times.values())
-    assert slower <= (1.14 if case[1:] in UNEVEN else 1.1)
+    assert slower <= (1.14 if case[1:] == FOR_CUDNN else 1.1)
 
 
 @pytest.mark.parametrize("case", sorted({case[:-1] for case in STEPS}), ids=lambda case: " ".join(map(str, case)))

@@ -203,7 +203,9 @@ def terms(found: dict[str, Any], layer: Call, gpu: GPU, backward: bool) -> costs
     if found["path"] == "single CTA":
         shape.pop()
     elif found["path"] == "cluster":
+        tensor_cores = layer.dtype.itemsize == 2 or layer.tf32
         shape.append(float(found["units"].bit_count() > 1))  # with 48 units warps have unequal work
+        shape.append(float(found["units"] < 64 and tensor_cores))  # more peers for products that take hardly less
     waves = costs.waves(layer, tile, found["at_once"])
     return costs.Terms(key, tuple(waves * term for term in (*shape, *(clocks / costs.CLOCK for clocks in of_block))))
 
