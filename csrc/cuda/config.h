@@ -242,8 +242,8 @@ constexpr SingleCtaLayout single_cta_layout(const Variant& v, int width) {
   return l;
 }
 
-// Tiles of one sequence have a kernel of their own where it has more of the weights in registers. The host packs
-// weights, and estimates steps, as of any tile: nobody has measured yet what this one gains.
+// Tiles of one sequence have a kernel of their own where it has more of the weights in registers. Plans estimate their
+// steps as of any tile: nobody has measured yet what this kernel gains.
 constexpr SingleCtaLayout one_sequence_layout(const Variant& v, int width) {
   SingleCtaLayout l = single_cta_layout(v, width);
   const int resident = resident_in(find_row(kResidentOfOne, Path::single_cta, v, width), v);

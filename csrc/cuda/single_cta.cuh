@@ -35,7 +35,6 @@ struct MaskedConfig : SingleCtaConfig<ARCH, CELL, MathPolicy, BACKWARD, WIDTH, f
 // The same for tiles of one sequence, if has_one_sequence().
 template <class C>
 struct OneSequence : C {
-  using Plain = C;
   using MathPolicy = Fp32FmaForOne;
   static constexpr bool one_sequence = true;
   static constexpr SingleCtaLayout layout = one_sequence_layout(C::variant, C::WIDTH);

@@ -39,7 +39,9 @@ void clear_tags(const CallContext& context, const SweepLaunch& launch, const Swe
 SingleCtaLayout layout_of(const SweepLaunch& launch, const SweepArgs& sweep) {
   const Math math = math_of(sweep.scalar, sweep.tf32);
   const Variant variant = variant_of(launch.shape.arch, sweep.cell, math, launch.backward, launch.hidden % 2 == 0);
-  return single_cta_layout(variant, single_cta_width(math, launch.hidden), launch.masked, launch.layer_norm);
+  const int width = single_cta_width(math, launch.hidden);
+  if (launch.shape.tile == 1 && !launch.masked && !launch.layer_norm) return one_sequence_layout(variant, width);
+  return single_cta_layout(variant, width, launch.masked, launch.layer_norm);
 }
 
 template <class Masked, class Args>

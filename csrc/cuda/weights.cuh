@@ -105,17 +105,9 @@ class PackedWeights {
   // Where one half of a thread's fragment is among those of a group.
   static DEVICE int place(int gate, int half) { return (gate * 2 + half) * C::threads + thread(); }
 
-  // Weights are packed for any tile; that of one sequence reads fewer of them.
-  static DEVICE int resident_of_all() {
-    if constexpr (C::one_sequence)
-      return C::Plain::layout.resident;
-    else
-      return resident;
-  }
-
   // Where all groups of a direction would begin, of which only those behind the shared ones are packed.
   static DEVICE int first_vec16(int shared, int direction) {
-    const int before = resident_of_all() + shared;
+    const int before = resident + shared;
     return (direction * (groups - before) - before) * group_vec16s;
   }
 
