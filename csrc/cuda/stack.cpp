@@ -185,7 +185,7 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
   Between between(context, L, wavefront, p, rows);
   std::vector<LayerOfBackward> layers(L, {p, sweep, {}});
   Streams streams(context, wavefront.streams());
-  wavefront.each(true, [&](const Wavefront::Task& task) {
+  const auto take = [&](const Wavefront::Task& task) {
     const int64_t l = task.layer;
     LayerOfBackward& layer = layers[l];
     if (task.chunk.last) {
@@ -215,9 +215,14 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
       else
         stepwise_backward(context, p, steps, sweep, masks, grads, found->grad_h_0, found->grad_c_0);
       if (found->wants_x) multiply_grad_x(context, p, grads, found->grad_x);
-      if (task.chunk.first && found->wants_weights)
-        multiply_grad_weights(context, layers[l].p, layers[l].sweep, gradients[task.stream], own, masks,
-                              found->grad_weights);
+    });
+  };
+  wavefront.each(true, take, [&](int64_t l, int64_t stream) {
+    if (!results.wants_weights) return;
+    streams.run(stream, [&, l, stream](const CallContext& context) {
+      LayerOfBackward& layer = layers[l];
+      multiply_grad_weights(context, layer.p, layer.sweep, gradients[stream], memory->streams[stream], masks,
+                            layer.results->grad_weights);
     });
   });
   streams.join();

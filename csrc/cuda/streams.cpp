@@ -3,6 +3,7 @@
 #ifndef SEQKERNELS_EMULATOR
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <mutex>
 
 namespace seqkernels {
@@ -11,14 +12,6 @@ namespace {
 
 void check_cuda(cudaError_t error) {
   check(error == cudaSuccess, "CUDA cannot let layers run at the same time: ", cudaGetErrorString(error));
-}
-
-// Of the CUDA graph that captures what a stream is given; 0: none does.
-unsigned long long capture_of(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long capture = 0;
-  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture));
-  return status == cudaStreamCaptureStatusNone ? 0 : capture;
 }
 
 // Allows, in this thread, what a capture elsewhere would forbid.
@@ -35,7 +28,7 @@ class Relaxed {
 
 class StreamSet {
  public:
-  explicit StreamSet(int device) : device(device) {
+  StreamSet(int device, cudaStream_t of_call) : device(device), of_call(of_call) {
     const Relaxed relaxed;
     for (int i = 0; i < kMaxStreams; i++) {
       check_cuda(cudaStreamCreateWithFlags(&streams[i], cudaStreamNonBlocking));
@@ -50,27 +43,28 @@ class StreamSet {
   }
 
   const int device;
+  const cudaStream_t of_call;
   cudaStream_t streams[kMaxStreams];
   cudaEvent_t events[kMaxStreams];
 };
 
 namespace {
 
-// Sets that no call is issuing work to. What a graph captures goes only to streams that nobody else uses until the
-// capture ends, as they belong to it until then. They live as long as the process: when it ends, CUDA may have before.
+// Sets that no call is issuing work to, each for the calls of one stream. So layers wait for nothing that the call's
+// stream does not wait for; a capture holds streams that only captured calls use; and the workspaces that torch keeps
+// for cuBLAS on them are shared by no more calls and graphs than that of the call's stream. They live as long as the
+// process: when it ends, CUDA may have before.
 class Pool {
  public:
   StreamSet* take(int device, cudaStream_t of_call) {
-    const unsigned long long capture = capture_of(of_call);
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const unsigned long long wanted : {capture, 0ull})  // those of the same capture first
-      for (size_t i = 0; i < free_.size(); i++) {
-        StreamSet* set = free_[i];
-        if (set->device != device || capture_of(set->streams[0]) != wanted) continue;
-        free_.erase(free_.begin() + i);
-        return set;
-      }
-    return new StreamSet(device);
+    const auto found = std::find_if(free_.begin(), free_.end(), [&](const StreamSet* set) {
+      return set->device == device && set->of_call == of_call;
+    });
+    if (found == free_.end()) return new StreamSet(device, of_call);
+    StreamSet* const set = *found;
+    free_.erase(found);
+    return set;
   }
 
   void give_back(StreamSet* set) {
@@ -92,9 +86,9 @@ cudaStream_t stream_of(const CallContext& call) { return static_cast<cudaStream_
 
 }  // namespace
 
-Streams::Streams(const CallContext& call, int64_t count) : call_(call), count_(count) {
-  if (count == 1) return;
-  set_ = pool().take(call.device(), stream_of(call));
+Streams::Streams(const CallContext& call, int64_t count)
+    : Streams(call, count, count == 1 ? nullptr : pool().take(call.device(), stream_of(call))) {
+  if (!set_) return;  // from here on an error runs the destructor, which gives the set back
   check_cuda(cudaEventRecord(set_->events[0], stream_of(call)));
   for (int64_t i = 0; i < count; i++) check_cuda(cudaStreamWaitEvent(set_->streams[i], set_->events[0], 0));
 }

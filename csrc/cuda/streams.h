@@ -38,11 +38,13 @@ class Streams {
   void join();
 
  private:
+  Streams(const CallContext& call, int64_t count, StreamSet* set) : call_(call), count_(count), set_(set) {}
+
   void* at(int64_t stream) const;
 
   const CallContext& call_;
   const int64_t count_;
-  StreamSet* set_ = nullptr;  // null: there is none, or it is joined
+  StreamSet* set_;  // null: there is none, or it is joined
 };
 
 #endif

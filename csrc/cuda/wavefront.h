@@ -49,14 +49,23 @@ class Wavefront {
 
   // Calls with the tasks, in an order that gives each stream its work and has `after` given no more than what is to be
   // waited for: diagonal by diagonal of layers and chunks, the layer that is furthest first. Backward it is all
-  // mirrored.
+  // mirrored. And with finish(layer, stream), what nobody waits for, once the layer's last chunk has been given, and
+  // the one that waits for it.
   template <class Visit>
   void each(bool backward, const Visit& visit) const {
+    each(backward, visit, [](int64_t, int64_t) {});
+  }
+  template <class Visit, class Finish>
+  void each(bool backward, const Visit& visit, const Finish& finish) const {
     for (int64_t first = 0; first < layers_; first += streams_) {
       const int64_t count = std::min(streams_, layers_ - first);
-      for (int64_t diagonal = 0; diagonal < chunks_ + count - 1; diagonal++)
+      for (int64_t diagonal = 0; diagonal < chunks_ + count; diagonal++) {
         for (int64_t i = std::min(diagonal, count - 1); i >= 0 && diagonal - i < chunks_; i--)
           visit(task(first + i, diagonal - i, backward));
+        if (diagonal < chunks_) continue;
+        const Task done = task(first + diagonal - chunks_, chunks_ - 1, backward);
+        finish(done.layer, done.stream);
+      }
     }
   }
 
