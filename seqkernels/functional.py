@@ -220,8 +220,8 @@ def recurrent(
             return results
     more = bias, parts is None, 1 if parts is None else parts.cell_options.blocks, backend, transformed
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, *more)
-    plan, inputs = planned(inputs, weights, dropout, recompute, parts, backend)
-    return restore_layout(inputs, *run(plan, inputs, weights, dropout, recompute, parts))
+    plan, together = planned(inputs, weights, dropout, recompute, parts, backend)
+    return restore_layout(inputs, *run(plan, together, inputs, weights, dropout, recompute, parts))
 
 
 def planned(
@@ -231,16 +231,19 @@ def planned(
     recompute: bool,
     parts: with_options.Parts | None,
     backend: str | None,
-) -> tuple[select.Plan, Inputs]:
-    """The plan of a call, with options or without; and its inputs, which say whether all layers are one call of the
-    operator."""
+) -> tuple[select.Plan, bool]:
+    """The plan of a call, with options or without; and whether all layers are one call of the operator."""
     layers = inputs.call.layers
-    if layers > 1 and dropout == 0 and not (inputs.save and recompute) and not (parts and parts.by_layer):
-        # It knows no dropout; nor layers that are frozen below others, whose gradients it would compute, nor to run
-        # again one layer at a time.
-        together = _want_alike(weights, len(weights) // layers)
-        inputs = inputs._replace(call=inputs.call._replace(together=together))
-    return plan_of(inputs, parts, backend), inputs
+    if layers == 1:
+        return plan_of(inputs, parts, backend), True
+    # It knows no dropout; nor layers that are frozen below others, whose gradients it would compute, nor to run again
+    # one layer at a time.
+    again = inputs.save and recompute
+    together = dropout == 0 and not again and _want_alike(weights, len(weights) // layers)
+    if together and not (parts and parts.by_layer):
+        inputs = inputs._replace(call=inputs.call._replace(together=True))
+    plan = plan_of(inputs, parts, backend)
+    return plan, together or (plan.backend == "cudnn" and dropout == 0)  # which cannot leave out any gradients
 
 
 def plan_of(inputs: Inputs, parts: with_options.Parts | None, backend: str | None) -> select.Plan:
@@ -252,13 +255,14 @@ def plan_of(inputs: Inputs, parts: with_options.Parts | None, backend: str | Non
 
 def run(
     plan: select.Plan,
+    together: bool,
     inputs: Inputs,
     weights: Sequence[Tensor],
     dropout: float,
     recompute: bool = False,
     parts: with_options.Parts | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers, with dropout between them -> y, h_n, c_n."""
+    """All layers, with dropout between them -> y, h_n, c_n; together: as `planned` says."""
     if parts is not None and parts.by_layer:
         return with_options.run(plan, inputs, weights, parts, dropout, recompute)
     if parts is not None:
@@ -266,8 +270,7 @@ def run(
     rows, h_0, c_0, _, save, call = inputs
     y, batch_sizes, layers = rows.data, rows.batch_sizes, call.layers
     of_all = plan, call, y, weights, h_0, c_0, batch_sizes, save, recompute, rows.pieces
-    # (cuDNN cannot leave out gradients of any layer.)
-    if layers == 1 or call.together or (plan.backend == "cudnn" and dropout == 0):
+    if together:
         return ops.recurrence_forward(*of_all)
     of_one, h_n, c_n = call._replace(layers=1), [], []
     for layer, (of_layer, begin_h, begin_c) in enumerate(stack.each(layers, weights, h_0, c_0)):

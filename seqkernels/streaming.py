@@ -47,13 +47,13 @@ def step(
         return y.squeeze(0), state
     blocks = 1 if parts is None else parts.cell_options.blocks
     inputs = prepare(cell, x.unsqueeze(0), state, weights, num_layers, 1, bias=bias, blocks=blocks)
-    plan, inputs = functional.planned(inputs, weights, dropout, recompute, parts, backend)
+    plan, together = functional.planned(inputs, weights, dropout, recompute, parts, backend)
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and parts is None:
         plan = plan._replace(launch=cpu.as_among_others(plan.launch))
     elif plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
-    y, h, c = functional.run(plan, inputs, weights, dropout, recompute, parts)
+    y, h, c = functional.run(plan, together, inputs, weights, dropout, recompute, parts)
     y, h, c = y[:sequences], h[:, :sequences], c[:, :sequences]
     if x.dim() == 1:
         y, h, c = y.squeeze(0), h.squeeze(1), c.squeeze(1)

@@ -89,15 +89,15 @@ void run_forward(const CallContext& context, LayerForward& p, const CheckedArgum
       take_chunk(context, task.chunk, own.between, p, sweep);
       if (task.chunk.first) pack_weights(context, sweep, sweep.w_hh, launch, own.sweep);
       project_input(context, p, task.chunk.rows, own, sweep);
-      Tensor h_n = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
-      if (masks.pieces) {  // those without rows keep their states
-        begin_as(context, h_n, p.h_0);
-        begin_as(context, c_n, p.c_0);
+      if (masks.pieces || plan.path == Path::stepwise) {
+        Tensor h_n = of_layer(context, results.h_n, L, l), c_n = of_layer(context, results.c_n, L, l);
+        if (masks.pieces) {  // those without rows keep their states
+          begin_as(context, h_n, p.h_0);
+          begin_as(context, c_n, p.c_0);
+        }
+        if (plan.path == Path::stepwise) return stepwise_forward(context, p, steps, sweep, masks, h_n, c_n);
       }
-      if (plan.path != Path::stepwise)
-        sweep_forward(context, launch, own.sweep, sweep, masks);
-      else
-        stepwise_forward(context, p, steps, sweep, masks, h_n, c_n);
+      sweep_forward(context, launch, own.sweep, sweep, masks);
     });
   });
   streams.join();
@@ -199,22 +199,25 @@ void run_backward(const CallContext& context, LayerBackward& p, const CheckedArg
     streams.wait(task.stream, task.after);
     streams.run(task.stream, [&, l, task](const CallContext& context) {
       const BackwardWorkspace& own = memory->streams[task.stream];
-      auto [p, sweep, found] = layers[l];
+      LayerBackward p = layers[l].p;
+      BackwardArgs sweep = layers[l].sweep;
+      BackwardResults& found = *layers[l].results;
       if (task.chunk.last) {
         if (masks.pieces) {
-          begin_as(context, found->grad_h_0, p.grad_h_n);
-          begin_as(context, found->grad_c_0, p.grad_c_n);
+          begin_as(context, found.grad_h_0, p.grad_h_n);
+          begin_as(context, found.grad_c_0, p.grad_c_n);
         }
         gather_c(context, wavefront, p, own.c);
         pack_weights(context, sweep, sweep.w_hh, launch, own.sweep);
       }
       SweepGradients grads = gradients[task.stream];
-      take_chunk(context, task.chunk, own, p, sweep, grads, found->grad_x);
+      Tensor grad_x = found.grad_x;
+      take_chunk(context, task.chunk, own, p, sweep, grads, grad_x);
       if (plan.path != Path::stepwise)
         sweep_backward(context, launch, own.sweep, sweep, masks);
       else
-        stepwise_backward(context, p, steps, sweep, masks, grads, found->grad_h_0, found->grad_c_0);
-      if (found->wants_x) multiply_grad_x(context, p, grads, found->grad_x);
+        stepwise_backward(context, p, steps, sweep, masks, grads, found.grad_h_0, found.grad_c_0);
+      if (found.wants_x) multiply_grad_x(context, p, grads, grad_x);
     });
   };
   wavefront.each(true, take, [&](int64_t l, int64_t stream) {

@@ -33,7 +33,7 @@ class Call(NamedTuple):
     vmapped: bool = False  # torch.vmap is at work, and no other transform
     # What its steps do beside a plain cell's: those of `seqkernels.cell_options`, or RESETS.
     options: tuple[str, ...] = ()
-    together: bool = False  # all layers are one call of the operators
+    together: bool = False  # several layers are one call of the operators
 
     @property
     def gates(self) -> int:

@@ -160,7 +160,7 @@ def wavefront(request) -> tuple[nn.Module, Tensor]:
     module = layer("LSTM", HIDDEN[request.param], num_layers=3)
     x = torch.randn(1000, SEQUENCES, INPUT)
     planned = sk.explain(module, x)
-    if "as a wavefront" not in planned.kernel:
+    if planned.kernel.count("as a wavefront") < 1 + ("backward" in planned.kernel):  # in both passes
         pytest.skip(f"no wavefront is planned on this GPU: {planned}")
     return module, x
 

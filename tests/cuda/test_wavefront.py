@@ -14,6 +14,7 @@ from torch import Tensor
 import seqkernels as sk
 from seqkernels import hardware
 from seqkernels.backends import call as calls
+from seqkernels.backends import costs
 from seqkernels.backends.cuda.launch import PassLaunch, cheapest, of_stack
 from seqkernels.hardware import THIS_MACHINE
 
@@ -32,7 +33,7 @@ SHAPES = {
     "a shorter last chunk": (STACK, 3),  # of 3, 3 and 1 steps
     "chunks of one step": (STACK | {"steps": 4}, 9),
     "one step": (STACK | {"steps": 1}, 4),
-    "more layers than streams": (STACK | {"layers": 10, "steps": 3}, 2),
+    "more layers than streams": (STACK | {"layers": 9, "steps": 3}, 2),
     "odd": (STACK | {"hidden": 35, "bias": False}, 2),
 }
 
@@ -174,7 +175,7 @@ def test_a_deep_stack_over_many_steps_goes_as_a_wavefront(backward):
         {"options": (calls.RESETS,)},
         {"sequences": 4096},  # each layer fills the GPU
         {"hidden_size": 2048},  # step by step
-        {"steps": 32768, "sequences": 64},  # the workspace would be large
+        {"steps": 65536, "hidden_size": 64},  # or any number beyond
     ],
     ids=str,
 )
@@ -182,10 +183,24 @@ def test_others_go_layer_by_layer(change):
     call = KERNELBENCH._replace(**change)
     for backward in (False, True):
         launch, us = of_stack(call, H200, backward)
-        if not backward and "sequences" in change and "steps" in change:
-            continue  # forward needs less memory
         assert launch.chunks == 1
         assert us == pytest.approx(call.layers * cheapest(call, H200, backward)[1])
+
+
+def test_memory_is_bounded():
+    """Backward every layer under way has the gradients of its gates."""
+    large = KERNELBENCH._replace(steps=4096, sequences=16)
+    assert of_stack(large, H200, False)[0].chunks > 1
+    assert of_stack(large, H200, True)[0].chunks == 1
+
+
+@pytest.mark.parametrize("steps", [32, 64, 128, 256, 1024])
+def test_what_is_planned_for_many_steps_pays_for_the_fewest_of_the_same_plan(steps):
+    call = KERNELBENCH._replace(steps=steps)
+    launch, _ = of_stack(call, H200, False)
+    fewest = steps // 2 + 1
+    host = call.layers * launch.chunks * costs.HOST_OF_CHUNK
+    assert launch.chunks == 1 or host < 0.9 * fewest * call.layers * cheapest(call, H200, False)[1]
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from seqkernels.backends.cuda.launch import Launch, PassLaunch, launch_of
 from seqkernels.backends.side_by_side import sequences_of
 from seqkernels.late_checks import fitting, fitting_backward
 
+# Whether float32 may be rounded to TF32; path, tile, units and chunks forward, and backward.
+Passes = tuple[bool | int, Sequence[int], Sequence[int]]
+
 
 def forward(
     cell: str,
@@ -125,16 +128,22 @@ def layer_norm_sweep_back(cell: str, grad_y, grad_h_n, grad_c_n, *rest) -> tuple
 
 def _layer_with_norms(
     launch: Sequence[int], cell: str, gates_x, w_hh, scale, shift, scale_c, shift_c, h_0, c_0, batch_sizes, *rest
-) -> tuple[tuple, Launch]:
+) -> tuple[tuple, Passes]:
     """Arguments of both passes, with batch sizes that fit, and how the passes are launched."""
     _expect_kernels()
     if len(launch) > 1:
-        planned = Launch.of_ints(launch)
+        planned = _passes(launch)
     else:
         hidden_size = h_0.shape[2] if h_0.dim() == 3 and h_0.shape[0] and cell in CELLS else 0
         planned = _plan(cell, gates_x, h_0, hidden_size, options=("layer_norm",))
     parameters, batch_sizes = (w_hh, scale, shift, scale_c, shift_c), fitting(gates_x, h_0, batch_sizes)
     return (gates_x, *parameters, h_0, c_0, batch_sizes, *rest), planned
+
+
+def _passes(launch: Sequence[int]) -> Passes:
+    """Of `Launch.to_ints`."""
+    each = len(PassLaunch._fields)
+    return launch[0], launch[1 : 1 + each], launch[1 + each :]
 
 
 def _planned(
@@ -147,7 +156,7 @@ def _planned(
     batch_sizes: Tensor | None = None,
     pieces: Tensor | None = None,
     masked: bool = False,
-) -> Launch:
+) -> Passes:
     """What was planned for the call; where nothing was, the plan for the sizes that arrive.
 
     Raises:
@@ -155,10 +164,9 @@ def _planned(
     """
     _expect_kernels()
     if len(launch) > 1:
-        return Launch.of_ints(launch)
-    known = (
-        h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and len(weights) > 1 and weights[0].dim() == 2 and cell in CELLS
-    )
+        return _passes(launch)
+    known = h_0.dim() == 3 and 0 < layers <= h_0.shape[0] and cell in CELLS
+    known = known and x.dim() == 2 and len(weights) > 1 and weights[0].dim() == 2
     if not known:
         return _plan(cell, x, h_0, 0)
     projected = len(weights) // h_0.shape[0] % 2 == 1
@@ -183,7 +191,7 @@ def _plan(
     options: tuple[str, ...] = (),
     sequences: int | None = None,  # None: as many as states
     padded: bool = False,
-) -> Launch:
+) -> Passes:
     """For what arrives without a plan; hidden_size is 0 where it does not fit, so that the operator says what is
     wrong."""
     if not hidden_size:

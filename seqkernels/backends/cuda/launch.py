@@ -3,14 +3,13 @@ costs on each."""
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from seqkernels import hardware
 from seqkernels.backends import costs
-from seqkernels.backends.call import Call
+from seqkernels.backends.call import CUDNN_STEPS, Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.hardware import GPU
 
@@ -40,12 +39,6 @@ class Launch(NamedTuple):
     def to_ints(self) -> tuple[int, ...]:
         return int(self.tf32), *self.forward, *self.backward
 
-    @classmethod
-    def of_ints(cls, ints: Sequence[int]) -> "Launch":
-        tf32, *passes = ints
-        each = len(PassLaunch._fields)
-        return cls(bool(tf32), PassLaunch(*passes[:each]), PassLaunch(*passes[each:]))
-
     def __str__(self) -> str:
         forward, backward = str(self.forward), str(self.backward)
         return forward if forward == backward else f"forward {forward}, backward {backward}"
@@ -62,19 +55,23 @@ def of_stack(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
     as a wavefront where that takes less by a tenth."""
     launch, us = cheapest(call, gpu, backward)
     us *= call.layers
-    at_once = min(call.layers, hardware.native().CUDA_STREAMS)
-    one_way = call.layout == "padded" and call.directions == 1 and not call.options
-    if at_once == 1 or not (call.together and call.steps and one_way):
+    known = call.together and 0 < call.steps <= CUDNN_STEPS  # beyond, a class has no upper end
+    if not known or call.layout != "padded" or call.directions == 2 or call.options:
         return launch, us
-    if _workspace(call, at_once, backward) > _MAX_WORKSPACE:
-        return launch, us
-    beside = _cheapest_of(call, gpu, backward, at_once)
+    groups = -(-call.layers // hardware.native().CUDA_STREAMS)
+    at_once = -(-call.layers // groups)
+    beside = _cheapest_of(call, gpu, backward, at_once) if at_once > 1 else None
     if beside is None:
         return launch, us
-    us_of_chunks, chunks = min((_wavefront(call, at_once, beside[1], chunks), chunks) for chunks in _CHUNKS)
-    if us_of_chunks > 0.9 * us:
+    wavefronts = [
+        (_wavefront(call, groups, at_once, beside[1], chunks), chunks)
+        for chunks in _CHUNKS
+        if _workspace(call, at_once, chunks, backward) <= _MAX_WORKSPACE
+    ]
+    if not wavefronts or min(wavefronts)[0] > 0.9 * us:
         return launch, us
-    return beside[0]._replace(chunks=chunks), us_of_chunks
+    us, chunks = min(wavefronts)
+    return beside[0]._replace(chunks=chunks), us
 
 
 _SHARING = ("single CTA", "cluster")  # that leave multiprocessors to other layers
@@ -82,17 +79,19 @@ _CHUNKS = (2, 4, 8, 16, 32)
 _MAX_WORKSPACE = 512 << 20  # bytes of a wavefront, in which every layer under way has its own
 
 
-def _wavefront(call: Call, at_once: int, us: float, chunks: int) -> float:
-    """Microseconds of a step through all layers, of which each takes `us`: what the GPU takes, or the host."""
-    rounds = -(-call.layers // at_once) * (chunks + at_once - 1)
-    on_gpu = rounds * (us * call.steps / chunks + costs.CHUNK)
-    return max(on_gpu, call.layers * chunks * costs.HOST_OF_CHUNK) / call.steps
+def _wavefront(call: Call, groups: int, at_once: int, us: float, chunks: int) -> float:
+    """Microseconds of a step through all layers, of which each takes `us`: what the GPU takes, or the host. For as few
+    steps as calls of this plan have, as the fewer they are, the less there is to gain."""
+    steps = call.steps // 2 + 1
+    on_gpu = groups * (chunks + at_once - 1) * (us * steps / chunks + costs.CHUNK)
+    return max(on_gpu, call.layers * chunks * costs.HOST_OF_CHUNK) / steps
 
 
-def _workspace(call: Call, at_once: int, backward: bool) -> int:
-    """Bytes: backward the gradients of all gates, those of h and of x where some differ, and states; forward what
-    layers pass to each other."""
-    blocks = call.gates * (2 if CELLS[call.cell].gates_apart else 1) + 1 if backward else 1
+def _workspace(call: Call, at_once: int, chunks: int, backward: bool) -> float:
+    """Bytes, for as many steps as calls of this plan have: what layers pass to each other; backward the gradients of
+    all gates, those of h and of x where some differ, and states; forward the input projection of a chunk."""
+    gates = call.gates
+    blocks = 2 + gates * (2 if CELLS[call.cell].gates_apart else 1) if backward else 1 + gates / chunks
     return at_once * call.steps * call.sequences * blocks * call.hidden_size * call.dtype.itemsize
 
 
