@@ -145,7 +145,8 @@ class ForwardSweep {
     ahead = at.rows_to(t, later) * p.directions;
     row0 = at.row(t, 0);
     gates = mine.gates + first * memory.ldg;
-    multiply_states(running, t % 2);
+    const bool zeros = t == at.step(0) && products_are_zeros(running);
+    multiply_states(running, zeros ? Depth{0} : memory.depth_of(memory.hh, tiles), t % 2);
     if constexpr (Traits::can_project) {
       if (p.has_projection) {
         work.wait();
@@ -158,16 +159,37 @@ class ForwardSweep {
     if (later >= 0 && later < p.steps) work.wait();
   }
 
-  Depth depth_of(const Panels<F>& weights) const { return memory.depth_of(weights, tiles); }
+  // Whether W_hh h is zeros as all h are, which calls without a state begin with, and so need not be computed. With an
+  // infinity or NaN in W_hh it is not. Looking costs as much as multiplying a few rows.
+  bool products_are_zeros(int64_t running) const {
+    if (kMasked || tiles || memory.used != WeightsUsed::packed || running <= kFewRows) return false;
+    const int64_t H = p.hidden, P = p.projected;
+    for (int64_t i = 0; i < P; i++)
+      if (mine.h[i] != 0) return false;
+    for (int64_t r = 1; r < running; r++)
+      if (memcmp(mine.h + r * memory.ldp, mine.h, P * sizeof(C))) return false;
+    for (int g = 0; g < G; g++)
+      if (!are_finite(static_cast<const S*>(source.w_hh) + (g * H + units.first) * P, (units.last - units.first) * P))
+        return false;
+    return true;
+  }
+
+  static bool are_finite(const S* x, int64_t n) {
+    u32 bits{};  // of zeros, which have at most a sign, and NaN
+    for (int64_t i = 0; i < n; i += kLane) bits |= bits_of<u32>(V(load(x + i, n - i) * 0)) << 1;
+    for (int i = 0; i < kLanes<float>; i++)
+      if (bits[i]) return false;
+    return true;
+  }
 
   // W_hh h of the sequences that run, and from it their new states.
-  void multiply_states(int64_t running, bool backwards) const {
+  void multiply_states(int64_t running, const Depth& depth, bool backwards) const {
     const auto row = [&](int64_t r) { return mine.factors + r * memory.ldf; };
     if (memory.used != WeightsUsed::packed) {
       multiply_states_unpacked(running, row);
     } else if constexpr (G == 1) {
       product(
-          memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, depth_of(memory.hh), row,
+          memory.hh, weights.w_hh, units.first / kLane, vectors_of<C>(units.last), running, depth, row,
           [&](int64_t r, int64_t unit, int64_t, V x) { finish(r, unit, &x); }, backwards);
     } else {
       int64_t first = units.first / kLane, last = vectors_of<C>(units.last);
@@ -175,7 +197,7 @@ class ForwardSweep {
       if constexpr (kPairs)
         if (tiles) {
           const int64_t whole = min(last, p.hidden / kLane);
-          for_packed_by_tiles<G>(memory.hh, weights.w_hh, first, whole, backwards, running, depth_of(memory.hh), row,
+          for_packed_by_tiles<G>(memory.hh, weights.w_hh, first, whole, backwards, running, depth, row,
                                  [&](int64_t j, int64_t r, const V* out) { finish(r, j * kLane, out); });
           first = whole;
         }
@@ -184,11 +206,11 @@ class ForwardSweep {
         const F* panel = weights.w_hh + memory.hh.offset(j);
         const int64_t lanes = memory.hh.lanes_of_group(j);
         if (lanes == kLane)
-          return for_rows<G>(running, depth_of(memory.hh), row, panel, G * kLane,
+          return for_rows<G>(running, depth, row, panel, G * kLane,
                              [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
         with_width(memory.hh.vectors_in(j), [&](auto width) {
           constexpr int N = min(decltype(width)::value, G);
-          for_rows<N>(running, depth_of(memory.hh), row, panel, N * kLane, [&](int64_t r, const V* out) {
+          for_rows<N>(running, depth, row, panel, N * kLane, [&](int64_t r, const V* out) {
             V recurrent[G];
 #pragma GCC unroll 4
             for (int g = 0; g < G; g++) recurrent[g] = load(reinterpret_cast<const C*>(out) + g * lanes);
@@ -204,7 +226,7 @@ class ForwardSweep {
     const auto put = [&](int64_t r, int64_t unit, int64_t, V x) { put_h(r, unit, x); };
     if (memory.used == WeightsUsed::packed)
       return product(memory.hr, weights.w_hr, outputs.first / kLane, vectors_of<C>(outputs.last), running,
-                     depth_of(memory.hr), row, put);
+                     memory.depth_of(memory.hr, tiles), row, put);
     const S* w_hr = static_cast<const S*>(source.w_hr);
     multiply_where_it_lies(memory, w_hr, p.projected, p.hidden, outputs, running, row, turned,
                            [&](int64_t r, int64_t unit, V x) { put_h(r, unit, x); });
