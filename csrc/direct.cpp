@@ -162,42 +162,44 @@ PyObject* unless_refused(const Call& call) {
 // that dimension, as rows and back.
 class Batch {
  public:
-  Batch(const Tensor& x, bool batch_first) : batch_first_(batch_first && x.dim() == 3), one_step_(x.dim() == 2) {
+  Batch(const Tensor& x, bool batch_first) : one_step_(x.dim() == 2) {
     check((x.dim() == 3 || one_step_) && x.numel(), "x is [steps, sequences, features]");
-    features_ = x.size(x.dim() - 1);
-    sequences_ = x.size(one_step_ || batch_first_ ? 0 : 1);
-    steps_ = one_step_ ? 1 : x.size(batch_first_ ? 1 : 0);
+    sequences_ = x.size(one_step_ || batch_first ? 0 : 1);
+    steps_ = one_step_ ? 1 : x.size(batch_first ? 1 : 0);
   }
 
   int64_t sequences() const { return sequences_; }
 
-  Tensor to_rows(const Tensor& x) const {
-    const Tensor ordered = in_order(x) ? x : copied(x);
-    return reinterpreted(ordered, {steps_ * sequences_, features_}, {features_, 1});
+  Tensor to_rows(const Tensor& x, bool batch_first) const {
+    const int64_t features = x.size(x.dim() - 1);
+    check(static_cast<int64_t>(x.numel()) == steps_ * sequences_ * features, "of another size than x");
+    const Tensor ordered = in_order(x, batch_first) ? x : copied(x, batch_first);
+    return reinterpreted(ordered, {steps_ * sequences_, features}, {features, 1});
   }
 
-  Tensor from_rows(const Tensor& y) const {
-    return one_step_ ? y : reinterpreted(y, sizes(y.size(1)), strides(y.size(1)));
+  Tensor from_rows(const Tensor& y, bool batch_first) const {
+    return one_step_ ? y : reinterpreted(y, sizes(y.size(1), batch_first), strides(y.size(1), batch_first));
   }
 
  private:
   // Those of rows of n features.
-  Shape sizes(int64_t n) const {
+  Shape sizes(int64_t n, bool batch_first) const {
     if (one_step_) return {sequences_, n};
-    return batch_first_ ? Shape{sequences_, steps_, n} : Shape{steps_, sequences_, n};
+    return batch_first ? Shape{sequences_, steps_, n} : Shape{steps_, sequences_, n};
   }
-  Shape strides(int64_t n) const {
+  Shape strides(int64_t n, bool batch_first) const {
     if (one_step_) return {n, 1};
-    return batch_first_ ? Shape{n, sequences_ * n, 1} : Shape{sequences_ * n, n, 1};
+    return batch_first ? Shape{n, sequences_ * n, 1} : Shape{sequences_ * n, n, 1};
   }
 
-  Tensor copied(const Tensor& x) const {
+  Tensor copied(const Tensor& x, bool batch_first) const {
     check_storage(x, "x");
-    return torch::stable::contiguous(batch_first_ ? torch::stable::transpose(x, 0, 1) : x);
+    return torch::stable::contiguous(batch_first && !one_step_ ? torch::stable::transpose(x, 0, 1) : x);
   }
 
-  bool in_order(const Tensor& x) const {
-    const Shape shape = sizes(features_), wanted = strides(features_);
+  bool in_order(const Tensor& x, bool batch_first) const {
+    const int64_t features = x.size(x.dim() - 1);
+    const Shape shape = sizes(features, batch_first), wanted = strides(features, batch_first);
     for (size_t i = 0; i < shape.size(); i++)
       if (shape[i] > 1 && x.stride(i) != wanted[i]) return false;
     return true;
@@ -210,9 +212,17 @@ class Batch {
     return Tensor(handle);
   }
 
-  const bool batch_first_, one_step_;
-  int64_t steps_, sequences_, features_;
+  const bool one_step_;
+  int64_t steps_, sequences_;
 };
+
+// The batch that x is where `batch_first` says how its outputs lie, unless that is None: x becomes its rows.
+std::optional<Batch> take_batch(Tensor& x, PyObject* batch_first) {
+  if (batch_first == Py_None) return {};
+  const Batch batch(x, false);
+  x = batch.to_rows(x, false);
+  return batch;
+}
 
 // One of the states of a call, which may have none.
 Tensor state_of(PyObject* states, Py_ssize_t which, ScalarType type, const Shape& shape) {
@@ -241,9 +251,10 @@ PyObject* connect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return unless_refused([&] {
-    const auto [ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces] =
-        expect<11>(arguments, count);
-    const Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
+    const auto [ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces, batch_first] =
+        expect<12>(arguments, count);
+    Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
+    const std::optional<Batch> batch = take_batch(stack.x, batch_first);
     const Optional given_pieces = optional_of(pieces);
     const Launch given_launch = launch_of(launch);
     const bool saves = is_true(save);
@@ -251,17 +262,22 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       const WithoutPython released;
       return seqkernels::forward(stack.arguments(), saves, given_launch, given_pieces);
     }();
-    return list_from({y, h_n, c_n, saved});
+    return list_from({batch ? batch->from_rows(y, is_true(batch_first)) : y, h_n, *c_n, *saved});
   });
 }
 
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return unless_refused([&] {
     const auto [ensemble, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x,
-                wants_weights, launch, layers, pieces] = expect<17>(arguments, count);
-    const Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
-    const Optional of_y = optional_of(grad_y), of_h_n = optional_of(grad_h_n), of_c_n = optional_of(grad_c_n);
-    const Tensor own_y = tensor_of(y), own_saved = tensor_of(saved);
+                wants_weights, launch, layers, pieces, batch_first] = expect<18>(arguments, count);
+    Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
+    Optional of_y = optional_of(grad_y);
+    const Optional of_h_n = optional_of(grad_h_n), of_c_n = optional_of(grad_c_n);
+    Tensor own_y = tensor_of(y);
+    const Tensor own_saved = tensor_of(saved);
+    const std::optional<Batch> batch = take_batch(stack.x, batch_first);
+    if (batch) own_y = batch->to_rows(own_y, is_true(batch_first));
+    if (batch && of_y) of_y = batch->to_rows(*of_y, is_true(batch_first));
     const Optional given_pieces = optional_of(pieces);
     const Launch given_launch = launch_of(launch);
     const bool of_x = is_true(wants_x), of_weights = is_true(wants_weights);
@@ -271,6 +287,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
           stack.arguments(), {.grad_y = of_y, .grad_h_n = of_h_n, .grad_c_n = of_c_n, .y = own_y, .saved = own_saved},
           of_x, of_weights, given_launch, given_pieces);
     }();
+    if (batch && of_x) grad_x = batch->from_rows(grad_x, false);
     grad_weights.insert(grad_weights.begin(), {grad_x, grad_h_0, grad_c_0});
     return list_from(grad_weights);
   });
@@ -282,13 +299,14 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         expect<10>(arguments, count);
     const Cell of_cell = cell_of(cell);
     const Tensor given_x = tensor_of(x);
-    const Batch batch(given_x, is_true(batch_first));
+    const bool sequences_first = is_true(batch_first);
+    const Batch batch(given_x, sequences_first);
     const ScalarType type = given_x.scalar_type();
     const int64_t all = number_of(layers) * number_of(directions), H = number_of(hidden), P = number_of(projected);
     const bool has_c = states_of(of_cell) == 2;
     const Stack stack{.ensemble = false,
                       .cell = of_cell,
-                      .x = batch.to_rows(given_x),
+                      .x = batch.to_rows(given_x, sequences_first),
                       .weights = list_of(weights),
                       .h_0 = state_of(states, 0, type, {all, batch.sequences(), P ? P : H}),
                       .c_0 = has_c ? Optional(state_of(states, 1, type, {all, batch.sequences(), H})) : Optional(),
@@ -297,9 +315,10 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const Launch given_launch = launch_of(launch);
     const auto [y, h_n, c_n, _] = [&] {
       const WithoutPython released;
-      return seqkernels::forward(stack.arguments(), false, given_launch, {});
+      return seqkernels::forward(stack.arguments(), false, given_launch, {}, {}, false);
     }();
-    return has_c ? list_from({batch.from_rows(y), h_n, c_n}) : list_from({batch.from_rows(y), h_n});
+    const Tensor output = batch.from_rows(y, sequences_first);
+    return has_c ? list_from({output, h_n, *c_n}) : list_from({output, h_n});
   });
 }
 

@@ -16,10 +16,12 @@ constexpr const char* kConnect =
     "connect(handle_of, tensors_of, is_neg, Tensor, Parameter): torch's functions that make a handle of a tensor, and "
     "tensors of handles, what says that a tensor is to be negated, and the classes of plain tensors.";
 constexpr const char* kForward =
-    "forward(ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces): the operator's results.";
+    "forward(ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces, batch_first): the "
+    "operator's results; batch_first: None, or x is a padded batch [T, B, I], and y one [T, B, H] ([B, T, H]).";
 constexpr const char* kBackward =
     "backward(ensemble, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, "
-    "wants_weights, launch, layers, pieces): the operator's results, those of the weights last, one after the other.";
+    "wants_weights, launch, layers, pieces, batch_first): the operator's results, those of the weights last, one after "
+    "the other; batch_first as of forward.";
 constexpr const char* kLayer =
     "layer(cell, x, states, weights, layers, directions, hidden, projected, batch_first, launch): y, h_n, c_n of a "
     "padded batch [T, B, I] ([B, T, I]) or a step [B, I], without gradients; no states: zeros.";

@@ -4,7 +4,7 @@ That is done where nobody can tell: no mode, transform, trace, autocast or profi
 plain one. All else goes by the operators, and so does what these refuse, as their errors are the ones that are known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,10 @@ _keys, _key = torch._C.DispatchKeySet, torch._C.DispatchKey
 # What takes part in every call, in inference mode and else.
 _IN_INFERENCE = _keys(_key.BackendSelect)
 _ALONE = _IN_INFERENCE.raw_repr(), (_IN_INFERENCE | _keys(_key.ADInplaceOrView)).raw_repr()
+# Found once: looking them up takes as long as calling them.
+_included = torch._C._dispatch_tls_local_include_set  # knows of transforms, dispatch modes and traces
 _function_modes, _function_mode = torch._C._len_torch_function_stack, torch._C._get_function_stack_at
+_autocasts, _profiled = torch._C._is_any_autocast_enabled, torch.autograd._profiler_enabled
 
 
 def unseen() -> bool:
@@ -42,33 +45,35 @@ def unseen() -> bool:
     AD is for the caller to ask for.)"""
     if _library is None:
         return False
-    included = torch._C._dispatch_tls_local_include_set()  # knows of transforms, dispatch modes and traces
     modes = _function_modes()
     return (
-        included.raw_repr() in _ALONE
+        _included().raw_repr() in _ALONE
         and (not modes or all(type(mode) is DeviceContext for mode in map(_function_mode, range(modes))))
-        and not torch._C._is_any_autocast_enabled()
-        and not torch.autograd._profiler_enabled()
+        and not _autocasts()
+        and not _profiled()
     )
 
 
-def forward(backend: str, args: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """What recurrence_forward gives for args; None: it has to be called."""
+def forward(backend: str, args: Sequence, batch_first: bool | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """What recurrence_forward gives for args; None: it has to be called. batch_first: None for rows; else their x is a
+    padded batch ``[T, B, I]``, and y is one, with True ``[B, T, H]``."""
     if not (backend.startswith("cpu") and unseen()):
         return None
-    found = _library.forward(backend != "cpu", *args)
+    found = _library.forward(backend != "cpu", *args, batch_first)
     return found and (found[0], found[1], found[2], found[3])
 
 
-def backward(backend: str, args: Sequence) -> tuple[Tensor, list[Tensor], Tensor, Tensor] | None:
-    """What recurrence_backward gives for args; None: it has to be called."""
+def backward(
+    backend: str, args: Sequence, batch_first: bool | None
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor] | None:
+    """What recurrence_backward gives for args; None: it has to be called. batch_first as in `forward`, also of y's
+    gradient."""
     if not (backend.startswith("cpu") and unseen()):
         return None
-    found = _library.backward(backend != "cpu", *args)
+    found = _library.backward(backend != "cpu", *args, batch_first)
     return found and (found[0], found[3:], found[1], found[2])
 
 
-def layer(*args) -> list[Tensor] | None:
-    """y, h_n, c_n of a layer on a padded batch, without gradients: the library's function of that name; None: the long
-    way has to be gone. `unseen` is for the caller to ask for."""
-    return _library.layer(*args)
+# y, h_n, c_n of a layer on a padded batch, without gradients: the library's function of that name; None: the long way
+# has to be gone. `unseen` is for the caller to ask for.
+layer: Callable[..., list[Tensor] | None] = getattr(_library, "layer", lambda *_: None)

@@ -154,21 +154,24 @@ def _save_for_backward(ctx, inputs, output):
 def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     """The autograd formula of recurrence_forward: the backward operator of the same backend."""
     x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
-    if ctx.batch_first is not None:
-        x, y = rows_of(x, False), rows_of(y, ctx.batch_first)
-        grad_y = None if grad_y is None else rows_of(grad_y, ctx.batch_first)
-    operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
-    if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, x, h_0, batch_sizes, pieces):
-        y = _y_again(ctx, backend, x, weights, h_0, c_0, batch_sizes, pieces, saved)
+    batch_first = ctx.batch_first
+
+    def rows() -> Tensor:
+        return x if batch_first is None else rows_of(x, False)
+
+    if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, rows(), h_0, batch_sizes, pieces):
+        y = _y_again(ctx, backend, rows(), weights, h_0, c_0, batch_sizes, pieces, saved)
+        y = y if batch_first is None else padded(y, x.shape, batch_first)
     of_stack = x, weights, h_0, c_0, batch_sizes, *((y, saved) if ctx.save else ())
     args = ctx.cell, grad_y, grad_h_n, grad_c_n, *of_stack, wants_x, wants_weights, ctx.launch, ctx.layers, pieces
+    operator = (_BACKWARD if ctx.save else _RECOMPUTE)[backend]
     differentiated = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    if differentiated:
-        grads = operator(*args)
-    else:
-        grads = (ctx.save and direct.backward(backend, args)) or _below_autograd(operator, *args)
+    grads = ctx.save and not differentiated and direct.backward(backend, args, batch_first)
+    if not grads:
+        run = operator if differentiated else functools.partial(_below_autograd, operator)
+        grads = run(*args) if batch_first is None else _backward_of_padded(run, args, batch_first)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
-    if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(x, h_0, batch_sizes, pieces):
+    if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(rows(), h_0, batch_sizes, pieces):
         # Nobody has read h of the last layer, so that its projection w_hr has had no part in anything: no gradient, as
         # in torch.nn.
         each, first = len(weights) // h_0.shape[-3], len(weights) - len(weights) // ctx.layers
@@ -293,24 +296,19 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend, save, launch, layers, pieces, batch_first, cell, x, h_0, c_0, batch_sizes, *weights):
-        rows = x if batch_first is None else rows_of(x, False)
         options = save, launch, layers, pieces
-        y, *others = _forward_alone(backend, (cell, rows, list(weights), h_0, c_0, batch_sizes, *options))
-        if batch_first is not None:
-            y = padded(y, x.shape, batch_first).data  # no view, as those of several results must not be changed
-        output = y, *others
+        args = cell, x, list(weights), h_0, c_0, batch_sizes, *options
+        output = _forward_alone(backend, args, batch_first)
         _save_for_backward(ctx, (cell, x, weights, h_0, c_0, batch_sizes, *options), output)
-        ctx.backend, ctx.batch_first, ctx.shape = backend, batch_first, x.shape
-        return output
+        ctx.backend, ctx.batch_first = backend, batch_first
+        return output if batch_first is None else output[:3]  # nobody reads `saved`, and each costs autograd time
 
     @staticmethod
-    def backward(ctx, grad_y, grad_h_n, grad_c_n, _):
-        needs, batch_first = ctx.needs_input_grad, ctx.batch_first
+    def backward(ctx, grad_y, grad_h_n, grad_c_n, *_):
+        needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
             ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
         )
-        if batch_first is not None and grad_x is not None:
-            grad_x = padded(grad_x, ctx.shape, False)
         return None, None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
@@ -331,9 +329,26 @@ def padded(rows: Tensor, like: Sequence[int], batch_first: bool) -> Tensor:
     return steps_first.transpose(0, 1) if batch_first else steps_first
 
 
-def _forward_alone(backend: str, args: Sequence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A forward pass that nobody differentiates."""
-    return direct.forward(backend, args) or _below_autograd(_FORWARD[backend], *args)
+def _forward_alone(
+    backend: str, args: Sequence, batch_first: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A forward pass that nobody differentiates; batch_first as in `direct.forward`."""
+    if found := direct.forward(backend, args, batch_first):
+        return found
+    if batch_first is None:
+        return _below_autograd(_FORWARD[backend], *args)
+    cell, x, *others = args
+    y, *rest = _below_autograd(_FORWARD[backend], cell, rows_of(x, False), *others)
+    return padded(y, x.shape, batch_first).data, *rest  # no view, as those of several results must not be changed
+
+
+def _backward_of_padded(run, args: Sequence, batch_first: bool) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """A backward pass that takes rows, on a padded batch as `direct.backward` takes it."""
+    cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, *options = args
+    grads = None if grad_y is None else rows_of(grad_y, batch_first), grad_h_n, grad_c_n
+    of_stack = rows_of(x, False), weights, h_0, c_0, batch_sizes, rows_of(y, batch_first), saved
+    grad_x, *others = run(cell, *grads, *of_stack, wants_x, *options)
+    return padded(grad_x, x.shape, False) if wants_x else grad_x, *others
 
 
 def _below_autograd(operator, *args):

@@ -58,10 +58,11 @@ def run(
         if len(states) != CELLS[cell].states or any(type(state) is not Tensor for state in states):
             return None
     late_checks.look()
-    if torch.is_grad_enabled() and checks.any_expanded(weights):
-        return None
-    if modes.wants_gradients(input, *states, *weights):
-        return None if one_step else _with_gradients(layer, plan, call, input, states, weights)
+    if torch.is_grad_enabled():
+        if checks.any_expanded(weights):
+            return None
+        if modes.wants_gradients(input, *states, *weights):
+            return None if one_step else _with_gradients(layer, plan, call, input, states, weights)
     if not unseen:
         return None
     launch = cpu.as_among_others(plan.launch) if one_step else plan.launch
@@ -69,8 +70,7 @@ def run(
     found = direct.layer(cell, input, states, weights, layer.num_layers, *sizes, layer.batch_first, launch)
     if not found:
         return None
-    y, h_n, *c_n = found
-    return y, (h_n, *c_n) if c_n else h_n  # type: ignore[return-value]
+    return found[0], found[1] if len(found) == 2 else (found[1], found[2])
 
 
 def _with_gradients(

@@ -35,17 +35,19 @@ void run(const P& p, int64_t members, int64_t layers, const Pass<P>& pass, const
 // What the layers of a member hand to each other, [N, D*P], where nobody keeps it: that of the last two.
 class Between {
  public:
-  Between(ScalarType type, int64_t members, int64_t layers, const Layer& p, int64_t rows)
-      : rows_(allocate(type, {members, std::min<int64_t>(layers - 1, 2), rows * p.directions * p.projected})) {}
+  Between(ScalarType type, int64_t members, int64_t layers, const Layer& p, int64_t rows) {
+    if (layers > 1)
+      rows_ = allocate(type, {members, std::min<int64_t>(layers - 1, 2), rows * p.directions * p.projected});
+  }
 
   void* of(int64_t member, int64_t layer) {
-    const int64_t bytes = rows_.size(2) * static_cast<int64_t>(rows_.element_size()), kept = rows_.size(1);
-    if (!rows_.numel()) return nullptr;
-    return static_cast<char*>(rows_.mutable_data_ptr()) + (member * kept + layer % kept) * bytes;
+    if (!rows_ || !rows_->numel()) return nullptr;
+    const int64_t bytes = rows_->size(2) * static_cast<int64_t>(rows_->element_size()), kept = rows_->size(1);
+    return static_cast<char*>(rows_->mutable_data_ptr()) + (member * kept + layer % kept) * bytes;
   }
 
  private:
-  Tensor rows_;
+  Optional rows_;
 };
 
 // A result of member `member` of `members`, from an element of it on.
@@ -53,6 +55,9 @@ void* of_member(Tensor& tensor, int64_t member, int64_t members, int64_t element
   const int64_t first = member * (static_cast<int64_t>(tensor.numel()) / members) + element;
   void* data = pointer(tensor);
   return data ? static_cast<char*>(data) + first * static_cast<int64_t>(tensor.element_size()) : nullptr;
+}
+void* of_member(Optional& tensor, int64_t member, int64_t members, int64_t element = 0) {
+  return tensor ? of_member(*tensor, member, members, element) : nullptr;
 }
 
 // How products are to be made: as the machine can, and the plan of the call allows.
@@ -71,8 +76,8 @@ void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
 
 }  // namespace
 
-Forward forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,
-                const MaskArguments& masks) {
+Results forward(const StackArguments& given, bool save, const Launch& launch, const Optional& pieces,
+                const MaskArguments& masks, bool empty) {
   LayerForward p{};
   CheckedArguments arguments(p, given, CheckOptions{}.with(pieces, given.batch_sizes));
   arguments.set_pieces(p, pieces);
@@ -84,8 +89,9 @@ Forward forward(const StackArguments& given, bool save, const Launch& launch, co
   const SavedLayout layout(p, N);
   Tensor y = allocate(type, arguments.of_all({N, D * P}));
   Tensor h_n = allocate(type, arguments.of_all({L * D, C, P}));
-  Tensor c_n = allocate(type, arguments.of_all({L * D, C, given.c_0 ? H : 0}));
-  Tensor saved = allocate(type, arguments.of_all(save ? layout.shape(L) : Shape{N, D, 0}));
+  Optional c_n, saved;
+  if (given.c_0 || empty) c_n = allocate(type, arguments.of_all({L * D, C, given.c_0 ? H : 0}));
+  if (save || empty) saved = allocate(type, arguments.of_all(save ? layout.shape(L) : Shape{N, D, 0}));
   Between between(type, M, save ? 1 : L, p, N);
   const int64_t bytes = given.x.element_size();
   const auto set = [&](LayerForward& p, int64_t m, int64_t l) {
@@ -178,10 +184,16 @@ namespace {
 
 using namespace seqkernels;
 
+// As operators give them.
+Forward all(const Results& results) {
+  const auto& [y, h_n, c_n, saved] = results;
+  return {y, h_n, c_n.value(), saved.value()};
+}
+
 template <bool ensemble>
 Forward recurrence_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0, Optional c_0, Optional batch_sizes,
                            bool save, Launch launch, int64_t layers, Optional pieces) {
-  return forward(take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble), save, launch, pieces);
+  return all(forward(take_stack(cell, x, weights, h_0, c_0, batch_sizes, layers, ensemble), save, launch, pieces));
 }
 
 template <bool ensemble>
@@ -241,8 +253,8 @@ Forward masked_forward(StringHandle cell, Tensor x, Tensors weights, Tensor h_0,
                        Optional recurrent, Optional candidate, Optional zoneout_h, Optional zoneout_c, bool save,
                        Launch launch) {
   const StackArguments given = take_stack(cell, x, weights, h_0, c_0, batch_sizes, 1);
-  return forward(given, save, launch, std::nullopt,
-                 {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c});
+  return all(forward(given, save, launch, std::nullopt,
+                     {.recurrent = recurrent, .candidate = candidate, .zoneout_h = zoneout_h, .zoneout_c = zoneout_c}));
 }
 
 Backward masked_backward(StringHandle cell, Optional grad_y, Optional grad_h_n, Optional grad_c_n, Tensor x,
