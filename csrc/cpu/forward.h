@@ -206,8 +206,9 @@ class ForwardSweep {
         const F* panel = weights.w_hh + memory.hh.offset(j);
         const int64_t lanes = memory.hh.lanes_of_group(j);
         if (lanes == kLane)
-          return for_rows<G>(running, depth, row, panel, G * kLane,
-                             [&](int64_t r, const V* out) { finish(r, j * kLane, out); });
+          return for_rows<G>(
+              running, depth, row, panel, G * kLane, [&](int64_t r, V* out) { finish<kWaits>(r, j * kLane, out, out); },
+              [&](int64_t r, const V* out) { finish_waiting(r, j * kLane, out); });
         with_width(memory.hh.vectors_in(j), [&](auto width) {
           constexpr int N = min(decltype(width)::value, G);
           for_rows<N>(running, depth, row, panel, N * kLane, [&](int64_t r, const V* out) {
@@ -232,8 +233,10 @@ class ForwardSweep {
                            [&](int64_t r, int64_t unit, V x) { put_h(r, unit, x); });
   }
 
-  // The new states of one vector of units of sequence r, from the gates' W_hh h.
-  SEQKERNELS_INLINE void finish(int64_t r, int64_t unit, const V* products) const {
+  // The new states of one vector of units of sequence r, from the gates' W_hh h. A new h that `waits` is left to
+  // finish_waiting.
+  template <bool waits = false>
+  SEQKERNELS_INLINE void finish(int64_t r, int64_t unit, const V* products, V* o_and_c = nullptr) const {
     cell_t<S> x[G], recurrent[G], blocks[K + 1], h{}, c{};
 #pragma GCC unroll 4
     for (int g = 0; g < G; g++) {
@@ -259,11 +262,25 @@ class ForwardSweep {
       store(c_of, c);
       blocks[K - 1] = c;
     }
+    if constexpr (waits)
+      o_and_c[0] = blocks[3], o_and_c[1] = c;
+    else
+      put_unprojected(r, unit, h);
+    if constexpr (K > 0) save(r, unit, blocks);
+  }
+
+  // An LSTM's h waits for two activations, one after the other. So rows that are multiplied together get their c first:
+  // while one waits, another is computed.
+  static constexpr bool kWaits = kCell == Cell::lstm && !kMasked;
+  SEQKERNELS_INLINE void finish_waiting(int64_t r, int64_t unit, const V* o_and_c) const {
+    if constexpr (kWaits) put_unprojected(r, unit, cell_t<S>(o_and_c[0]) * tanh(cell_t<S>(o_and_c[1])));
+  }
+
+  SEQKERNELS_INLINE void put_unprojected(int64_t r, int64_t unit, V h) const {
     if (Traits::can_project && p.has_projection)
       memory.parts_of(memory.hr).store(mine.unprojected + r * memory.ldu, unit, p.hidden, h);
     else
       put_h(r, unit, h);
-    if constexpr (K > 0) save(r, unit, blocks);
   }
 
   SEQKERNELS_INLINE void put_h(int64_t r, int64_t unit, V h) const {

@@ -105,9 +105,10 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F
 }
 
 // Multiplies rows (row(r) points to them) with N vectors of a panel. each(r, out) sees the vectors of row r, behind
-// which lies one more that may be read.
-template <int N, class F, class Row, class Each>
-inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each) {
+// which lies one more that may be read; then(r, out) sees them after each has seen those of all rows beside it.
+template <int N, class F, class Row, class Each, class Then>
+inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each,
+                     const Then& then) {
   Vec<Sum<F>> out[kMc * N + 1];
   out[kMc * N] = Vec<Sum<F>>{};
   const F* a[kMc];
@@ -118,7 +119,12 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, 
     for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r);
     multiply_block<N>(count, depth, a, panel, stride, out);
     for (int64_t r = 0; r < count; r++) each(r0 + r, out + r * N);
+    for (int64_t r = 0; r < count; r++) then(r0 + r, out + r * N);
   }
+}
+template <int N, class F, class Row, class Each>
+inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each) {
+  for_rows<N>(rows, depth, row, panel, stride, each, [](int64_t, const Vec<Sum<F>>*) {});
 }
 
 // Panels j in [first, last), from the last one on if `backwards`. All panels together may not fit into the cache. If
