@@ -305,6 +305,9 @@ def test_the_libraries_use_nothing_of_torch_but_its_stable_interface(name):
     others = [s for kind, s in used if kind == "U" and "@" not in s and not s.startswith("std::")]
     assert stable
     assert sorted(set(others) - set(stable)) == []
+    # So no thread of theirs can be joinable as it is destroyed, which ends a process by std::terminate and SIGABRT
+    # (tests/cuda/exits.py). Those of the CUDA runtime in _cuda.so are pthread's, which do no such thing.
+    assert not [symbol for _, symbol in used if symbol.startswith("std::") and "thread" in symbol]
 
 
 @needs_library

@@ -1,8 +1,9 @@
 """How processes that used a GPU end: with seqkernels and, for comparison, with torch alone.
 
 Three of 48 processes were once seen to end by SIGABRT ("terminate called without an active exception": a thread that is
-joinable when it is destroyed), after all their work was done. The native code of seqkernels starts no thread; if
-processes without it end so as well, it is not ours.
+joinable when it is destroyed), after all their work was done. The libraries of seqkernels have no std::thread, as
+test_build.py reads from their symbols, so that the thread is not theirs; this says whether processes without them end
+so as well.
 """
 
 import argparse
