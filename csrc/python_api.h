@@ -28,6 +28,7 @@
 #pragma weak PyLong_AsLong
 #pragma weak PyLong_AsLongLong
 #pragma weak PyLong_FromLongLong
+#pragma weak PyModule_AddIntConstant
 #pragma weak PyModule_AddObject
 #pragma weak PyModule_Create2
 #pragma weak PyObject_CallFunctionObjArgs
