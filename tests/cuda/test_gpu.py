@@ -208,6 +208,29 @@ def test_a_wavefront_is_captured_and_waits_for_nothing(wavefront):
     assert_same_bits([result.clone() for result in results], both_passes(padded(module), module, x))
 
 
+def test_graphs_of_wavefronts_replay_beside_eager_calls(wavefront):
+    module, x = wavefront
+    expected = both_passes(padded(module), module, x)
+    graphs = [captured(lambda: both_passes(padded(module), module, x)) for _ in range(2)]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for graph, _ in graphs:
+        graph.replay()
+        with torch.cuda.stream(stream):
+            eager = both_passes(padded(module), module, x)
+        assert_same_bits(eager, expected)
+    torch.cuda.synchronize()
+    for _, results in graphs:
+        assert_same_bits(results, expected)
+
+
+def test_a_wavefront_among_graphed_callables(wavefront):
+    module, x = wavefront
+    expected = both_passes(padded(module), module, x)
+    graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
+    assert_same_bits(both_passes(padded(graphed), module, x), expected)
+
+
 def test_wavefronts_of_several_threads(wavefront):
     module, x = wavefront
     expected = padded(module)(x).detach()
