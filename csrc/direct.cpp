@@ -216,9 +216,13 @@ class Batch {
   int64_t steps_, sequences_;
 };
 
-// The batch that x is where `batch_first` says how its outputs lie, unless that is None: x becomes its rows.
-std::optional<Batch> take_batch(Tensor& x, PyObject* batch_first) {
-  if (batch_first == Py_None) return {};
+std::optional<bool> unless_none(PyObject* object) {
+  return object == Py_None ? std::nullopt : std::optional(is_true(object));
+}
+
+// The batch that x is where `batch_first` says how its outputs lie: x becomes its rows.
+std::optional<Batch> take_batch(Tensor& x, std::optional<bool> batch_first) {
+  if (!batch_first) return {};
   const Batch batch(x, false);
   x = batch.to_rows(x, false);
   return batch;
@@ -254,7 +258,8 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const auto [ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces, batch_first] =
         expect<12>(arguments, count);
     Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
-    const std::optional<Batch> batch = take_batch(stack.x, batch_first);
+    const std::optional<bool> first = unless_none(batch_first);
+    const std::optional<Batch> batch = take_batch(stack.x, first);
     const Optional given_pieces = optional_of(pieces);
     const Launch given_launch = launch_of(launch);
     const bool saves = is_true(save);
@@ -262,7 +267,7 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       const WithoutPython released;
       return seqkernels::forward(stack.arguments(), saves, given_launch, given_pieces);
     }();
-    return list_from({batch ? batch->from_rows(y, is_true(batch_first)) : y, h_n, *c_n, *saved});
+    return list_from({batch ? batch->from_rows(y, *first) : y, h_n, *c_n, *saved});
   });
 }
 
@@ -275,14 +280,18 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const Optional of_h_n = optional_of(grad_h_n), of_c_n = optional_of(grad_c_n);
     Tensor own_y = tensor_of(y);
     const Tensor own_saved = tensor_of(saved);
-    const std::optional<Batch> batch = take_batch(stack.x, batch_first);
-    if (batch) own_y = batch->to_rows(own_y, is_true(batch_first));
-    if (batch && of_y) of_y = batch->to_rows(*of_y, is_true(batch_first));
+    const std::optional<bool> first = unless_none(batch_first);
+    std::optional<Batch> batch;
     const Optional given_pieces = optional_of(pieces);
     const Launch given_launch = launch_of(launch);
     const bool of_x = is_true(wants_x), of_weights = is_true(wants_weights);
     auto [grad_x, grad_weights, grad_h_0, grad_c_0] = [&] {
       const WithoutPython released;
+      if (first) {  // what is copied may be large
+        batch.emplace(stack.x, false);
+        stack.x = batch->to_rows(stack.x, false), own_y = batch->to_rows(own_y, *first);
+        if (of_y) of_y = batch->to_rows(*of_y, *first);
+      }
       return seqkernels::backward(
           stack.arguments(), {.grad_y = of_y, .grad_h_n = of_h_n, .grad_c_n = of_c_n, .y = own_y, .saved = own_saved},
           of_x, of_weights, given_launch, given_pieces);

@@ -84,6 +84,10 @@ def _explains(module: nn.Module) -> bool:
 
 def _plan(module: Any, *args, **kwargs) -> select.Plan:
     """The plan of one layer or cell on its input."""
+    is_layer = isinstance(module, (nn.RNNBase, quantized.QuantizedLayer))
+    unknown = [] if is_layer else sorted(kwargs.keys() - {"input", "hx"})
+    if unknown:
+        raise TypeError(f"a cell takes input and hx, got {', '.join(unknown)}")
     of_module = quantized.plan_of if isinstance(module, quantized.Quantized) else _plan_of
     return of_module(module, *args, **kwargs)
 
@@ -126,11 +130,16 @@ def _plan_of(
     return select.plan_of(call, input.data.device, getattr(module, "backend", None))
 
 
+def _class_of(module: Any) -> str:
+    if isinstance(module, quantized.Quantized):
+        return f"seqkernels.{module._get_name()}"
+    return f"{'seqkernels' if isinstance(type(module), drop_in.DropIn) else 'torch.nn'}.{type(module).__name__}"
+
+
 def _explained(name: str, module: Any, args: tuple = (), kwargs: dict = _NONE) -> Explained:
     if isinstance(module, quantized.Quantized):
-        return Explained(name, f"seqkernels.{module._get_name()}", quantized.PLAN)
-    ours = isinstance(type(module), drop_in.DropIn)
-    cls = f"{'seqkernels' if ours else 'torch.nn'}.{type(module).__name__}"
+        return Explained(name, _class_of(module), quantized.PLAN)
+    ours, cls = isinstance(type(module), drop_in.DropIn), _class_of(module)
     if "forward" in vars(module):
         return Explained(name, cls, None, "its forward was replaced, and decides")
     if cell_modules.cell_of(module) not in CELLS:
@@ -151,7 +160,7 @@ def _explained_run(model: nn.Module, args: tuple, kwargs: dict) -> Explanation:
     trial.listen(model, recurrent, args, kwargs, lambda *call: heard.append(_explained(*call)))
     called = {explained.name for explained in heard}
     idle = [
-        Explained(name, type(module).__name__, None, "not called with this input")
+        Explained(name, _class_of(module), None, "not called with this input")
         for name, module in recurrent.items()
         if name not in called
     ]

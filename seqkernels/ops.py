@@ -342,7 +342,9 @@ def _forward_alone(
     return padded(y, x.shape, batch_first).data, *rest  # no view, as those of several results must not be changed
 
 
-def _backward_of_padded(run, args: Sequence, batch_first: bool) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+def _backward_of_padded(
+    run: Callable, args: Sequence, batch_first: bool
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     """A backward pass that takes rows, on a padded batch as `direct.backward` takes it."""
     cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, *options = args
     grads = None if grad_y is None else rows_of(grad_y, batch_first), grad_h_n, grad_c_n

@@ -290,6 +290,8 @@ def plan_of(
 ) -> Plan:
     """What a call would run; its arguments are checked as there."""
     if isinstance(module, QuantizedLayer):
+        if return_all_states is not None:
+            checks.check_flag("return_all_states", return_all_states)
         module._prepared(input, hx, lengths, module.batch_first, reset, reset_to)
     else:
         checks.check_input_of_step(input)

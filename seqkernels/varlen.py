@@ -173,7 +173,7 @@ def checked_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None
         raise ValueError(f"cu_seqlens is [sequences + 1], got the shape {list(cu_seqlens.shape)}")
     total = input.shape[0]
     cu_seqlens = ops.check_cu_seqlens(cu_seqlens, total)
-    if not (max_seqlen is None or isinstance(max_seqlen, (numbers.Integral, Tensor))):
+    if not (max_seqlen is None or isinstance(max_seqlen, (numbers.Integral, torch.SymInt, Tensor))):
         raise TypeError(f"max_seqlen is a number of steps, got {max_seqlen!r}")
     if max_seqlen is None:
         max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0

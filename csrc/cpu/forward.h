@@ -234,7 +234,7 @@ class ForwardSweep {
   }
 
   // The new states of one vector of units of sequence r, from the gates' W_hh h. A new h that `waits` is left to
-  // finish_waiting.
+  // finish_waiting, with what it is made of; that may lie where the products do.
   template <bool waits = false>
   SEQKERNELS_INLINE void finish(int64_t r, int64_t unit, const V* products, V* o_and_c = nullptr) const {
     cell_t<S> x[G], recurrent[G], blocks[K + 1], h{}, c{};

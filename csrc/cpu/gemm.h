@@ -105,7 +105,8 @@ __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F
 }
 
 // Multiplies rows (row(r) points to them) with N vectors of a panel. each(r, out) sees the vectors of row r, behind
-// which lies one more that may be read; then(r, out) sees them after each has seen those of all rows beside it.
+// which lies one more that may be read, and may change them; then(r, out) sees what it has left there, after all rows
+// beside it.
 template <int N, class F, class Row, class Each, class Then>
 inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each,
                      const Then& then) {

@@ -93,7 +93,10 @@ std::string reason_against_slices(Path path, const LayerFacts& layer, const Gpu&
   if (layer.has_projection) return "no kernel for several blocks takes a projection";
   if (layer.layer_norm) return "no kernel for several blocks has layer norm";
   if (layer.masked) return "no kernel for several blocks has masks";
-  return layer.scalar == Scalar::float64 ? "no kernel for several blocks takes float64" : "";
+  if (layer.scalar == Scalar::float64) return "no kernel for several blocks takes float64";
+  if (gpu.clusters[0]) return "";
+  return text("no code for clusters of compute capability ", capability(gpu.target),
+              " was built, not even of one block. Remedy: build it with TORCH_CUDA_ARCH_LIST naming it");
 }
 
 // Fills in the sizes of a block of this shape. Returns why it does not fit, or "".
@@ -126,9 +129,6 @@ Candidate cluster(const LayerFacts& layer, const Gpu& gpu, int units, bool backw
   }
   found.reason = lay_out(found, layer, gpu, shape, backward);
   found.at_once = gpu.clusters[shape.cluster - 1];
-  if (found.reason.empty() && !gpu.clusters[0])  // not even of one block
-    found.reason = text("no code for clusters of compute capability ", capability(gpu.target),
-                        " was built. Remedy: build it with TORCH_CUDA_ARCH_LIST naming it");
   if (found.reason.empty() && !found.at_once)
     found.reason = text("the GPU runs no cluster of ", shape.blocks, " blocks");
   if (found.reason.empty()) found.plan.tile = tile_of(layer, found.at_once);

@@ -59,7 +59,8 @@ class SavedLayout(NamedTuple):
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `parts`: blocks and y alternate."""
         *others, last = (part.flatten() for part in parts)
-        return torch.cat([*(F.pad(part, (0, self._aligned(len(part)) - len(part))) for part in others), last])
+        flat = [*(F.pad(part, (0, self._aligned(len(part)) - len(part))) for part in others), last]
+        return torch.cat(flat if self.blocks else flat[1::2])  # torch.vmap over no members joins no empty tensors
 
     def _aligned(self, size: int) -> int:
         return -(-size // ALIGNED) * ALIGNED

@@ -144,6 +144,7 @@ REASONS = [
     ("cluster", "lstm", 512, HALF, False, RTX_5090, "and may have 101376"),
     # Compiled for other GPUs alone, as by default.
     ("cluster", "gru", 256, HALF, False, B200._replace(clusters=16 * (0,)), "of compute capability 10.0 was built"),
+    ("persistent grid", "gru", 1024, HALF, False, H200._replace(clusters=16 * (0,)), "no code for clusters"),
     ("persistent grid", "gru", 1024, HALF, False, A100, "clusters need compute capability 9.0"),
     ("persistent grid", "gru", 1024, HALF, False, B200, "is for compute capability 9.0, the GPU has 10.0"),
     ("persistent grid", "lstm", 1024, HALF, True, H200, "takes a projection"),
@@ -301,3 +302,7 @@ def test_a_build_without_code_for_a_gpus_clusters_says_so():
     wide, narrow = (Call("gru", "cuda", HALF, hidden_size=hidden, sequences=16) for hidden in (512, 128))
     assert f"stepwise; {reason}" in str(plan(wide, machine))
     assert reason not in str(plan(narrow, machine)) and reason not in str(plan(wide, machine._replace(gpu=B200)))
+    # Nor where clusters would change nothing.
+    beyond, projected = wide._replace(hidden_size=1024), wide._replace(cell="lstm", projected=True)
+    assert all("stepwise" in str(plan(call, machine)) for call in (beyond, projected))
+    assert not any(reason in str(plan(call, machine)) for call in (beyond, projected))

@@ -83,16 +83,17 @@ PROGRAMS = {
 }
 
 
-def exported(name: str):
+def exported(name: str, strict: bool = False):
     cls, shapes, calls = PROGRAMS[name]
     torch.manual_seed(0)
     model = cls().eval()
-    return model, torch.export.export(model, calls[0], dynamic_shapes=shapes), calls
+    return model, torch.export.export(model, calls[0], dynamic_shapes=shapes, strict=strict), calls
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_runs_with_other_sizes(name):
-    model, program, calls = exported(name)
+def test_a_program_runs_with_other_sizes(name, strict):
+    model, program, calls = exported(name, strict)
     for inputs in calls:
         torch.testing.assert_close(program.module()(*inputs), model(*inputs))
 

@@ -284,6 +284,13 @@ def test_functionalize_of_ragged_batches():
         torch.testing.assert_close(torch.func.functionalize(gradient)(x), gradient(x))
 
 
+@pytest.mark.parametrize("make", [sk.RNN, sk.LSTM])
+def test_gradients_of_no_members(make):
+    layer = make(4, 5, num_layers=2)
+    x = torch.randn(0, 6, 3, 4)
+    assert vmap(grad(lambda x: layer(x)[0].sum()))(x).shape == x.shape
+
+
 @pytest.mark.parametrize("backend", ["torch_eager", None])
 def test_an_ensemble_without_members(backend):
     layer = sk.GRU(4, 5)

@@ -568,6 +568,11 @@ def test_explain_says_how_they_multiply():
     assert sk.explain(cell[0], x[0], torch.zeros(3, 5)) == plan
     with pytest.raises(ValueError, match="QuantizedLSTM takes float32 and quantizes by itself"):
         sk.explain(model[0], x.double())
+    with pytest.raises(TypeError, match="return_all_states is True or False, got 'yes'"):
+        sk.explain(model[0], x, return_all_states="yes")
+    for one in (cell[0], sk.GRUCell(4, 5)):
+        with pytest.raises(TypeError, match="a cell takes input and hx, got lengths"):
+            sk.explain(one, x[0], lengths=[1, 1, 1])
 
 
 class Outputs(nn.Module):

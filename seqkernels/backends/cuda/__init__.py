@@ -103,6 +103,9 @@ def plan_launch(call: Call, machine: Machine) -> tuple[int, ...]:
 def kernel(call: Call, machine: Machine) -> str:
     if not call.hidden_size or not machine.gpu:
         return ""
-    chosen = str(launch_of(call, machine.gpu))
-    missing = machine.gpu.clusters_missing if "stepwise" in chosen else ""
-    return f"{chosen}; {missing}" if missing else chosen
+    gpu, chosen = machine.gpu, str(launch_of(call, machine.gpu))
+    if gpu.clusters_missing:
+        with_clusters = gpu._replace(clusters=tuple(gpu.multiprocessors // blocks for blocks in range(1, 17)))
+        if chosen != str(launch_of(call, with_clusters)):
+            return f"{chosen}; {gpu.clusters_missing}"
+    return chosen
