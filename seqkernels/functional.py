@@ -221,7 +221,7 @@ def recurrent(
     more = bias, parts is None, 1 if parts is None else parts.cell_options.blocks, backend, transformed
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, *more)
     plan, together = planned(inputs, weights, dropout, recompute, parts, backend)
-    return restore_layout(inputs, *run(plan, together, inputs, weights, dropout, recompute, parts))
+    return restore_layout(inputs, *run(plan, inputs, weights, together, dropout, recompute, parts))
 
 
 def planned(
@@ -255,9 +255,9 @@ def plan_of(inputs: Inputs, parts: with_options.Parts | None, backend: str | Non
 
 def run(
     plan: select.Plan,
-    together: bool,
     inputs: Inputs,
     weights: Sequence[Tensor],
+    together: bool,
     dropout: float,
     recompute: bool = False,
     parts: with_options.Parts | None = None,

@@ -53,7 +53,7 @@ def step(
         plan = plan._replace(launch=cpu.as_among_others(plan.launch))
     elif plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
-    y, h, c = functional.run(plan, together, inputs, weights, dropout, recompute, parts)
+    y, h, c = functional.run(plan, inputs, weights, together, dropout, recompute, parts)
     y, h, c = y[:sequences], h[:, :sequences], c[:, :sequences]
     if x.dim() == 1:
         y, h, c = y.squeeze(0), h.squeeze(1), c.squeeze(1)

@@ -323,7 +323,7 @@ def test_the_cuda_library_loads_where_torch_has_cuda_and_refuses_cpu_tensors():
         x, h_0 = torch.zeros(6, 4), torch.zeros(1, 2, 3)
         weights = [torch.zeros(9, 4), torch.zeros(9, 3)]
         try:
-            torch.ops.seqkernels.cuda_forward("gru", x, weights, h_0, None, None, False, False, 0, 0, 0)
+            torch.ops.seqkernels.cuda_forward("gru", x, weights, h_0, None, None, False, False, 0, 0, 0, 1)
         except NotImplementedError as error:
             assert "'seqkernels::cuda_forward' with arguments from the 'CPU' backend" in str(error), error
         else:

@@ -69,7 +69,7 @@ def test_memory_stays_flat_over_many_calls_that_are_refused(wrong, passes):
     args = (cell, *layer, True) if passes == "forward" else (cell, y, None, None, *layer, y, saved, True, True)
     operator, launch = {"forward": forward, "backward": backward}[passes]("cpu"), []
     if wrong == "path":
-        operator, launch = getattr(torch.ops.seqkernels, f"cuda_{passes}"), [False, 99, 1, 1]
+        operator, launch = getattr(torch.ops.seqkernels, f"cuda_{passes}"), [False, 99, 1, 1, 1]
 
     def call() -> None:
         with pytest.raises(RuntimeError, match=r"unknown cell|the hidden size is|unknown path"):
