@@ -118,17 +118,8 @@ class Quantized(nn.Module):
         return shapes
 
     def _run(
-        self,
-        input: Tensor | PackedSequence,
-        hx: State | None,
-        lengths: Tensor | Sequence[int] | None,
-        batch_first: bool,
-        reset: Tensor | PackedSequence | None = None,
-        reset_to: State | None = None,
-        all_states: bool = False,
+        self, inputs: Inputs, all_states: bool = False
     ) -> tuple[Tensor | PackedSequence, State] | tuple[Tensor | PackedSequence, State, State]:
-        checks.check_flag("return_all_states", all_states)
-        inputs = self._prepared(input, hx, lengths, batch_first, reset, reset_to)
         (rows_of, h_0, c_0, *_), packed = inputs, list(self._buffers.values())
         args = self.cell, rows_of.data, packed, h_0, c_0, rows_of.batch_sizes, self.num_layers
         if not all_states:
@@ -142,8 +133,8 @@ class Quantized(nn.Module):
         self,
         input: Tensor | PackedSequence,
         hx: State | None,
-        lengths: Tensor | Sequence[int] | None,
-        batch_first: bool,
+        batch_first: bool = False,
+        lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | PackedSequence | None = None,
         reset_to: State | None = None,
     ) -> Inputs:
@@ -181,7 +172,7 @@ class Quantized(nn.Module):
         if self.bidirectional:
             raise ValueError("a bidirectional layer has no step: its second direction begins at the end of a stream")
         checks.check_input_of_step(input)
-        y, state = self._run(input.unsqueeze(0), state, None, False)  # type: ignore[misc]
+        y, state = self._run(self._prepared(input.unsqueeze(0), state))  # type: ignore[misc]
         return y.squeeze(0), state  # type: ignore[union-attr]
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
@@ -252,7 +243,8 @@ class QuantizedLayer(Quantized):
             options = {"lengths": lengths, "reset": reset, "reset_to": reset_to, "return_all_states": return_all_states}
             return drop_in.traced(tracer, self, input, hx, **options)  # type: ignore[return-value]
         all_states = self.return_all_states if return_all_states is None else return_all_states
-        return self._run(input, hx, lengths, self.batch_first, reset, reset_to, all_states)
+        checks.check_flag("return_all_states", all_states)
+        return self._run(self._prepared(input, hx, self.batch_first, lengths, reset, reset_to), all_states)
 
 
 class QuantizedCell(Quantized):
@@ -283,19 +275,17 @@ def plan_of(
     input: Tensor | PackedSequence,
     hx: State | None = None,
     *,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | PackedSequence | None = None,
-    reset_to: State | None = None,
     return_all_states: bool | None = None,
+    **of_rows,
 ) -> Plan:
     """What a call would run; its arguments are checked as there."""
     if isinstance(module, QuantizedLayer):
         if return_all_states is not None:
             checks.check_flag("return_all_states", return_all_states)
-        module._prepared(input, hx, lengths, module.batch_first, reset, reset_to)
+        module._prepared(input, hx, module.batch_first, **of_rows)
     else:
         checks.check_input_of_step(input)
-        module._prepared(input.unsqueeze(0), _of_one_layer(hx), None, False)  # type: ignore[union-attr]
+        module._prepared(input.unsqueeze(0), _of_one_layer(hx))  # type: ignore[union-attr]
     return PLAN
 
 

@@ -94,21 +94,24 @@ Streams::Streams(const CallContext& call, int64_t count)
 }
 
 // After an error as well: memory that these streams use is about to be given to others, on the call's stream.
-Streams::~Streams() {
-  if (!set_) return;
-  for (int64_t i = 0; i < count_; i++) set_->wait_for(i, stream_of(call_));
-  pool().give_back(set_);
-}
+Streams::~Streams() { end(); }
 
 void Streams::wait(int64_t stream, int64_t other) {
   if (stream != other) check_cuda(set_->wait_for(other, set_->streams[stream]));
 }
 
-void Streams::join() {
-  if (!set_) return;
-  for (int64_t i = 0; i < count_; i++) check_cuda(set_->wait_for(i, stream_of(call_)));
+void Streams::join() { check_cuda(static_cast<cudaError_t>(end())); }
+
+int Streams::end() {
+  if (!set_) return cudaSuccess;
+  cudaError_t first = cudaSuccess;
+  for (int64_t i = 0; i < count_; i++) {
+    const cudaError_t error = set_->wait_for(i, stream_of(call_));
+    if (first == cudaSuccess) first = error;
+  }
   pool().give_back(set_);
   set_ = nullptr;
+  return first;
 }
 
 void* Streams::at(int64_t stream) const { return set_->streams[stream]; }

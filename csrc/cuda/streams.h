@@ -41,6 +41,7 @@ class Streams {
   Streams(const CallContext& call, int64_t count, StreamSet* set) : call_(call), count_(count), set_(set) {}
 
   void* at(int64_t stream) const;
+  int end();  // join(), whose error it returns
 
   const CallContext& call_;
   const int64_t count_;

@@ -35,9 +35,9 @@ class Wavefront {
     check(!ragged && !masked && p.directions == 1, "a wavefront is for padded layers of one direction, without masks");
     check(plan.path == Path::single_cta || plan.path == Path::cluster,
           "a wavefront is for layers that leave multiprocessors to others: single CTA and cluster");
-    steps_of_chunk_ = divided(steps_, std::min<int64_t>(plan.chunks, steps_));
-    chunks_ = divided(steps_, steps_of_chunk_);
-    if (chunks_ > 1) streams_ = divided(layers, divided(layers, kMaxStreams));  // in groups of about the same size
+    const int steps = ceil_div(steps_, static_cast<int>(std::min<int64_t>(plan.chunks, steps_)));
+    steps_of_chunk_ = steps, chunks_ = ceil_div(steps_, steps);
+    if (chunks_ > 1) streams_ = ceil_div(layers, ceil_div(layers, kMaxStreams));  // in groups of about the same size
   }
 
   int64_t streams() const { return streams_; }
@@ -69,8 +69,6 @@ class Wavefront {
   }
 
  private:
-  static int64_t divided(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
-
   Task task(int64_t position, int64_t index, bool backward) const {
     Task task{};
     task.layer = backward ? layers_ - 1 - position : position;

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_paths import SINGLE_CTA, THIS_GPU, by_path, path
+from cuda_paths import SINGLE_CTA, THIS_GPU, asked_of, by_path, path
 from operators import Call, both_passes
 
 from seqkernels.backends.cells import CELLS
@@ -24,21 +24,8 @@ FORWARD, BACKWARD, FLAGS = 2, 5, 1
 
 def asked_for(emulator, call: Call, launch, tf32: bool = False) -> list[tuple[int, int]]:
     """Of each pass: launches and operations together, and allocations besides the results."""
-    found = []
-
-    def counted(run):
-        def counting(*args):
-            before = emulator.counts()
-            results = run(*args)
-            now = {name: count - before[name] for name, count in emulator.counts().items()}
-            tensors = sum(len(one) if isinstance(one, list) else 1 for one in results)
-            found.append((now["launches"] + now["operations"], now["allocations"] - tensors))
-            return results
-
-        return counting
-
-    both_passes(call, *map(counted, by_path(launch, tf32)))
-    return found
+    found = asked_of(emulator, call, by_path(launch, tf32))
+    return [(one["launches"] + one["operations"], one["allocations"] - one["results"]) for one in found]
 
 
 @pytest.mark.parametrize("cell", CELLS)

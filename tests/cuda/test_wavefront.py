@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_paths import SINGLE_CTA, STEPWISE, THIS_GPU, by_path, faulty, path
+from cuda_paths import SINGLE_CTA, STEPWISE, THIS_GPU, asked_of, by_path, faulty, path
 from gpus import GPUS
 from operators import BACKENDS, CELLS, Call, both_passes, forward, nan_in_fresh_memory, to_float64
 from operators import backward as backward_of
@@ -115,20 +115,10 @@ def test_without_what_is_not_given_or_wanted(cell):
 def test_what_a_wavefront_launches(emulator):
     """Two launches for a layer and a chunk; backward three more for a layer, and one memory for all of it."""
     call = Call("gru", dtype=torch.float32, **STACK)
-    found = []
-
-    def counted(run):
-        def counting(*args):
-            before = emulator.counts()
-            results = run(*args)
-            now = {name: count - before[name] for name, count in emulator.counts().items()}
-            found.append((now["launches"], now["operations"]))
-            return results
-
-        return counting
-
-    both_passes(call, *map(counted, by_chunks(SINGLE_CTA, 3)))
-    (forward_sweeps, forward_products), (backward_sweeps, backward_products) = found
+    found = asked_of(emulator, call, by_chunks(SINGLE_CTA, 3))
+    (forward_sweeps, forward_products), (backward_sweeps, backward_products) = (
+        (one["launches"], one["operations"]) for one in found
+    )
     gaps = forward_products - 3 * 3
     assert forward_sweeps == 3 * 3 and 0 <= gaps <= 4
     assert backward_sweeps == 3 * 3 + 3 and backward_products == 3 * 3 + 2 * 3

@@ -61,6 +61,24 @@ def fitting(name: str, *layer, **more) -> list[dict[str, Any]]:
     return [one for one in found(*layer, **more)[name] if not one["reason"]]
 
 
+def asked_of(emulator, call: Call, passes) -> list[dict[str, int]]:
+    """What each pass asks for, by the names of run.h, and how many tensors it results in."""
+    found = []
+
+    def counted(run):
+        def counting(*args):
+            before = emulator.counts()
+            results = run(*args)
+            now = {name: count - before[name] for name, count in emulator.counts().items()}
+            found.append(now | {"results": sum(len(one) if isinstance(one, list) else 1 for one in results)})
+            return results
+
+        return counting
+
+    both_passes(call, *map(counted, passes))
+    return found
+
+
 def faulty(emulator, run, fault: str, event: int = 0):
     """The operator with a fault planted (tests/emulator/run.h)."""
 

@@ -68,10 +68,10 @@ def of_stack(call: Call, gpu: GPU, backward: bool) -> tuple[PassLaunch, float]:
         for chunks in _CHUNKS
         if _workspace(call, at_once, chunks, backward) <= _MAX_WORKSPACE
     ]
-    if not wavefronts or min(wavefronts)[0] > 0.9 * us:
+    us_of_wavefront, chunks = min(wavefronts, default=(math.inf, 1))
+    if us_of_wavefront > 0.9 * us:
         return launch, us
-    us, chunks = min(wavefronts)
-    return beside[0]._replace(chunks=chunks), us
+    return beside[0]._replace(chunks=chunks), us_of_wavefront
 
 
 _SHARING = ("single CTA", "cluster")  # that leave multiprocessors to other layers
