@@ -93,12 +93,16 @@ def torch_nn(case: Case) -> Callable[[], list[Tensor]]:
     return prepared(case, module)
 
 
-def seqkernels(case: Case, backend: str | None = None, recompute: bool = False) -> Callable[[], list[Tensor]]:
+def seqkernels(
+    case: Case, backend: str | None = None, recompute: bool = False, keep_packed: bool = True
+) -> Callable[[], list[Tensor]]:
     if recompute and case.mode == "infer":
         raise Unavailable("nothing is saved, so that nothing is computed again")
+    if not keep_packed and case.mode == "train":
+        raise Unavailable("packed weights are kept where weights want no gradients")
     sk = require("seqkernels")
     module = module_of(case, sk)
-    module.recompute = recompute
+    module.recompute, module.keep_packed = recompute, keep_packed
     module.load_state_dict(weights(case).state_dict())
     module.backend = backend
     to = case.device, case.torch_dtype
@@ -242,6 +246,7 @@ CONTENDERS: dict[str, Callable[[Case], Callable[[], list[Tensor]]]] = {
     "seqkernels float32": in_dtype("float32", seqkernels),
     **{f"seqkernels {name}": functools.partial(seqkernels, backend=name) for name in OUR_BACKENDS},
     "seqkernels recompute": functools.partial(seqkernels, recompute=True),
+    "seqkernels packing": functools.partial(seqkernels, keep_packed=False),  # its weights in every call
     "aten cells": loop,
     "compiled loop": functools.partial(loop, compiled=True),
 }

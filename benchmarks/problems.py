@@ -31,6 +31,8 @@ PROBLEMS = {
     "charlm1": Problem(200, 1, 128, 512),
     "big": Problem(64, 64, 512, 512),
     "big1024": Problem(64, 16, 1024, 1024),
+    "chunk": Problem(8, 16, 512, 512),  # of a stream
+    "chunk1024": Problem(8, 16, 1024, 1024),
     "decoder": Problem(1, 16, 512, 512),  # one step by hand, as a decoder takes it
     "names-real": Problem(20, 64, 100, 100, lengths_of="names"),
     "news-real": Problem(100, 32, 100, 128, lengths_of="news"),

@@ -52,11 +52,18 @@ struct Layer {
   bool masked() const { return recurrent || candidate || zoneout_h || zoneout_c; }
 };
 
+// How the packed weights of a layer lie: equal ones may take each other's memory.
+struct PackedLayout {
+  int64_t bytes;  // 0: they are not worth keeping
+  int64_t facts[10];
+};
+
 struct LayerForward : Layer {
   void* y;      // [N, D*P]
   void* h_n;    // [D, C, P]
   void* c_n;    // [D, C, H] or null
   void* saved;  // [N, D, K*H] or null
+  void* kept;   // packed weights of the call before, in memory of PackedLayout::bytes, or null: those of this call
 };
 
 struct LayerBackward : Layer {

@@ -4,6 +4,7 @@
 
 #include "arguments.h"
 #include "cpu/isa.h"
+#include "cpu/kept_weights.h"
 #include "cpu/memory.h"
 #include "cuda/plan.h"
 #include "direct.h"
@@ -35,6 +36,19 @@ static PyObject* fill_memory(PyObject*, PyObject* with_nan) {
 
 static PyObject* release_memory(PyObject*, PyObject*) {
   WorkingMemory::release_kept();
+  Py_RETURN_NONE;
+}
+
+static PyObject* kept_weights(PyObject*, PyObject* place) {
+  const FromPlace from(PyLong_AsLongLong(place));
+  if (PyErr_Occurred()) return nullptr;
+  const KeptWeights none, &weights = from.weights() ? *from.weights() : none;
+  return Py_BuildValue("(LL)", static_cast<long long>(weights.bytes()), static_cast<long long>(weights.packed()));
+}
+
+static PyObject* release_weights(PyObject*, PyObject* place) {
+  FromPlace::release(PyLong_AsLongLong(place));
+  if (PyErr_Occurred()) return nullptr;
   Py_RETURN_NONE;
 }
 
@@ -145,6 +159,9 @@ static PyMethodDef methods[] = {
     {"force_isa", force_isa, METH_O, "Use another instruction set (for tests). ValueError if it does not run here."},
     {"fill_memory", fill_memory, METH_O, "Fill outputs and working memory with NaN beforehand (for tests)."},
     {"release_memory", release_memory, METH_NOARGS, "Give the working memory kept for the next call back."},
+    {"kept_weights", kept_weights, METH_O,
+     "Of the packed weights at a place (csrc/cpu/kept_weights.h) the bytes, and how many panels were packed."},
+    {"release_weights", release_weights, METH_O, "Give those back."},
     {"peak_gflops", peak_gflops, METH_NOARGS,
      "Float multiplications and additions a second at best, by torch's threads."},
     {"build_info", build_info, METH_NOARGS, "What was built, and by which compiler."},
@@ -178,5 +195,6 @@ PyMODINIT_FUNC SEQKERNELS_INIT(SEQKERNELS_MODULE)() {
   for (int i = 0; i < kPaths; i++) PyTuple_SetItem(paths, i, PyUnicode_FromString(name_of(static_cast<Path>(i))));
   PyModule_AddObject(created, "CUDA_PATHS", paths);  // by their numbers
   PyModule_AddIntConstant(created, "CUDA_STREAMS", kMaxStreams);
+  PyModule_AddIntConstant(created, "PLACES", FromPlace::kPlaces);
   return created;
 }

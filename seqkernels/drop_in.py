@@ -8,6 +8,8 @@ from torch import Tensor, fx, nn
 from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 
+from seqkernels import kept_weights
+
 
 class DropIn(type):
     """The class of our classes. Inside `patch_torch`, where torch.nn.GRU is ours, `isinstance` and `issubclass` of
@@ -169,6 +171,7 @@ class Layer(nn.RNNBase, metaclass=DropIn):
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         state.pop("_flat_weight_refs", None)  # torch.nn's, which cannot be pickled
+        kept_weights.forget(state)
         return state
 
     def __setstate__(self, state: dict) -> None:

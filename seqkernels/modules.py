@@ -2,17 +2,19 @@
 stand in `cell_modules`.
 
 They derive from nn.RNNBase and not from nn.GRU itself, because torch.compile refuses every instance of nn.RNN, nn.GRU
-and nn.LSTM. Parameters are read by name in every call: there is no flat weight buffer and no cached copy to go stale,
-so parametrizations, weight tying, functional_call, deepcopy, pickle and plain assignment all just work.
+and nn.LSTM. Parameters are read by name in every call: there is no flat weight buffer, and no copy that could go stale
+(`kept_weights` has one that is compared with them), so parametrizations, weight tying, functional_call, deepcopy,
+pickle and plain assignment all just work.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, drop_in, functional, plain_calls, states, streaming
+from seqkernels import checks, drop_in, functional, kept_weights, plain_calls, states, streaming
 from seqkernels.backends.cells import CELLS
 from seqkernels.cell_modules import GRUCell, LSTMCell, RNNCell, cell_of
 from seqkernels.cell_options import CellOptions
@@ -38,9 +40,11 @@ class _Recurrent(drop_in.Layer):
         cell_options: the seven above as one `seqkernels.CellOptions`, None where all are off. Another with the same
             layer_norm and blocks may take its place at any time.
         backend: forces a backend for this module (see `seqkernels.select.BACKENDS`); None lets `select` choose.
+        keep_packed: whether packed weights may stay between calls on a CPU (docs/backends.md).
     """
 
     backend: str | None = None
+    keep_packed = True
     return_all_states = learn_initial_state = recompute = False
     cell_options: CellOptions | None = None
     _norm_names: tuple[str, ...] = ()
@@ -145,7 +149,9 @@ class _Recurrent(drop_in.Layer):
         if self.learn_initial_state and (hx is None or begins_anew):
             learned = states.initial(self, input)
             hx, reset_to = learned if hx is None else hx, learned if begins_anew else reset_to
-        run = states.recurrent if all_states else functional.recurrent
+        run = states.recurrent
+        if not all_states:
+            run = functools.partial(functional.recurrent, place=kept_weights.place_for(self, weights))
         return run(
             self.mode.lower(),
             input,
@@ -201,11 +207,12 @@ class _Recurrent(drop_in.Layer):
             return results if out is None else streaming.write(out, *results)
         if self.learn_initial_state and state is None:
             state = states.initial(self, input, batched=2)
+        weights = self._weights()
         y, new = streaming.step(
             self.mode.lower(),
             input,
             state,
-            self._weights(),
+            weights,
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -214,6 +221,7 @@ class _Recurrent(drop_in.Layer):
             cell_options=self.cell_options,
             norms=self._norms(),
             backend=self.backend,
+            place=kept_weights.place_for(self, weights),
         )
         return (y, new) if out is None else streaming.write(out, y, new)
 

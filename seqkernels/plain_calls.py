@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, direct, hardware, late_checks, modes, ops, ranges, select
+from seqkernels import checks, direct, hardware, kept_weights, late_checks, modes, ops, ranges, select
 from seqkernels.backends import cpu
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
@@ -66,6 +66,8 @@ def run(
     if not unseen:
         return None
     launch = cpu.as_among_others(plan.launch) if one_step else plan.launch
+    if place := kept_weights.place_of(layer):
+        launch = cpu.keeping(launch, place)
     sizes = directions, layer.hidden_size, layer.proj_size
     found = direct.layer(cell, input, states, weights, layer.num_layers, *sizes, layer.batch_first, launch)
     if not found:
@@ -93,6 +95,8 @@ def _with_gradients(
     elif [state.shape for state in states] != shapes:
         return None
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
+    if place := kept_weights.place_for(layer, weights):  # they are frozen
+        plan = plan._replace(launch=cpu.keeping(plan.launch, place))
     try:
         y, h_n, c_n = ops.of_padded(plan, call, input, weights, h_0, c_0, layer.batch_first)
     except (RuntimeError, ValueError):

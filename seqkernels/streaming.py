@@ -30,6 +30,7 @@ def step(
     cell_options: CellOptions | None = None,
     norms: Sequence[Tensor] = (),
     backend: str | None = None,
+    place: int = 0,
 ) -> tuple[Tensor, State]:
     """One step of all layers -> y like x with P features, and the new state like the given one."""
     checks.check_kind(weights)
@@ -50,7 +51,7 @@ def step(
     plan, together = functional.planned(inputs, weights, dropout, recompute, parts, backend)
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and parts is None:
-        plan = plan._replace(launch=cpu.as_among_others(plan.launch))
+        plan = plan._replace(launch=cpu.keeping(cpu.as_among_others(plan.launch), place))
     elif plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
     y, h, c = functional.run(plan, inputs, weights, together, dropout, recompute, parts)

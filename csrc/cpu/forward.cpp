@@ -24,6 +24,10 @@ int64_t forward_bytes(const LayerForward& p, const Schedule& schedule) {
       p, [&](auto s, auto f) { return ForwardMemory<decltype(s), decltype(f)>(p, schedule, nullptr).bytes(schedule); });
 }
 
+PackedLayout packed_layout(const LayerForward& p) {
+  return with_factor(p, [&](auto s, auto f) { return PackedWeights<decltype(s), decltype(f)>(p).layout(p); });
+}
+
 void run_forward(const LayerForward& p, const Schedule& schedule, int begin, int end, void* memory) {
   with_factor(p, [&](auto s, auto f) {
     with_cell(p.cell, [&](auto traits) {

@@ -348,15 +348,18 @@ void sum_biases(const LayerForward& p, int d, const ForwardMemory<S, F>& memory)
 
 template <class S, class F>
 void prepare_forward(const LayerForward& p, const ForwardMemory<S, F>& memory, const WorkRange& work) {
-  const auto pack = [&](const Panels<F>& shape, const void* source, int64_t n, F* packed) {
+  const auto pack = [&](const Panels<F>& shape, const void* source, int64_t n, F* packed, const KeptPanels& kept) {
+    const S* from = static_cast<const S*>(source);
     for (int64_t j = work.first(shape.count()); j < work.last(shape.count()); j++)
-      pack_transposed(shape, j, static_cast<const S*>(source), n, packed);
+      kept.renew(
+          j, [&] { return fingerprint_of(shape, j, from, n); }, [&] { pack_transposed(shape, j, from, n, packed); });
   };
   for (int d = 0; d < p.directions; d++) {
     if (memory.used == WeightsUsed::packed) {
-      pack(memory.ih, p.weights[d].w_ih, p.input, memory.direction[d].w_ih);
-      pack(memory.hh, p.weights[d].w_hh, p.projected, memory.direction[d].w_hh);
-      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, p.hidden, memory.direction[d].w_hr);
+      const auto& weights = memory.direction[d];
+      pack(memory.ih, p.weights[d].w_ih, p.input, weights.w_ih, weights.kept_ih);
+      pack(memory.hh, p.weights[d].w_hh, p.projected, weights.w_hh, weights.kept_hh);
+      if (p.has_projection) pack(memory.hr, p.weights[d].w_hr, p.hidden, weights.w_hr, weights.kept_hr);
     }
     if (work.begin == 0) sum_biases(p, d, memory);
   }

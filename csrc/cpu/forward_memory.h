@@ -1,5 +1,6 @@
 // What the forward pass of a layer works in: packed weights and biases, and each task's states and gates.
 #pragma once
+#include "fingerprint.h"
 #include "layout.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -27,21 +28,71 @@ inline bool splits_for_tiles(const Layer& p) {
   return p.bfloat16_parts && p.bfloat16_tiles && p.scalar == Scalar::float32 && !has_few_rows(p);
 }
 
+// sequences: of a task.
 template <class F>
-WeightsUsed weights_used(const LayerForward& p, const Schedule& schedule, bool by_tiles) {
+WeightsUsed weights_used(const LayerForward& p, int64_t sequences, bool by_tiles) {
   if (has_few_rows(p)) return WeightsUsed::by_rows;
-  const int64_t lanes = vectors_of<Sum<F>>(schedule.max_sequences) * kLanes<Sum<F>>;
+  const int64_t lanes = vectors_of<Sum<F>>(sequences) * kLanes<Sum<F>>;
   return !by_tiles && p.steps * lanes <= kRowsOnce ? WeightsUsed::by_turned : WeightsUsed::packed;
 }
 
-// The memory of one forward call. S is the type of the layer's numbers, F what products take of them: the type of
+// The packed weights of a layer. S is the type of the layer's numbers, F what products take of them: the type of
 // computation, or pairs of bfloat16 as they are.
 template <class S, class F>
-struct ForwardMemory {
-  using C = acc_t<S>;
+struct PackedWeights {
   static constexpr bool kSplits = std::is_same<S, float>::value && !std::is_same<F, float>::value;
+  // Packing is seen in the time of a call of less rows, and of more weights; looking whether weights are still what was
+  // packed takes a third of it.
+  static constexpr int64_t kKeptRows = 512, kKeptRowsByTiles = 4096, kKeptBytes = 64 << 10;
   struct PerDirection {
     F *w_ih, *w_hh, *w_hr;
+    KeptPanels kept_ih, kept_hh, kept_hr;
+  };
+
+  const bool by_tiles;  // products are
+  const int parts;      // of a number, as which it is multiplied
+  const Panels<F> ih, hh, hr;
+
+  explicit PackedWeights(const LayerForward& p)
+      : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
+        parts(kSplits && by_tiles ? p.bfloat16_parts : 1),
+        ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles, parts),
+        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles, parts),
+        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles, parts) {}
+
+  // Those of a direction; where they are kept, also what they were packed from. `packed` counts them.
+  PerDirection take(Arena& arena, bool kept, int64_t* packed) const {
+    PerDirection of{};
+    of.w_ih = arena.take<F>(ih.size());
+    of.w_hh = arena.take<F>(hh.size());
+    of.w_hr = arena.take<F>(hr.size());
+    if (kept) {
+      of.kept_ih = {arena.take<Fingerprint>(ih.count()), packed};
+      of.kept_hh = {arena.take<Fingerprint>(hh.count()), packed};
+      of.kept_hr = {arena.take<Fingerprint>(hr.count()), packed};
+    }
+    return of;
+  }
+
+  PackedLayout layout(const LayerForward& p) const {
+    Arena arena{nullptr};
+    arena.take<int64_t>(1);
+    for (int d = 0; d < p.directions; d++) take(arena, true, nullptr);
+    const bool worth = weights_used<F>(p, p.sequences, by_tiles) == WeightsUsed::packed && arena.used >= kKeptBytes &&
+                       p.rows <= (by_tiles ? kKeptRowsByTiles : kKeptRows);
+    return {.bytes = worth ? arena.used : 0,
+            .facts = {kLanes<Sum<F>>, static_cast<int64_t>(p.scalar), kPerFactor<F>, by_tiles, parts, p.directions,
+                      gates_of(p.cell), p.hidden, p.input, p.has_projection ? p.projected : 0}};
+  }
+};
+
+// The memory of one forward call.
+template <class S, class F>
+struct ForwardMemory : PackedWeights<S, F> {
+  using C = acc_t<S>;
+  using Weights = PackedWeights<S, F>;
+  using Weights::by_tiles, Weights::parts, Weights::ih, Weights::hh, Weights::hr, Weights::kSplits;
+  struct PerDirection : Weights::PerDirection {
     C* bias;        // [G*H]: all biases but those of b_hh that stay apart
     C* bias_apart;  // [A*H]: those, of the last A gates (CellTraits::apart)
   };
@@ -55,9 +106,6 @@ struct ForwardMemory {
     F* turned;                  // [members of the team, turned_size]: rows, then weights that had to be converted
   };
 
-  const bool by_tiles;  // products are
-  const int parts;      // of a number, as which it is multiplied
-  const Panels<F> ih, hh, hr;
   const WeightsUsed used;
   const int64_t ldh, ldp, ldg;
   const int64_t ldi, ldf, ldu;  // of rows of factors: x, h, and h before its projection
@@ -67,12 +115,8 @@ struct ForwardMemory {
   TaskArenas tasks;
 
   ForwardMemory(const LayerForward& p, const Schedule& schedule, void* base)
-      : by_tiles(p.bfloat16_tiles && std::is_same<F, bfloat16x2>::value),
-        parts(kSplits && by_tiles ? p.bfloat16_parts : 1),
-        ih(factors_of<F>(p.input), gates_of(p.cell) * p.hidden, 1, by_tiles, parts),
-        hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles, parts),
-        hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles, parts),
-        used(weights_used<F>(p, schedule, by_tiles)),
+      : Weights(p),
+        used(weights_used<F>(p, schedule.max_sequences, by_tiles)),
         ldh(leading<C>(p.hidden)),
         ldp(leading<C>(p.projected)),
         ldg(leading<C>(ih.units)),
@@ -82,13 +126,11 @@ struct ForwardMemory {
         chunk(chunk_rows(p, schedule)),
         turned_rows(max(ih.k, max(hh.k, hr.k)) * kRowsOnce),
         turned_size(used == WeightsUsed::by_turned ? turned_rows + turned_rows / kRowsOnce * kLanes<C> : 0) {
-    Arena arena{static_cast<char*>(base)};
+    Arena arena{static_cast<char*>(base)}, kept{static_cast<char*>(p.kept)};
+    int64_t* const packed = kept.take<int64_t>(1);
     for (int d = 0; d < p.directions; d++) {
-      if (used == WeightsUsed::packed) {
-        direction[d].w_ih = arena.take<F>(ih.size());
-        direction[d].w_hh = arena.take<F>(hh.size());
-        direction[d].w_hr = arena.take<F>(hr.size());
-      }
+      typename Weights::PerDirection& weights = direction[d];
+      if (used == WeightsUsed::packed) weights = this->take(p.kept ? kept : arena, p.kept, packed);
       direction[d].bias = arena.take<C>(ldg);
       direction[d].bias_apart = arena.take<C>(leading<C>(apart_of(p.cell) * p.hidden));
     }

@@ -7,6 +7,7 @@ namespace seqkernels::SEQKERNELS_ISA {
 
 int64_t forward_bytes(const LayerForward&, const Schedule&);
 int64_t backward_bytes(const LayerBackward&, const Schedule&);
+PackedLayout packed_layout(const LayerForward&);
 void run_forward(const LayerForward&, const Schedule&, int begin, int end, void* memory);
 void run_backward(const LayerBackward&, const Schedule&, int begin, int end, void* memory);
 // Of layers with masks.

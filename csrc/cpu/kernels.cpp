@@ -34,6 +34,7 @@ double multiply_and_add(int64_t rounds) {
 extern const Kernels kernels;
 const Kernels kernels = {.forward_bytes = forward_bytes,
                          .backward_bytes = backward_bytes,
+                         .packed_layout = packed_layout,
                          .forward = forward,
                          .backward = backward,
                          .multiply_and_add = multiply_and_add};

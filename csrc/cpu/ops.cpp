@@ -3,6 +3,7 @@
 
 #include "../names.h"
 #include "isa.h"
+#include "kept_weights.h"
 #include "passes.h"
 #include "quantized_arguments.h"
 
@@ -93,6 +94,7 @@ Results forward(const StackArguments& given, bool save, const Launch& launch, co
   if (given.c_0 || empty) c_n = allocate(type, arguments.of_all({L * D, C, given.c_0 ? H : 0}));
   if (save || empty) saved = allocate(type, arguments.of_all(save ? layout.shape(L) : Shape{N, D, 0}));
   Between between(type, M, save ? 1 : L, p, N);
+  FromPlace kept(launch.size() > 2 ? launch[2] : 0);
   const int64_t bytes = given.x.element_size();
   const auto set = [&](LayerForward& p, int64_t m, int64_t l) {
     if (!l)
@@ -106,6 +108,7 @@ Results forward(const StackArguments& given, bool save, const Launch& launch, co
     copy_states(arguments, p, p.h_n, p.h_0, P, bytes);
     copy_states(arguments, p, p.c_n, p.c_0, H, bytes);
     p.saved = layout.blocks ? of_member(saved, m, M, layout.blocks_of(l)) : nullptr;
+    p.kept = kept.weights() && M == 1 ? kept.weights()->of_layer(l, kernels().packed_layout(p)) : nullptr;
     zero_rows(p.y, layout.y * bytes, N, p.rows);
     zero_rows(p.saved, layout.blocks * bytes, N, p.rows);
   };

@@ -46,6 +46,11 @@ def as_among_others(launch: tuple[int, ...]) -> tuple[int, int]:
     return (*(launch or (0,)), 1)  # type: ignore[return-value]
 
 
+def keeping(launch: tuple[int, ...], place: int) -> tuple[int, ...]:
+    """[3]: the same, and where packed weights stay between calls (`seqkernels.kept_weights`); 0: nowhere."""
+    return *(*launch, 0, 0)[:2], place
+
+
 def kernel(call: Call, machine: Machine) -> str:
     parts = _bfloat16_parts(call, machine)
     return machine.isa + (f", float32 multiplied as {('one', 'two')[parts - 1]} bfloat16" if parts else "")
