@@ -10,6 +10,7 @@
 
 #include "../../csrc/cpu/backward.h"
 #include "../../csrc/cpu/forward.h"
+#include "../../csrc/cpu/kept_weights.h"
 #include "../../csrc/cpu/schedule.h"
 #include "random_layers.h"
 
@@ -107,9 +108,9 @@ using kernels::bfloat16, kernels::bfloat16x2;
 template <class Number>
 using storage_t = typename std::conditional<sizeof(Number) == 2, bfloat16, float>::type;
 
-// By tiles, or by vectors.
+// By tiles, or by vectors; with packed weights that stay, where they are worth it.
 template <class Number>
-Results<Number> run(const Sizes& of, LayerForward p, bool tiles) {
+Results<Number> run(const Sizes& of, LayerForward p, bool tiles, KeptWeights* kept = nullptr) {
   using Array = ::Array<Number>;
   using S = storage_t<Number>;
   const int64_t K = saved_blocks_of(of.cell);
@@ -126,6 +127,9 @@ Results<Number> run(const Sizes& of, LayerForward p, bool tiles) {
     return with_factor(
         [&](auto factor) { return kernels::ForwardMemory<S, decltype(factor)>(p, schedule, nullptr).bytes(schedule); });
   };
+  if (kept)
+    p.kept = kept->of_layer(
+        0, with_factor([&](auto factor) { return kernels::PackedWeights<S, decltype(factor)>(p).layout(p); }));
   run_members(of, p, tiles && p.rows > kernels::kFewRows, bytes,
               [&](auto traits, const Schedule& schedule, int number, void* memory) {
                 with_factor([&](auto factor) {
@@ -214,18 +218,31 @@ bool check_backward(const Sizes& of, const Arguments<Number>& arguments, const R
   return good;
 }
 
+// Packed weights that stay make no difference: when they are packed, when they are found, and when one has changed.
+template <class Number>
+bool check_kept(const Sizes& of, Arguments<Number>& arguments) {
+  KeptWeights kept;
+  for (int call = 0; call < 3; call++) {
+    const auto packed = run<Number>(of, arguments.p, true), found = run<Number>(of, arguments.p, true, &kept);
+    if (packed.y != found.y || packed.saved != found.saved) return false;
+    Array<Number>& weight = arguments.weights[random_number(0, 1)];
+    if (call && !weight.empty()) set(weight[random_number(0, weight.size() - 1)], 0.125f);
+  }
+  return true;
+}
+
 // After one step products of bfloat16 are exact: all bits agree. After more, sums in another order are rounded
 // differently. Those of float32 differ by what its factors lose.
 template <class Number>
 bool check(const Sizes& of) {
-  const Arguments<Number> arguments(of);
+  Arguments<Number> arguments(of);
   const auto by_tiles = run<Number>(of, arguments.p, true), by_vectors = run<Number>(of, arguments.p, false);
   const Array<Number> Results<Number>::* all[] = {&Results<Number>::y, &Results<Number>::h_n, &Results<Number>::c_n,
                                                   &Results<Number>::saved};
   const float tolerance = of.parts == 2 ? 1e-4f : of.parts == 0 && of.T == 1 && of.P == of.H ? 0 : 0.05f;
   bool good = true;
   for (const auto result : all) good = good && largest_difference(by_tiles.*result, by_vectors.*result) <= tolerance;
-  return check_backward(of, arguments, by_vectors) && good;
+  return check_backward(of, arguments, by_vectors) && check_kept(of, arguments) && good;
 }
 
 }  // namespace
