@@ -290,6 +290,13 @@ def test_threads_take_weights_in_turns():
     assert not failures
 
 
+def test_a_module_may_keep_none():
+    layer = layer_of()
+    layer.keep_packed = False
+    expect_same(layer, input_of(layer))
+    assert kept_weights.kept(layer) == (0, 0)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_has_its_own():
     code = """if True:
