@@ -29,7 +29,9 @@ def recurrent(
     backend: str | None,
 ) -> tuple[Tensor, State] | None:
     """A call on a padded batch that members share, without dropout -> its results; None if it has to go on."""
-    if not isinstance(input, Tensor) or not ops.ENSEMBLES or input.device.type != "cpu":
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
+        return None
+    if not ops.ENSEMBLES or input.device.type != "cpu":
         return None
     states = () if hx is None else tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     if input.dim() != 3 or input.is_nested or not _only_weights_have_members(input, *states):

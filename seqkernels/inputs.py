@@ -78,7 +78,17 @@ def prepare(
         checks.fail_on_columns(w_hh, features[1])
     h_0, c_0 = _initial_state(features[: CELLS[cell].states], hx, reset_to, rows, num_layers * directions, transformed)
     call, save = facts or facts_of(rows, h_0, c_0)
+    if call.transformed and call.compiled and rows.batch_sizes is not None:
+        _fail_without_steps()
     return Inputs(rows, h_0, c_0, unbatched, save, call)
+
+
+@torch.compiler.assume_constant_result  # else torch goes on without compiling, and fails within its own code
+def _fail_without_steps() -> None:
+    raise NotImplementedError(
+        "torch.compile does not know the steps of a batch with lengths or resets, which torch.func's transforms other "
+        "than vmap need: call them uncompiled, or give a padded batch"
+    )
 
 
 def _tensors(state: State | None) -> Sequence[Tensor]:

@@ -29,13 +29,21 @@ def _outside_of_vmap(tensor: Tensor) -> Tensor:
     return tensor
 
 
+@torch.compiler.assume_constant_result  # a compiler traces code within its transforms
 def transformed() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is at work."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD goes through any of them."""
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level < 0:
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+@torch.compiler.assume_constant_result
 def only_vmap() -> bool:
     """Whether torch.vmap is the only transform: it runs operators by their rules."""
     if torch.autograd.forward_ad._current_level >= 0:

@@ -382,14 +382,13 @@ def recurrence_forward(
     """
     if plan.backend == "cudnn":
         return cudnn.run(call.cell, call.directions, wanted, recompute, x, h_0, c_0, batch_sizes, weights)
-    save = wanted and not recompute
-    if torch.compiler.is_compiling():
-        # [0], as a package of AOTInductor takes no empty list.
-        args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch or [0], call.layers, pieces
-        return _FORWARD[plan.backend](*args)[:3]
-    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, plan.launch, call.layers, pieces
+    compiling, save = torch.compiler.is_compiling(), wanted and not recompute
+    launch = plan.launch or [0] if compiling else plan.launch  # a package of AOTInductor takes no empty list
+    args = call.cell, x, list(weights), h_0, c_0, batch_sizes, save, launch, call.layers, pieces
     if call.transformed:
         return _plain_forward(*args)[:3]
+    if compiling:
+        return _FORWARD[plan.backend](*args)[:3]
     return _run(plan.backend, wanted, args)[:3]
 
 

@@ -117,9 +117,11 @@ def forward(
     c_0: Tensor | None,
     batch_sizes: Tensor | None,
     variant: Variant,
+    transformed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: for a compiler one operator; else plain torch operations, whose graph is the gradients'."""
-    if not torch.compiler.is_compiling():
+    """One layer: for a compiler one operator; else, and within transforms that no operator passes (as `Call` says),
+    plain torch operations, whose graph is the gradients'."""
+    if transformed or not torch.compiler.is_compiling():
         return torch_steps.forward(cell, x, weights, norms, h_0, c_0, batch_sizes, variant)
     layer_norm, blocks, *masks = variant
     kind = next(name for name, value in _NORMS.items() if value == layer_norm)

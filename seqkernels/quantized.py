@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import batching, checks, drop_in, onnx_export
+from seqkernels import batching, checks, drop_in, modes, onnx_export
 from seqkernels._ops import add_op_namespace_prefix, ops
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -157,7 +157,7 @@ class Quantized(nn.Module):
         weights += [one] * (sum(map(len, self.names)) - 2)
         ragged = lengths, None, None, reset, reset_to
         inputs = prepare(self.cell, input, hx, weights, self.num_layers, directions, batch_first, *ragged, self.bias)
-        if inputs.save:
+        if inputs.save or modes.forward_mode(inputs.rows.data, inputs.h_0, inputs.c_0):
             raise RuntimeError(f"{self._get_name()} has no gradients: call it under torch.no_grad()")
         return inputs
 

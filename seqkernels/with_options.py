@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from seqkernels import cell_options, checks, layer_norm_ops, masked_ops, modes, ops, option_ops, select
 from seqkernels.backends import autocast, stack
+from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.backends.torch_steps import Variant
 from seqkernels.cell_options import CellOptions, Masks
@@ -139,7 +140,7 @@ def run_layer(
     """One layer, whose input is masked already -> y, h_n, c_n."""
     options, args = parts.cell_options, (x, weights, h_0, c_0, batch_sizes)
     if plan.backend == "torch_eager" and parts.of_step:
-        return _steps(call.cell, *args, parts.norms, variant_of(options, masks), recompute)
+        return _steps(call, *args, parts.norms, variant_of(options, masks), recompute)
     if parts.by_block:
         return _by_blocks(plan, call, options.blocks, *args, masks, recompute)
     return _by_kernels(plan, call, *args, masks, recompute, parts.norms, options.layer_norm)
@@ -216,12 +217,13 @@ def _of_all_blocks(states: Tensor) -> Tensor:
 
 
 def _steps(
-    cell: str, x, weights, h_0, c_0, batch_sizes, norms, variant: Variant, recompute: bool
+    call: Call, x, weights, h_0, c_0, batch_sizes, norms, variant: Variant, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer in plain torch operations, in the dtype that an operator would get."""
 
     def compute(x, weights, norms, h_0, c_0) -> tuple[Tensor, Tensor, Tensor]:
-        return option_ops.forward(cell, x, weights, norms, h_0, c_0, batch_sizes, variant)
+        of_layer = x, weights, norms, h_0, c_0, batch_sizes
+        return option_ops.forward(call.cell, *of_layer, variant, call.transformed)
 
     again = recompute and modes.wants_gradients(x, h_0, c_0, *weights, *norms)
     return computed(compute, again, x, list(weights), list(norms), h_0, c_0)

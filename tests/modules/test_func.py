@@ -252,6 +252,31 @@ def test_ensembles_of_ensembles_under_autocast_and_compiled():
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), wanted) for y in (found, expected)))
 
 
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.1}])
+def test_compiled_transforms(options):
+    layer, x = sk.LSTM(4, 5, **options).eval(), torch.randn(2, 2, 4)
+
+    def scalar(x):
+        return loss(layer(x))
+
+    runs = vmap(grad(scalar)), grad(scalar), lambda x: jvp(scalar, (x,), (x,))[1]
+    for run, argument in zip(runs, (torch.stack([x, 2 * x]), x, x), strict=True):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(argument), run(argument))
+
+
+def test_compiled_transforms_of_a_ragged_batch():
+    layer, x, lengths = sk.GRU(4, 5), torch.randn(3, 2, 4), torch.tensor([3, 1])
+
+    def members(xs):
+        return vmap(lambda x: layer(x, lengths=lengths)[0])(xs)
+
+    torch.testing.assert_close(torch.compile(members, backend="eager", fullgraph=True)(x[None]), members(x[None]))
+    gradient = torch.compile(grad(lambda x: layer(x, lengths=lengths)[0].sum()), backend="eager")
+    with pytest.raises(Exception, match="does not know the steps of a batch with lengths"):
+        gradient(x)
+
+
 @pytest.mark.parametrize("name", ["GRU", "LSTM"])
 def test_functionalize(name):
     layer, x = getattr(sk, name)(4, 5, num_layers=2, bidirectional=True), torch.randn(6, 3, 4)

@@ -445,6 +445,8 @@ def test_wrong_calls_raise_sentences():
     x = torch.randn(3, 2, 4)
     with pytest.raises(RuntimeError, match=r"QuantizedGRU has no gradients: call it under torch.no_grad\(\)"):
         layer(x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="QuantizedGRU has no gradients"):
+        torch.func.jvp(lambda x: layer(x)[0], (x,), (x,))
     with torch.no_grad():
         layer(x.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=r"QuantizedGRU is for inference: call eval\(\) of the model"):
