@@ -102,18 +102,18 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# ---- lengths and cu_seqlens: operators, so that values are checked when compiled, too
+# ---- lengths and cu_seqlens: operators, so that values are checked when compiled, too; members of torch.vmap in front
 
 
-def batch_sizes_of(lengths: Tensor, steps: int, rows: int) -> tuple[Tensor, int]:
+def batch_sizes_of(lengths: Tensor, steps: int, rows: int, readable: bool = True) -> tuple[Tensor, int]:
     """How many sequences run in each step ``[T]``, of lengths, which are checked; and how many of the `rows` they use:
-    all of them, where reading that would wait for a device.
+    all of them, where lengths are not `readable` or reading them would wait for a device.
 
     Raises:
         ValueError: lengths that are negative or longer than `steps` (of those on a device: in a later call).
     """
     batch_sizes = ops.batch_sizes(lengths, steps)
-    known = not (torch.compiler.is_compiling() or out_of_sight(lengths))
+    known = readable and not (torch.compiler.is_compiling() or out_of_sight(lengths))
     used = int(batch_sizes.sum()) if known else rows
     mark_fitting(batch_sizes, lengths.shape[0], used)
     return batch_sizes, used
@@ -135,8 +135,8 @@ def _check_lengths(lengths: Tensor, steps: int) -> Tensor:
 def _batch_sizes(lengths: Tensor, steps: int) -> Tensor:
     """Operator: how many sequences run in each step ``[T]``, of lengths that are checked."""
     lengths = _check_lengths(lengths, steps)
-    ended = torch.searchsorted(lengths.sort().values, torch.arange(steps, device=lengths.device), right=True)
-    return lengths.shape[0] - ended
+    step = torch.arange(steps, device=lengths.device).expand(*lengths.shape[:-1], steps)
+    return lengths.shape[-1] - torch.searchsorted(lengths.sort().values, step.contiguous(), right=True)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
@@ -144,12 +144,13 @@ def _check_cu_seqlens(cu_seqlens: Tensor, rows: int) -> Tensor:
     expect_storage(("cu_seqlens", cu_seqlens))
     look()
     if not out_of_sight(cu_seqlens):
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != rows or (cu_seqlens.diff() < 0).any():
+        first, last = cu_seqlens[..., 0], cu_seqlens[..., -1]
+        if (first != 0).any() or (last != rows).any() or (cu_seqlens.diff() < 0).any():
             raise ValueError(f"{CU_SEQLENS.format(rows)}, got {cu_seqlens.tolist()}")
         return cu_seqlens.clone()
-    fitting = cu_seqlens.clamp(0, rows).cummax(0).values
-    fits = (fitting == cu_seqlens).all().logical_and(fitting[0] == 0).logical_and(fitting[-1] == rows)
-    note(fits.logical_not(), CU_SEQLENS, rows, cu_seqlens)
+    fitting = cu_seqlens.clamp(0, rows).cummax(-1).values
+    misfits = (fitting != cu_seqlens).any() | (fitting[..., 0] != 0).any() | (fitting[..., -1] != rows).any()
+    note(misfits, CU_SEQLENS, rows, cu_seqlens)
     return fitting
 
 
@@ -164,13 +165,24 @@ _library.impl("check_cu_seqlens", _check_cu_seqlens, "CompositeExplicitAutograd"
 
 @torch.library.register_fake(add_op_namespace_prefix("batch_sizes"), lib=_library)
 def _(lengths, steps):
-    return lengths.new_empty(steps)
+    return lengths.new_empty(*lengths.shape[:-1], steps)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("check_lengths"), lib=_library)
 @torch.library.register_fake(add_op_namespace_prefix("check_cu_seqlens"), lib=_library)
 def _(checked, bound):
     return torch.empty_like(checked)
+
+
+def _register_vmap(name: str) -> None:
+    def rule(info, in_dims, values, bound):
+        return getattr(ops, name)(values.movedim(in_dims[0], 0), bound), 0
+
+    torch.library.register_vmap(add_op_namespace_prefix(name), rule, lib=_library)
+
+
+for _name in ("batch_sizes", "check_lengths", "check_cu_seqlens"):
+    _register_vmap(_name)
 
 
 # ---- batch sizes

@@ -52,6 +52,25 @@ def only_vmap() -> bool:
     return all(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
+def has_members(values: Tensor, name: str) -> bool:
+    """Whether each member of torch.vmap has values of its own, which the host cannot read.
+
+    Raises:
+        RuntimeError: they are within another transform, which would read them.
+    """
+    compiling = torch.compiler.is_compiling()  # where nobody reads them
+    while not compiling and torch._C._functorch.is_functorch_wrapped_tensor(values):
+        if torch._C._functorch.is_batchedtensor(values):
+            if not only_vmap():
+                raise RuntimeError(
+                    f"{name} of its own for each member of torch.vmap goes with no other transform of torch.func: take "
+                    "gradients by backward() outside of vmap"
+                )
+            return True
+        values = torch._C._functorch.get_unwrapped(values)
+    return False
+
+
 def computed_dtype(x: Tensor) -> torch.dtype:
     """The dtype of x, or the one that autocast will give it."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:

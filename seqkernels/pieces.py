@@ -101,7 +101,8 @@ def _from_padded(
         of_each = ops.check_lengths(varlen.as_lengths(lengths, sequences, input.device), steps)
         out_of_sight = late_checks.out_of_sight(of_each)
         reset = _queued(reset, of_each.device) if out_of_sight else reset
-        used = used if out_of_sight or torch.compiler.is_compiling() else int(of_each.sum())
+        known = not (out_of_sight or torch.compiler.is_compiling() or modes.has_members(of_each, "a list of lengths"))
+        used = int(of_each.sum()) if known else used
         length = _queued(of_each, reset.device)
     place = torch.arange(sequences * (steps + 1), device=reset.device).view(sequences, steps + 1)
     begins, of_steps = place[:, 0], place[:, :steps]
@@ -247,13 +248,4 @@ def may_read(marks: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or (marks.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    while torch._C._functorch.is_functorch_wrapped_tensor(marks):
-        if torch._C._functorch.is_batchedtensor(marks):
-            if not modes.only_vmap():
-                raise RuntimeError(
-                    "a mask of its own for each member of torch.vmap goes with no other transform of torch.func: take "
-                    "gradients by backward() outside of vmap"
-                )
-            return False
-        marks = torch._C._functorch.get_unwrapped(marks)
-    return True
+    return not modes.has_members(marks, "a mask")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import late_checks
+from seqkernels import late_checks, modes
 from seqkernels._ops import ops
 from seqkernels.gather import gather_rows
 
@@ -127,7 +127,8 @@ def from_lengths(input: Tensor, lengths: Tensor | Sequence[int], batch_first: bo
     steps, sequences = steps_and_sequences(input, batch_first)
     lengths = as_lengths(lengths, sequences, input.device)
     total = steps * sequences
-    batch_sizes, used = late_checks.batch_sizes_of(lengths, steps, total)
+    readable = not modes.has_members(lengths, "a list of lengths")
+    batch_sizes, used = late_checks.batch_sizes_of(lengths, steps, total, readable)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     step_stride, sequence_stride = (1, steps) if batch_first else (sequences, 1)
     index, inverse = row_index(batch_sizes, sorted_indices * sequence_stride, step_stride, used, total)
@@ -152,7 +153,8 @@ def from_cu_seqlens(input: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, t
     """
     cu_seqlens, steps = checked_cu_seqlens(input, cu_seqlens, max_seqlen)
     lengths, total, sequences = cu_seqlens.diff(), input.shape[0], cu_seqlens.shape[0] - 1
-    batch_sizes, _ = late_checks.batch_sizes_of(lengths, steps, total)
+    readable = not modes.has_members(lengths, "a list of lengths")
+    batch_sizes, _ = late_checks.batch_sizes_of(lengths, steps, total, readable)
     sorted_indices = lengths.argsort(descending=True, stable=True)
     index, inverse = row_index(batch_sizes, cu_seqlens[:-1][sorted_indices], 1, total, total)
     index, inverse = index.to(input.device), inverse.to(input.device)

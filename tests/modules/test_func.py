@@ -80,6 +80,40 @@ def test_inputs_and_states_and_lengths():
     torch.testing.assert_close([t[1] for t in flat(twice)], stacked(map(layer, xs)))
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU deep"])
+def test_lengths_of_each_member(name):
+    layer, xs = layer_of(name), torch.randn(2, 6, 3, 4, **DOUBLE)
+    lengths, mask = torch.tensor([[6, 0, 2], [1, 1, 5]], device="cpu"), torch.rand(2, 6, 3) < 0.2
+
+    def ragged(x, lengths):
+        return layer(x, lengths=lengths)
+
+    def with_reset(x, lengths, mask):
+        return layer(x, lengths=lengths, reset=mask)
+
+    for run, args in ((ragged, (xs, lengths)), (with_reset, (xs, lengths, mask))):
+        found, expected = vmap(run)(*args), stacked(map(run, *args))
+        torch.testing.assert_close(flat(found), expected)
+        wanted = list(layer.parameters())
+        torch.testing.assert_close(*(torch.autograd.grad(loss(results), wanted) for results in (found, expected)))
+    with pytest.raises(ValueError, match="lengths must lie between 0 and the 6 steps"):
+        vmap(ragged)(xs, lengths + 1)
+    with pytest.raises(RuntimeError, match="lengths of its own for each member"):
+        vmap(grad(lambda x, lengths: loss(ragged(x, lengths))))(xs, lengths)
+
+
+def test_cu_seqlens_of_each_member():
+    layer, xs, ends = layer_of("LSTM"), torch.randn(2, 6, 4, **DOUBLE), torch.tensor([[0, 1, 6], [0, 4, 6]])
+    weights = list(layer.parameters())
+
+    def run(x, ends):
+        return sk.functional.lstm(x, None, weights, cu_seqlens=ends, max_seqlen=6)
+
+    torch.testing.assert_close(flat(vmap(run)(xs, ends)), stacked(map(run, xs, ends)))
+    with pytest.raises(ValueError, match="cu_seqlens must start at 0, never fall, and end at"):
+        vmap(run)(xs, ends + torch.tensor([[0], [1]]))
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_ensemble_and_its_gradients(name):
     layers, x = [layer_of(name, seed) for seed in range(3)], torch.randn(6, 3, 4, **DOUBLE)
@@ -326,5 +360,9 @@ def test_an_ensemble_without_members(backend):
     assert y.shape == (0, 6, 3, 5) and h_n.shape == (0, 1, 3, 5)
     grads = torch.autograd.grad(y.sum(), [x, *parameters.values()])
     assert [g.shape for g in grads] == [x.shape, *(p.shape for p in parameters.values())]
-    mask = torch.zeros(0, 6, 3, dtype=torch.bool)
+    mask, lengths = torch.zeros(0, 6, 3, dtype=torch.bool), torch.zeros(0, 3, dtype=torch.long)
     assert vmap(lambda x, mask: layer(x, reset=mask)[0])(x, mask).shape == y.shape
+    assert vmap(lambda x, lengths: layer(x, lengths=lengths)[0])(x, lengths).shape == y.shape
+    ends, weights = torch.zeros(0, 4, dtype=torch.long), list(layer.parameters())
+    run = vmap(lambda x, ends: sk.functional.gru(x, None, weights, cu_seqlens=ends, max_seqlen=6)[0])
+    assert run(x.flatten(1, 2), ends).shape == (0, 18, 5)
