@@ -4,6 +4,7 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from benchmarks import kernels, record
@@ -45,7 +46,8 @@ def measure(
             row["absent"] = str(reason)
         rows[name] = row
     right = is_right(rows)
-    times = paired(able, rounds) if right else {}
+    with torch.inference_mode(case.mode == "infer"):  # not in each run
+        times = paired(able, rounds) if right else {}
     for name, row in rows.items():
         row["right"] = right
         if name in times:

@@ -40,12 +40,12 @@ def data(case: Case) -> Tensor:
     return torch.randn(problem.T, problem.B, problem.I, generator=torch.Generator().manual_seed(1))
 
 
-def inferring(run: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
-    """The run in inference mode. `timing.answer_to` enters it once around many, as people do around a loop of calls:
-    it takes up to a fifth of the shortest."""
+def inferring(run: Callable[[], list]) -> Callable[[], list]:
+    """The run in inference mode. Who times it enters that once around many (`timing.answer_to`, `beside.measure`), as
+    people do around a loop of calls: it takes up to a fifth of the shortest."""
 
     @functools.wraps(run)
-    def in_mode() -> list[Tensor]:
+    def in_mode() -> list:
         if torch.is_inference_mode_enabled():
             return run()
         with torch.inference_mode():

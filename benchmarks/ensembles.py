@@ -10,7 +10,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from benchmarks import beside, kernels, require
 from benchmarks.cases import CASES, Case
-from benchmarks.contenders import OURS, OWN, data, errors, module_of
+from benchmarks.contenders import OURS, OWN, data, errors, inferring, module_of
 from benchmarks.models import Contender
 from benchmarks.options import add_conditions, check_device, positive
 from benchmarks.problems import Problem
@@ -38,9 +38,9 @@ def one_by_one(case: Case, namespace: Any, count: int) -> Callable[[], list[list
     """A run: for each member the output and, in training, the gradients of its parameters."""
     layers, x = layers_of(case, namespace, count), input_of(case)
 
+    @inferring
     def infer() -> list[list[Tensor]]:
-        with torch.inference_mode():
-            return [[layer(x)[0]] for layer in layers]
+        return [[layer(x)[0]] for layer in layers]
 
     def train() -> list[list[Tensor]]:
         results = []
@@ -66,9 +66,9 @@ def together(case: Case, count: int, of_function: bool = False) -> Callable[[], 
     def run() -> Tensor:
         return (of_weights(weights) if of_function else of_layer(parameters))[0]
 
+    @inferring
     def infer() -> list[Tensor]:
-        with torch.inference_mode():
-            return [run()]
+        return [run()]
 
     def train() -> list[Tensor]:
         for weight in weights:

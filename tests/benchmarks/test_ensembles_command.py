@@ -1,6 +1,7 @@
 """`python -m benchmarks ensembles`, on layers of a few units."""
 
 import pytest
+import torch
 from kernel_benchmarks import CASE, read
 
 from benchmarks import __main__ as command
@@ -32,6 +33,17 @@ def test_every_contender_has_a_row_and_a_column(tmp_path, capsys, monkeypatch):
 def test_contenders_compute_the_same(cell, mode):
     rows = ensembles.measure(CASE._replace(cell=cell, mode=mode, shape=SMALL), 3, 2)
     assert all(row["right"] and max(row["errors"]) < 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_runs_are_timed_within_one_inference_mode(mode):
+    seen = []
+
+    def run():
+        seen.append(torch.is_inference_mode_enabled())
+
+    beside.measure(CASE._replace(mode=mode), {"seqkernels": lambda: run}, lambda *_: None, lambda _: True, 2)
+    assert seen and set(seen) == {mode == "infer"}
 
 
 def test_what_is_wrong_is_not_timed(monkeypatch):
