@@ -72,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def take_any_text() -> None:
     """Letters that a terminal cannot show are shown by their numbers, and bytes that are no text are read as letters of
-    no alphabet: no name ends the program after its training."""
+    no alphabet: no name ends the program after its training. A file has each line when it is printed."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors=errors, line_buffering=True)
 
 
 def run_command(arguments: list[str]) -> int:

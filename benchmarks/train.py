@@ -4,6 +4,7 @@ import contextlib
 import copy
 import importlib
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -74,7 +75,7 @@ def train(task: Task, runs: list[Run]) -> bool:
 
 
 def _train(task: Task, runs: list[Run]) -> bool:
-    position = Position()
+    position, Lines.last = Position(), time.monotonic()
     try:
         for run in runs:
             warm_up(task, run)
@@ -162,11 +163,28 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+class Lines:
+    """stderr as tqdm's file where it is no terminal: of all bars of a training, a line now and then."""
+
+    seconds = 10.0  # between two lines, and before the first
+    last = 0.0  # when there was one
+
+    def write(self, text: str) -> None:
+        if text.strip() and time.monotonic() >= Lines.last + self.seconds:
+            Lines.last = time.monotonic()
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def progress_bar(task: Task, label: str) -> Any:
-    """Loss and samples a second of one epoch; silent where stderr is no terminal and in all but the first process."""
-    tqdm = require("tqdm").tqdm
-    disable = None if task.world.first else True
-    return tqdm(total=task.samples, desc=label, unit=f" {task.unit}", unit_scale=True, leave=False, disable=disable)
+    """Loss and samples a second of one epoch, by the first process; where stderr is no terminal, as `Lines`."""
+    shared = {"desc": label, "unit": f" {task.unit}", "unit_scale": True, "leave": False}
+    if not sys.stderr.isatty():
+        as_line = "{desc}: {percentage:.0f}% of {total_fmt}{unit}, {rate_fmt}{postfix}"
+        shared |= {"file": Lines(), "mininterval": Lines.seconds, "bar_format": as_line}
+    return require("tqdm").tqdm(total=task.samples, disable=not task.world.first, **shared)
 
 
 def save(task: Task, runs: list[Run], position: Position) -> None:

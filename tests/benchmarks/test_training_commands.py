@@ -1,12 +1,22 @@
 """The commands `train` and `demo`: bad input is one sentence and exit code 2, and nothing is written."""
 
+import io
 import subprocess
 import sys
 
 import pytest
 from training import ROOT, only_row, refused, run
 
+from benchmarks import __main__ as command
 from benchmarks import data
+
+
+def test_a_file_has_each_line_when_it_is_printed(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file))
+    command.take_any_text()
+    print("a line")
+    assert file.getvalue() == b"a line\n"
 
 
 @pytest.mark.parametrize(
