@@ -79,9 +79,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
     every = itertools.product(options.path, options.cell, options.dtype, (False, True))
     kernels = [Kernel(*one) for one in every if one[0] != "one_sequence" or one[2] == "float32"]
+    if not kernels:
+        raise InputError("one_sequence has kernels in float32 alone: --dtype float32")
+    nvcc, cuobjdump = tool("nvcc"), tool("cuobjdump")
 
     def compile(kernel: Kernel) -> Compiled:
         return compiled(kernel, options.csrc, options.target, nvcc, cuobjdump)

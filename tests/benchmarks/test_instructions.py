@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks import __main__ as command
 from benchmarks.instructions import PATHS, Kernel
 from benchmarks.sass import StepCode, step_codes
 
@@ -63,3 +64,8 @@ def test_a_source_compiles_one_kernel(path):
     source = Kernel(path, "lstm", "tf32", backward=True).source
     assert source.count("Parameters") == 1 and "Backward<" in source and "Cell::lstm, Tf32, true" in source
     assert ("OneSequence" in source) == (path == "one_sequence")
+
+
+def test_a_kernel_that_there_is_not_is_refused(capsys):
+    assert command.main(["instructions", "--path", "one_sequence", "--dtype", "bfloat16", "tf32"]) == 2
+    assert "one_sequence has kernels in float32 alone: --dtype float32" in capsys.readouterr().err
