@@ -25,6 +25,8 @@ def _missing() -> str:
 
 pytestmark = pytest.mark.skipif(bool(_missing()), reason=_missing())
 
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs here")
+
 STEPS, SEQUENCES, INPUT = 12, 5, 16
 # By the path that a float32 layer takes with compute capability 9.0; without clusters all but the first are stepwise.
 HIDDEN = {"single CTA": 64, "cluster": 300, "persistent grid": 700, "stepwise": 2500}
@@ -246,6 +248,17 @@ def test_wavefronts_of_several_threads(wavefront):
             assert_same_bits(found, [expected] * len(found))
 
 
+@TWO_GPUS
+def test_a_wavefront_on_the_other_gpu(wavefront):
+    module, x = wavefront
+    expected = both_passes(padded(module), module, x)
+    with torch.cuda.device(0):
+        found = both_passes(padded(module.to("cuda:1")), module, x.to("cuda:1"))
+        assert torch.cuda.current_device() == 0
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.device.index == 1 and relative_error(ours.to(right.device), right) < 1e-5
+
+
 MASKS = {"zoneout": 0.1, "recurrent_dropout": 0.3, "candidate_dropout": 0.3}
 
 
@@ -336,7 +349,7 @@ def test_dropout_comes_from_torchs_generator(form, seed, hidden):
     assert_same_bits(*runs)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs here")
+@TWO_GPUS
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gpu_of_the_tensors_is_the_one_that_runs(form, hidden):
     found = []

@@ -93,6 +93,18 @@ def test_a_wait_that_is_left_out_shows(which, event, emulator):
     assert any(shows(seed) for seed in range(20))
 
 
+@EMULATED
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("launch", [0, 4, 8])
+def test_a_launch_that_fails_in_the_middle_is_an_error_and_the_next_call_runs(launch, which, emulator):
+    call, passes = Call("gru", dtype=torch.float32, **STACK), by_chunks(SINGLE_CTA, 3)
+    expected, fails = both_passes(call, *passes), list(passes)
+    fails[which] = faulty(emulator, passes[which], "launch", launch)
+    with pytest.raises(RuntimeError, match="a CUDA kernel of seqkernels was not started: the launch that was to fail"):
+        both_passes(call, *fails)
+    assert all(map(torch.equal, both_passes(call, *passes), expected))
+
+
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
 def test_without_what_is_not_given_or_wanted(cell):
     """Inference saves nothing; gradients of final states may be missing, those of x and weights not wanted."""

@@ -26,7 +26,8 @@ PYBIND11_MODULE(emulator, m) {
       .value("tag", Fault::tag)
       .value("tear", Fault::tear)
       .value("stale", Fault::stale)
-      .value("stream", Fault::stream);
+      .value("stream", Fault::stream)
+      .value("launch", Fault::launch);
   m.def(
       "multiprocessors", [](int count) { multiprocessors = count; }, "count"_a,
       "How many blocks run at the same time, 132 to begin with.");

@@ -17,7 +17,7 @@ extern int shared_memory;
 // Faults that can be planted, to test that each is found: a barrier of a block, of a warp or of a cluster is left out,
 // or a wait for pushes or for a tag; a wait has the wrong parity; 16 bytes more, or fewer, are expected than come; a
 // push or a vector with a tag is lost; such a vector is stored in two halves; its memory has a tag of a launch before;
-// a stream's wait for another one is left out.
+// a stream's wait for another one is left out; a launch fails.
 enum class Fault {
   none,
   barrier,
@@ -32,14 +32,16 @@ enum class Fault {
   tear,
   stale,
   stream,
+  launch,
   count
 };
 
-// Plants the fault in the n-th such operation (from 0) of each thread in a launch; of streams, in the n-th from now on.
+// Plants the fault in the n-th such operation (from 0) of each thread in a launch; of streams and launches, in the n-th
+// from now on.
 void plant(Fault fault, int n);
 
-// Whether this wait of a stream is the one that is left out.
-bool leaves_out_wait();
+// Whether this operation of the host, a stream's wait or a launch, is the one that goes wrong.
+bool goes_wrong_on_host(Fault fault);
 
 uint64_t random_below(uint64_t n);
 

@@ -20,7 +20,7 @@ uint64_t latest;
 Counts counted;
 uint64_t random_state = 1;
 Fault planted = Fault::none;
-int planted_at, stream_waits;
+int planted_at, host_events;
 std::string failure;
 
 void (*kernel)(const void*);
@@ -205,6 +205,8 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
     failure = "no such cluster: " + std::to_string(grid.cluster) + " of " + std::to_string(grid.blocks) + " blocks";
   else if (grid.whole_grid && all > multiprocessors)
     failure = std::to_string(all) + " blocks do not run at the same time";
+  else if (goes_wrong_on_host(Fault::launch))
+    failure = "the launch that was to fail";
   if (!failure.empty()) return failure.c_str();
 
   blocks = static_cast<int>(grid.whole_grid ? all : grid.cluster), cluster_blocks = grid.cluster;
@@ -226,7 +228,7 @@ const char* launch(const Grid& grid, void (*kernel_)(const void*), const void* p
 }
 
 void seed(uint64_t seed) { random_state = seed; }
-void plant(Fault fault, int n) { planted = fault, planted_at = n, stream_waits = 0; }
-bool leaves_out_wait() { return planted == Fault::stream && stream_waits++ == planted_at; }
+void plant(Fault fault, int n) { planted = fault, planted_at = n, host_events = 0; }
+bool goes_wrong_on_host(Fault fault) { return planted == fault && host_events++ == planted_at; }
 
 }  // namespace seqkernels::emulator
