@@ -247,6 +247,7 @@ def test_copies_have_their_own_and_none_in_what_is_saved():
 
 
 def test_memory_is_that_of_the_weights_and_goes_with_the_module():
+    gc.collect()  # modules of other tests, whose places would be free before this one's
     layer = layer_of(num_layers=2)
     x = input_of(layer)
     expect_same(layer, x)
