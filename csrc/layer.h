@@ -52,9 +52,10 @@ struct Layer {
   bool masked() const { return recurrent || candidate || zoneout_h || zoneout_c; }
 };
 
-// How the packed weights of a layer lie: equal ones may take each other's memory.
+// How packed weights lie that stay between calls: equal ones may take each other's memory.
 struct PackedLayout {
-  int64_t bytes;  // 0: they are not worth keeping
+  int64_t bytes;   // 0: they do not stay
+  int64_t panels;  // of each, how often it was packed, stands first in the memory
   int64_t facts[10];
 };
 
@@ -63,7 +64,7 @@ struct LayerForward : Layer {
   void* h_n;    // [D, C, P]
   void* c_n;    // [D, C, H] or null
   void* saved;  // [N, D, K*H] or null
-  void* kept;   // packed weights of the call before, in memory of PackedLayout::bytes, or null: those of this call
+  void* kept;   // memory of the PackedLayout, for packed weights that stay between calls; null: they do not
 };
 
 struct LayerBackward : Layer {

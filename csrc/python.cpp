@@ -39,15 +39,15 @@ static PyObject* release_memory(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-static PyObject* kept_weights(PyObject*, PyObject* place) {
-  const FromPlace from(PyLong_AsLongLong(place));
+static PyObject* kept_weights(PyObject*, PyObject* slot) {
+  FromSlot from(PyLong_AsLongLong(slot));
   if (PyErr_Occurred()) return nullptr;
   const KeptWeights none, &weights = from.weights() ? *from.weights() : none;
   return Py_BuildValue("(LL)", static_cast<long long>(weights.bytes()), static_cast<long long>(weights.packed()));
 }
 
-static PyObject* release_weights(PyObject*, PyObject* place) {
-  FromPlace::release(PyLong_AsLongLong(place));
+static PyObject* release_weights(PyObject*, PyObject* slot) {
+  FromSlot::release(PyLong_AsLongLong(slot));
   if (PyErr_Occurred()) return nullptr;
   Py_RETURN_NONE;
 }
@@ -160,7 +160,8 @@ static PyMethodDef methods[] = {
     {"fill_memory", fill_memory, METH_O, "Fill outputs and working memory with NaN beforehand (for tests)."},
     {"release_memory", release_memory, METH_NOARGS, "Give the working memory kept for the next call back."},
     {"kept_weights", kept_weights, METH_O,
-     "Of the packed weights at a place (csrc/cpu/kept_weights.h) the bytes, and how many panels were packed."},
+     "Of the packed weights in a slot (csrc/cpu/kept_weights.h) the bytes, and how often panels were packed; (0, 0) "
+     "while a call has them."},
     {"release_weights", release_weights, METH_O, "Give those back."},
     {"peak_gflops", peak_gflops, METH_NOARGS,
      "Float multiplications and additions a second at best, by torch's threads."},
@@ -195,6 +196,6 @@ PyMODINIT_FUNC SEQKERNELS_INIT(SEQKERNELS_MODULE)() {
   for (int i = 0; i < kPaths; i++) PyTuple_SetItem(paths, i, PyUnicode_FromString(name_of(static_cast<Path>(i))));
   PyModule_AddObject(created, "CUDA_PATHS", paths);  // by their numbers
   PyModule_AddIntConstant(created, "CUDA_STREAMS", kMaxStreams);
-  PyModule_AddIntConstant(created, "PLACES", FromPlace::kPlaces);
+  PyModule_AddIntConstant(created, "SLOTS", FromSlot::kSlots);
   return created;
 }

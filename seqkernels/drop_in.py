@@ -160,6 +160,7 @@ class Layer(nn.RNNBase, metaclass=DropIn):
 
     def _apply(self, fn, recurse: bool = True):
         self._init_flat_weights()
+        kept_weights.release(self)
         return nn.Module._apply(self, fn, recurse)
 
     def _replicate_for_data_parallel(self):
@@ -171,7 +172,6 @@ class Layer(nn.RNNBase, metaclass=DropIn):
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         state.pop("_flat_weight_refs", None)  # torch.nn's, which cannot be pickled
-        kept_weights.forget(state)
         return state
 
     def __setstate__(self, state: dict) -> None:

@@ -5,17 +5,21 @@ Results, argument checks and their messages are those of torch.nn's modules
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, ensembles, modes, onnx_export, ops, select, with_options
-from seqkernels.backends import cpu, stack
+from seqkernels import checks, ensembles, kept_weights, modes, onnx_export, ops, select, with_options
+from seqkernels.backends import stack
 from seqkernels.cell_options import CellOptions
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, facts_of_step, prepare, restore_layout
+
+if TYPE_CHECKING:
+    from seqkernels.modules import _Recurrent
 
 
 def gru(
@@ -202,10 +206,10 @@ def recurrent(
     cell_options: CellOptions | None = None,
     norms: Sequence[Tensor] = (),
     backend: str | None = None,
-    place: int = 0,
+    kept_by: "_Recurrent | None" = None,
 ):
-    """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`, `place`:
-    of `seqkernels.kept_weights`."""
+    """What the functions above and the modules have in common; `cell`: of `seqkernels.backends.cells.CELLS`, `kept_by`:
+    the module that may keep packed weights."""
     directions = 2 if bidirectional else 1
     checks.check_flag("recompute", recompute)
     parts = with_options.parts_of(cell, weights, cell_options, norms, training, num_layers * directions, bias)
@@ -223,8 +227,8 @@ def recurrent(
     more = bias, parts is None, 1 if parts is None else parts.cell_options.blocks, backend, transformed
     inputs = prepare(cell, input, hx, weights, num_layers, directions, batch_first, *ragged, *more)
     plan, together = planned(inputs, weights, dropout, recompute, parts, backend)
-    if place and together and parts is None and plan.backend == "cpu":
-        plan = plan._replace(launch=cpu.keeping(plan.launch, place))
+    if kept_by is not None and together and parts is None:
+        plan = kept_weights.keeping(kept_by, plan, inputs.save)
     return restore_layout(inputs, *run(plan, inputs, weights, together, dropout, recompute, parts))
 
 

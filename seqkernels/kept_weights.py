@@ -1,66 +1,81 @@
 """Packed weights of modules that stay between calls, on CPUs.
 
-The CPU's kernels multiply by packed weights (docs/glossary.md), which a call makes of those that it is given. In
-inference, that is where no weight wants a gradient, each module has a place for them (csrc/cpu/kept_weights.h), where
-the next call finds them. It takes them only if they are what it would make itself: it compares fingerprints of all
-numbers, since torch's count of a tensor's versions says nothing of changes through `.data`, through NumPy, or by
-another process that shares them. So nothing is ever stale, and results are the same to the bit.
+The CPU's kernels multiply by packed weights (docs/glossary.md), which a call makes of those that it is given. Where no
+gradients are wanted, each module has a slot for them (csrc/cpu/kept_weights.h), in which the next call finds them. It
+takes them only if they are what it would make itself: with them lies a copy of what they were made from, of which it
+compares every byte. Torch's count of a tensor's versions would not do, as it says nothing of changes through `.data`,
+through NumPy, or by another process that shares the memory. So nothing is ever stale, and results are the same to the
+bit.
 
-They take as much memory as the weights that are packed, of the layers where packing is seen in the time of a call; and
-the module that goes takes them with it. SEQKERNELS_KEEP_PACKED=0 keeps none, and of a module its attribute keep_packed.
+Slots are known by modules, and not kept in them: no copy, pickle or trace of a module has any part in its slot.
 """
 
 import os
 import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from seqkernels import hardware, modes
+from seqkernels.backends import cpu
+from seqkernels.select import Plan
 
 if TYPE_CHECKING:
     from seqkernels.modules import _Recurrent
 
-_NAME = "_place"  # of the attribute of a module
-
 _library = None if hardware.THIS_MACHINE.native_missing else hardware.native()
 ON = _library is not None and os.environ.get("SEQKERNELS_KEEP_PACKED", "1") != "0"
-_free = list(range(_library.PLACES, 0, -1)) if ON else []  # type: ignore[union-attr]
+_free = list(range(_library.SLOTS, 0, -1)) if ON else []  # type: ignore[union-attr]
+_slots: dict[int, int] = {}  # by the modules' ids
+_MIN_HIDDEN = 48  # of layers whose packing shows in the time of a call; the kernels look at it in full
 
 
-def place_of(module: "_Recurrent") -> int:
-    """Where the packed weights of a module lie between its calls; 0: nowhere."""
-    if not (ON and module.keep_packed):
+def slot_of(module: "_Recurrent") -> int:
+    """The slot of a module; 0: its packed weights do not stay."""
+    if not ON or module.hidden_size < _MIN_HIDDEN:
         return 0
-    place = module.__dict__.get(_NAME)
-    if place is None and _free:  # else thousands of modules have one
-        place = module.__dict__[_NAME] = _free.pop()
-        weakref.finalize(module, _give_back, place)
-    return place or 0
-
-
-def place_for(module: "_Recurrent", weights: Sequence[Tensor]) -> int:
-    """The same for a call with these weights; 0 as well where one wants gradients, or the call is recorded, of which
-    the place is no part."""
-    if torch.compiler.is_compiling() or modes.wants_gradients(*weights) or not weights[0].is_cpu:
+    if not module.keep_packed:
+        release(module)
         return 0
-    recorded = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() or modes.transformed()
-    return 0 if recorded else place_of(module)
+    return _slots.get(id(module)) or _take(module)
 
 
-def kept(module: nn.Module) -> tuple[int, int]:
-    """Of the packed weights that a module keeps the bytes, and how many panels of them were packed so far."""
-    place = module.__dict__.get(_NAME)
-    return _library.kept_weights(place) if place else (0, 0)  # type: ignore[union-attr]
+def keeping(module: "_Recurrent", plan: Plan, save: bool) -> Plan:
+    """The plan of a call of a module, with its slot where that has a part in it: not where gradients are wanted, nor in
+    calls that are recorded or transformed."""
+    if plan.backend != "cpu" or save or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return plan
+    if torch._C._len_torch_dispatch_stack() or modes.transformed() or not (slot := slot_of(module)):
+        return plan
+    return plan._replace(launch=cpu.keeping(plan.launch, slot))
 
 
-def forget(state: dict) -> None:
-    """Of a module: its copy gets a place of its own."""
-    state.pop(_NAME, None)
+def kept(module: "_Recurrent") -> tuple[int, int]:
+    """Of what a module keeps the bytes, and how often panels of it were packed."""
+    slot = _slots.get(id(module))
+    return _library.kept_weights(slot) if slot else (0, 0)  # type: ignore[union-attr]
 
 
-def _give_back(place: int) -> None:
-    _library.release_weights(place)  # type: ignore[union-attr]
-    _free.append(place)
+def release(module: nn.Module) -> None:
+    """Give back what a module keeps."""
+    if slot := _slots.get(id(module)):
+        _library.release_weights(slot)  # type: ignore[union-attr]
+
+
+def _take(module: "_Recurrent") -> int:
+    if not _free:  # that many modules have one
+        return 0
+    slot = _free.pop()
+    found = _slots.setdefault(id(module), slot)
+    if found == slot:
+        weakref.finalize(module, _give_back, id(module)).atexit = False
+    else:  # another thread was faster
+        _free.append(slot)
+    return found
+
+
+def _give_back(module_id: int) -> None:
+    slot = _slots.pop(module_id)
+    _library.release_weights(slot)  # type: ignore[union-attr]
+    _free.append(slot)

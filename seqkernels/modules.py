@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, drop_in, functional, kept_weights, plain_calls, states, streaming
+from seqkernels import checks, drop_in, functional, plain_calls, states, streaming
 from seqkernels.backends.cells import CELLS
 from seqkernels.cell_modules import GRUCell, LSTMCell, RNNCell, cell_of
 from seqkernels.cell_options import CellOptions
@@ -149,9 +149,7 @@ class _Recurrent(drop_in.Layer):
         if self.learn_initial_state and (hx is None or begins_anew):
             learned = states.initial(self, input)
             hx, reset_to = learned if hx is None else hx, learned if begins_anew else reset_to
-        run = states.recurrent
-        if not all_states:
-            run = functools.partial(functional.recurrent, place=kept_weights.place_for(self, weights))
+        run = states.recurrent if all_states else functools.partial(functional.recurrent, kept_by=self)
         return run(
             self.mode.lower(),
             input,
@@ -207,12 +205,11 @@ class _Recurrent(drop_in.Layer):
             return results if out is None else streaming.write(out, *results)
         if self.learn_initial_state and state is None:
             state = states.initial(self, input, batched=2)
-        weights = self._weights()
         y, new = streaming.step(
             self.mode.lower(),
             input,
             state,
-            weights,
+            self._weights(),
             bias=self.bias,
             num_layers=self.num_layers,
             dropout=self.dropout,
@@ -221,7 +218,7 @@ class _Recurrent(drop_in.Layer):
             cell_options=self.cell_options,
             norms=self._norms(),
             backend=self.backend,
-            place=kept_weights.place_for(self, weights),
+            kept_by=self,
         )
         return (y, new) if out is None else streaming.write(out, y, new)
 

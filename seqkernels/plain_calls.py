@@ -66,8 +66,8 @@ def run(
     if not unseen:
         return None
     launch = cpu.as_among_others(plan.launch) if one_step else plan.launch
-    if place := kept_weights.place_of(layer):
-        launch = cpu.keeping(launch, place)
+    if slot := kept_weights.slot_of(layer):
+        launch = cpu.keeping(launch, slot)
     sizes = directions, layer.hidden_size, layer.proj_size
     found = direct.layer(cell, input, states, weights, layer.num_layers, *sizes, layer.batch_first, launch)
     if not found:
@@ -95,8 +95,6 @@ def _with_gradients(
     elif [state.shape for state in states] != shapes:
         return None
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
-    if place := kept_weights.place_for(layer, weights):  # they are frozen
-        plan = plan._replace(launch=cpu.keeping(plan.launch, place))
     try:
         y, h_n, c_n = ops.of_padded(plan, call, input, weights, h_0, c_0, layer.batch_first)
     except (RuntimeError, ValueError):

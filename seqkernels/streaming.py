@@ -1,16 +1,20 @@
 """One step of a stream through all layers of a module: what a decoder calls for each input, with its last state."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seqkernels import checks, functional, onnx_export, with_options
+from seqkernels import checks, functional, kept_weights, onnx_export, with_options
 from seqkernels.backends import cpu
 from seqkernels.cell_options import DROPOUTS, CellOptions
 from seqkernels.checks import State
 from seqkernels.inputs import Inputs, prepare
+
+if TYPE_CHECKING:
+    from seqkernels.modules import _Recurrent
 
 # The CPU's kernels multiply a call of so few rows (kFewRows of csrc/cpu/forward_memory.h) in another order.
 FEW_ROWS = 8
@@ -30,7 +34,7 @@ def step(
     cell_options: CellOptions | None = None,
     norms: Sequence[Tensor] = (),
     backend: str | None = None,
-    place: int = 0,
+    kept_by: "_Recurrent | None" = None,
 ) -> tuple[Tensor, State]:
     """One step of all layers -> y like x with P features, and the new state like the given one."""
     checks.check_kind(weights)
@@ -51,7 +55,9 @@ def step(
     plan, together = functional.planned(inputs, weights, dropout, recompute, parts, backend)
     sequences = inputs.rows.sequences
     if plan.backend == "cpu" and parts is None:
-        plan = plan._replace(launch=cpu.keeping(cpu.as_among_others(plan.launch), place))
+        plan = plan._replace(launch=cpu.as_among_others(plan.launch))
+        if kept_by is not None and together:
+            plan = kept_weights.keeping(kept_by, plan, inputs.save)
     elif plan.backend == "cpu" and sequences <= FEW_ROWS:
         inputs = _among_others(inputs, FEW_ROWS + 1 - sequences)
     y, h, c = functional.run(plan, inputs, weights, together, dropout, recompute, parts)

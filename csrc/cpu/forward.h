@@ -348,11 +348,9 @@ void sum_biases(const LayerForward& p, int d, const ForwardMemory<S, F>& memory)
 
 template <class S, class F>
 void prepare_forward(const LayerForward& p, const ForwardMemory<S, F>& memory, const WorkRange& work) {
-  const auto pack = [&](const Panels<F>& shape, const void* source, int64_t n, F* packed, const KeptPanels& kept) {
-    const S* from = static_cast<const S*>(source);
+  const auto pack = [&](const Panels<F>& shape, const void* source, int64_t n, F* packed, const KeptPanels<S>& kept) {
     for (int64_t j = work.first(shape.count()); j < work.last(shape.count()); j++)
-      kept.renew(
-          j, [&] { return fingerprint_of(shape, j, from, n); }, [&] { pack_transposed(shape, j, from, n, packed); });
+      kept.renew(shape, j, static_cast<const S*>(source), n, packed);
   };
   for (int d = 0; d < p.directions; d++) {
     if (memory.used == WeightsUsed::packed) {

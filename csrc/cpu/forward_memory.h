@@ -1,6 +1,5 @@
 // What the forward pass of a layer works in: packed weights and biases, and each task's states and gates.
 #pragma once
-#include "fingerprint.h"
 #include "layout.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
@@ -36,17 +35,40 @@ WeightsUsed weights_used(const LayerForward& p, int64_t sequences, bool by_tiles
   return !by_tiles && p.steps * lanes <= kRowsOnce ? WeightsUsed::by_turned : WeightsUsed::packed;
 }
 
+// Panels that stay between calls, with a copy of the weights that they were packed from.
+template <class S>
+struct KeptPanels {
+  S* source;        // [groups * units, n]; null where the panels do not stay
+  int64_t* packed;  // how often each was
+
+  // Packs panel j of weights `from`, unless it is what they would become. It is packed from the copy, as others may
+  // change the weights meanwhile.
+  template <class F>
+  void renew(const Panels<F>& shape, int64_t j, const S* from, int64_t n, F* to) const {
+    if (!source || !n) return pack_transposed(shape, j, from, n, to);
+    const int64_t first = j * shape.width * shape.V, last = min(first + shape.width * shape.V, shape.units);
+    const size_t bytes = (last - first) * n * sizeof(S);
+    const auto at = [&](int64_t group) { return (group * shape.units + first) * n; };
+    bool same = packed[j];
+    for (int64_t group = 0; same && group < shape.groups; group++)
+      same = !memcmp(source + at(group), from + at(group), bytes);
+    if (same) return;
+    for (int64_t group = 0; group < shape.groups; group++) memcpy(source + at(group), from + at(group), bytes);
+    pack_transposed(shape, j, source, n, to);
+    packed[j]++;
+  }
+};
+
 // The packed weights of a layer. S is the type of the layer's numbers, F what products take of them: the type of
 // computation, or pairs of bfloat16 as they are.
 template <class S, class F>
 struct PackedWeights {
   static constexpr bool kSplits = std::is_same<S, float>::value && !std::is_same<F, float>::value;
-  // Packing is seen in the time of a call of less rows, and of more weights; looking whether weights are still what was
-  // packed takes a third of it.
-  static constexpr int64_t kKeptRows = 512, kKeptRowsByTiles = 4096, kKeptBytes = 64 << 10;
+  // Packing shows in the time of calls of no more rows, and of no fewer bytes; comparing takes half of its time.
+  static constexpr int64_t kKeptRows = 256, kKeptRowsByTiles = 2048, kKeptBytes = 128 << 10;
   struct PerDirection {
     F *w_ih, *w_hh, *w_hr;
-    KeptPanels kept_ih, kept_hh, kept_hr;
+    KeptPanels<S> kept_ih, kept_hh, kept_hr;
   };
 
   const bool by_tiles;  // products are
@@ -60,27 +82,32 @@ struct PackedWeights {
         hh(factors_of<F>(p.projected), p.hidden, gates_of(p.cell), by_tiles, parts),
         hr(factors_of<F>(p.hidden), p.has_projection ? p.projected : 0, 1, by_tiles, parts) {}
 
-  // Those of a direction; where they are kept, also what they were packed from. `packed` counts them.
-  PerDirection take(Arena& arena, bool kept, int64_t* packed) const {
+  int64_t panels() const { return ih.count() + hh.count() + hr.count(); }  // of a direction
+
+  // Those of a direction; where they stay between calls, `packed` [panels] counts.
+  PerDirection take(const LayerForward& p, Arena& arena, bool stay, int64_t* packed) const {
     PerDirection of{};
     of.w_ih = arena.take<F>(ih.size());
     of.w_hh = arena.take<F>(hh.size());
     of.w_hr = arena.take<F>(hr.size());
-    if (kept) {
-      of.kept_ih = {arena.take<Fingerprint>(ih.count()), packed};
-      of.kept_hh = {arena.take<Fingerprint>(hh.count()), packed};
-      of.kept_hr = {arena.take<Fingerprint>(hr.count()), packed};
+    if (stay) {
+      of.kept_ih = {arena.take<S>(ih.units * p.input), packed};
+      of.kept_hh = {arena.take<S>(hh.groups * hh.units * p.projected), packed + ih.count()};
+      of.kept_hr = {arena.take<S>(hr.units * p.hidden), packed + ih.count() + hh.count()};
     }
     return of;
   }
 
   PackedLayout layout(const LayerForward& p) const {
+    const bool hardly = weights_used<F>(p, p.sequences, by_tiles) != WeightsUsed::packed;
+    if (hardly || p.rows > (by_tiles ? kKeptRowsByTiles : kKeptRows)) return {};
+    int64_t none = 0;
     Arena arena{nullptr};
-    arena.take<int64_t>(1);
-    for (int d = 0; d < p.directions; d++) take(arena, true, nullptr);
-    const bool worth = weights_used<F>(p, p.sequences, by_tiles) == WeightsUsed::packed && arena.used >= kKeptBytes &&
-                       p.rows <= (by_tiles ? kKeptRowsByTiles : kKeptRows);
-    return {.bytes = worth ? arena.used : 0,
+    arena.take<int64_t>(p.directions * panels());
+    for (int d = 0; d < p.directions; d++) take(p, arena, true, &none);
+    if (arena.used < kKeptBytes) return {};
+    return {.bytes = arena.used,
+            .panels = p.directions * panels(),
             .facts = {kLanes<Sum<F>>, static_cast<int64_t>(p.scalar), kPerFactor<F>, by_tiles, parts, p.directions,
                       gates_of(p.cell), p.hidden, p.input, p.has_projection ? p.projected : 0}};
   }
@@ -127,10 +154,11 @@ struct ForwardMemory : PackedWeights<S, F> {
         turned_rows(max(ih.k, max(hh.k, hr.k)) * kRowsOnce),
         turned_size(used == WeightsUsed::by_turned ? turned_rows + turned_rows / kRowsOnce * kLanes<C> : 0) {
     Arena arena{static_cast<char*>(base)}, kept{static_cast<char*>(p.kept)};
-    int64_t* const packed = kept.take<int64_t>(1);
+    int64_t* const packed = kept.take<int64_t>(p.directions * this->panels());
     for (int d = 0; d < p.directions; d++) {
       typename Weights::PerDirection& weights = direction[d];
-      if (used == WeightsUsed::packed) weights = this->take(p.kept ? kept : arena, p.kept, packed);
+      if (used == WeightsUsed::packed)
+        weights = this->take(p, p.kept ? kept : arena, p.kept, packed + d * this->panels());
       direction[d].bias = arena.take<C>(ldg);
       direction[d].bias_apart = arena.take<C>(leading<C>(apart_of(p.cell) * p.hidden));
     }

@@ -35,7 +35,7 @@ struct Kernels {
   // Bytes of memory that all members of a call work in. Its contents do not matter.
   int64_t (*forward_bytes)(const LayerForward&, const Schedule&);
   int64_t (*backward_bytes)(const LayerBackward&, const Schedule&);
-  PackedLayout (*packed_layout)(const LayerForward&);  // of LayerForward::kept, where the layer has it
+  PackedLayout (*packed_layout)(const LayerForward&);
   // The part of members [begin, end). All members wait for each other, and so do those of a team. So every member has
   // to run, and those that are not in one call have to run at the same time.
   void (*forward)(const LayerForward&, const Schedule&, int begin, int end, void* memory);

@@ -69,6 +69,12 @@ void set_products(Layer& p, const Launch& launch) {
   p.as_among_others = launch.size() > 1 && launch[1];
 }
 
+// For packed weights that stay.
+void* memory_in(FromSlot& slot, int64_t layer, const PackedLayout& layout) {
+  KeptWeights* const weights = layout.bytes ? slot.weights() : nullptr;
+  return weights ? weights->of_layer(layer, layout) : nullptr;
+}
+
 // What one layer with options has besides; none of them of a plain one.
 void set_masks(Layer& p, const MaskArguments& masks, const Tensor& x) {
   masks.check_for(p, x);
@@ -94,7 +100,7 @@ Results forward(const StackArguments& given, bool save, const Launch& launch, co
   if (given.c_0 || empty) c_n = allocate(type, arguments.of_all({L * D, C, given.c_0 ? H : 0}));
   if (save || empty) saved = allocate(type, arguments.of_all(save ? layout.shape(L) : Shape{N, D, 0}));
   Between between(type, M, save ? 1 : L, p, N);
-  FromPlace kept(launch.size() > 2 ? launch[2] : 0);
+  FromSlot kept(M == 1 && launch.size() > 2 ? launch[2] : 0);
   const int64_t bytes = given.x.element_size();
   const auto set = [&](LayerForward& p, int64_t m, int64_t l) {
     if (!l)
@@ -108,7 +114,7 @@ Results forward(const StackArguments& given, bool save, const Launch& launch, co
     copy_states(arguments, p, p.h_n, p.h_0, P, bytes);
     copy_states(arguments, p, p.c_n, p.c_0, H, bytes);
     p.saved = layout.blocks ? of_member(saved, m, M, layout.blocks_of(l)) : nullptr;
-    p.kept = kept.weights() && M == 1 ? kept.weights()->of_layer(l, kernels().packed_layout(p)) : nullptr;
+    p.kept = kept ? memory_in(kept, l, kernels().packed_layout(p)) : nullptr;
     zero_rows(p.y, layout.y * bytes, N, p.rows);
     zero_rows(p.saved, layout.blocks * bytes, N, p.rows);
   };

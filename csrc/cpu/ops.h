@@ -11,8 +11,8 @@ using Results = std::tuple<Tensor, Tensor, Optional, Optional>;  // y, h_n, c_n,
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;      // the same as operators have them
 using Backward = std::tuple<Tensor, Tensors, Tensor, Tensor>;    // of x, of weights, of h_0, of c_0
 
-// `launch` [0 to 3], of both passes: Layer::bfloat16_parts, Layer::as_among_others, and where the forward pass finds
-// packed weights of the call before (kept_weights.h); 0: nowhere (seqkernels/backends/cpu.py).
+// `launch` [0 to 3], of both passes: Layer::bfloat16_parts, Layer::as_among_others, and in which slot the packed
+// weights of the forward pass stay (kept_weights.h); 0: nowhere (seqkernels/backends/cpu.py).
 using Launch = std::vector<int64_t>;
 
 // `empty`: also results without elements, as operators have them; they take a short call's time.

@@ -46,9 +46,9 @@ def as_among_others(launch: tuple[int, ...]) -> tuple[int, int]:
     return (*(launch or (0,)), 1)  # type: ignore[return-value]
 
 
-def keeping(launch: tuple[int, ...], place: int) -> tuple[int, ...]:
-    """[3]: the same, and where packed weights stay between calls (`seqkernels.kept_weights`); 0: nowhere."""
-    return *(*launch, 0, 0)[:2], place
+def keeping(launch: tuple[int, ...], slot: int) -> tuple[int, ...]:
+    """[3]: the same, and the slot in which packed weights stay between calls (`seqkernels.kept_weights`); 0: none."""
+    return *(*launch, 0, 0)[:2], slot
 
 
 def kernel(call: Call, machine: Machine) -> str:
