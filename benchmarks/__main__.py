@@ -25,6 +25,7 @@ from benchmarks import (
     require,
     resets,
     scaling,
+    single_steps,
     steps,
     training_report,
 )
@@ -43,6 +44,7 @@ MEASUREMENTS = {
     "ensembles": ensembles,
     "quantized": quantized,
     "cells": cells,
+    "single-steps": single_steps,
     "report": report,
     "compare": compare,
     "scaling": scaling,

@@ -7,7 +7,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from benchmarks import InputError, calls, cells, ensembles, kernels, models, plots, quantized, record, require, resets
+from benchmarks import (
+    InputError,
+    calls,
+    cells,
+    ensembles,
+    kernels,
+    models,
+    plots,
+    quantized,
+    record,
+    require,
+    resets,
+    single_steps,
+)
 from benchmarks.cases import CASES
 from benchmarks.contenders import OURS, OWN
 from benchmarks.problems import PROBLEMS
@@ -24,6 +37,7 @@ BY_MODULE: dict[str, ModuleType] = {
     "ensembles": ensembles,
     "quantized": quantized,
     "cells": cells,
+    "single-steps": single_steps,
 }
 IN_README = ("resets", "ensembles")  # of those; others are in pages of their own
 

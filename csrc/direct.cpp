@@ -97,8 +97,28 @@ Launch launch_of(PyObject* tuple) {
   return launch;
 }
 
+// The same elements, from the first one on, by other sizes.
+Tensor reinterpreted(const Tensor& tensor, const Shape& sizes, const Shape& strides) {
+  AtenTensorHandle handle = nullptr;
+  check_call(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                            strides.data(), 0, &handle));
+  return Tensor(handle);
+}
+
+// The states of a cell, [B, H], are those of one layer, [1, B, H], and back.
+bool of_cell(const Tensor& state) { return state.dim() == 2; }
+Tensor to_layer(const Tensor& state) {
+  if (!of_cell(state)) return state;
+  return reinterpreted(state, {1, state.size(0), state.size(1)}, {0, state.stride(0), state.stride(1)});
+}
+Tensor from_layer(const Tensor& state) {
+  return reinterpreted(state, {state.size(1), state.size(2)}, {state.stride(1), state.stride(2)});
+}
+Optional to_layer(const Optional& state) { return state ? Optional(to_layer(*state)) : Optional(); }
+
 // What both operators take first.
 struct Stack {
+  bool of_cell;  // whose states have no dimension of layers
   bool ensemble;
   Cell cell;
   Tensor x;
@@ -121,12 +141,14 @@ struct Stack {
 
 Stack stack_of(PyObject* ensemble, PyObject* cell, PyObject* x, PyObject* weights, PyObject* h_0, PyObject* c_0,
                PyObject* batch_sizes, PyObject* layers) {
-  return {.ensemble = is_true(ensemble),
+  const Tensor given_h_0 = tensor_of(h_0);
+  return {.of_cell = of_cell(given_h_0),
+          .ensemble = is_true(ensemble),
           .cell = cell_of(cell),
           .x = tensor_of(x),
           .weights = list_of(weights),
-          .h_0 = tensor_of(h_0),
-          .c_0 = optional_of(c_0),
+          .h_0 = to_layer(given_h_0),
+          .c_0 = to_layer(optional_of(c_0)),
           .batch_sizes = optional_of(batch_sizes),
           .layers = number_of(layers)};
 }
@@ -205,13 +227,6 @@ class Batch {
     return true;
   }
 
-  static Tensor reinterpreted(const Tensor& tensor, const Shape& sizes, const Shape& strides) {
-    AtenTensorHandle handle = nullptr;
-    check_call(aoti_torch__reinterpret_tensor(tensor.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
-                                              strides.data(), 0, &handle));  // 0: from the same element on
-    return Tensor(handle);
-  }
-
   const bool one_step_;
   int64_t steps_, sequences_;
 };
@@ -267,6 +282,7 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       const WithoutPython released;
       return seqkernels::forward(stack.arguments(), saves, given_launch, given_pieces);
     }();
+    if (stack.of_cell) return list_from({y, from_layer(*c_n), *saved});
     return list_from({batch ? batch->from_rows(y, *first) : y, h_n, *c_n, *saved});
   });
 }
@@ -277,7 +293,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                 wants_weights, launch, layers, pieces, batch_first] = expect<18>(arguments, count);
     Stack stack = stack_of(ensemble, cell, x, weights, h_0, c_0, batch_sizes, layers);
     Optional of_y = optional_of(grad_y);
-    const Optional of_h_n = optional_of(grad_h_n), of_c_n = optional_of(grad_c_n);
+    const Optional of_h_n = optional_of(grad_h_n), of_c_n = to_layer(optional_of(grad_c_n));
     Tensor own_y = tensor_of(y);
     const Tensor own_saved = tensor_of(saved);
     const std::optional<bool> first = unless_none(batch_first);
@@ -297,6 +313,7 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
           of_x, of_weights, given_launch, given_pieces);
     }();
     if (batch && of_x) grad_x = batch->from_rows(grad_x, false);
+    if (stack.of_cell) grad_h_0 = from_layer(grad_h_0), grad_c_0 = from_layer(grad_c_0);
     grad_weights.insert(grad_weights.begin(), {grad_x, grad_h_0, grad_c_0});
     return list_from(grad_weights);
   });
@@ -306,19 +323,24 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return unless_refused([&] {
     const auto [cell, x, states, weights, layers, directions, hidden, projected, batch_first, launch] =
         expect<10>(arguments, count);
-    const Cell of_cell = cell_of(cell);
+    const Cell given_cell = cell_of(cell);
     const Tensor given_x = tensor_of(x);
-    const bool sequences_first = is_true(batch_first);
-    const Batch batch(given_x, sequences_first);
+    const std::optional<bool> first = unless_none(batch_first);
+    const Batch batch(given_x, first.value_or(false));
     const ScalarType type = given_x.scalar_type();
     const int64_t all = number_of(layers) * number_of(directions), H = number_of(hidden), P = number_of(projected);
-    const bool has_c = states_of(of_cell) == 2;
-    const Stack stack{.ensemble = false,
-                      .cell = of_cell,
-                      .x = batch.to_rows(given_x, sequences_first),
+    const bool has_c = states_of(given_cell) == 2;
+    const auto state = [&](Py_ssize_t which, int64_t features) {
+      return to_layer(state_of(states, which, type,
+                               first ? Shape{all, batch.sequences(), features} : Shape{batch.sequences(), features}));
+    };
+    const Stack stack{.of_cell = !first,
+                      .ensemble = false,
+                      .cell = given_cell,
+                      .x = batch.to_rows(given_x, first.value_or(false)),
                       .weights = list_of(weights),
-                      .h_0 = state_of(states, 0, type, {all, batch.sequences(), P ? P : H}),
-                      .c_0 = has_c ? Optional(state_of(states, 1, type, {all, batch.sequences(), H})) : Optional(),
+                      .h_0 = state(0, P ? P : H),
+                      .c_0 = has_c ? Optional(state(1, H)) : Optional(),
                       .batch_sizes = {},
                       .layers = number_of(layers)};
     const Launch given_launch = launch_of(launch);
@@ -326,7 +348,8 @@ PyObject* layer(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       const WithoutPython released;
       return seqkernels::forward(stack.arguments(), false, given_launch, {}, {}, false);
     }();
-    const Tensor output = batch.from_rows(y, sequences_first);
+    if (stack.of_cell) return has_c ? list_from({y, from_layer(*c_n)}) : list_from({y});
+    const Tensor output = batch.from_rows(y, *first);
     return has_c ? list_from({output, h_n, *c_n}) : list_from({output, h_n});
   });
 }

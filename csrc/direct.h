@@ -17,13 +17,17 @@ constexpr const char* kConnect =
     "tensors of handles, what says that a tensor is to be negated, and the classes of plain tensors.";
 constexpr const char* kForward =
     "forward(ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces, batch_first): the "
-    "operator's results; batch_first: None, or x is a padded batch [T, B, I], and y one [T, B, H] ([B, T, H]).";
+    "operator's results; batch_first: None, or x is a padded batch [T, B, I], and y one [T, B, H] ([B, T, H]). Of "
+    "states "
+    "[B, H] (a cell): y, c_n and saved.";
 constexpr const char* kBackward =
     "backward(ensemble, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, "
     "wants_weights, launch, layers, pieces, batch_first): the operator's results, those of the weights last, one after "
-    "the other; batch_first as of forward.";
+    "the other; batch_first, and states [B, H], as of forward.";
 constexpr const char* kLayer =
     "layer(cell, x, states, weights, layers, directions, hidden, projected, batch_first, launch): y, h_n, c_n of a "
-    "padded batch [T, B, I] ([B, T, I]) or a step [B, I], without gradients; no states: zeros.";
+    "padded batch [T, B, I] ([B, T, I]) or a step [B, I], without gradients; no states: zeros. batch_first None: h, c "
+    "of a "
+    "cell, whose states are [B, H].";
 
 }  // namespace seqkernels::direct

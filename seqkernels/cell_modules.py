@@ -1,9 +1,11 @@
 """RNNCell, GRUCell and LSTMCell as drop-in modules, which are one step: torch.nn's arguments, parameters, results and
 errors."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from seqkernels import checks, drop_in, functional
+from seqkernels import checks, drop_in, functional, plain_calls
 from seqkernels.backends.cells import CELLS
 
 
@@ -14,6 +16,10 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
 
     __prepare_scriptable__ = drop_in.fail_on_script
     allow_grad_accumulation = drop_in.fail_on_opacus
+
+    def _short_step(self, cell: str, input: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        """h, or (h, c), by the short way; None: it has to go the long way."""
+        return plain_calls.run_cell(self, cell, names_of_weights(self), input, states)
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
         """(h, c) of one step, after torch.nn's checks with torch.nn's messages."""
@@ -41,6 +47,11 @@ def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
     return "gru" if isinstance(module, (nn.GRUCell, GRUCell)) else "lstm"
 
 
+def names_of_weights(module: nn.RNNCellBase) -> Sequence[str]:
+    names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+    return names if module.bias else names[:2]
+
+
 def inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, ...] | None) -> tuple:
     """Input ``[B, I]``, the weights, and the states ``[B, H]``: those given, or zeros."""
     if input.dim() == 1:
@@ -49,8 +60,7 @@ def inputs_of_step(module: nn.RNNCellBase, input: Tensor, states: tuple[Tensor, 
     if states is None:
         zeros = input.new_zeros(input.shape[0], module.hidden_size)
         states = (zeros,) * CELLS[cell_of(module)].states
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
-    return input, drop_in.parameters(module, names), *states
+    return input, drop_in.parameters(module, names_of_weights(module)), *states
 
 
 class RNNCell(_Cell):
@@ -75,9 +85,12 @@ class RNNCell(_Cell):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        known = self.nonlinearity in ("tanh", "relu")
+        if known and (found := self._short_step(f"rnn_{self.nonlinearity}", input, () if hx is None else (hx,))):
+            return found[0]
         if tracer := drop_in.tracer_of(input, hx):
             return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
-        if self.nonlinearity not in ("tanh", "relu"):
+        if not known:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._step(input, None if hx is None else (hx,))[0]
 
@@ -93,6 +106,8 @@ class GRUCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if found := self._short_step("gru", input, () if hx is None else (hx,)):
+            return found[0]
         if tracer := drop_in.tracer_of(input, hx):
             return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         return self._step(input, None if hx is None else (hx,))[0]
@@ -109,6 +124,9 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        pair = isinstance(hx, (tuple, list)) and len(hx) == 2
+        if (pair or hx is None) and (found := self._short_step("lstm", input, hx or ())):
+            return found[0], found[1]
         if tracer := drop_in.tracer_of(input, hx):
             return drop_in.traced(tracer, self, input, hx)  # type: ignore[return-value]
         if hx is not None:

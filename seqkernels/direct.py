@@ -40,40 +40,41 @@ _function_modes, _function_mode = torch._C._len_torch_function_stack, torch._C._
 _autocasts, _profiled = torch._C._is_any_autocast_enabled, torch.autograd._profiler_enabled
 
 
-def unseen() -> bool:
-    """Whether nobody takes part in a call of an operator but the operator itself. (Nor in a compiled one; forward-mode
-    AD is for the caller to ask for.)"""
+def unseen(but_autocast: bool = False) -> bool:
+    """Whether nobody takes part in a call of an operator but the operator itself; or autocast, if it may. (Nor in a
+    compiled one; forward-mode AD is for the caller to ask for.)"""
     if _library is None:
         return False
     modes = _function_modes()
     return (
         _included().raw_repr() in _ALONE
         and (not modes or all(type(mode) is DeviceContext for mode in map(_function_mode, range(modes))))
-        and not _autocasts()
+        and (but_autocast or not _autocasts())
         and not _profiled()
     )
 
 
-def forward(backend: str, args: Sequence, batch_first: bool | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+def forward(backend: str, args: Sequence, batch_first: bool | None) -> tuple[Tensor, ...] | None:
     """What recurrence_forward gives for args; None: it has to be called. batch_first: None for rows; else their x is a
-    padded batch ``[T, B, I]``, and y is one, with True ``[B, T, H]``."""
+    padded batch ``[T, B, I]``, and y is one, with True ``[B, T, H]``. Of a cell, whose states are ``[B, H]``, no
+    h_n."""
     if not (backend.startswith("cpu") and unseen()):
         return None
     found = _library.forward(backend != "cpu", *args, batch_first)
-    return found and (found[0], found[1], found[2], found[3])
+    return found and tuple(found)
 
 
 def backward(
     backend: str, args: Sequence, batch_first: bool | None
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor] | None:
-    """What recurrence_backward gives for args; None: it has to be called. batch_first as in `forward`, also of y's
-    gradient."""
-    if not (backend.startswith("cpu") and unseen()):
+    """What recurrence_backward gives for args; None: it has to be called. batch_first and states as in `forward`, also
+    of gradients. Autocast has no part in it, as the arguments are of the forward pass."""
+    if not (backend.startswith("cpu") and unseen(but_autocast=True)):
         return None
     found = _library.backward(backend != "cpu", *args, batch_first)
     return found and (found[0], found[3:], found[1], found[2])
 
 
-# y, h_n, c_n of a layer on a padded batch, without gradients: the library's function of that name; None: the long way
-# has to be gone. `unseen` is for the caller to ask for.
+# y, h_n, c_n of a layer on a padded batch, h and c of a cell, without gradients: the library's function of that name;
+# None: the long way has to be gone. `unseen` is for the caller to ask for.
 layer: Callable[..., list[Tensor] | None] = getattr(_library, "layer", lambda *_: None)

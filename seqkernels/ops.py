@@ -151,14 +151,16 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, h_0, c_0, batch_sizes, pieces, y, saved, *weights)
 
 
-def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
-    """The autograd formula of recurrence_forward: the backward operator of the same backend."""
-    x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
+def _backward(ctx, of_forward, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
+    """The autograd formula of recurrence_forward: the backward operator of the same backend; of_forward: the tensors
+    that were saved for it."""
+    x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = of_forward
     batch_first = ctx.batch_first
 
     def rows() -> Tensor:
         return x if batch_first is None else rows_of(x, False)
 
+    of_cell = h_0.dim() == 2
     if ctx.changes and ctx.changes.any() and reads_y(ctx.cell, rows(), h_0, batch_sizes, pieces):
         y = _y_again(ctx, backend, rows(), weights, h_0, c_0, batch_sizes, pieces, saved)
         y = y if batch_first is None else padded(y, x.shape, batch_first)
@@ -169,9 +171,11 @@ def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
     grads = ctx.save and not differentiated and direct.backward(backend, args, batch_first)
     if not grads:
         run = operator if differentiated else functools.partial(_below_autograd, operator)
+        run = functools.partial(_backward_of_cell, run) if of_cell else run
         grads = run(*args) if batch_first is None else _backward_of_padded(run, args, batch_first)
     grad_x, grad_weights, grad_h_0, grad_c_0 = grads
-    if grad_y is None and grad_h_n is None and c_0 is not None and not _several_steps(rows(), h_0, batch_sizes, pieces):
+    unread = grad_y is None and grad_h_n is None and c_0 is not None and not of_cell
+    if unread and not _several_steps(rows(), h_0, batch_sizes, pieces):
         # Nobody has read h of the last layer, so that its projection w_hr has had no part in anything: no gradient, as
         # in torch.nn.
         each, first = len(weights) // h_0.shape[-3], len(weights) - len(weights) // ctx.layers
@@ -213,7 +217,7 @@ def _registered_backward_of(backend: str):
     def formula(ctx, grad_y, grad_h_n, grad_c_n, _):
         wants_x, wants_weights = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2])
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
+            ctx, ctx.saved_tensors, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
         return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *double_backward.grads_of_options(ctx)
 
@@ -307,13 +311,48 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n, *_):
         needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
+            ctx, ctx.saved_tensors, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
         )
         return None, None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
+class _Step(torch.autograd.Function):
+    """The same of one step of a cell, with states ``[B, H]`` -> h, or (h, c). Under autocast, casts are its dtype and
+    the weights in it: autograd brings gradients into the dtypes of what was given."""
+
+    @staticmethod
+    def forward(ctx, launch, cell, casts, x, h_0, c_0, *weights):
+        ctx.given = None
+        if casts:
+            given = x, h_0, c_0, *weights
+            ctx.given = casts[0], given, [tensor._version for tensor in given if tensor is not None]
+            dtype, weights = casts
+            x, h_0, c_0 = autocast.cast((x, h_0, c_0), dtype, "cpu")
+        args = cell, x, list(weights), h_0, c_0, None, True, launch, 1, None
+        h, c, saved = direct.forward("cpu", args, None) or _forward_of_cell(*args)
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.launch, ctx.save, ctx.layers, ctx.changes, ctx.batch_first = cell, launch, True, 1, None, None
+        y = h.data if CELLS[cell].saved_blocks else h.clone()  # what is read of it is not to be changed
+        ctx.save_for_backward(x, h_0, c_0, None, None, y, saved, *weights)
+        return h if c_0 is None else (h, c)
+
+    @staticmethod
+    def backward(ctx, grad_h, grad_c=None):
+        needs, of_forward = ctx.needs_input_grad, ctx.saved_tensors
+        if ctx.given and torch.is_grad_enabled():  # to be differentiated as well, and so are casts
+            dtype, given, versions = ctx.given
+            if versions != [tensor._version for tensor in given if tensor is not None]:
+                raise RuntimeError("what a cell was given has been changed in place before its second derivatives")
+            x, h_0, c_0, *weights = autocast.cast(given, dtype, "cpu")
+            of_forward = x, h_0, c_0, *of_forward[3:7], *weights
+        grads = grad_h, None, grad_c
+        grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(ctx, of_forward, "cpu", *grads, needs[3], any(needs[6:]))
+        return None, None, None, grad_x, grad_h_0, grad_c_0, *grad_weights
+
+
 # Past what Function.apply does for torch.func, which is not at work where this is called.
 _apply = super(torch.autograd.Function, _Recurrence).apply
+step_of_cell = super(torch.autograd.Function, _Step).apply
 
 
 def rows_of(x: Tensor, batch_first: bool) -> Tensor:
@@ -334,7 +373,8 @@ def _forward_alone(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A forward pass that nobody differentiates; batch_first as in `direct.forward`."""
     if found := direct.forward(backend, args, batch_first):
-        return found
+        y, h_n, c_n, saved = found
+        return y, h_n, c_n, saved
     if batch_first is None:
         return _below_autograd(_FORWARD[backend], *args)
     cell, x, *others = args
@@ -351,6 +391,24 @@ def _backward_of_padded(
     of_stack = rows_of(x, False), weights, h_0, c_0, batch_sizes, rows_of(y, batch_first), saved
     grad_x, *others = run(cell, *grads, *of_stack, wants_x, *options)
     return padded(grad_x, x.shape, False) if wants_x else grad_x, *others
+
+
+def _of_layer(state: Tensor | None) -> Tensor | None:
+    """A cell's state ``[B, H]`` as that of a layer."""
+    return None if state is None else state.unsqueeze(0)
+
+
+def _forward_of_cell(cell, x, weights, h_0, c_0, *others) -> tuple[Tensor, Tensor, Tensor]:
+    """A forward pass of a layer, on a cell's states ``[B, H]`` -> h, c, saved."""
+    h, _, c, saved = _below_autograd(_FORWARD["cpu"], cell, x, weights, _of_layer(h_0), _of_layer(c_0), *others)
+    return h, c.squeeze(0).data, saved  # no view, as those of several results must not be changed
+
+
+def _backward_of_cell(run: Callable, cell, grad_h, _, grad_c, x, weights, h_0, c_0, *others):
+    """A backward pass of a layer, on a cell's states and their gradients ``[B, H]``."""
+    grad_c, h_0, c_0 = map(_of_layer, (grad_c, h_0, c_0))
+    grad_x, grad_weights, grad_h_0, grad_c_0 = run(cell, grad_h, None, grad_c, x, weights, h_0, c_0, *others)
+    return grad_x, grad_weights, grad_h_0.squeeze(0), grad_c_0.squeeze(0)
 
 
 def _below_autograd(operator, *args):

@@ -1,4 +1,4 @@
-"""A plain layer on a padded batch, on a CPU: a short way for calls of some ten microseconds.
+"""A plain layer on a padded batch, or a cell, on a CPU: a short way for calls of some ten microseconds.
 
 Python that is spread over many functions costs such a call more than its arithmetic: the weights that a call reads push
 it out of the caches. Here stands what the long way (`seqkernels.functional.recurrent`) does with such a call, and no
@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, direct, hardware, kept_weights, late_checks, modes, ops, ranges, select
-from seqkernels.backends import cpu
+from seqkernels import checks, direct, drop_in, hardware, kept_weights, late_checks, modes, ops, ranges, select
+from seqkernels.backends import autocast, cpu
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
 from seqkernels.hardware import Machine
 
 if TYPE_CHECKING:
+    from seqkernels.cell_modules import _Cell
     from seqkernels.modules import _Recurrent
+
+_any_autocast = torch._C._is_any_autocast_enabled
 
 
 def run(
@@ -69,10 +72,87 @@ def run(
     if slot := kept_weights.slot_of(layer):
         launch = cpu.keeping(launch, slot)
     sizes = directions, layer.hidden_size, layer.proj_size
-    found = direct.layer(cell, input, states, weights, layer.num_layers, *sizes, layer.batch_first, launch)
+    found = direct.layer(cell, input, tuple(states), weights, layer.num_layers, *sizes, layer.batch_first, launch)
     if not found:
         return None
     return found[0], found[1] if len(found) == 2 else (found[1], found[2])
+
+
+def run_cell(
+    module: "_Cell", cell: str, names: Sequence[str], x: Tensor, states: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """h, or h and c ``[B, H]``, of a cell's step from x ``[B, I]`` (or all without B), without states from zeros;
+    names: its weights. None: it has to go the long way."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or module.backend not in (None, "cpu"):
+        return None
+    if x.is_nested or x.dim() != 2:
+        return _run_unbatched(module, cell, names, x, states)
+    for state in states:
+        if type(state) is not Tensor or state.dim() != 2:
+            return None
+    unseen, casts = direct.unseen(but_autocast=True), _any_autocast()
+    if not x.is_cpu or _is_watched(unseen, but_autocast=True) or "parametrizations" in module._modules:
+        return None
+    if casts and (x.dtype == torch.float64 or not torch.is_autocast_enabled("cpu")):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+    parts = hardware.bfloat16_parts(x.device, dtype) if hardware.THIS_MACHINE.splits_float32 else 0
+    try:
+        plan, _ = _planned(cell, dtype, 1, 1, parts, module.backend, hardware.THIS_MACHINE)
+    except ValueError:
+        return None
+    if plan.backend != "cpu":
+        return None
+    late_checks.look()
+    weights, wanted = drop_in.parameters(module, names), torch.is_grad_enabled()
+    if wanted and checks.any_expanded(weights):
+        return None
+    wanted = wanted and modes.wants_gradients(x, *states, *weights)
+    if not (wanted or unseen):
+        return None
+    if not casts:
+        return _step(plan, cell, x, states, weights, None, module.hidden_size, wanted)
+    casts_of_weights = autocast.cast(weights, dtype, "cpu")
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        return _step(plan, cell, x, states, weights, (dtype, casts_of_weights), module.hidden_size, wanted)
+    finally:
+        torch.set_autocast_enabled("cpu", True)
+
+
+def _run_unbatched(
+    module: "_Cell", cell: str, names: Sequence[str], x: Tensor, states: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    if x.is_nested or x.dim() != 1 or any(type(state) is not Tensor or state.dim() != 1 for state in states):
+        return None
+    found = run_cell(module, cell, names, x.unsqueeze(0), [state.unsqueeze(0) for state in states])
+    return found and tuple(state.squeeze(0) for state in found)
+
+
+def _step(
+    plan: select.Plan,
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    casts: tuple[torch.dtype, Sequence[Tensor]] | None,  # autocast's dtype, and the weights in it
+    hidden_size: int,
+    wanted: bool,
+) -> tuple[Tensor, ...] | None:
+    if wanted:
+        if not states:
+            states = [x.new_zeros(x.shape[0], hidden_size)] * CELLS[cell].states
+        h_0, c_0 = states[0], states[1] if len(states) == 2 else None
+        try:
+            found = ops.step_of_cell(plan.launch, cell, casts, x, h_0, c_0, *weights)
+        except (RuntimeError, ValueError):
+            return None
+        return (found,) if c_0 is None else found
+    if casts:
+        dtype, weights = casts
+        x, *states = autocast.cast((x, *states), dtype, "cpu")
+    results = direct.layer(cell, x, tuple(states), weights, 1, 1, hidden_size, 0, None, plan.launch)
+    return tuple(results) if results else None
 
 
 def _with_gradients(
@@ -118,14 +198,15 @@ def _goes_back(layer: "_Recurrent", unseen: bool, one_step: bool) -> bool:
     return one_step or layer.num_layers > 1 if torch.is_grad_enabled() else not unseen
 
 
-def _is_watched(unseen: bool) -> bool:
-    """Whether somebody takes part in the call: a transform, a trace, autocast, the log. Not modes and profilers alone:
-    torch.utils.checkpoint may repeat under them what ran without, and expects that the same is saved for gradients."""
+def _is_watched(unseen: bool, but_autocast: bool = False) -> bool:
+    """Whether somebody takes part in the call: a transform, a trace, autocast (unless it may), the log. Not modes and
+    profilers alone: torch.utils.checkpoint may repeat under them what ran without, and expects that the same is saved
+    for gradients."""
     if torch.autograd.forward_ad._current_level >= 0 or ranges.ON or select.logs():
         return True
     if unseen:
         return False
-    traced = torch._C._get_tracing_state() is not None or torch._C._is_any_autocast_enabled()
+    traced = torch._C._get_tracing_state() is not None or (_any_autocast() and not but_autocast)
     return traced or modes.transformed()
 
 

@@ -17,7 +17,6 @@ enum class WeightsUsed {
   by_turned,  // in few steps of few rows, not by tiles: where they lie, all rows of a step at once (turn_rows)
   packed,
 };
-constexpr int64_t kFewRows = 8;
 
 // They may be multiplied in an order of their own.
 inline bool has_few_rows(const Layer& p) { return p.rows <= kFewRows && !p.as_among_others; }

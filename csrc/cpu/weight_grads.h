@@ -81,6 +81,22 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
   const int64_t blocks = (columns + kWeightMr - 1) / kWeightMr, first = work.first(blocks), last = work.last(blocks);
   if (first == last) return;
   F* panels = memory.panels + work.begin * memory.panel_size;
+  if constexpr (!Memory::kPairs)
+    if (chunk.rows <= kFewRows && !add) {
+      const int64_t strip = Memory::kPanelSize / kFewRows;
+      for (int64_t unit0 = 0; unit0 < width; unit0 += strip) {
+        const C *a[kFewRows], *right[kFewRows];
+        for (int64_t r = 0; r < chunk.rows; r++) {
+          a[r] = grads + r * stride, right[r] = panels + r * strip;
+          for (int64_t i = 0; i < min(strip, width - unit0); i += V)
+            store(panels + r * strip + i, pack(chunk.row + r, unit0 + i, min(width - unit0 - i, V)));
+        }
+        multiply_all_columns<kFewRows>(chunk.rows, a, first * kWeightMr, min(last * kWeightMr, columns), right,
+                                       min(strip, width - unit0),
+                                       [&](int64_t column) { return out_row(column) + unit0; });
+      }
+      return;
+    }
   F* turned = memory.turned + work.begin * kWeightMr * memory.turned_row;
   for (int64_t row0 = 0; row0 < chunk.rows; row0 += Memory::kWeightKc) {
     const int64_t rows = min(Memory::kWeightKc, chunk.rows - row0);
@@ -113,6 +129,9 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
         for (int64_t unit0 = strip0; unit0 < strip_end; unit0 += kMaxVectors * V)
           with_width(vectors_at(unit0), [&](auto n) {
             constexpr int N = decltype(n)::value;
+            for (int r = 0; r < count; r++)
+              for (int64_t i = 0; i < N * V; i += 64 / static_cast<int64_t>(sizeof(C)))
+                prefetch_store(out_row(column + r) + unit0 + i);
             Vec<C> out[kWeightMr * N];
             if constexpr (Memory::kPairs)
               multiply_block<N>(kWeightMr, Depth::of(depth, amx_tiles, {memory.parts, memory.turned_part}), a,

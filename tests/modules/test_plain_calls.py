@@ -6,9 +6,8 @@ import pytest
 import torch
 from cases import CELLS
 from operators import NO_CPU_KERNELS
-from torch.overrides import TorchFunctionMode
+from short_calls import AS_THEY_LIE, Functions, Operations, freed
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import seqkernels as sk
@@ -112,11 +111,6 @@ WRONG = {
 }
 
 
-def freed(tensor: torch.Tensor) -> torch.Tensor:
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
 def freed_view(tensor: torch.Tensor, view_of) -> torch.Tensor:
     view = view_of(tensor)
     freed(tensor)
@@ -180,26 +174,6 @@ def test_whoever_watches_sees_the_long_way(long_calls, caplog):
     assert len(long_calls) >= 4 and "cpu" in caplog.text
 
 
-class Functions(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("gradients", [True, False], ids=["train", "infer"])
 @pytest.mark.parametrize("mode", [Functions, Operations, torch.profiler.profile])
 def test_modes_and_profilers_see_the_operator(mode, gradients):
@@ -235,16 +209,6 @@ def test_an_interrupt_is_no_refusal(monkeypatch):
     monkeypatch.setattr(DeviceContext, "__torch_function__", interrupted)
     with torch.no_grad(), torch.device("cpu"), pytest.raises(KeyboardInterrupt):
         layer(x)
-
-
-AS_THEY_LIE = {
-    "every other feature": lambda x: x.repeat_interleave(2, 2)[..., ::2],
-    "sequences first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "the middle of more": lambda x: torch.cat([x, x, x])[5:10],
-    "one sequence for all": lambda x: x[:, :1].expand(5, 3, 4),
-    "to be negated": lambda x: torch._neg_view(-x),
-    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape),
-}
 
 
 @pytest.mark.parametrize("one_step", [False, True])
