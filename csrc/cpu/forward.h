@@ -39,10 +39,7 @@ __attribute__((noinline)) void project_inputs(const LayerForward& p, const Forwa
     if (memory.x) return static_cast<const F*>(memory.x) + rows[i] * memory.ldi;
     return reinterpret_cast<const F*>(static_cast<const S*>(p.x) + rows[i] * p.input);
   };
-  // By value: a store might change what a reference refers to, so that it would be read again for every vector.
-  const auto put = [gates, ldg = memory.ldg, bias = weights.bias](int64_t i, int64_t column, int64_t, Vec<C> x) {
-    store(gates + i * ldg + column, x + load(bias + column));
-  };
+  const Stored<F> put{gates, memory.ldg, weights.bias};
   if (memory.used == WeightsUsed::packed)
     return product(memory.ih, weights.w_ih, first, last, count, memory.depth_of(memory.ih, tiles), row, put);
   const S* w_ih = static_cast<const S*>(p.weights[direction].w_ih);

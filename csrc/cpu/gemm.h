@@ -4,38 +4,85 @@
 
 namespace seqkernels::SEQKERNELS_ISA {
 
-// Rounding errors grow with the length of a chain of sums, so that each chain has so many steps of k at most.
+// Rounding errors grow with the length of a chain of sums, so that each chain has so many steps of k at most. Its slice
+// of a panel stays in the first-level cache while rows pass over it.
 constexpr int64_t kChain = 128;
 
-// The microkernel: out[r][v] (+)= sum over k of a[r][k * step] * panel[k][v], for R rows and N vectors, the panel's
-// rows `stride` apart. It always adds in the same order, so that a row's result does not depend on the rows beside it.
+struct Chain {
+  int64_t begin, end;  // of k
+};
+
+// Calls run(chain) for each of those of k steps.
+template <class Run>
+inline void for_chains(int64_t k, const Run& run) {
+  const int64_t chains = (k + kChain - 1) / kChain;
+  for (int64_t i = 0; i < chains; i++) run(Chain{k * i / chains, k * (i + 1) / chains});
+}
+
+// Where rows of sums go, and what is added to each, unless that is null. Rows are so many vectors apart; 0 where all
+// add the same.
+template <class F>
+struct Sums {
+  Vec<Sum<F>>* to;
+  int64_t stride;
+  const Vec<Sum<F>>* added = nullptr;
+  int64_t added_stride = 0;
+
+  // What comes on top of sums that are there.
+  Sums more() const { return {to, stride, to, stride}; }
+  Sums from(int64_t row) const {
+    return {to + row * stride, stride, added ? added + row * added_stride : added, added_stride};
+  }
+};
+
+// The microkernel: sums over the k of a chain of a[r][k * step] * panel[k][v], for R rows and N vectors, the panel's
+// rows `stride` apart; then the same of the next R rows, `runs` times. It always adds in the same order, so that a
+// row's result does not depend on the rows beside it.
 template <int R, int N, class F>
-SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) void multiply(int64_t k, const F* const* a, int64_t step,
-                                                                  const F* panel, int64_t stride, bool add,
-                                                                  Vec<Sum<F>>* out) {
+SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) void multiply(int64_t runs, Chain chain, const F* const* a,
+                                                                  int64_t step, const F* panel, int64_t stride,
+                                                                  Sums<F> sums) {
   using C = Sum<F>;
   constexpr int V = kLanes<C>;
-  const F* row[R];
+  panel += chain.begin * stride;
+  for (; runs; runs--, a += R, sums = sums.from(R)) {
+    const F* row[R];
 #pragma GCC unroll 24
-  for (int r = 0; r < R; r++) row[r] = a[r];
-  const int64_t chains = (k + kChain - 1) / kChain;
-  for (int64_t chain = 0, at = 0; chain < chains; chain++) {
+    for (int r = 0; r < R; r++) row[r] = a[r];
     Vec<C> sum[R][N] = {};
-    for (const int64_t end = k * (chain + 1) / chains * step; at < end; at += step, panel += stride) {
-      Vec<C> w[N];
+    const F* panel_row = panel;
+    for (int64_t at = chain.begin * step; at < chain.end * step; at += step, panel_row += stride) {
+      const auto x_of = [&](int r) { return in_register<N>(broadcast(row[r][at])); };
+      const auto w_of = [&](int v) {
+        return in_register<R>(Vec<C>(load(reinterpret_cast<const C*>(panel_row) + v * V)));
+      };
+      if constexpr (R <= N) {  // registers hold the fewer factors, so that each is read once
+        Vec<C> x[R];
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) w[v] = load(reinterpret_cast<const C*>(panel) + v * V);
+        for (int r = 0; r < R; r++) x[r] = x_of(r);
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) {
+          const Vec<C> w = w_of(v);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; r++) sum[r][v] = add_product<F>(sum[r][v], w, x[r]);
+        }
+      } else {
+        Vec<C> w[N];
+#pragma GCC unroll 8
+        for (int v = 0; v < N; v++) w[v] = w_of(v);
 #pragma GCC unroll 24
-      for (int r = 0; r < R; r++) {
-        const Vec<C> x = broadcast(row[r][at]);
+        for (int r = 0; r < R; r++) {
+          const Vec<C> x = x_of(r);
 #pragma GCC unroll 8
-        for (int v = 0; v < N; v++) sum[r][v] = add_product<F>(sum[r][v], w[v], x);
+          for (int v = 0; v < N; v++) sum[r][v] = add_product<F>(sum[r][v], w[v], x);
+        }
       }
     }
 #pragma GCC unroll 24
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) out[r * N + v] = add || chain ? out[r * N + v] + sum[r][v] : sum[r][v];
+      for (int v = 0; v < N; v++)
+        sums.to[r * sums.stride + v] = sums.added ? sums.added[r * sums.added_stride + v] + sum[r][v] : sum[r][v];
   }
 }
 
@@ -43,32 +90,34 @@ SEQKERNELS_PRODUCT_TARGET __attribute__((noinline)) void multiply(int64_t k, con
 template <int N>
 constexpr int kMr = kAccumulators / N < 8 ? kAccumulators / N : 8;
 
+// `runs` times as many rows.
 template <int N, class F, int R = kMr<N>>
-void multiply_rows(int rows, int64_t k, const F* const* a, int64_t step, const F* panel, int64_t stride, bool add,
-                   Vec<Sum<F>>* out) {
-  if (rows == R) return multiply<R, N>(k, a, step, panel, stride, add, out);
-  if constexpr (R > 1) multiply_rows<N, F, R - 1>(rows, k, a, step, panel, stride, add, out);
+void multiply_rows(int64_t rows, int64_t runs, const Chain& chain, const F* const* a, const F* panel, int64_t stride,
+                   const Sums<F>& sums) {
+  if (rows == R) return multiply<R, N>(runs, chain, a, 1, panel, stride, sums);
+  if constexpr (R > 1) multiply_rows<N, F, R - 1>(rows, runs, chain, a, panel, stride, sums);
 }
 
-// The blocking, in BLIS's words. kKc steps of k: their slice of a panel stays in the nearest caches while rows pass
-// over it. kMc: the rows that do so.
-constexpr int64_t kKc = 384;
+// In BLIS's words: kMc rows pass over a panel, and of one that is packed just to be used once kKc steps of k.
 constexpr int64_t kMc = 48;
+constexpr int64_t kKc = 384;
 
-// Which rows are multiplied together: at most kMc, those of some runs of the microkernel, or of whole AMX tiles.
+// Which rows are multiplied together: at most kMc, those of some runs of the microkernel, or of whole AMX tiles. Each
+// run has nearly as many rows, as one row at the end would not use all multipliers.
 struct RowBlocks {
-  int64_t rows, count;
+  int64_t rows, runs, count;
   bool tiles;
 
-  RowBlocks(int64_t rows, int64_t max_rows, bool tiles)
+  RowBlocks(int64_t rows, int64_t of_run, bool tiles)
       : rows(rows),
-        count(tiles ? max(min(rows, 1), (rows + kTileRows) / (2 * kTileRows)) : (rows + max_rows - 1) / max_rows),
+        runs((rows + of_run - 1) / of_run),
+        count(tiles ? max(min(rows, 1), (rows + kTileRows) / (2 * kTileRows)) : (runs * of_run + kMc - 1) / kMc),
         tiles(tiles) {}
 
   // Of tiles, two a block, and what is left in the last: as it is not less than one, unless all is.
   int64_t begin(int64_t block) const {
     if (tiles) return block == count ? rows : 2 * kTileRows * block;
-    return rows * block / count;
+    return rows * (runs * block / count) / runs;
   }
 };
 static_assert(3 * kTileRows <= kMc);
@@ -76,31 +125,30 @@ static_assert(3 * kTileRows <= kMc);
 // Multiplies a block of at most kMc rows with N vectors of a panel. a[] points to the rows, and moves along them.
 template <int N, class F>
 __attribute__((noinline)) void multiply_block(int64_t rows, Depth depth, const F** a, const F* panel, int64_t stride,
-                                              Vec<Sum<F>>* out) {
+                                              Sums<F> sums) {
 #if defined(SEQKERNELS_TILES)
   if constexpr (kInTiles<F>)
     if (depth.tiles)
       return with_parts(depth, [&](auto in_parts) {
-        multiply_block_by_tiles<N, decltype(in_parts)::value>(rows, depth, a, panel, stride, out);
+        multiply_block_by_tiles<N, decltype(in_parts)::value>(rows, depth, a, panel, stride, sums.to);
       });
 #endif
   if (!depth.k) {
-    for (int64_t i = 0; i < rows * N; i++) out[i] = Vec<Sum<F>>{};
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t v = 0; v < N; v++)
+        sums.to[r * sums.stride + v] = sums.added ? sums.added[r * sums.added_stride + v] : Vec<Sum<F>>{};
     return;
   }
-  // Each run has nearly as many rows, as one row at the end would not use all multipliers.
-  const int64_t runs = (rows + kMr<N> - 1) / kMr<N>;
+  const int64_t runs = (rows + kMr<N> - 1) / kMr<N>, of_run = rows / runs, longer = rows - of_run * runs;
+  const int64_t of_longer = longer * (of_run + 1);
   for (int segment = 0; segment < depth.segments; segment++) {
-    for (int64_t k0 = 0; k0 < depth.k; k0 += kKc) {
-      const int64_t k = min(depth.k - k0, kKc);
-      for (int64_t i = 0; i < runs; i++) {
-        const int64_t r0 = rows * i / runs, r1 = rows * (i + 1) / runs;
-        multiply_rows<N>(static_cast<int>(r1 - r0), k, a + r0, 1, panel, stride, segment || k0, out + r0 * N);
-      }
-      panel += k * stride;
-      for (int64_t r = 0; r < rows; r++) a[r] += k;
-    }
-    for (int64_t r = 0; r < rows; r++) a[r] += depth.gap - depth.k;
+    for_chains(depth.k, [&](const Chain& chain) {
+      if (longer) multiply_rows<N>(of_run + 1, longer, chain, a, panel, stride, sums);
+      multiply_rows<N>(of_run, runs - longer, chain, a + of_longer, panel, stride, sums.from(of_longer));
+      sums = sums.more();
+    });
+    panel += depth.k * stride;
+    for (int64_t r = 0; r < rows; r++) a[r] += depth.gap;
   }
 }
 
@@ -113,12 +161,11 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, 
   Vec<Sum<F>> out[kMc * N + 1];
   out[kMc * N] = Vec<Sum<F>>{};
   const F* a[kMc];
-  const int64_t max_rows = depth.k > kKc ? kMc / kMr<N> * kMr<N> : kMr<N>;
-  const RowBlocks blocks(rows, max_rows, depth.tiles);
-  for (int64_t b = 0; b < blocks.count; b++) {
-    const int64_t r0 = blocks.begin(b), count = blocks.begin(b + 1) - r0;
+  const RowBlocks blocks(rows, kMr<N>, depth.tiles);
+  for (int64_t b = 0, r0 = 0, count; b < blocks.count; b++, r0 += count) {
+    count = blocks.begin(b + 1) - r0;
     for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r);
-    multiply_block<N>(count, depth, a, panel, stride, out);
+    multiply_block<N>(count, depth, a, panel, stride, {out, N});
     for (int64_t r = 0; r < count; r++) each(r0 + r, out + r * N);
     for (int64_t r = 0; r < count; r++) then(r0 + r, out + r * N);
   }
@@ -126,6 +173,33 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, 
 template <int N, class F, class Row, class Each>
 inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Each& each) {
   for_rows<N>(rows, depth, row, panel, stride, each, [](int64_t, const Vec<Sum<F>>*) {});
+}
+
+// Sums that are stored as they are, with one row added to each, all in whole vectors. In calls of product() the
+// microkernel itself puts them there.
+template <class F>
+struct Stored {
+  Sum<F>* rows;
+  int64_t stride;
+  const Sum<F>* added;
+
+  void operator()(int64_t r, int64_t unit, int64_t, Vec<Sum<F>> x) const {
+    store(rows + r * stride + unit, x + load(added + unit));
+  }
+};
+template <int N, class F, class Row>
+inline void store_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Stored<F>& to,
+                       int64_t unit) {
+  constexpr int V = kLanes<Sum<F>>;
+  const F* a[kMc];
+  const RowBlocks blocks(rows, kMr<N>, false);
+  for (int64_t b = 0, r0 = 0, count; b < blocks.count; b++, r0 += count) {
+    count = blocks.begin(b + 1) - r0;
+    for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r);
+    multiply_block<N>(count, depth, a, panel, stride,
+                      {reinterpret_cast<Vec<Sum<F>>*>(to.rows + r0 * to.stride + unit), to.stride / V,
+                       reinterpret_cast<const Vec<Sum<F>>*>(to.added + unit), 0});
+  }
 }
 
 // Panels j in [first, last), from the last one on if `backwards`. All panels together may not fit into the cache. If
@@ -222,13 +296,16 @@ inline void product(const Panels<F>& shape, const F* packed, int64_t first, int6
     const F* panel = packed + shape.offset(j) + u % shape.width * V;
     const auto rows_of = [&](auto width) {
       constexpr int N = decltype(width)::value;
-      for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<Sum<F>>* out) {
+      if constexpr (std::is_same<Each, Stored<F>>::value)
+        store_rows<N>(rows, depth, row, panel, stride, each, u * V);
+      else
+        for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<Sum<F>>* out) {
 #pragma GCC unroll 4
-        for (int v = 0; v < N; v++) {
-          const int64_t unit = (u + v) * V;
-          each(r, unit, min(shape.units - unit, V), out[v]);
-        }
-      });
+          for (int v = 0; v < N; v++) {
+            const int64_t unit = (u + v) * V;
+            each(r, unit, min(shape.units - unit, V), out[v]);
+          }
+        });
     };
     with_width(end - u, rows_of);
   });
@@ -287,7 +364,7 @@ __attribute__((noinline)) void dots_of_turned(const S* w, int64_t lanes, int64_t
     with_width(shape.vectors_in(j), [&](auto width) {
       constexpr int N = decltype(width)::value;
       Vec<C> products[V * N];
-      multiply_block<N>(V, {shape.k}, row, turned + shape.offset(j), N * V, products);
+      multiply_block<N>(V, {shape.k}, row, turned + shape.offset(j), N * V, {products, N});
       for (int v = 0; v < N; v++) {
         Vec<C> columns[V];
 #pragma GCC unroll 16
@@ -455,7 +532,8 @@ inline void product_once(const Panels<acc_t<S>>& shape, const Source& source, in
           const int64_t r0 = rows * i / runs, count = rows * (i + 1) / runs - r0;
           const C* a[kMr<N>];
           for (int64_t r = 0; r < count; r++) a[r] = row(r0 + r) + k0;
-          multiply_rows<N>(static_cast<int>(count), depth, a, 1, panel, N * V, k0 > 0, out + r0 * N);
+          const Sums<C> to{out + r0 * N, N};
+          multiply_rows<N>(count, 1, {0, depth}, a, panel, N * V, k0 ? to.more() : to);
         }
       });
     }

@@ -200,6 +200,16 @@ inline float scalar(S x) {
   return load(&x, 1)[0];
 }
 
+// x that is to be used so many times. If these are several it stays in a register: GCC would rather read memory again
+// for each, and the loads take longer than what is made of them.
+template <int kUses, class V>
+SEQKERNELS_INLINE V in_register(V x) {
+#if defined(__x86_64__)
+  if constexpr (kUses > 1) asm("" : "+v"(x));
+#endif
+  return x;
+}
+
 // Lanes of a and b side by side, by their numbers.
 template <class C, int... kLane>
 inline Vec<C> shuffle(Vec<C> a, Vec<C> b) {

@@ -10,8 +10,12 @@ template <>
 struct ExpConstants<float> {
   typedef u32 bits;
   static constexpr float lowest = -87.0f, highest = 87.0f;
-  static constexpr float round = 0x1.8p23f;  // adding it puts the nearest integer into the low mantissa bits
+  static constexpr float round = 0x1.8p23f;   // adding it puts the nearest integer into the low mantissa bits
+#if defined(__FMA__) || defined(__aarch64__)  // whose products are not rounded: that of n adds 2e-9 n
+  static constexpr float ln2_high = 0x1.62e430p-1f, ln2_low = 0;
+#else
   static constexpr float ln2_high = 0x1.63p-1f, ln2_low = -0x1.bd0106p-13f;
+#endif
   static constexpr int exponent_bias = 127, mantissa_bits = 23;
   // (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2, where the error of exp is 3e-9 at most.
   static constexpr float tail[] = {0x1.fffffcp-2f, 0x1.555490p-3f, 0x1.5558f4p-5f, 0x1.123a6ap-7f, 0x1.6a2358p-10f};
@@ -31,74 +35,104 @@ struct ExpConstants<double> {
 
 // x within the bounds; NaN stays NaN.
 template <class C>
-inline Vec<C> clamp(Vec<C> x, C lowest, C highest) {
-  x = x < lowest ? Vec<C>{} + lowest : x;
+inline Vec<C> at_most(Vec<C> x, C highest) {
   return x > highest ? Vec<C>{} + highest : x;
 }
-#if defined(__AVX512F__)
+template <class C>
+inline Vec<C> at_least(Vec<C> x, C lowest) {
+  return x < lowest ? Vec<C>{} + lowest : x;
+}
+#if defined(__AVX512F__)  // min and max return their second operand for NaN
 template <>
-inline Vec<float> clamp(Vec<float> x, float lowest, float highest) {  // max and min return their second operand for NaN
-  return _mm512_min_ps(_mm512_set1_ps(highest), _mm512_max_ps(_mm512_set1_ps(lowest), x));
+inline Vec<float> at_most(Vec<float> x, float highest) {
+  return _mm512_min_ps(_mm512_set1_ps(highest), x);
+}
+template <>
+inline Vec<float> at_least(Vec<float> x, float lowest) {
+  return _mm512_max_ps(_mm512_set1_ps(lowest), x);
 }
 #elif defined(__AVX2__)
 template <>
-inline Vec<float> clamp(Vec<float> x, float lowest, float highest) {
-  return _mm256_min_ps(_mm256_set1_ps(highest), _mm256_max_ps(_mm256_set1_ps(lowest), x));
+inline Vec<float> at_most(Vec<float> x, float highest) {
+  return _mm256_min_ps(_mm256_set1_ps(highest), x);
+}
+template <>
+inline Vec<float> at_least(Vec<float> x, float lowest) {
+  return _mm256_max_ps(_mm256_set1_ps(lowest), x);
 }
 #endif
-
-// exp(x) = scale * (1 + p): Cody-Waite reduction to |r| <= ln(2)/2, then p = exp(r) - 1 = r + r^2 tail(r). x lies
-// between K::lowest and K::highest, where scale is a normal number; NaN stays NaN.
 template <class C>
-inline void exp_parts(Vec<C> x, Vec<C>& scale, Vec<C>& p) {
-  using K = ExpConstants<C>;
-  constexpr int kTerms = sizeof(K::tail) / sizeof(C);
-  const Vec<C> shifted = x * static_cast<C>(1.4426950408889634) + K::round;
-  const Vec<C> n = shifted - K::round;
-  const Vec<C> r = (x - n * K::ln2_high) - n * K::ln2_low;
-  Vec<C> tail = Vec<C>{} + K::tail[kTerms - 1];
-#pragma GCC unroll 16
-  for (int k = kTerms - 2; k >= 0; k--) tail = tail * r + K::tail[k];
-  p = r + r * r * tail;
-  scale = bits_of<Vec<C>>((bits_of<typename K::bits>(shifted) + K::exponent_bias) << K::mantissa_bits);
+inline Vec<C> clamp(Vec<C> x, C lowest, C highest) {
+  return at_most<C>(at_least<C>(x, lowest), highest);
 }
 
-// 1 / x for normal x.
+// The coefficient of r^k in (exp(f r) - 1 - f r) / r^2.
+template <class C>
+constexpr C tail_of(int f, int k) {
+  C coefficient = ExpConstants<C>::tail[k];
+  for (int i = 0; i < k + 2; i++) coefficient *= f;
+  return coefficient;
+}
+
+// exp(f x) = scale * (1 + p), f being 2 or -1: Cody-Waite reduction to |f r| <= ln(2)/2, then p = exp(f r) - 1. f x
+// lies between K::lowest and K::highest, where scale is a normal number; NaN stays NaN. Operations that wait for each
+// other are few, as other vectors do not fill all of the time: so the polynomial takes two terms at once.
+template <int f, class C>
+inline void exp_parts(Vec<C> x, Vec<C>& scale, Vec<C>& p) {
+  using K = ExpConstants<C>;
+  constexpr int kTerms = sizeof(K::tail) / sizeof(C), kLast = (kTerms - 1) / 2 * 2;
+  constexpr C kRound = K::round + K::exponent_bias;
+  const Vec<C> shifted = x * static_cast<C>(f * 1.4426950408889634) + kRound;
+  const Vec<C> n = shifted - kRound;
+  Vec<C> r = x - n * (K::ln2_high / f);
+  if constexpr (K::ln2_low != 0) r = r - n * (K::ln2_low / f);
+  const Vec<C> square = r * r;
+  const auto two_terms = [&](int k) {
+    return k + 1 < kTerms ? r * tail_of<C>(f, k + 1) + tail_of<C>(f, k) : Vec<C>{} + tail_of<C>(f, k);
+  };
+  Vec<C> tail = two_terms(kLast);
+#pragma GCC unroll 16
+  for (int k = kLast - 2; k >= 0; k -= 2) tail = tail * square + two_terms(k);
+  p = r * f + square * tail;
+  scale = bits_of<Vec<C>>(bits_of<typename K::bits>(shifted) << K::mantissa_bits);
+}
+
+// x / y for normal y.
 template <class V>
-inline V reciprocal(V x) {
-  return 1 / x;
+inline V quotient(V x, V y) {
+  return x / y;
 }
 #if defined(__AVX512F__)
 template <>
-inline Vec<float> reciprocal(Vec<float> x) {  // 14 bits and one Newton step: an ulp, and no wait for the divider
-  const Vec<float> y = _mm512_rcp14_ps(x);
-  return y + y * (1 - x * y);
+inline Vec<float> quotient(Vec<float> x, Vec<float> y) {  // 14 bits and one Newton step: no wait for the divider
+  const Vec<float> inverse = _mm512_rcp14_ps(y);
+  return x * (inverse + inverse * (1 - y * inverse));
 }
 #endif
 
 template <class V>
 using LaneOf = typename std::remove_reference<decltype(V{}[0])>::type;
 
-// Within 2.5 ulp; zero below K::lowest, where it is hardly a normal number, so that an infinity times it is NaN, as in
-// torch. 1 + exp(-x) loses nothing before its one rounding, as scale is a power of two.
+// Within 2.5 ulp, and 6 of what is smaller than 1e-7; zero below K::lowest, where it is hardly a normal number, so that
+// an infinity times it is NaN, as in torch. 1 + exp(-x) loses nothing before its one rounding, as scale is a power of
+// two.
 template <class V>
 SEQKERNELS_INLINE V sigmoid(V x) {
   using C = LaneOf<V>;
   using K = ExpConstants<C>;
   V scale, p;
-  exp_parts<C>(clamp<C>(-x, K::lowest, K::highest), scale, p);
-  return x < K::lowest ? V{} : reciprocal<V>(scale * p + (scale + 1));
+  exp_parts<-1, C>(at_most<C>(x, K::highest), scale, p);  // of less it does not matter what they are
+  return x < K::lowest ? V{} : quotient<V>(V{} + 1, scale * p + (scale + 1));
 }
 
-// Within 4 ulp, near zero as well: e / (e + 2) of e = exp(2x) - 1, whose scale is 1 there.
+// Within 4 ulp, near zero as well: (e - 1) / (e + 1) of e = exp(2x), whose scale is 1 there.
 template <class V>
 SEQKERNELS_INLINE V tanh(V x) {
   using C = LaneOf<V>;
   V scale, p;
-  constexpr C kOne = sizeof(C) == 4 ? 20 : 40;  // from here on tanh(x / 2) is 1
-  exp_parts<C>(clamp<C>(x * 2, -kOne, kOne), scale, p);
-  const V e = scale * p + (scale - 1);
-  return e * reciprocal<V>(e + 2);
+  constexpr C kOne = sizeof(C) == 4 ? 10 : 20;  // from here on tanh is 1
+  exp_parts<2, C>(clamp<C>(x, -kOne, kOne), scale, p);
+  return quotient<V>(scale * p + (scale - 1), scale * p + (scale + 1));
 }
 
 #if defined(__AVX512F__)

@@ -135,9 +135,12 @@ void add_products(const BackwardMemory<S, F>& memory, const WorkRange& work, con
             Vec<C> out[kWeightMr * N];
             if constexpr (Memory::kPairs)
               multiply_block<N>(kWeightMr, Depth::of(depth, amx_tiles, {memory.parts, memory.turned_part}), a,
-                                panel_at(unit0), N * V, out);
+                                panel_at(unit0), N * V, {out, N});
             else
-              multiply<kWeightMr, N>(depth, a, stride, panel_at(unit0), N * V, false, out);
+              for_chains(depth, [&](const Chain& chain) {
+                const Sums<F> sums{out, N};
+                multiply<kWeightMr, N>(1, chain, a, stride, panel_at(unit0), N * V, chain.begin ? sums.more() : sums);
+              });
             for (int r = 0; r < count; r++)
               for (int v = 0; v < N; v++) {
                 const int64_t lanes = min(width - unit0 - v * V, V);
