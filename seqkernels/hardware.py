@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -149,13 +150,16 @@ def _here() -> Machine:
 THIS_MACHINE = _here()
 
 
+def constant_in_traces(function: Callable) -> Callable:
+    """For torch.compile the answer is a constant: torch.compiler.assume_constant_result, which imports the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_traces
 def machine_of(device: torch.device) -> Machine:
     """This machine, with the GPU that tensors on `device` are on."""
     return _machine_with_gpu(device) if device.type == "cuda" else THIS_MACHINE
-
-
-# torch.compile takes the answer for a constant: torch.compiler.assume_constant_result, without importing the compiler.
-machine_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from seqkernels import checks, late_checks, modes, resets, varlen
+from seqkernels import checks, hardware, late_checks, modes, resets, varlen
 from seqkernels.backends.call import Call
 from seqkernels.backends.cells import CELLS
 from seqkernels.checks import State
@@ -83,7 +83,7 @@ def prepare(
     return Inputs(rows, h_0, c_0, unbatched, save, call)
 
 
-@torch.compiler.assume_constant_result  # else torch goes on without compiling, and fails within its own code
+@hardware.constant_in_traces  # else torch goes on without compiling, and fails within its own code
 def _fail_without_steps() -> None:
     raise NotImplementedError(
         "torch.compile does not know the steps of a batch with lengths or resets, which torch.func's transforms other "

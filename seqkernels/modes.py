@@ -29,7 +29,7 @@ def _outside_of_vmap(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@torch.compiler.assume_constant_result  # a compiler traces code within its transforms
+@hardware.constant_in_traces  # a compiler traces code within its transforms
 def transformed() -> bool:
     """Whether a torch.func transform (grad, vmap, jvp, ...) or forward-mode AD is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -43,7 +43,7 @@ def forward_mode(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-@torch.compiler.assume_constant_result
+@hardware.constant_in_traces
 def only_vmap() -> bool:
     """Whether torch.vmap is the only transform: it runs operators by their rules."""
     if torch.autograd.forward_ad._current_level >= 0:
