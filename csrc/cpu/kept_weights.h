@@ -17,6 +17,7 @@ class KeptWeights {
   // The memory of a layer, or null: it is there from the second call on that wants the same, so that calls which want
   // this and that in turns leave it as it is.
   void* of_layer(size_t layer, const PackedLayout& layout) {
+    if (!layout.bytes) return nullptr;
     if (layers_.size() <= layer) layers_.resize(layer + 1);
     OfLayer& own = layers_[layer];
     const bool again = same(own.wanted, layout);

@@ -2,6 +2,7 @@
 // of every row. Gates are computed again, from what was normalized. The gradients of scales and shifts are sums over
 // rows, of each step by themselves; those of weights are left to the caller.
 #pragma once
+#include "gemm_once.h"
 #include "layer_norm_memory.h"
 #include "row_means.h"
 

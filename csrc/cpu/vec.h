@@ -204,7 +204,7 @@ inline float scalar(S x) {
 // for each, and the loads take longer than what is made of them.
 template <int kUses, class V>
 SEQKERNELS_INLINE V in_register(V x) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(SEQKERNELS_EMULATED_TILES)  // whose vectors are wider than registers
   if constexpr (kUses > 1) asm("" : "+v"(x));
 #endif
   return x;

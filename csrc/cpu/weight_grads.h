@@ -2,7 +2,7 @@
 // gradients of its gates.
 #pragma once
 #include "backward_memory.h"
-#include "gemm.h"
+#include "gemm_once.h"
 #include "vec_math.h"
 
 namespace seqkernels::SEQKERNELS_ISA {
