@@ -18,8 +18,7 @@ constexpr const char* kConnect =
 constexpr const char* kForward =
     "forward(ensemble, cell, x, weights, h_0, c_0, batch_sizes, save, launch, layers, pieces, batch_first): the "
     "operator's results; batch_first: None, or x is a padded batch [T, B, I], and y one [T, B, H] ([B, T, H]). Of "
-    "states "
-    "[B, H] (a cell): y, c_n and saved.";
+    "states [B, H] (a cell): y, c_n and saved.";
 constexpr const char* kBackward =
     "backward(ensemble, cell, grad_y, grad_h_n, grad_c_n, x, weights, h_0, c_0, batch_sizes, y, saved, wants_x, "
     "wants_weights, launch, layers, pieces, batch_first): the operator's results, those of the weights last, one after "
@@ -27,7 +26,6 @@ constexpr const char* kBackward =
 constexpr const char* kLayer =
     "layer(cell, x, states, weights, layers, directions, hidden, projected, batch_first, launch): y, h_n, c_n of a "
     "padded batch [T, B, I] ([B, T, I]) or a step [B, I], without gradients; no states: zeros. batch_first None: h, c "
-    "of a "
-    "cell, whose states are [B, H].";
+    "of a cell, whose states are [B, H].";
 
 }  // namespace seqkernels::direct

@@ -151,10 +151,9 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(x, h_0, c_0, batch_sizes, pieces, y, saved, *weights)
 
 
-def _backward(ctx, of_forward, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
-    """The autograd formula of recurrence_forward: the backward operator of the same backend; of_forward: the tensors
-    that were saved for it."""
-    x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = of_forward
+def _backward(ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights):
+    """The autograd formula of recurrence_forward: the backward operator of the same backend."""
+    x, h_0, c_0, batch_sizes, pieces, y, saved, *weights = ctx.saved_tensors
     batch_first = ctx.batch_first
 
     def rows() -> Tensor:
@@ -217,7 +216,7 @@ def _registered_backward_of(backend: str):
     def formula(ctx, grad_y, grad_h_n, grad_c_n, _):
         wants_x, wants_weights = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2])
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.saved_tensors, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
+            ctx, backend, grad_y, grad_h_n, grad_c_n, wants_x, wants_weights
         )
         return None, grad_x, grad_weights, grad_h_0, grad_c_0, None, None, *double_backward.grads_of_options(ctx)
 
@@ -311,23 +310,16 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_n, grad_c_n, *_):
         needs = ctx.needs_input_grad
         grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(
-            ctx, ctx.saved_tensors, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
+            ctx, ctx.backend, grad_y, grad_h_n, grad_c_n, needs[7], any(needs[11:])
         )
         return None, None, None, None, None, None, None, grad_x, grad_h_0, grad_c_0, None, *grad_weights
 
 
 class _Step(torch.autograd.Function):
-    """The same of one step of a cell, with states ``[B, H]`` -> h, or (h, c). Under autocast, casts are its dtype and
-    the weights in it: autograd brings gradients into the dtypes of what was given."""
+    """The same of one step of a cell, with states ``[B, H]`` -> h, or (h, c)."""
 
     @staticmethod
-    def forward(ctx, launch, cell, casts, x, h_0, c_0, *weights):
-        ctx.given = None
-        if casts:
-            given = x, h_0, c_0, *weights
-            ctx.given = casts[0], given, [tensor._version for tensor in given if tensor is not None]
-            dtype, weights = casts
-            x, h_0, c_0 = autocast.cast((x, h_0, c_0), dtype, "cpu")
+    def forward(ctx, launch, cell, x, h_0, c_0, *weights):
         args = cell, x, list(weights), h_0, c_0, None, True, launch, 1, None
         h, c, saved = direct.forward("cpu", args, None) or _forward_of_cell(*args)
         ctx.set_materialize_grads(False)
@@ -338,16 +330,9 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_h, grad_c=None):
-        needs, of_forward = ctx.needs_input_grad, ctx.saved_tensors
-        if ctx.given and torch.is_grad_enabled():  # to be differentiated as well, and so are casts
-            dtype, given, versions = ctx.given
-            if versions != [tensor._version for tensor in given if tensor is not None]:
-                raise RuntimeError("what a cell was given has been changed in place before its second derivatives")
-            x, h_0, c_0, *weights = autocast.cast(given, dtype, "cpu")
-            of_forward = x, h_0, c_0, *of_forward[3:7], *weights
-        grads = grad_h, None, grad_c
-        grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(ctx, of_forward, "cpu", *grads, needs[3], any(needs[6:]))
-        return None, None, None, grad_x, grad_h_0, grad_c_0, *grad_weights
+        needs, grads = ctx.needs_input_grad, (grad_h, None, grad_c)
+        grad_x, grad_weights, grad_h_0, grad_c_0 = _backward(ctx, "cpu", *grads, needs[2], any(needs[5:]))
+        return None, None, grad_x, grad_h_0, grad_c_0, *grad_weights
 
 
 # Past what Function.apply does for torch.func, which is not at work where this is called.

@@ -111,11 +111,11 @@ def run_cell(
     if not (wanted or unseen):
         return None
     if not casts:
-        return _step(plan, cell, x, states, weights, None, module.hidden_size, wanted)
-    casts_of_weights = autocast.cast(weights, dtype, "cpu")
+        return _step(plan, cell, x, states, weights, module.hidden_size, wanted)
+    x, states, weights = autocast.cast((x, states, weights), dtype, "cpu")
     torch.set_autocast_enabled("cpu", False)
     try:
-        return _step(plan, cell, x, states, weights, (dtype, casts_of_weights), module.hidden_size, wanted)
+        return _step(plan, cell, x, states, weights, module.hidden_size, wanted)
     finally:
         torch.set_autocast_enabled("cpu", True)
 
@@ -135,7 +135,6 @@ def _step(
     x: Tensor,
     states: Sequence[Tensor],
     weights: Sequence[Tensor],
-    casts: tuple[torch.dtype, Sequence[Tensor]] | None,  # autocast's dtype, and the weights in it
     hidden_size: int,
     wanted: bool,
 ) -> tuple[Tensor, ...] | None:
@@ -144,13 +143,10 @@ def _step(
             states = [x.new_zeros(x.shape[0], hidden_size)] * CELLS[cell].states
         h_0, c_0 = states[0], states[1] if len(states) == 2 else None
         try:
-            found = ops.step_of_cell(plan.launch, cell, casts, x, h_0, c_0, *weights)
+            found = ops.step_of_cell(plan.launch, cell, x, h_0, c_0, *weights)
         except (RuntimeError, ValueError):
             return None
         return (found,) if c_0 is None else found
-    if casts:
-        dtype, weights = casts
-        x, *states = autocast.cast((x, *states), dtype, "cpu")
     results = direct.layer(cell, x, tuple(states), weights, 1, 1, hidden_size, 0, None, plan.launch)
     return tuple(results) if results else None
 

@@ -120,7 +120,7 @@ struct RowBlocks {
     return rows * (runs * block / count) / runs;
   }
 };
-static_assert(3 * kTileRows <= kMc);
+static_assert(3 * kTileRows <= kMc && kMc % kMr<1> == 0 && kMc % kMr<2> == 0 && kMc % kMr<3> == 0 && kMc % kMr<4> == 0);
 
 // Multiplies a block of at most kMc rows with N vectors of a panel. a[] points to the rows, and moves along them.
 template <int N, class F>
@@ -176,7 +176,8 @@ inline void for_rows(int64_t rows, Depth depth, const Row& row, const F* panel, 
 }
 
 // Sums that are stored as they are, with one row added to each, all in whole vectors. In calls of product() the
-// microkernel itself puts them there.
+// microkernel itself puts them there, if there is one chain: what is added comes last, or bits would depend on who
+// adds.
 template <class F>
 struct Stored {
   Sum<F>* rows;
@@ -187,6 +188,7 @@ struct Stored {
     store(rows + r * stride + unit, x + load(added + unit));
   }
 };
+inline bool stores_sums(const Depth& depth) { return !depth.tiles && depth.segments == 1 && depth.k <= kChain; }
 template <int N, class F, class Row>
 inline void store_rows(int64_t rows, Depth depth, const Row& row, const F* panel, int64_t stride, const Stored<F>& to,
                        int64_t unit) {
@@ -297,7 +299,7 @@ inline void product(const Panels<F>& shape, const F* packed, int64_t first, int6
     const auto rows_of = [&](auto width) {
       constexpr int N = decltype(width)::value;
       if constexpr (std::is_same<Each, Stored<F>>::value)
-        if (!kInTiles<F> || !depth.tiles) return store_rows<N>(rows, depth, row, panel, stride, each, u * V);
+        if (stores_sums(depth)) return store_rows<N>(rows, depth, row, panel, stride, each, u * V);
       for_rows<N>(rows, depth, row, panel, stride, [&](int64_t r, const Vec<Sum<F>>* out) {
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) {

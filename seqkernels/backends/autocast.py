@@ -80,8 +80,9 @@ class _Region:
     @classmethod
     def cast_of(cls, weight: Tensor, dtype: torch.dtype) -> Tensor:
         key = id(weight), dtype
-        if key in cls.casts and cls.sign() is not None:
-            return cls.casts[key][1]
+        found = cls.casts.get(key)  # another thread may end its region, and with it the cache
+        if found and cls.sign() is not None:
+            return found[1]
         with torch.inference_mode(False), torch.enable_grad():  # made where nobody wants gradients, it serves others
             if cls.sign() is None:
                 cls.casts.clear()

@@ -1,9 +1,13 @@
 """The short way of cells on a CPU: the long way's results, gradients and errors, and nothing that it cannot do."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from operators import NO_CPU_KERNELS
 from short_calls import AS_THEY_LIE, Functions, Operations, freed
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import seqkernels as sk
@@ -199,15 +203,32 @@ def test_second_derivatives_are_the_long_ways(name, region, by_the_long_way):
     torch.testing.assert_close(found, expected, **({"atol": 0.05, "rtol": 0.05} if region else {}))
 
 
-def test_what_was_given_may_not_change_before_second_derivatives():
-    cell, x = cell_of("GRUCell"), torch.randn(3, 4, requires_grad=True)
+def test_weights_that_change_under_autocast_leave_the_derivatives_of_their_casts():
+    x, found = torch.randn(3, 4, requires_grad=True), []
+    for cell in (cell_of("GRUCell"), nn.GRUCell(4, 6)):
+        cell.load_state_dict(cell_of("GRUCell").state_dict())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = cell(x)
+        with torch.no_grad():
+            cell.weight_ih += 1
+        first = torch.autograd.grad(y.float().sum(), x, create_graph=True)[0]
+        found.append(torch.stack([first, torch.autograd.grad(first.square().sum(), x)[0]]))
+    torch.testing.assert_close(*found, atol=0.05, rtol=0.05)
+
+
+def test_a_checkpoint_under_autocast_keeps_nothing_within():
+    linear, cell, within = nn.Linear(4, 4), cell_of("GRUCell"), []
+
+    def block(x):
+        given = linear(x).float()
+        within.append(weakref.ref(given))
+        return cell(given)
+
     with torch.autocast("cpu", torch.bfloat16):
-        y = cell(x)
-    with torch.no_grad():
-        cell.weight_ih += 1
-    torch.autograd.grad(y.float().sum(), x, retain_graph=True)  # of the cast, as in torch.nn
-    with pytest.raises(RuntimeError, match="changed in place"):
-        torch.autograd.grad(y.float().sum(), x, create_graph=True)
+        y = checkpoint(block, torch.randn(3, 4, requires_grad=True), use_reentrant=False)
+    gc.collect()
+    assert within[0]() is None
+    y.float().sum().backward()
 
 
 @TRAINED

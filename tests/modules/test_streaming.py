@@ -47,6 +47,24 @@ def test_steps_give_the_sequence(name, backend, dtype):
     torch.testing.assert_close(stepped(layer, x), whole(layer, x))
 
 
+@pytest.mark.parametrize("features", [128, 130, 400])  # products of more than 128 are added up in several sums
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_bits_depend_on_no_batch_and_no_cut(name, features):
+    layer, x = getattr(sk, name)(features, 144), torch.randn(6, 64, features)
+    layer.backend = "cpu"
+    if against := select.unsupported("cpu", select.Call("gru", x.device.type, x.dtype), machine_of(x.device)):
+        pytest.skip(against)
+    with torch.no_grad():
+        y, _ = layer(x)
+        first, state = layer(x[:1])
+        torch.testing.assert_close(torch.cat([first, layer(x[1:], state)[0]]), y, rtol=0, atol=0)
+        torch.testing.assert_close(stepped(layer, x)[0], y, rtol=0, atol=0)
+        for sequences in (9, 16, 33):
+            torch.testing.assert_close(layer(x[:2, :sequences])[0], y[:2, :sequences], rtol=0, atol=0)
+        torch.set_num_threads(2)
+        torch.testing.assert_close(layer(x)[0], y, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("sequences", [1, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", LAYERS)
