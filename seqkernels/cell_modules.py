@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from seqkernels import checks, drop_in, functional, plain_calls
+from seqkernels import checks, drop_in, functional, kept_weights, plain_calls
 from seqkernels.backends.cells import CELLS
 
 
@@ -13,9 +13,14 @@ class _Cell(nn.RNNCellBase, metaclass=drop_in.DropIn):
     """What the cells share: one step of input ``[B, I]`` or ``[I]`` from states ``[B, H]`` or ``[H]``."""
 
     backend: str | None = None
+    keep_packed = True  # as of layers
 
     __prepare_scriptable__ = drop_in.fail_on_script
     allow_grad_accumulation = drop_in.fail_on_opacus
+
+    def _apply(self, fn, recurse: bool = True):
+        kept_weights.release(self)
+        return super()._apply(fn, recurse)
 
     def _short_step(self, cell: str, input: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         """h, or (h, c), by the short way; None: it has to go the long way."""

@@ -22,6 +22,7 @@ from seqkernels.backends import cpu
 from seqkernels.select import Plan
 
 if TYPE_CHECKING:
+    from seqkernels.cell_modules import _Cell
     from seqkernels.modules import _Recurrent
 
 _library = None if hardware.THIS_MACHINE.native_missing else hardware.native()
@@ -31,7 +32,7 @@ _slots: dict[int, int] = {}  # by the modules' ids
 _MIN_HIDDEN = 48  # of layers whose packing shows in the time of a call; the kernels look at it in full
 
 
-def slot_of(module: "_Recurrent") -> int:
+def slot_of(module: "_Recurrent | _Cell") -> int:
     """The slot of a module; 0: its packed weights do not stay."""
     if not ON or module.hidden_size < _MIN_HIDDEN:
         return 0
@@ -41,7 +42,7 @@ def slot_of(module: "_Recurrent") -> int:
     return _slots.get(id(module)) or _take(module)
 
 
-def keeping(module: "_Recurrent", plan: Plan, save: bool) -> Plan:
+def keeping(module: "_Recurrent | _Cell", plan: Plan, save: bool) -> Plan:
     """The plan of a call of a module, with its slot where that has a part in it: not where gradients are wanted, nor in
     calls that are recorded or transformed."""
     if plan.backend != "cpu" or save or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -51,7 +52,7 @@ def keeping(module: "_Recurrent", plan: Plan, save: bool) -> Plan:
     return plan._replace(launch=cpu.keeping(plan.launch, slot))
 
 
-def kept(module: "_Recurrent") -> tuple[int, int]:
+def kept(module: "_Recurrent | _Cell") -> tuple[int, int]:
     """Of what a module keeps the bytes, and how often panels of it were packed."""
     slot = _slots.get(id(module))
     return _library.kept_weights(slot) if slot else (0, 0)  # type: ignore[union-attr]
@@ -63,7 +64,7 @@ def release(module: nn.Module) -> None:
         _library.release_weights(slot)  # type: ignore[union-attr]
 
 
-def _take(module: "_Recurrent") -> int:
+def _take(module: "_Recurrent | _Cell") -> int:
     if not _free:  # that many modules have one
         return 0
     slot = _free.pop()

@@ -110,12 +110,16 @@ def run_cell(
     wanted = wanted and modes.wants_gradients(x, *states, *weights)
     if not (wanted or unseen):
         return None
+    launch = plan.launch
+    # Without tiles one step packs no weights.
+    if not wanted and hardware.THIS_MACHINE.isa == "amx" and (slot := kept_weights.slot_of(module)):
+        launch = cpu.keeping(launch, slot)
     if not casts:
-        return _step(plan, cell, x, states, weights, module.hidden_size, wanted)
+        return _step(launch, cell, x, states, weights, module.hidden_size, wanted)
     x, states, weights = autocast.cast((x, states, weights), dtype, "cpu")
     torch.set_autocast_enabled("cpu", False)
     try:
-        return _step(plan, cell, x, states, weights, module.hidden_size, wanted)
+        return _step(launch, cell, x, states, weights, module.hidden_size, wanted)
     finally:
         torch.set_autocast_enabled("cpu", True)
 
@@ -130,7 +134,7 @@ def _run_unbatched(
 
 
 def _step(
-    plan: select.Plan,
+    launch: tuple[int, ...],
     cell: str,
     x: Tensor,
     states: Sequence[Tensor],
@@ -143,11 +147,11 @@ def _step(
             states = [x.new_zeros(x.shape[0], hidden_size)] * CELLS[cell].states
         h_0, c_0 = states[0], states[1] if len(states) == 2 else None
         try:
-            found = ops.step_of_cell(plan.launch, cell, x, h_0, c_0, *weights)
+            found = ops.step_of_cell(launch, cell, x, h_0, c_0, *weights)
         except (RuntimeError, ValueError):
             return None
         return (found,) if c_0 is None else found
-    results = direct.layer(cell, x, tuple(states), weights, 1, 1, hidden_size, 0, None, plan.launch)
+    results = direct.layer(cell, x, tuple(states), weights, 1, 1, hidden_size, 0, None, launch)
     return tuple(results) if results else None
 
 

@@ -98,7 +98,8 @@ struct PackedWeights {
   }
 
   PackedLayout layout(const LayerForward& p) const {
-    const bool hardly = weights_used<F>(p, p.sequences, by_tiles) != WeightsUsed::packed;
+    const int64_t of_task = min(p.sequences, kRowsOnce);  // at most
+    const bool hardly = weights_used<F>(p, of_task, by_tiles) != WeightsUsed::packed;
     if (hardly || p.rows > (by_tiles ? kKeptRowsByTiles : kKeptRows)) return {};
     int64_t none = 0;
     Arena arena{nullptr};

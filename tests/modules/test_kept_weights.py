@@ -117,6 +117,24 @@ def test_a_projection_is_kept_as_well():
     expect_same(layer, x)
 
 
+@pytest.mark.parametrize("region", [False, True], ids=["float32", "autocast"])
+def test_cells_keep_theirs_where_tiles_multiply(region, monkeypatch):
+    """Elsewhere a step packs none, and nothing is kept of one that says it might be."""
+    monkeypatch.setattr(hardware, "THIS_MACHINE", hardware.THIS_MACHINE._replace(isa="amx"))
+    torch.manual_seed(0)
+    cell = sk.LSTMCell(120, 100)
+    other = copy.deepcopy(cell)
+    other.keep_packed = False
+    x, hx = torch.randn(100, 120), (torch.randn(100, 100), torch.randn(100, 100))
+    for _ in range(4):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=region):
+            assert all(map(torch.equal, cell(x, hx), other(x, hx)))
+        for module in (cell, other):
+            module.weight_hh.data[-1, -1] += 1
+    assert kept_weights.slot_of(cell) and not kept_weights.slot_of(other)
+    assert (panels_packed(cell) > 0) == (region and hardware.native().isa() == "amx")
+
+
 def test_what_alternates_leaves_what_is_kept():
     layer = layer_of()
     x = input_of(layer)
