@@ -99,7 +99,7 @@ def seqkernels(
     if recompute and case.mode == "infer":
         raise Unavailable("nothing is saved, so that nothing is computed again")
     if not keep_packed and case.mode == "train":
-        raise Unavailable("packed weights are kept where weights want no gradients")
+        raise Unavailable("packed weights are kept where no gradients are wanted")
     sk = require("seqkernels")
     module = module_of(case, sk)
     module.recompute, module.keep_packed = recompute, keep_packed

@@ -42,14 +42,20 @@ def slot_of(module: "_Recurrent | _Cell") -> int:
     return _slots.get(id(module)) or _take(module)
 
 
+def launch_of(module: "_Recurrent | _Cell", launch: tuple[int, ...]) -> tuple[int, ...]:
+    """What the CPU's operators are told of a call of a module without gradients: `launch`, and its slot if any."""
+    slot = slot_of(module)
+    return cpu.keeping(launch, slot) if slot else launch
+
+
 def keeping(module: "_Recurrent | _Cell", plan: Plan, save: bool) -> Plan:
     """The plan of a call of a module, with its slot where that has a part in it: not where gradients are wanted, nor in
     calls that are recorded or transformed."""
     if plan.backend != "cpu" or save or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return plan
-    if torch._C._len_torch_dispatch_stack() or modes.transformed() or not (slot := slot_of(module)):
+    if torch._C._len_torch_dispatch_stack() or modes.transformed():
         return plan
-    return plan._replace(launch=cpu.keeping(plan.launch, slot))
+    return plan._replace(launch=launch_of(module, plan.launch))
 
 
 def kept(module: "_Recurrent | _Cell") -> tuple[int, int]:

@@ -68,9 +68,7 @@ def run(
             return None if one_step else _with_gradients(layer, plan, call, input, states, weights)
     if not unseen:
         return None
-    launch = cpu.as_among_others(plan.launch) if one_step else plan.launch
-    if slot := kept_weights.slot_of(layer):
-        launch = cpu.keeping(launch, slot)
+    launch = kept_weights.launch_of(layer, cpu.as_among_others(plan.launch) if one_step else plan.launch)
     sizes = directions, layer.hidden_size, layer.proj_size
     found = direct.layer(cell, input, tuple(states), weights, layer.num_layers, *sizes, layer.batch_first, launch)
     if not found:
@@ -83,9 +81,9 @@ def run_cell(
 ) -> tuple[Tensor, ...] | None:
     """h, or h and c ``[B, H]``, of a cell's step from x ``[B, I]`` (or all without B), without states from zeros;
     names: its weights. None: it has to go the long way."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or module.backend not in (None, "cpu"):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or module.backend not in (None, "cpu") or x.is_nested:
         return None
-    if x.is_nested or x.dim() != 2:
+    if x.dim() != 2:
         return _run_unbatched(module, cell, names, x, states)
     for state in states:
         if type(state) is not Tensor or state.dim() != 2:
@@ -110,10 +108,8 @@ def run_cell(
     wanted = wanted and modes.wants_gradients(x, *states, *weights)
     if not (wanted or unseen):
         return None
-    launch = plan.launch
-    # Without tiles one step packs no weights.
-    if not wanted and hardware.THIS_MACHINE.isa == "amx" and (slot := kept_weights.slot_of(module)):
-        launch = cpu.keeping(launch, slot)
+    packs = not wanted and hardware.THIS_MACHINE.isa == "amx"  # without tiles one step packs no weights
+    launch = kept_weights.launch_of(module, plan.launch) if packs else plan.launch
     if not casts:
         return _step(launch, cell, x, states, weights, module.hidden_size, wanted)
     x, states, weights = autocast.cast((x, states, weights), dtype, "cpu")
@@ -127,7 +123,7 @@ def run_cell(
 def _run_unbatched(
     module: "_Cell", cell: str, names: Sequence[str], x: Tensor, states: Sequence[Tensor]
 ) -> tuple[Tensor, ...] | None:
-    if x.is_nested or x.dim() != 1 or any(type(state) is not Tensor or state.dim() != 1 for state in states):
+    if x.dim() != 1 or any(type(state) is not Tensor or state.dim() != 1 for state in states):
         return None
     found = run_cell(module, cell, names, x.unsqueeze(0), [state.unsqueeze(0) for state in states])
     return found and tuple(state.squeeze(0) for state in found)

@@ -16,7 +16,7 @@ from seqkernels.inputs import Inputs, prepare
 if TYPE_CHECKING:
     from seqkernels.modules import _Recurrent
 
-# The CPU's kernels multiply a call of so few rows (kFewRows of csrc/cpu/forward_memory.h) in another order.
+# The CPU's kernels multiply a call of so few rows (kFewRows of csrc/cpu/gemm.h) in another order.
 FEW_ROWS = 8
 
 

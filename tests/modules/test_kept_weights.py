@@ -6,7 +6,7 @@ import io
 import os
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -350,11 +350,8 @@ def test_threads_take_weights_in_turns():
                 if not all(map(torch.equal, flat(layer(xs[k])), expected[k])):
                     failures.append(k)
 
-    threads = [threading.Thread(target=call, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(call, range(4)))
     assert not failures
 
 

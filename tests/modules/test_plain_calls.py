@@ -6,12 +6,12 @@ import pytest
 import torch
 from cases import CELLS
 from operators import NO_CPU_KERNELS
-from short_calls import AS_THEY_LIE, Functions, Operations, freed
+from short_calls import AS_THEY_LIE, Functions, Operations, assert_same, counted, freed
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import checkpoint
 
 import seqkernels as sk
-from seqkernels import direct, functional, plain_calls
+from seqkernels import direct, plain_calls
 from seqkernels.backends.cells import CELLS as FACTS
 
 pytestmark = pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=str(NO_CPU_KERNELS))
@@ -25,15 +25,7 @@ def layer_of(cell: str, **options):
 
 @pytest.fixture
 def long_calls(monkeypatch) -> list:
-    """A call in it for each that goes the long way."""
-    calls, run = [], functional.recurrent
-
-    def counted(*args, **options):
-        calls.append(args)
-        return run(*args, **options)
-
-    monkeypatch.setattr(functional, "recurrent", counted)
-    return calls
+    return counted(monkeypatch, "recurrent")
 
 
 def outcome(layer, x, hx=None):
@@ -47,16 +39,6 @@ def outcome(layer, x, hx=None):
         (y.square().sum() + sum(s.sum() for s in (state if isinstance(state, tuple) else (state,)))).backward()
     found = [y, *(state if isinstance(state, tuple) else (state,)), *(p.grad for p in layer.parameters())]
     return [None if t is None else t.detach().clone() for t in found], y.stride()
-
-
-def assert_same(short, long) -> None:
-    assert type(short) is type(long) and len(short) == len(long)
-    if isinstance(short[0], type):
-        assert short == long
-        return
-    assert short[1] == long[1]
-    for a, b in zip(short[0], long[0], strict=True):
-        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
 
 
 OPTIONS = [

@@ -6,12 +6,12 @@ import weakref
 import pytest
 import torch
 from operators import NO_CPU_KERNELS
-from short_calls import AS_THEY_LIE, Functions, Operations, freed
+from short_calls import AS_THEY_LIE, Functions, Operations, assert_same, counted, freed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import seqkernels as sk
-from seqkernels import functional, plain_calls
+from seqkernels import plain_calls
 from seqkernels.backends import autocast
 
 pytestmark = pytest.mark.skipif(bool(NO_CPU_KERNELS), reason=str(NO_CPU_KERNELS))
@@ -31,15 +31,7 @@ def states_of(name: str, *sizes: int, **options):
 
 @pytest.fixture
 def long_calls(monkeypatch) -> list:
-    """A call in it for each that goes the long way."""
-    calls, run = [], functional.recurrent_cell
-
-    def counted(*args, **options):
-        calls.append(args)
-        return run(*args, **options)
-
-    monkeypatch.setattr(functional, "recurrent_cell", counted)
-    return calls
+    return counted(monkeypatch, "recurrent_cell")
 
 
 @pytest.fixture
@@ -69,14 +61,6 @@ def outcome(cell, x, hx=None):
         sum(t.float().square().sum() for t in found).backward()
         found = *found, *(t.grad for t in inputs), *(p.grad for p in cell.parameters())
     return [t.detach().clone() for t in found], strides
-
-
-def assert_same(short, long) -> None:
-    if isinstance(short[0], type):
-        assert short == long
-        return
-    assert short[1] == long[1] and len(short[0]) == len(long[0])
-    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(short[0], long[0], strict=True))
 
 
 @TRAINED

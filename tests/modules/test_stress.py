@@ -1,8 +1,8 @@
 """Many calls, several threads, and processes that fork."""
 
 import ctypes
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -91,11 +91,8 @@ def test_two_threads_calling_one_module_get_right_answers():
             if not torch.equal(output, expected[k]):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
     assert not wrong
 
 

@@ -1,8 +1,34 @@
-"""What may take part in a call, and how its input may lie, for tests of the short way on a CPU."""
+"""What may take part in a call, and how its input may lie, for tests of the short way on a CPU; and how it stands
+beside the long way."""
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqkernels import functional
+
+
+def counted(monkeypatch, name: str) -> list:
+    """A call in it for each that goes the long way, by the function `name` of seqkernels.functional."""
+    calls, run = [], getattr(functional, name)
+
+    def counting(*args, **options):
+        calls.append(args)
+        return run(*args, **options)
+
+    monkeypatch.setattr(functional, name, counting)
+    return calls
+
+
+def assert_same(short, long) -> None:
+    """Of two outcomes: an error's class and sentence, or tensors (or None), which have the same bits, and strides."""
+    assert type(short) is type(long) and len(short) == len(long)
+    if isinstance(short[0], type):
+        assert short == long
+        return
+    assert short[1] == long[1]
+    for a, b in zip(short[0], long[0], strict=True):
+        assert (a is None) == (b is None) and (a is None or (a.dtype == b.dtype and torch.equal(a, b)))
 
 
 def freed(tensor: torch.Tensor) -> torch.Tensor:
@@ -10,24 +36,22 @@ def freed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class Functions(TorchFunctionMode):
+class _Seeing:
     def __init__(self):
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def see(self, function, types, args=(), kwargs=None):
         self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-class Operations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen: list[str] = []
+class Functions(_Seeing, TorchFunctionMode):
+    __torch_function__ = _Seeing.see
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
+
+class Operations(_Seeing, TorchDispatchMode):
+    __torch_dispatch__ = _Seeing.see
 
 
 AS_THEY_LIE = {
